@@ -1,0 +1,58 @@
+"""The exception tree. Everything here is a mistake a user can mend, and says how.
+
+    AlpacaError
+    ├── InputError(ValueError)             a bad argument, file or record
+    │   └── PromptTooLong                  does not fit the model's context
+    ├── MissingInput(FileNotFoundError)    something that should be there is not
+    ├── OutputExists(FileExistsError)      would overwrite; a flag allows it
+    ├── NotEnoughSpace(OSError)            disk or memory, both sizes named
+    ├── MissingPackage(ImportError)        an optional package; the command that installs it
+    └── EngineClosed(RuntimeError)         the serving engine cannot take or finish requests
+
+Whatever is not an `AlpacaError` is a bug and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class AlpacaError(Exception):
+    """Base of all errors whose message is written for the person at the keyboard."""
+
+
+class InputError(AlpacaError, ValueError):
+    """A value, file or record is not what was expected."""
+
+
+class PromptTooLong(InputError):
+    """The prompt leaves no room for an answer."""
+
+
+class MissingInput(AlpacaError, FileNotFoundError):
+    """A file or folder that should exist does not."""
+
+
+class OutputExists(AlpacaError, FileExistsError):
+    """The output is already there and may not be overwritten."""
+
+
+class NotEnoughSpace(AlpacaError, OSError):
+    """The disk or the memory is too small for what was asked."""
+
+
+class MissingPackage(AlpacaError, ImportError):
+    """An optional package is needed for what was asked."""
+
+
+class EngineClosed(AlpacaError, RuntimeError):
+    """The engine is shut down or has lost its device."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main`; a user's mistake ends it with one message and status 1, no traceback."""
+    try:
+        main()
+    except AlpacaError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the command can be run again")

@@ -1,0 +1,297 @@
+"""Hugging Face weight folders: read lazily, written as a stream, and never left half written.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the
+tensors' bytes end to end (https://github.com/huggingface/safetensors). The header depends on names, dtypes and shapes
+alone, so a file can be written one tensor at a time without ever holding two.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from alpaca.errors import InputError, MissingInput, NotEnoughSpace, OutputExists
+
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+_WRITE_BYTES = 64 << 20
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What a file's header says of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# Reading ------------------------------------------------------------------------------------------------------
+
+
+class WeightsFolder:
+    """The tensors of a folder with `model.safetensors`, or with several files and their index; read on demand.
+
+    Raises MissingInput when the folder, the index's files or the weights are missing, InputError for a damaged file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._open_files: dict[str, object] = {}
+        self._file_of = self._read_index()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def specs(self) -> list[TensorSpec]:
+        """Every tensor's name, shape and dtype, from the headers alone."""
+        return [self._spec(name) for name in self._file_of]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, read from its file now."""
+        if name not in self._file_of:
+            raise MissingInput(f"{self.path} holds no tensor {name!r}")
+        return self._open(self._file_of[name]).get_tensor(name)
+
+    def _spec(self, name: str) -> TensorSpec:
+        part = self._open(self._file_of[name]).get_slice(name)
+        return TensorSpec(name=name, shape=tuple(part.get_shape()), dtype=_DTYPES[part.get_dtype()])
+
+    def _read_index(self) -> dict[str, str]:
+        index = self.path / INDEX_NAME
+        if index.is_file():
+            file_of = read_json(index)["weight_map"]
+            missing = sorted({file for file in file_of.values() if not (self.path / file).is_file()})
+            if missing:
+                raise MissingInput(f"{index} names files that are not there: {', '.join(missing)}")
+            return file_of
+        if not (self.path / "model.safetensors").is_file():
+            raise MissingInput(f"no model.safetensors or {INDEX_NAME} in {self.path}; found: {list_folder(self.path)}")
+        return dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+
+    def _open(self, file: str):
+        if file not in self._open_files:
+            try:
+                self._open_files[file] = safe_open(self.path / file, framework="pt")
+            except SafetensorError as error:
+                raise InputError(f"{self.path / file} is damaged or not a safetensors file: {error}") from error
+        return self._open_files[file]
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object. Raises MissingInput or InputError, naming the file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingInput(f"{path} is missing; found there: {list_folder(Path(path).parent)}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def list_folder(path: Path, most: int = 12) -> str:
+    """The names in a folder, for an error message."""
+    if not path.is_dir():
+        return "no such folder"
+    names = sorted(entry.name for entry in path.iterdir())
+    shown = ", ".join(names[:most]) or "nothing"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+# Writing ------------------------------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "400MB", "300KB" (powers of ten, as Hugging Face reads them), "2GiB" or a plain number."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in units or float(match[1]) <= 0:
+        raise InputError(f'expected a size such as "5GB" or "400MB", found {text!r}')
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def group_by_size(specs: Iterable[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:
+    """Cut the tensors, in their order, into files of at most `max_shard_size` bytes (a larger tensor stands alone)."""
+    groups: list[list[TensorSpec]] = []
+    room = -1
+    for spec in specs:
+        if spec.num_bytes > room:
+            groups.append([])
+            room = max_shard_size
+        groups[-1].append(spec)
+        room -= spec.num_bytes
+    return groups
+
+
+def write_weights(
+    folder: Path,
+    specs: list[TensorSpec],
+    read: Callable[[TensorSpec], torch.Tensor],
+    *,
+    max_shard_size: int,
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> None:
+    """Stream tensors into `model*.safetensors` (and an index) in `folder`, each fsynced.
+
+    `read(spec)` is asked for one tensor at a time, in order, and may reuse its memory for the next; `progress(n)` hears
+    of each n bytes written.
+    """
+    groups = group_by_size(specs, max_shard_size)
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        weight_map.update({spec.name: name for spec in group})
+        with open(folder / name, "wb", buffering=0) as file:
+            _write_all(file, _header(group))
+            for spec in group:
+                tensor = read(spec)
+                assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec
+                _write_tensor(file, tensor, progress)
+            os.fsync(file.fileno())
+    if len(groups) > 1:
+        total = sum(spec.num_bytes for spec in specs)
+        write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _header(specs: list[TensorSpec]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        entries[spec.name] = {
+            "dtype": SAFETENSORS_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.num_bytes],
+        }
+        offset += spec.num_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned, as safetensors' own writer has it
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_tensor(file, tensor: torch.Tensor, progress: Callable[[int], object]) -> None:
+    data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    for start in range(0, len(data), _WRITE_BYTES):
+        part = data[start : start + _WRITE_BYTES]
+        _write_all(file, part)
+        progress(len(part))
+
+
+def _write_all(file, data) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file aside, fsync and rename it: a reader sees the old text or the new one."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def require_free_space(folder: Path, num_bytes: int) -> None:
+    """Raise NotEnoughSpace when the disk that will hold `folder` has less than `num_bytes` free."""
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise NotEnoughSpace(
+            f"{folder} needs {num_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+            "free some space or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder to fill, beside `target`; it takes target's place when the block ends without an error.
+
+    On an error it is removed and `target` stays as it was; what a killed run left is removed by the next. Raises
+    OutputExists when `target` is there (not empty) without `overwrite`, or when another process is writing it now.
+    """
+    target = Path(target)
+    partial, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "replaced"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target):
+        if aside.exists() and not target.exists():  # killed between the two renames below
+            aside.rename(target)
+        check_overwrite(target, overwrite)
+        for leftover in (partial, aside):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            for entry in [*partial.rglob("*"), partial]:  # a rename must not outlive the data
+                _fsync(entry)
+            if target.exists():
+                target.rename(aside)
+            partial.rename(target)
+            _fsync(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_overwrite(target: Path, overwrite: bool) -> None:
+    """Raise OutputExists for a `target` that is there, unless it is an empty folder or `overwrite` is given."""
+    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputExists(f"{target} exists already; pass --overwrite to replace it, or choose another output")
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    lock = target.with_name(f".{target.name}.lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputExists(f"another process is writing {target} now; wait for it to end") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,49 @@
+"""The prompts of the Alpaca recipe. Their wording is the data format: it stands here and nowhere else.
+
+Source: tatsu-lab/stanford_alpaca (`PROMPT_DICT` in its train.py). Nothing follows the last colon.
+"""
+
+import re
+
+from alpaca.errors import InputError
+
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+PROMPT_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+RAW_TEMPLATE = "{prompt}"
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The prompt of the recipe. Only an empty `input` counts as none, as in the original."""
+    if input == "":
+        return _fill(PROMPT_WITHOUT_INPUT, instruction=instruction)
+    return _fill(PROMPT_WITH_INPUT, instruction=instruction, input=input)
+
+
+def format_prompt(prompt: str, input: str = "", template: str = "alpaca") -> str:
+    """Fill `template`: "alpaca", or a literal text with `{prompt}` and optionally `{input}`.
+
+    Only these two fields are replaced, once and in one pass, so braces in the texts themselves are safe.
+    Raises InputError for a template without `{prompt}`, and for an `input` the template has no place for.
+    """
+    if template == "alpaca":
+        return alpaca_prompt(prompt, input)
+    if "{prompt}" not in template:
+        raise InputError(f'prompt_template must be "alpaca" or a text that contains {{prompt}}; found {template!r}')
+    if input and "{input}" not in template:
+        raise InputError(
+            f"an input was given, but prompt_template {template!r} has no {{input}}: add it, or leave input empty"
+        )
+    return _fill(template, prompt=prompt, input=input)
+
+
+def _fill(template: str, **fields: str) -> str:
+    """Replace each `{name}` by its text, in one pass: a text that looks like a field stays as it is."""
+    return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
