@@ -6,6 +6,7 @@ alone, so a file can be written one tensor at a time without ever holding two.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -263,6 +264,10 @@ def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[
                 target.rename(aside)
             partial.rename(target)
             _fsync(target.parent)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise NotEnoughSpace(f"the disk ran full while {target} was written; nothing was changed") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if target.exists():

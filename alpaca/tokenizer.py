@@ -311,8 +311,8 @@ def _build_backend(proto, model_file: Path, added: dict[str, int]):
     special = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
     special += sorted(added, key=added.__getitem__)
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    whole = [p.piece for p in proto.pieces if p.type == kinds.USER_DEFINED]
-    backend.add_tokens([AddedToken(token, normalized=True, special=False) for token in whole])
+    if any(piece.type == kinds.USER_DEFINED for piece in proto.pieces):
+        logger.warning("%s has user-defined symbols; text around them may differ through AutoTokenizer", model_file)
     bos_id = proto.trainer_spec.bos_id
     bos = proto.pieces[bos_id].piece
     backend.post_processor = processors.TemplateProcessing(

@@ -1,0 +1,117 @@
+"""Meta's checkpoint folders: the only file that opens `consolidated.NN.pth`.
+
+A folder holds params.json, consolidated.00.pth … consolidated.NN.pth (one per model-parallel rank) and checklist.chk
+(md5 of each). The pickles are opened memory-mapped and with `weights_only=True`: tensors cost no memory until they are
+read, and nothing in the file can run.
+"""
+
+import hashlib
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from alpaca.errors import InputError, MissingInput
+from alpaca.hf_files import list_folder, read_json
+
+_SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
+_READ_BYTES = 8 << 20
+
+
+def find_checkpoint(input_dir: Path, model_size: str) -> Path:
+    """The folder `input_dir/model_size`. Raises MissingInput saying what was found, or what to do with an HF folder."""
+    folder = input_dir / model_size
+    for candidate in (folder, input_dir):
+        if (candidate / "config.json").is_file() and not (candidate / "params.json").is_file():
+            raise InputError(
+                f"{candidate} holds a Hugging Face model (config.json) already, nothing needs converting: "
+                "use it as --model_name_or_path or --weights. Meta's checkpoint has params.json and consolidated.*.pth"
+            )
+    if not folder.is_dir():
+        raise MissingInput(
+            f"no folder {folder}; found in {input_dir}: {list_folder(input_dir)}. "
+            f"Put params.json and consolidated.*.pth of the {model_size} model there"
+        )
+    return folder
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """consolidated.00.pth, 01, … in order. Raises MissingInput for none, or for a gap, naming what was found."""
+    numbered = {int(match[1]): path for path in folder.iterdir() if (match := _SHARD_NAME.fullmatch(path.name))}
+    if not numbered:
+        raise MissingInput(f"no consolidated.*.pth in {folder}; found: {list_folder(folder)}")
+    missing = [number for number in range(max(numbered) + 1) if number not in numbered]
+    if missing:
+        names = ", ".join(f"consolidated.{number:02d}.pth" for number in missing)
+        raise MissingInput(f"{folder} lacks {names}; found: {list_folder(folder)}")
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def read_params(folder: Path) -> dict[str, object]:
+    """params.json as it stands."""
+    return read_json(folder / "params.json")
+
+
+def open_shard(path: Path) -> dict[str, torch.Tensor]:
+    """A shard's tensors, memory-mapped. Raises InputError for a damaged file or one that holds anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{path} ({path.stat().st_size:,} bytes) is damaged, truncated or no Meta checkpoint: {reason}"
+        ) from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise InputError(f"{path} holds something else than a plain table of tensors; expected Meta's state dict")
+    return dict(content)
+
+
+def find_tokenizer(input_dir: Path, folder: Path) -> Path:
+    """tokenizer.model beside the size folder or in it. Raises MissingInput."""
+    for candidate in (folder / "tokenizer.model", input_dir / "tokenizer.model"):
+        if candidate.is_file():
+            return candidate
+    raise MissingInput(
+        f"no tokenizer.model in {input_dir} or {folder}; found: {list_folder(input_dir)}. "
+        f"Put Meta's tokenizer.model at {input_dir / 'tokenizer.model'}"
+    )
+
+
+def read_checklist(path: Path) -> dict[Path, str]:
+    """The files a checklist names, beside it, and their md5; empty where there is no checklist."""
+    if not path.is_file():
+        return {}
+    sums: dict[Path, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        match = re.fullmatch(r"([0-9a-fA-F]{32})\s+\*?([^/\s]+)\s*", line)
+        if match:
+            sums[path.parent / match[2]] = match[1].lower()
+        elif line.strip():
+            raise InputError(f"{path}, line {number}: expected an md5 and a file name, found {line!r}")
+    return sums
+
+
+def verify_checksums(sums: Mapping[Path, str], progress: Callable[[int], object]) -> None:
+    """Compare files with their md5, several at once. Raises InputError naming each damaged file, MissingInput a gap."""
+    for path in sums:
+        if not path.is_file():
+            raise MissingInput(f"the checklist names {path}, which is missing; found: {list_folder(path.parent)}")
+    with ThreadPoolExecutor(max_workers=min(len(sums) or 1, os.cpu_count() or 1)) as pool:
+        found = dict(zip(sums, pool.map(lambda path: _md5(path, progress), sums), strict=True))
+    damaged = [path for path, md5 in sums.items() if found[path] != md5]
+    if damaged:
+        lines = [f"{path}: md5 {found[path]}, the checklist says {sums[path]}" for path in damaged]
+        raise InputError("damaged or truncated, get it again (or pass --skip_checksums):\n  " + "\n  ".join(lines))
+
+
+def _md5(path: Path, progress: Callable[[int], object]) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()

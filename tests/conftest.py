@@ -1,0 +1,23 @@
+"""What all tests share: no model hub, and the real inputs where they are."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of real inputs: a trained tiny LLaMA in Meta's layout, Meta's tokenizer, 4,000 Alpaca examples.
+
+    The project ships none of it. ALPACA_REAL names the folder; by default it lies beside the checkout.
+    """
+    folder = Path(os.environ.get("ALPACA_REAL", ROOT.parent / "shared" / "real"))
+    if not folder.is_dir():
+        pytest.skip(f"no real inputs at {folder} (ALPACA_REAL names another folder)")
+    return folder
