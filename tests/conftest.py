@@ -21,3 +21,16 @@ def real() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real inputs at {folder} (ALPACA_REAL names another folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaMA in Hugging Face format, converted from Meta's."""
+    from convert.convert_llama_weights_to_hf import convert, parse_arguments
+    from tests.tiny import TinyLlama, train_tokenizer, write_meta
+
+    base = tmp_path_factory.mktemp("llama")
+    train_tokenizer(base)
+    model = TinyLlama(vocab_size=400, n_kv_heads=4)
+    write_meta(base / "T", model.tensors(), model.params())
+    return convert(parse_arguments(["--input_dir", str(base), "--model_size", "T", "--output_dir", str(base / "out")]))

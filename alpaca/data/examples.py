@@ -1,0 +1,331 @@
+"""Instruction examples: read and checked record by record, then encoded as the original recipe encodes them.
+
+Ids and labels equal Stanford's train.py token for token. Prompt and answer are tokenized as one text, EOS is added by
+id, the right is cut to `max_length`, and as many leading labels are masked as the prompt alone has tokens. (So where
+the tokenizer merges the prompt's last colon with the answer's first character, that character carries no loss: 3 % of
+the Alpaca data. This is the recipe; it is kept.) What the original loses without a word is counted here, and examples
+that could teach nothing, every label being masked, are dropped.
+"""
+
+import dataclasses
+import json
+import re
+import reprlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from alpaca.errors import InputError, MissingInput, MissingPackage
+from alpaca.hf_files import list_folder
+from alpaca.prompts import alpaca_prompt
+from alpaca.tokenizer import Tokenizer
+
+MASKED_LABEL = -100  # the label that torch's cross entropy ignores
+_FIELDS = ("instruction", "input", "output")
+_DATASET_ID = re.compile(r"(?!.*\.jsonl?$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_CHUNK = 1024  # examples encoded at once: enough to keep every core busy, few enough to keep the progress bar moving
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One instruction, its answer, and the context it may refer to ("" for none)."""
+
+    instruction: str
+    output: str
+    input: str = ""
+
+
+# Reading ------------------------------------------------------------------------------------------------------
+
+
+def read_examples(data_path: str | Path) -> list[Example]:
+    """The examples of a JSON list, of a JSON-lines file, or of a Hugging Face data set such as "tatsu-lab/alpaca".
+
+    What exists on disk is a file, and its content says which kind. A record needs the texts `instruction` and `output`;
+    `input` may be missing or null, which counts as ""; further fields are ignored.
+    Raises MissingInput, MissingPackage, and InputError that names the record and the field.
+    """
+    path = Path(data_path)
+    if path.exists():
+        records = _file_records(path)
+    elif _DATASET_ID.fullmatch(str(data_path)):
+        records = _dataset_records(str(data_path))
+    else:
+        raise MissingInput(
+            f"no data at {path} (found in {path.parent}: {list_folder(path.parent)}); expected a JSON or "
+            'JSON-lines file, or a Hugging Face data set such as "tatsu-lab/alpaca"'
+        )
+    examples = [_check_record(record, where) for where, record in records]
+    if not examples:
+        raise InputError(f"{data_path} holds no examples; expected at least one record with {', '.join(_FIELDS)}")
+    return examples
+
+
+def _file_records(path: Path) -> Iterator[tuple[str, object]]:
+    """Each record of a file, after the words that say where it stands."""
+    text = _read_text(path)
+    first = text.lstrip()[:1]
+    if first == "[":
+        for index, record in enumerate(_parse_json(text, f"{path}: expected a JSON list of records")):
+            yield f"{path}, record {index} (counted from 0)", record
+    elif first == "{":
+        yield from _line_records(path, text)
+    elif first:
+        raise InputError(
+            f"{path}: expected a JSON list of records, or one record a line; found text that starts {_shown(text)}"
+        )
+
+
+def _line_records(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    lines = enumerate(text.split("\n"), start=1)  # splitlines would also cut at U+2028 and the like, inside texts
+    filled = ((number, line) for number, line in lines if line.strip())
+    for index, (number, line) in enumerate(filled):
+        expected = f"{path}, line {number}: expected a whole record on each line (or one JSON list over the whole file)"
+        yield f"{path}, record {index} (counted from 0, line {number})", _parse_json(line, expected)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read as a file ({error.strerror}); give a JSON or JSON-lines file"
+        ) from error
+
+
+def _parse_json(text: str, expected: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{expected}, found invalid JSON: {error}") from error
+
+
+def _dataset_records(name: str) -> Iterator[tuple[str, object]]:
+    """Each record of a Hugging Face data set's `train` split, after the words that say where it stands."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MissingPackage(
+            f"no file {name} here, and to load it as a Hugging Face data set the package `datasets` is needed: "
+            "pip install 'datasets>=4'"
+        ) from error
+    try:
+        records = load_dataset(name, split="train")
+    except Exception as error:  # hub, network, cache and data errors have no common class
+        raise MissingInput(
+            f"no file {name} here, and the Hugging Face data set {name} cannot be loaded "
+            f"({type(error).__name__}: {error}); check the name and the network, or give a downloaded JSON file"
+        ) from error
+    for index, record in enumerate(records):
+        yield f"{name}, record {index} (counted from 0)", record
+
+
+def _check_record(record: object, where: str) -> Example:
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected an object with the fields {', '.join(_FIELDS)}, found {_shown(record)}")
+    given = [field for field in _FIELDS if field != "input" or record.get("input") is not None]
+    return Example(**{field: _check_text(record, field, where) for field in given})
+
+
+def _check_text(record: dict[str, object], field: str, where: str) -> str:
+    if field not in record:
+        raise InputError(
+            f"{where}: the field {field!r} is missing, found the fields {reprlib.repr(list(record))}; add it"
+        )
+    text = record[field]
+    if not isinstance(text, str):
+        raise InputError(f"{where}, field {field!r}: expected text, found {_shown(text)}; mend or remove the record")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, no tokenizer can read it
+        raise InputError(f"{where}, field {field!r}: expected valid Unicode text, found {error}; mend it") from error
+    return text
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {reprlib.repr(value)}"
+
+
+# Splitting ----------------------------------------------------------------------------------------------------
+
+
+def split_examples(examples: Sequence[Example], *, num_held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out), both in their first order; which are held out depends on the seed and the number only.
+
+    With the same seed a larger `num_held_out` holds out the same ones and more. Raises InputError when nothing would be
+    left to train on.
+    """
+    if not 0 <= num_held_out < len(examples):
+        raise InputError(
+            f"cannot hold out {num_held_out:,} of {len(examples):,} examples; "
+            f"expected a number from 0 to {len(examples) - 1:,}"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = set(order[:num_held_out])
+    train = [example for index, example in enumerate(examples) if index not in held_out]
+    return train, [examples[index] for index in sorted(held_out)]
+
+
+# Encoding -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingReport:
+    """What encoding met. Counts of examples, but for the last two; of what was kept, but for the first three."""
+
+    max_length: int  # tokens
+    num_read: int
+    num_all_masked: int  # dropped: no label is left that carries loss
+    num_kept: int
+    num_empty_outputs: int  # nothing but white space: teaches to answer nothing
+    num_duplicates: int  # beyond the first of each; instruction, input and output all equal
+    num_without_eos: int  # the cut took their EOS
+    num_tokens: int
+    num_targets: int  # tokens that carry loss
+
+    def lines(self) -> list[str]:
+        """The report for a log: totals first, then a line for each thing that occurs."""
+        totals = f"{self.num_kept:,} of {self.num_read:,} examples: {self.num_tokens:,} tokens"
+        findings = {
+            f"dropped: their prompt fills all {self.max_length} tokens, nothing is left to learn": self.num_all_masked,
+            f"longer than {self.max_length} tokens: cut, and without their EOS": self.num_without_eos,
+            "with an empty output: they teach to answer nothing": self.num_empty_outputs,
+            "exact copies of an earlier one": self.num_duplicates,
+        }
+        return [
+            f"{totals}, {self.num_targets:,} of them carry loss",
+            *(f"{count:,} {text}" for text, count in findings.items() if count),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedDataset:
+    """Encoded examples, end to end in flat tensors: E examples of N packed tokens together.
+
+    ids: int32 [N].   offsets: int64 [E + 1], where each example starts and the last one ends.
+    prompt_lengths: int64 [E], the number of leading labels that are masked.
+    report: what encoding met; a subset keeps the report of the whole.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    prompt_lengths: Tensor
+    report: EncodingReport
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of each example: int64 [E]."""
+        return self.offsets.diff()
+
+    @cached_property
+    def target_counts(self) -> Tensor:
+        """Labels of each example that carry loss: int64 [E]. The first token is never predicted, masked or not."""
+        return _count_targets(self.lengths, self.prompt_lengths)
+
+    def example(self, index: int) -> tuple[Tensor, Tensor]:
+        """Ids and labels of one example, both int64 [T]; labels are not shifted."""
+        index = range(len(self))[index]  # an IndexError, where a slice would be empty
+        ids = self.ids[self.offsets[index] : self.offsets[index + 1]].long()
+        labels = ids.clone()
+        labels[: self.prompt_lengths[index]] = MASKED_LABEL
+        return ids, labels
+
+    def subset(self, indices: Sequence[int] | Tensor) -> "EncodedDataset":
+        """The examples at `indices`, in that order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        starts, ends = self.offsets[:-1][chosen].tolist(), self.offsets[1:][chosen].tolist()
+        return EncodedDataset(
+            ids=torch.cat([self.ids[:0], *(self.ids[start:end] for start, end in zip(starts, ends, strict=True))]),
+            offsets=_offsets(self.lengths[chosen]),
+            prompt_lengths=self.prompt_lengths[chosen],
+            report=self.report,
+        )
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int = 512, progress: bool = True
+) -> EncodedDataset:
+    """Ids and labels of the original recipe, for every example that has a label to learn from.
+
+    max_length: tokens an example is cut to, on the right. progress: show a bar on a terminal, once it takes long.
+    Raises InputError when of some examples not one is left.
+    """
+    parts = []
+    with tqdm(total=len(examples), desc="encode", unit=" examples", delay=1, disable=None if progress else True) as bar:
+        for start in range(0, max(len(examples), 1), _CHUNK):
+            chunk = examples[start : start + _CHUNK]
+            parts.append(_encode_chunk(chunk, tokenizer, max_length=max_length))
+            bar.update(len(chunk))
+    names = [field.name for field in dataclasses.fields(_Encoded)]
+    whole = _Encoded(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    report = _make_report(examples, whole, max_length=max_length)
+    if report.num_read and not report.num_kept:
+        raise InputError(
+            f"none of the {report.num_read:,} examples has a token to learn from: every prompt fills the "
+            f"{max_length} tokens an example is cut to; raise --model_max_length"
+        )
+    lengths = whole.full_lengths[whole.kept].clamp(max=max_length)
+    return EncodedDataset(
+        ids=whole.ids, offsets=_offsets(lengths), prompt_lengths=whole.prompt_lengths[whole.kept], report=report
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Encoded:
+    """E examples, encoded: the ids of those that are kept, end to end, and the counts of all."""
+
+    ids: Tensor  # int32 [N]
+    full_lengths: Tensor  # int64 [E], before the cut
+    prompt_lengths: Tensor  # int64 [E], at most the length after the cut
+    kept: Tensor  # bool [E]
+
+
+def _encode_chunk(examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int) -> _Encoded:
+    prompts = [alpaca_prompt(example.instruction, example.input) for example in examples]
+    texts = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]
+    encoded = tokenizer.encode_batch(prompts + texts)
+    rows = [[*tokenizer.prefix_ids, *row, tokenizer.eos_id] for row in encoded[len(prompts) :]]
+    full_lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    lengths = full_lengths.clamp(max=max_length)
+    prompt_lengths = torch.tensor([len(row) for row in encoded[: len(prompts)]], dtype=torch.int64)
+    prompt_lengths = torch.minimum(prompt_lengths + len(tokenizer.prefix_ids), lengths)
+    kept = _count_targets(lengths, prompt_lengths) > 0
+    cut_rows = (row[:max_length] for row, keep in zip(rows, kept.tolist(), strict=True) if keep)
+    ids = torch.tensor(list(chain.from_iterable(cut_rows)), dtype=torch.int32)
+    return _Encoded(ids=ids, full_lengths=full_lengths, prompt_lengths=prompt_lengths, kept=kept)
+
+
+def _make_report(examples: Sequence[Example], encoded: _Encoded, *, max_length: int) -> EncodingReport:
+    kept = [example for example, keep in zip(examples, encoded.kept.tolist(), strict=True) if keep]
+    full_lengths = encoded.full_lengths[encoded.kept]
+    targets = _count_targets(full_lengths.clamp(max=max_length), encoded.prompt_lengths[encoded.kept])
+    return EncodingReport(
+        max_length=max_length,
+        num_read=len(examples),
+        num_all_masked=len(examples) - len(kept),
+        num_kept=len(kept),
+        num_empty_outputs=sum(not example.output.strip() for example in kept),
+        num_duplicates=len(kept) - len(set(kept)),
+        num_without_eos=int((full_lengths > max_length).sum()),
+        num_tokens=len(encoded.ids),
+        num_targets=int(targets.sum()),
+    )
+
+
+def _count_targets(lengths: Tensor, prompt_lengths: Tensor) -> Tensor:
+    return lengths - prompt_lengths.clamp(min=1)
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -1,0 +1,104 @@
+"""From token ids to text as it comes: whole characters only, cut before the first stop string."""
+
+import codecs
+from collections.abc import Sequence
+
+from alpaca.tokenizer import Tokenizer
+
+_LONGEST_CHARACTER = 4  # UTF-8 bytes; byte-level tokenizers need at most as many tokens for one character
+
+
+class CompletionText:
+    """The text of one completion. What `push` and `finish` return, put together, is the text.
+
+    Leading white space is dropped first where asked; then the text ends before the first stop string, which never
+    shows, not even in part: a piece that could be its beginning waits for what follows.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, stop: Sequence[str] = (), strip_leading: bool = False
+    ) -> None:
+        self.stopped = False
+        self._decoder = _decoder(tokenizer, prompt_ids)
+        self._stop = tuple(stop)
+        self._at_start = strip_leading
+        self._waiting = ""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain after one more token; `stopped` turns true when a stop string was met."""
+        return "" if self.stopped else self._release(self._decoder.push(token_id), last=False)
+
+    def finish(self) -> str:
+        """What was held back, once no token follows."""
+        return "" if self.stopped else self._release(self._decoder.finish(), last=True)
+
+    def _release(self, text: str, *, last: bool) -> str:
+        if self._at_start:
+            text = text.lstrip()
+            self._at_start = not text
+        self._waiting += text
+        found = [at for at in map(self._waiting.find, self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            end = min(found)
+        else:
+            end = len(self._waiting) if last else len(self._waiting) - self._length_to_hold()
+        piece, self._waiting = self._waiting[:end], self._waiting[end:]
+        return piece
+
+    def _length_to_hold(self) -> int:
+        """Length of the longest end of the text that some stop string starts with."""
+        longest = min(len(self._waiting), max(map(len, self._stop), default=0))
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(self._waiting[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+class _BytesDecoder:
+    """For tokenizers whose ids stand for bytes on their own (SentencePiece)."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # A text's first piece carries the space SentencePiece puts there; a continuation's space is the model's.
+        self._drop_space = all(token_id in tokenizer.special_ids for token_id in prompt_ids)
+
+    def push(self, token_id: int) -> str:
+        data = self._tokenizer.token_bytes(token_id)
+        if data and self._drop_space:
+            data, self._drop_space = data.removeprefix(b" "), False
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _WindowDecoder:
+    """For any other tokenizer: the new text is what decoding grows by, over a few tokens of context."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._context = list(prompt_ids[-_LONGEST_CHARACTER:])
+        self._new: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        self._new.append(token_id)
+        text = self._grown()
+        if text.endswith("\ufffd") and len(self._new) < _LONGEST_CHARACTER:
+            return ""  # perhaps the first bytes of a character
+        self._context, self._new = self._new, []
+        return text
+
+    def finish(self) -> str:
+        return self._grown() if self._new else ""
+
+    def _grown(self) -> str:
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._new)[len(before) :]
+
+
+def _decoder(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> _BytesDecoder | _WindowDecoder:
+    if tokenizer.token_bytes(tokenizer.eos_id) is None:
+        return _WindowDecoder(tokenizer, prompt_ids)
+    return _BytesDecoder(tokenizer, prompt_ids)

@@ -1,0 +1,136 @@
+"""What a client may ask for, and what an engine is given: inputs, their bounds, and the request made of them."""
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alpaca.errors import InputError, PromptTooLong
+from alpaca.prompts import RAW_TEMPLATE, format_prompt
+from alpaca.tokenizer import Tokenizer
+
+_LARGEST_SEED = 2**31 - 1  # a drawn seed survives any client's JSON number
+
+
+def _bounded(default: Any, *, ge: float | None = None, le: float | None = None) -> Any:
+    return field(default=default, metadata={"ge": ge, "le": le})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionInputs:
+    """The Predictor's inputs: names, defaults and bounds. predict.py repeats them as literals; a test compares."""
+
+    prompt: str
+    input: str = ""
+    prompt_template: str = "alpaca"
+    n: int = _bounded(1, ge=1, le=5)
+    max_new_tokens: int = _bounded(256, ge=1)
+    min_new_tokens: int = _bounded(0, ge=0)
+    total_tokens: int | None = _bounded(None, ge=1)
+    temperature: float = _bounded(0.75, ge=0, le=5)
+    top_p: float = _bounded(1.0, ge=0.01, le=1)
+    top_k: int = _bounded(0, ge=0)
+    min_p: float = _bounded(0.0, ge=0, le=1)
+    repetition_penalty: float = _bounded(1.0, ge=0.01, le=5)
+    presence_penalty: float = _bounded(0.0, ge=-2, le=2)
+    frequency_penalty: float = _bounded(0.0, ge=-2, le=2)
+    stop: tuple[str, ...] = ()
+    seed: int | None = _bounded(None, ge=0)
+    num_beams: int = _bounded(1, ge=1, le=8)
+    stream: bool = False
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "PredictionInputs":
+        """Inputs as they come over HTTP: whole floats for integers, a list for `stop`. Raises InputError."""
+        integers = {item.name for item in dataclasses.fields(cls) if item.type in (int, int | None)}
+        cleaned = {name: _whole(name, value) if name in integers else value for name, value in values.items()}
+        if not all(isinstance(text, str) and text for text in cleaned.get("stop") or ()):
+            raise InputError(f"stop must be a list of texts that are not empty; found {cleaned['stop']!r}")
+        cleaned["stop"] = tuple(cleaned.get("stop") or ())
+        return cls(**cleaned)
+
+    def check(self) -> None:
+        """Hold every value against its bounds, and the combinations. Raises InputError."""
+        for item in dataclasses.fields(self):
+            value, ge, le = getattr(self, item.name), item.metadata.get("ge"), item.metadata.get("le")
+            if value is None:
+                continue
+            # `not >=` rather than `<`, so that NaN fails
+            if (ge is not None and not value >= ge) or (le is not None and not value <= le):
+                raise InputError(f"{item.name} must be {_bounds_text(ge, le)}; found {value!r}")
+        if self.stream and (self.n > 1 or self.num_beams > 1):
+            raise InputError("stream sends the pieces of one completion: use it with n = 1 and num_beams = 1")
+        if self.num_beams > 1 and self.n > self.num_beams:
+            raise InputError(f"beam search with num_beams {self.num_beams} cannot give n = {self.n} completions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What an engine runs: token ids in, at most `max_new_tokens` ids of each completion out."""
+
+    prompt_ids: tuple[int, ...]
+    n: int
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    num_beams: int
+
+
+def make_request(inputs: PredictionInputs, tokenizer: Tokenizer, *, max_context: int) -> Request:
+    """Fill the template, tokenize, and cut `max_new_tokens` to what fits. Raises InputError, PromptTooLong."""
+    inputs.check()
+    text = format_prompt(inputs.prompt, inputs.input, inputs.prompt_template)
+    prompt_ids = (*tokenizer.prefix_ids, *tokenizer.encode(text))
+    if not prompt_ids:
+        raise InputError("the prompt is empty and this model's tokenizer has no BOS token: give at least one character")
+    return Request(
+        prompt_ids=prompt_ids,
+        max_new_tokens=_room(inputs, len(prompt_ids), max_context),
+        seed=random.SystemRandom().randint(0, _LARGEST_SEED) if inputs.seed is None else inputs.seed,
+        **{name: getattr(inputs, name) for name in _SAME_IN_BOTH},
+    )
+
+
+def strips_leading_space(inputs: PredictionInputs) -> bool:
+    """An answer to a template starts with its first word; the continuation of a raw prompt keeps its white space."""
+    return inputs.prompt_template != RAW_TEMPLATE
+
+
+def _room(inputs: PredictionInputs, prompt_length: int, max_context: int) -> int:
+    """How many tokens may be generated: what was asked, cut to the context that is left."""
+    if prompt_length >= max_context:
+        raise PromptTooLong(
+            f"the prompt is {prompt_length} tokens long and the model's context is {max_context}: "
+            "shorten the prompt so that room for an answer is left"
+        )
+    if inputs.total_tokens is not None and prompt_length >= inputs.total_tokens:
+        raise PromptTooLong(
+            f"the prompt is {prompt_length} tokens long and total_tokens, which includes it, is "
+            f"{inputs.total_tokens}: raise total_tokens or leave it out"
+        )
+    return min(inputs.max_new_tokens, (inputs.total_tokens or max_context) - prompt_length, max_context - prompt_length)
+
+
+def _whole(name: str, value: Any) -> Any:
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise InputError(f"{name} must be a whole number; found {value!r}")
+        return int(value)
+    return value
+
+
+def _bounds_text(ge: float | None, le: float | None) -> str:
+    return f"at least {ge}" if le is None else f"from {ge} to {le}"
+
+
+_SAME_IN_BOTH = (
+    {item.name for item in dataclasses.fields(PredictionInputs)} & {item.name for item in dataclasses.fields(Request)}
+) - {"max_new_tokens", "seed"}

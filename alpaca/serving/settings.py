@@ -1,0 +1,64 @@
+"""The server's settings: environment variables, read once. `script/serve` mirrors them as flags."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alpaca.errors import InputError
+
+ENGINES = ("auto", "transformers")
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8", "nf4")
+
+
+def _setting(variable: str, default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"variable": variable, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """One field per variable; None means: decided from the model and the hardware."""
+
+    weights: str | None = _setting("COG_WEIGHTS", None, "model folder (default: alpaca_out)")
+    dtype: str | None = _setting("ALPACA_DTYPE", None, "bfloat16 on a GPU, float32 on a CPU by default", DTYPES)
+    quantization: str = _setting("ALPACA_QUANTIZATION", "none", "of the linear layers' weights", QUANTIZATIONS)
+    max_context: int | None = _setting("ALPACA_MAX_CONTEXT", None, "tokens of prompt and answer (default: the model's)")
+    memory_fraction: float = _setting("ALPACA_MEMORY_FRACTION", 0.9, "share of the free GPU memory that is used")
+    engine: str = _setting("ALPACA_ENGINE", "auto", "what runs the model", ENGINES)
+    concurrency: int = _setting("COG_MAX_CONCURRENCY", 1, "requests in flight")
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise InputError(f"{item.metadata['variable']} must be one of {', '.join(choices)}; found {value!r}")
+        if not 0 < self.memory_fraction <= 1:
+            raise InputError(f"ALPACA_MEMORY_FRACTION must be above 0 and at most 1; found {self.memory_fraction}")
+        for name in ("max_context", "concurrency"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1; found {value}")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "ServerSettings":
+        """The settings that are set and not empty. Raises InputError naming the variable."""
+        found = {
+            item.name: _parse(item, environment[item.metadata["variable"]])
+            for item in dataclasses.fields(cls)
+            if environment.get(item.metadata["variable"])
+        }
+        return cls(**found)
+
+
+def setting_type(item: dataclasses.Field) -> type:
+    """int, float or str: what a setting's text is turned into."""
+    return next(kind for kind in (int, float, str) if item.type in (kind, kind | None))
+
+
+def _parse(item: dataclasses.Field, text: str) -> Any:
+    try:
+        return setting_type(item)(text)
+    except ValueError:
+        expected = setting_type(item).__name__
+        raise InputError(f"{item.metadata['variable']} must be a number ({expected}); found {text!r}") from None

@@ -1,0 +1,247 @@
+"""The engine for any causal model of transformers (LLaMA, OPT, BLOOM …): one request at a time, in order.
+
+The completions of one request run as one batch on the prompt's keys and values. Beam search is transformers' own.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from alpaca.errors import EngineClosed, InputError, MissingInput, NotEnoughSpace
+from alpaca.hf_files import list_folder
+from alpaca.quantization import allow_any_width_on_cpu, bitsandbytes_config
+from alpaca.serving.engine import Engine, Generation
+from alpaca.serving.request import Request
+from alpaca.serving.sampling import Sampler
+from alpaca.serving.settings import ServerSettings
+from alpaca.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_PREFILL_TOKENS = 512  # a long prompt is read in pieces, so that a cancelled request ends between them
+_DEFAULT_CONTEXT = 2048  # for models that name none (BLOOM)
+_DEVICE_ERRORS = ("CUDA error", "device-side assert", "NCCL")
+
+
+class TransformersEngine(Engine):
+    """Runs requests one after the other on a transformers model."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, *, max_context: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_context = max_context
+        self._model = model.eval()
+        self._eos_ids = _eos_ids(model, tokenizer)
+        self._waiting: deque[Generation] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._lost: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="transformers-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Generation:
+        generation = Generation(request)
+        with self._changed:
+            if self._closed or self._lost is not None:
+                raise EngineClosed(f"the engine takes no requests: {self._lost or 'it is shut down'}")
+            self._waiting.append(generation)
+            self._changed.notify()
+        return generation
+
+    def is_healthy(self) -> bool:
+        return self._thread.is_alive() and self._lost is None and not self._closed
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    # The engine's thread
+
+    def _serve(self) -> None:
+        while (generation := self._next()) is not None:
+            if generation.is_cancelled:
+                continue
+            generation.start()
+            try:
+                self._run(generation)
+                if self._closed:
+                    generation.fail(EngineClosed("the engine was shut down"))
+            except Exception as error:
+                logger.exception("a request failed in the engine")
+                generation.fail(error)
+                self._check_device(error)
+        while self._waiting:
+            self._waiting.popleft().fail(EngineClosed(f"the engine stopped: {self._lost or 'it was shut down'}"))
+
+    def _next(self) -> Generation | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed or self._lost is not None)
+            return None if self._closed or self._lost is not None else self._waiting.popleft()
+
+    def _check_device(self, error: Exception) -> None:
+        """Out of memory passes; any other CUDA error leaves the device unusable in this process."""
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        elif any(sign in str(error) for sign in _DEVICE_ERRORS):
+            with self._changed:
+                self._lost = error
+
+    @torch.inference_mode()
+    def _run(self, generation: Generation) -> None:
+        if generation.request.num_beams > 1:
+            self._beam_search(generation)
+            return
+        cache = DynamicCache(config=self._model.config)
+        logits = self._prefill(generation, cache)
+        if logits is not None:
+            self._decode(generation, cache, logits)
+
+    def _prefill(self, generation: Generation, cache: DynamicCache) -> torch.Tensor | None:
+        """Read the prompt; the logits [n, V] after it, or None when the request was cancelled meanwhile."""
+        request = generation.request
+        prompt = torch.tensor([request.prompt_ids], device=self._model.device)
+        for piece in prompt.split(_PREFILL_TOKENS, dim=1):
+            if generation.is_cancelled:
+                return None
+            logits = self._forward(piece, cache)
+        if request.n > 1:
+            cache.batch_repeat_interleave(request.n)
+        return logits.expand(request.n, -1)
+
+    def _decode(self, generation: Generation, cache: DynamicCache, logits: torch.Tensor) -> None:
+        """Generate token after token for the completions still running, as one batch."""
+        request = generation.request
+        vocab_size = min(logits.shape[-1], self.tokenizer.size)  # an embedding may be padded beyond the tokenizer
+        sampler = Sampler(request, vocab_size=vocab_size, eos_ids=self._eos_ids, device=logits.device)
+        running = list(range(request.n))
+        for num_generated in range(request.max_new_tokens):
+            chosen = sampler.choose(logits[:, :vocab_size], running, num_generated)
+            is_last = num_generated + 1 == request.max_new_tokens
+            kept = [row for row in range(len(running)) if self._publish(generation, running[row], chosen[row], is_last)]
+            if generation.is_cancelled or self._closed or not kept:
+                return
+            if len(kept) < len(running):
+                cache.batch_select_indices(torch.tensor(kept, device=logits.device))
+                running, chosen = [running[row] for row in kept], [chosen[row] for row in kept]
+            logits = self._forward(torch.tensor(chosen, device=logits.device)[:, None], cache)
+
+    def _publish(self, generation: Generation, completion: int, token_id: int, is_last: bool) -> bool:
+        """Hand on one token; whether its completion goes on."""
+        if generation.is_stopped(completion):
+            generation.finish(completion)
+            return False
+        is_eos = token_id in self._eos_ids
+        if not is_eos:
+            generation.put_token(completion, token_id)
+        if is_eos or is_last:
+            generation.finish(completion)
+        return not (is_eos or is_last)
+
+    def _forward(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits [R, V] after the last of ids [R, T]; the cache grows by T."""
+        return self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def _beam_search(self, generation: Generation) -> None:
+        request = generation.request
+        prompt = torch.tensor([request.prompt_ids], device=self._model.device)
+        sequences = self._model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=_beam_config(request, sorted(self._eos_ids)),
+            stopping_criteria=StoppingCriteriaList([_StopWhenCancelled(generation)]),
+        )
+        for completion, sequence in enumerate(sequences[:, prompt.shape[1] :].tolist()):
+            ends = [at for at, token_id in enumerate(sequence) if token_id in self._eos_ids]
+            for token_id in sequence[: ends[0] if ends else None]:
+                generation.put_token(completion, token_id)
+            generation.finish(completion)
+
+
+class _StopWhenCancelled(StoppingCriteria):
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._generation.is_cancelled, device=input_ids.device)
+
+
+def _beam_config(request: Request, eos_ids: list[int]) -> GenerationConfig:
+    return GenerationConfig(
+        num_beams=request.num_beams,
+        num_return_sequences=request.n,
+        do_sample=False,
+        max_new_tokens=request.max_new_tokens,
+        min_new_tokens=request.min_new_tokens,
+        repetition_penalty=request.repetition_penalty,
+        eos_token_id=eos_ids,
+        pad_token_id=eos_ids[0],
+    )
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
+    """EOS by the tokenizer, and by the generation config unless the folder's ids are known not to be trusted."""
+    named = model.generation_config.eos_token_id
+    if named is None or isinstance(tokenizer, SentencePieceTokenizer):
+        return frozenset([tokenizer.eos_id])
+    return frozenset([tokenizer.eos_id, *([named] if isinstance(named, int) else named)])
+
+
+# Loading ------------------------------------------------------------------------------------------------------
+
+
+def load_transformers_engine(folder: Path, settings: ServerSettings) -> TransformersEngine:
+    """Load a model folder onto the GPU, or the CPU where there is none. Raises the errors of `alpaca.errors`."""
+    if not (folder / "config.json").is_file():
+        raise MissingInput(f"{folder} holds no model: no config.json; found: {list_folder(folder)}")
+    start = time.monotonic()
+    tokenizer = load_tokenizer(folder)
+    model = _load_model(folder, settings)
+    max_context = _max_context(model, settings)
+    logger.info(
+        "loaded %s in %.1f s: %.1f M parameters, %s on %s, quantization %s, context %d tokens",
+        folder, time.monotonic() - start, model.num_parameters() / 1e6, str(model.dtype).removeprefix("torch."),
+        model.device, settings.quantization, max_context,
+    )  # fmt: skip
+    return TransformersEngine(model, tokenizer, max_context=max_context)
+
+
+def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            local_files_only=True,
+            quantization_config=bitsandbytes_config(settings.quantization, dtype),
+        )
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughSpace(
+            f"{folder} does not fit the GPU as {dtype}: set ALPACA_QUANTIZATION to int8 or nf4 ({error})"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    if settings.quantization == "nf4" and device.type == "cpu":
+        allow_any_width_on_cpu(model)
+    return model
+
+
+def _max_context(model: PreTrainedModel, settings: ServerSettings) -> int:
+    own = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_CONTEXT
+    if settings.max_context is not None and settings.max_context > own:
+        logger.warning("ALPACA_MAX_CONTEXT %d is cut to the model's context of %d tokens", settings.max_context, own)
+    return min(settings.max_context or own, own)

@@ -1,0 +1,170 @@
+"""The Cog predictor: inputs -> request -> engine -> text. No model code here.
+
+`run` is a coroutine that returns a generator: of the forms Cog 0.23 knows, this one alone streams each piece at once,
+runs many predictions side by side, and can be cancelled.
+"""
+
+import asyncio
+import contextvars
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from typing import Iterator  # noqa: UP035  the name as Cog's documentation has it
+
+from cog import BaseRunner, CancelationException, Input, concurrent, streaming
+
+from alpaca.archives import find_weights
+from alpaca.errors import AlpacaError
+
+
+class Predictor(BaseRunner):
+    """Answers instructions with a LLaMA, or any causal model of transformers."""
+
+    def setup(self, weights: str | None = None) -> None:
+        """Load the model: the folder COG_WEIGHTS names, else alpaca_out."""
+        from alpaca.serving.engine import Engine
+        from alpaca.serving.settings import ServerSettings
+        from alpaca.serving.transformers_engine import load_transformers_engine
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        settings = ServerSettings.from_environment(os.environ)
+        self.engine: Engine = load_transformers_engine(find_weights(str(weights) if weights else None), settings)
+
+    def healthcheck(self) -> bool:
+        """Whether the engine can still answer."""
+        return self.engine.is_healthy()
+
+    @concurrent(max=64)
+    @streaming
+    async def run(
+        self,
+        prompt: str = Input(description="The instruction, or the whole text where prompt_template is {prompt}"),
+        input: str = Input(default="", description="Context for the instruction; not empty selects the template with an input"),
+        prompt_template: str = Input(default="alpaca", description="alpaca, or a text that holds {prompt} and optionally {input}; {prompt} alone sends the text as it is"),
+        n: int = Input(default=1, ge=1, le=5, description="Number of completions"),
+        max_new_tokens: int = Input(default=256, ge=1, description="Most tokens to generate, cut to the context that is left"),
+        min_new_tokens: int = Input(default=0, ge=0, description="The answer does not end before this many tokens"),
+        total_tokens: int | None = Input(default=None, ge=1, description="Most tokens of prompt and answer together; when given, the smaller limit of the two holds"),
+        temperature: float = Input(default=0.75, ge=0, le=5, description="Randomness of the sampling; 0 always takes the most likely token"),
+        top_p: float = Input(default=1.0, ge=0.01, le=1, description="Sample from the most likely tokens that together reach this probability"),
+        top_k: int = Input(default=0, ge=0, description="Sample from this many most likely tokens; 0 is off"),
+        min_p: float = Input(default=0.0, ge=0, le=1, description="Leave out tokens less likely than this share of the most likely one; 0 is off"),
+        repetition_penalty: float = Input(default=1.0, ge=0.01, le=5, description="Above 1, tokens that occurred before, in the prompt too, become less likely"),
+        presence_penalty: float = Input(default=0.0, ge=-2, le=2, description="Taken from the score of each token that was generated before"),
+        frequency_penalty: float = Input(default=0.0, ge=-2, le=2, description="Taken from a token's score once for each time it was generated"),
+        stop: list[str] = Input(default=[], description="Texts that end the answer; they are not part of it"),
+        seed: int | None = Input(default=None, ge=0, description="Repeats a random answer; drawn and reported in the metrics when absent"),
+        num_beams: int = Input(default=1, ge=1, le=8, description="Above 1: beam search, without sampling"),
+        stream: bool = Input(default=False, description="Send the pieces of one completion as they come; needs n = 1 and num_beams = 1"),
+    ) -> Iterator[str]:  # fmt: skip
+        """Completions, one item each; or with `stream` the pieces of one."""
+        values = {name: value for name, value in locals().items() if name != "self"}
+        call = _Call(_slot_future())
+        return _in_context(self._answer(values, call))
+
+    def _answer(self, values: dict[str, object], call: "_Call") -> Generator[str, None, None]:
+        try:
+            yield from self._generate(values, call)
+        except AlpacaError as error:
+            print(f"refused: {error}")
+            raise
+        except CancelationException:
+            raise
+        except Exception:
+            traceback.print_exc(file=sys.stdout)  # the runtime reports the message alone
+            raise
+
+    def _generate(self, values: dict[str, object], call: "_Call") -> Generator[str, None, None]:
+        from alpaca.serving.detokenize import CompletionText
+        from alpaca.serving.engine import GenerationCancelledError, complete_texts, stream_text
+        from alpaca.serving.request import PredictionInputs, make_request, strips_leading_space
+
+        inputs = PredictionInputs.from_mapping(values)
+        request = make_request(inputs, self.engine.tokenizer, max_context=self.engine.max_context)
+        texts = [
+            CompletionText(
+                self.engine.tokenizer,
+                request.prompt_ids,
+                stop=inputs.stop,
+                strip_leading=strips_leading_space(inputs),
+            )
+            for _ in range(request.n)
+        ]
+        generation = self.engine.submit(request)
+        call.when_cancelled(generation.cancel)
+        try:
+            yield from stream_text(generation, texts[0]) if inputs.stream else complete_texts(generation, texts)
+        except GenerationCancelledError:
+            raise CancelationException from None
+        finally:
+            generation.cancel()  # no effect once it has ended; stops it when the runtime drops this generator
+        metrics = generation.metrics()
+        for name, value in metrics.items():
+            self.record_metric(name, value)
+        print(
+            "{output_tokens} tokens after {prompt_tokens}, {tokens_per_second:.1f} tokens/s, seed {seed}".format(
+                **metrics
+            )
+        )
+
+
+# What Cog 0.23 leaves undone for a coroutine that returns a generator -------------------------------------------
+
+
+class _Call:
+    """One prediction's cancellation: Cog cancels the future of its slot, which here reaches the engine."""
+
+    def __init__(self, future: Future | None) -> None:
+        self._cancelled = False
+        self._action: Callable[[], None] = lambda: None
+        if future is not None:
+            future.cancel = self._cancel
+
+    def when_cancelled(self, action: Callable[[], None]) -> None:
+        """Do this when the prediction is cancelled, at once if it was already."""
+        self._action = action
+        if self._cancelled:
+            action()
+
+    def _cancel(self) -> bool:
+        self._cancelled = True
+        self._action()
+        return True
+
+
+_said_no_hook = False
+
+
+def _slot_future() -> Future | None:
+    """The future on which the runtime calls `cancel` for this prediction; None (said once) where it is not to be had.
+
+    asyncio.run_coroutine_threadsafe chains the running task to that future by a callback, whose closure holds it.
+    """
+    for callback, _ in getattr(asyncio.current_task(), "_callbacks", None) or ():
+        for cell in getattr(callback, "__closure__", None) or ():
+            if isinstance(cell.cell_contents, Future):
+                return cell.cell_contents
+    global _said_no_hook
+    if not _said_no_hook:
+        _said_no_hook = True
+        logging.getLogger(__name__).warning(
+            "this Cog version gives no hook for cancellation: predictions run to their end"
+        )
+    return None
+
+
+def _in_context(pieces: Generator[str, None, None]) -> Generator[str, None, None]:
+    """Run a generator in the prediction's context, so that what it prints and records belongs to this prediction."""
+    context, end = contextvars.copy_context(), object()
+
+    def iterate() -> Generator[str, None, None]:
+        try:
+            while (piece := context.run(next, pieces, end)) is not end:
+                yield piece
+        finally:
+            context.run(pieces.close)
+
+    return iterate()

@@ -1,0 +1,66 @@
+"""Start the real Cog server on this machine: schema written, environment right, then `python -m cog.server.http`.
+
+The process becomes the runtime (exec), so that one signal stops server and worker together.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import schema  # noqa: E402
+
+from alpaca.errors import run_command  # noqa: E402
+from alpaca.serving.settings import ServerSettings, setting_type  # noqa: E402
+
+CONCURRENCY = 64  # as predict.py tells the image
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Host, port and mode, and a flag for every server setting; what is not given stays as the environment has it."""
+    parser = argparse.ArgumentParser(prog="script/serve", description="Serve the model over HTTP with Cog's runtime.")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=5000, help="0 picks a free one and prints it (default: %(default)s)"
+    )
+    parser.add_argument("--train", action="store_true", help="serve /trainings instead of /predictions")
+    for item in dataclasses.fields(ServerSettings):
+        kind, choices, help = setting_type(item), item.metadata["choices"], item.metadata["help"]
+        parser.add_argument(f"--{item.name}", type=kind, choices=choices, help=f"{help} [{item.metadata['variable']}]")
+    return parser.parse_args(arguments)
+
+
+def runtime_environment(options: argparse.Namespace, environment: dict[str, str]) -> dict[str, str]:
+    """The variables the runtime and the Predictor read. Raises InputError for a bad setting."""
+    made = {"COG_MAX_CONCURRENCY": str(CONCURRENCY), "LOG_FORMAT": "console", "HF_HUB_OFFLINE": "1", **environment}
+    for item in dataclasses.fields(ServerSettings):
+        if (value := getattr(options, item.name)) is not None:
+            made[item.metadata["variable"]] = str(value)
+    ServerSettings.from_environment(made)
+    if options.train:
+        made["COG_MAX_CONCURRENCY"] = "1"
+    made["PORT"] = str(options.port)
+    made["COG_PREDICT_TYPE_STUB"] = schema.PREDICTOR
+    made["COG_TRAIN_TYPE_STUB"] = schema.TRAINER
+    # The runtime starts its worker as `python`, which must be this environment's.
+    made["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), made.get("PATH", os.defpath)])
+    return made
+
+
+def main() -> None:
+    options = parse_arguments()
+    environment = runtime_environment(options, dict(os.environ))
+    os.chdir(ROOT)
+    schema.write_schema()
+    command = [sys.executable, "-m", "cog.server.http", "--host", options.host]
+    if options.train:
+        command += ["--x-mode", "train"]
+    os.execve(sys.executable, command, environment)
+
+
+if __name__ == "__main__":
+    run_command(main)

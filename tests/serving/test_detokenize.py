@@ -1,0 +1,99 @@
+"""Text as it comes: whole characters, exactly the text, stop strings never show."""
+
+import random
+
+import pytest
+
+from alpaca.serving.detokenize import CompletionText
+from alpaca.tokenizer import HuggingFaceTokenizer, load_tokenizer
+
+TEXTS = [
+    "Hello there", " two  spaces ", "รามาเกียรติ์ เป็นวรรณคดี", "🦙👩‍👩‍👧 and 🇵🇪", "a\n\n### b\n",
+    "é ﬁ", "", "   ", "x" * 50,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "hugging face"])
+def tokenizer(request, llama_folder):
+    return load_tokenizer(llama_folder) if request.param == "sentencepiece" else HuggingFaceTokenizer(llama_folder)
+
+
+def pieces_of(tokenizer, ids, prompt_ids=(1,), **options) -> list[str]:
+    text = CompletionText(tokenizer, prompt_ids, **options)
+    pieces = []
+    for token_id in ids:
+        pieces.append(text.push(token_id))
+        if text.stopped:
+            break
+    return [*pieces, text.finish()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_the_text_and_never_break_a_character(tokenizer, text):
+    pieces = pieces_of(tokenizer, tokenizer.encode(text))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_continuation_is_what_follows_the_prompt(tokenizer, text):
+    prompt = (1, *tokenizer.encode("Prompt:"))
+    assert "".join(pieces_of(tokenizer, tokenizer.encode("Prompt:" + text)[len(prompt) - 1 :], prompt)) == text
+
+
+def test_leading_space_is_dropped_where_asked(tokenizer):
+    ids, prompt = tokenizer.encode("   \n word  x "), (1, *tokenizer.encode("Prompt:"))
+    assert "".join(pieces_of(tokenizer, ids, prompt, strip_leading=True)) == "word  x "
+    assert "".join(pieces_of(tokenizer, tokenizer.encode("   "), prompt, strip_leading=True)) == ""
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (["###"], "one two "),
+        (["# three", "###"], "one two "),
+        (["two", "one two"], ""),
+        (["three\n"], "one two ### "),
+        (["wo ###"], "one t"),
+        (["### threes"], "one two ### three\nfour ##"),
+        (["######"], "one two ### three\nfour ##"),
+        (["####", "## four"], "one two ### three\nfour ##"),
+        (["r ##"], "one two ### three\nfou"),
+    ],
+)
+def test_stop_strings_never_show_and_nothing_else_is_lost(tokenizer, stop, expected):
+    ids = tokenizer.encode("one two ### three\nfour ##")
+    pieces = pieces_of(tokenizer, ids, stop=stop)
+    assert "".join(pieces) == expected
+    shown = ""
+    for piece in pieces:  # at no moment has a client seen more than the final text
+        shown += piece
+        assert expected.startswith(shown)
+
+
+def test_nothing_comes_after_a_stop(tokenizer):
+    text = CompletionText(tokenizer, (1,), stop=["b"])
+    for token_id in tokenizer.encode("a b c"):
+        text.push(token_id)
+    assert text.stopped
+    assert (text.push(tokenizer.encode("d")[0]), text.finish()) == ("", "")
+
+
+def test_special_tokens_are_no_text(tokenizer):
+    assert "".join(pieces_of(tokenizer, [1, *tokenizer.encode("a"), 2])) == "a"
+
+
+def test_random_stops_equal_cutting_the_whole_text(tokenizer):
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(rng.choice("ab c\n#") for _ in range(30))
+        stop = ["".join(rng.choice("ab c\n#") for _ in range(rng.randint(1, 5))) for _ in range(2)]
+        ends = [text.find(s) for s in stop if s in text]
+        assert "".join(pieces_of(tokenizer, tokenizer.encode(text), stop=stop)) == text[: min(ends, default=len(text))]
+
+
+def test_bytes_that_are_no_character_are_replaced_not_held_back(llama_folder):
+    tokenizer = load_tokenizer(llama_folder)
+    lead = 3 + 0xF0  # the byte piece <0xF0>: the first of a four-byte character that never comes
+    pieces = pieces_of(tokenizer, [*tokenizer.encode("a"), lead, *tokenizer.encode("b")])
+    assert "".join(pieces) == "a\ufffd b"

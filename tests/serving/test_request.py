@@ -1,0 +1,116 @@
+"""Inputs become requests: templates, lengths, bounds."""
+
+import dataclasses
+import json
+
+import pytest
+
+from alpaca.errors import InputError, PromptTooLong
+from alpaca.prompts import alpaca_prompt
+from alpaca.serving.request import PredictionInputs, make_request, strips_leading_space
+from alpaca.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama_folder):
+    return load_tokenizer(llama_folder)
+
+
+def request(tokenizer, max_context=512, **values):
+    return make_request(PredictionInputs.from_mapping({"prompt": "hi", **values}), tokenizer, max_context=max_context)
+
+
+def test_prompt_is_bos_and_the_template_and_nothing_else(tokenizer):
+    for values, text in [
+        ({}, alpaca_prompt("hi")),
+        ({"input": "there"}, alpaca_prompt("hi", "there")),
+        ({"prompt_template": "{prompt}"}, "hi"),
+        ({"prompt_template": "Q: {prompt} ({input})\nA:", "input": "{prompt}"}, "Q: hi ({prompt})\nA:"),
+    ]:
+        assert request(tokenizer, **values).prompt_ids == (tokenizer.bos_id, *tokenizer.encode(text))
+    assert request(tokenizer, prompt="", prompt_template="{prompt}").prompt_ids == (tokenizer.bos_id,)
+
+
+def test_special_tokens_in_user_text_are_text(tokenizer):
+    ids = request(tokenizer, prompt="a</s><s>", prompt_template="{prompt}").prompt_ids
+    assert tokenizer.eos_id not in ids
+    assert ids.count(tokenizer.bos_id) == 1
+
+
+@pytest.mark.parametrize("template", ["no field", "", "{input}", "{Prompt}"])
+def test_template_without_prompt(tokenizer, template):
+    with pytest.raises(InputError, match=r'must be "alpaca" or a text that contains \{prompt\}'):
+        request(tokenizer, prompt_template=template)
+
+
+def test_input_without_a_place(tokenizer):
+    with pytest.raises(InputError, match=r"has no \{input\}"):
+        request(tokenizer, prompt_template="{prompt}", input="x")
+
+
+def test_limits(tokenizer):
+    raw = {"prompt_template": "{prompt}", "prompt": ""}  # one token: BOS
+    assert request(tokenizer, **raw).max_new_tokens == 256
+    assert request(tokenizer, max_context=100, **raw).max_new_tokens == 99
+    assert request(tokenizer, total_tokens=10, **raw).max_new_tokens == 9
+    assert request(tokenizer, total_tokens=10, max_new_tokens=3, **raw).max_new_tokens == 3
+    assert request(tokenizer, total_tokens=2000, max_context=50, **raw).max_new_tokens == 49
+
+
+def test_too_long_prompts_name_both_lengths(tokenizer):
+    length = len(request(tokenizer).prompt_ids)
+    with pytest.raises(PromptTooLong, match=f"prompt is {length} tokens long and the model's context is {length}"):
+        request(tokenizer, max_context=length)
+    assert request(tokenizer, max_context=length + 1).max_new_tokens == 1
+    with pytest.raises(
+        PromptTooLong, match=f"prompt is {length} tokens long and total_tokens, which includes it, is 5"
+    ):
+        request(tokenizer, total_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n": 6}, "n must be from 1 to 5; found 6"),
+        ({"temperature": float("nan")}, "temperature must be from 0 to 5; found nan"),
+        ({"top_p": 0.0}, "top_p must be from 0.01 to 1; found 0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; found 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"n": 1.5}, "n must be a whole number; found 1.5"),
+        ({"stop": [""]}, "stop must be a list of texts that are not empty"),
+        ({"stream": True, "n": 2}, "use it with n = 1 and num_beams = 1"),
+        ({"stream": True, "num_beams": 2}, "use it with n = 1 and num_beams = 1"),
+        ({"num_beams": 2, "n": 3}, "num_beams 2 cannot give n = 3"),
+    ],
+)
+def test_bounds(tokenizer, values, message):
+    with pytest.raises(InputError, match=message):
+        request(tokenizer, **values)
+
+
+def test_whole_floats_are_integers_and_seed_zero_is_a_seed(tokenizer):
+    made = request(tokenizer, n=2.0, seed=0.0, top_k=3.0)
+    assert (made.n, made.seed, made.top_k) == (2, 0, 3)
+    assert all(isinstance(value, int) for value in (made.n, made.seed, made.top_k))
+
+
+def test_drawn_seeds_differ_and_survive_json(tokenizer):
+    seeds = {request(tokenizer).seed for _ in range(20)}
+    assert len(seeds) > 15
+    assert json.loads(json.dumps(max(seeds))) == max(seeds) < 2**31
+
+
+def test_only_a_raw_prompt_keeps_leading_space():
+    assert not strips_leading_space(PredictionInputs(prompt="", prompt_template="{prompt}"))
+    assert strips_leading_space(PredictionInputs(prompt=""))
+
+
+def test_every_bound_is_checked():
+    for item in dataclasses.fields(PredictionInputs):
+        for bound, outside in (("ge", -1), ("le", 1)):
+            if (edge := item.metadata.get(bound)) is not None:
+                PredictionInputs(
+                    prompt="", **{item.name: edge} | ({"num_beams": 1} if item.name == "n" else {})
+                ).check()
+                with pytest.raises(InputError, match=f"{item.name} must be"):
+                    PredictionInputs(prompt="", **{item.name: edge + outside}).check()
