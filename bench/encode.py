@@ -13,17 +13,11 @@ compared beforehand. The last line is one JSON object.
 
 import argparse
 import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -36,10 +30,10 @@ from alpaca.data.examples import MASKED_LABEL, EncodedDataset, Example, encode_e
 from alpaca.errors import InputError, MissingInput, run_command
 from alpaca.prompts import alpaca_prompt
 from alpaca.tokenizer import PAD_TOKEN, SentencePieceTokenizer, write_llama_tokenizer
+from bench.provenance import REAL, ROOT, provenance
 
-ROOT = Path(__file__).resolve().parent.parent
-REAL = Path(os.environ.get("ALPACA_REAL", ROOT.parent / "shared" / "real"))
 MAX_LENGTH = 512
+PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,27 +170,7 @@ def report(config: BenchConfig, seconds: dict[str, list[float]], *, num_tokens: 
         "identical_to_original": num_baseline,  # examples whose ids and labels were compared
         "rounds_s": {name: [round(value, 3) for value in rounds] for name, rounds in seconds.items()},
     }
-    print(json.dumps({**figures, **provenance()}))
-
-
-def provenance() -> dict[str, object]:
-    """Hardware, versions, commit and command."""
-    packages = ("torch", "transformers", "tokenizers", "sentencepiece")
-    return {
-        "hardware": {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
-        "command": shlex.join(["python", "-m", "bench.encode", *sys.argv[1:]]),
-    }
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    print(json.dumps({**figures, **provenance("encode", PACKAGES)}))
 
 
 if __name__ == "__main__":

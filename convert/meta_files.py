@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from alpaca.errors import InputError, MissingInput
-from alpaca.hf_files import list_folder, read_json
+from alpaca.hf_files import list_folder, read_json, write_json, write_text
 
 _SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
 _READ_BYTES = 8 << 20
@@ -68,6 +68,16 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise InputError(f"{path} holds something else than a plain table of tensors; expected Meta's state dict")
     return dict(content)
+
+
+def write_checkpoint(folder: Path, shards: list[dict[str, torch.Tensor]], params: Mapping[str, object]) -> None:
+    """Write a checkpoint as Meta ships one, checklist included, into an existing folder."""
+    write_json(folder / "params.json", params)
+    for number, shard in enumerate(shards):
+        torch.save(shard, folder / f"consolidated.{number:02d}.pth")
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".pth", ".json"))
+    lines = [f"{_md5(path, lambda num_bytes: None)}  {path.name}\n" for path in files]
+    write_text(folder / "checklist.chk", "".join(lines))
 
 
 def find_tokenizer(input_dir: Path, folder: Path) -> Path:

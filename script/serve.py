@@ -29,8 +29,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--train", action="store_true", help="serve /trainings instead of /predictions")
     for item in dataclasses.fields(ServerSettings):
-        kind, choices, help = setting_type(item), item.metadata["choices"], item.metadata["help"]
-        parser.add_argument(f"--{item.name}", type=kind, choices=choices, help=f"{help} [{item.metadata['variable']}]")
+        text = f"{item.metadata['help']} [{item.metadata['variable']}]"
+        parser.add_argument(f"--{item.name}", type=setting_type(item), choices=item.metadata["choices"], help=text)
     return parser.parse_args(arguments)
 
 

