@@ -16,7 +16,7 @@ from typing import Iterator  # noqa: UP035  the name as Cog's documentation has 
 
 from cog import BaseRunner, CancelationException, Input, concurrent, streaming
 
-from alpaca.archives import find_weights
+from alpaca.archives import open_weights
 from alpaca.errors import AlpacaError
 
 
@@ -24,14 +24,14 @@ class Predictor(BaseRunner):
     """Answers instructions with a LLaMA, or any causal model of transformers."""
 
     def setup(self, weights: str | None = None) -> None:
-        """Load the model: the folder COG_WEIGHTS names, else alpaca_out."""
+        """Load the model: the folder or archive COG_WEIGHTS names, else alpaca_out."""
         from alpaca.serving.engine import Engine
         from alpaca.serving.settings import ServerSettings
         from alpaca.serving.transformers_engine import load_transformers_engine
 
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         settings = ServerSettings.from_environment(os.environ)
-        self.engine: Engine = load_transformers_engine(find_weights(str(weights) if weights else None), settings)
+        self.engine: Engine = load_transformers_engine(open_weights(str(weights) if weights else None), settings)
 
     def healthcheck(self) -> bool:
         """Whether the engine can still answer."""
