@@ -224,7 +224,7 @@ def test_one_signal_stops_server_and_worker(llama_folder):
 
 
 def test_script_predict_prints_what_cog_predict_does(llama_folder):
-    command = [sys.executable, str(ROOT / "script" / "predict.py"), "--weights", str(llama_folder)]
+    command = [sys.executable, str(ROOT / "script" / "local_predict.py"), "--weights", str(llama_folder)]
     inputs = [
         "-i",
         "prompt=tell me something about รามาเกียรติ์",

@@ -209,6 +209,8 @@ def load_transformers_engine(folder: Path, settings: ServerSettings) -> Transfor
     start = time.monotonic()
     tokenizer = load_tokenizer(folder)
     model = _load_model(folder, settings)
+    if model.device.type == "cuda":
+        _bound_gpu_memory(settings.memory_fraction)
     max_context = _max_context(model, settings)
     logger.info(
         "loaded %s in %.1f s: %.1f M parameters, %s on %s, quantization %s, context %d tokens",
@@ -238,6 +240,12 @@ def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
     if settings.quantization == "nf4" and device.type == "cpu":
         allow_any_width_on_cpu(model)
     return model
+
+
+def _bound_gpu_memory(fraction: float) -> None:
+    """Let the allocator have what the weights took and `fraction` of what is free after them."""
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + fraction * free) / total)
 
 
 def _max_context(model: PreTrainedModel, settings: ServerSettings) -> int:
