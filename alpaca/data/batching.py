@@ -1,0 +1,88 @@
+"""Which examples an optimizer step takes, how they are split over processes, and how a micro-batch is laid out.
+
+All of it follows from the number of examples, the seed, the step and the layout of processes, so that any process knows
+every other's part without asking, and a resumed run takes up where it stopped.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpaca.data.examples import MASKED_LABEL
+
+_DUMMY_TOKENS = 2  # one position that predicts another, so that the loss has a graph
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_permutation(num_examples: int, *, seed: int, epoch: int) -> Tensor:
+    """The order of the examples in one epoch: int64 [num_examples], the same on any number of processes."""
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)  # seed + epoch would repeat the next seed's orders
+    return torch.randperm(num_examples, generator=generator)
+
+
+def count_steps_per_epoch(num_examples: int, *, global_batch_size: int) -> int:
+    """Whole batches in an epoch, the rest is dropped; a set smaller than one batch is a step of its own."""
+    return max(1, num_examples // global_batch_size)
+
+
+def step_examples(num_examples: int, *, global_batch_size: int, seed: int, step: int) -> Tensor:
+    """Indices of the examples of one optimizer step (counted from 0): int64 [B]."""
+    steps_per_epoch = count_steps_per_epoch(num_examples, global_batch_size=global_batch_size)
+    epoch, position = divmod(step, steps_per_epoch)
+    order = epoch_permutation(num_examples, seed=seed, epoch=epoch)
+    return order[position * global_batch_size : (position + 1) * global_batch_size]
+
+
+def split_step(indices: Tensor, *, rank: int, num_processes: int, micro_batch_size: int) -> list[Tensor]:
+    """One process's micro-batches of a step: micro step a takes `indices[(a * num_processes + rank) * size :][:size]`.
+
+    All processes get the same number of them, since their collectives must match; where the examples do not suffice a
+    micro-batch is empty.
+    """
+    slices = indices.split(micro_batch_size)
+    num_micro_steps = -(-len(slices) // num_processes)
+    own = list(slices[rank::num_processes])
+    return own + [indices[:0]] * (num_micro_steps - len(own))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatch:
+    """Right-padded examples: ids, labels (-100 carries no loss; not shifted) and attention mask, all int64 [B, T]."""
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        return MicroBatch(
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            attention_mask=self.attention_mask.to(device),
+        )
+
+
+def collate(examples: Sequence[tuple[Tensor, Tensor]], *, pad_id: int) -> MicroBatch:
+    """Pad (ids, labels) pairs on the right to the longest; no examples give a dummy that carries no loss.
+
+    The mask comes from the lengths, not from the ids: where pad and EOS are one id, EOS is still attended to.
+    """
+    if not examples:
+        return _dummy(pad_id)
+    ids, labels = ([pair[part] for pair in examples] for part in (0, 1))
+    return MicroBatch(
+        input_ids=_pad(ids, pad_id),
+        labels=_pad(labels, MASKED_LABEL),
+        attention_mask=_pad([torch.ones_like(row) for row in ids], 0),
+    )
+
+
+def _pad(rows: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def _dummy(pad_id: int) -> MicroBatch:
+    row = torch.full((1, _DUMMY_TOKENS), pad_id)
+    return MicroBatch(input_ids=row, labels=torch.full_like(row, MASKED_LABEL), attention_mask=torch.ones_like(row))

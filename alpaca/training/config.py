@@ -1,0 +1,443 @@
+"""What a training run is: one frozen dataclass, its command-line flags, its recipes, and the checks on it.
+
+The flags are the fields. Flags of transformers' Trainer that make no difference here are accepted with a warning, and
+those that would be silently disobeyed are refused with the name of what to use.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import torch
+
+from alpaca.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_GLOBAL_BATCH_SIZE = 128
+DEFAULT_MICRO_BATCH_SIZE = 4
+# What a recipe sets where no flag does. The fields' defaults are alpaca-7b.
+RECIPES: dict[str, dict[str, object]] = {
+    "alpaca-7b": {},
+    "alpaca-13b": {"learning_rate": 1e-5, "num_train_epochs": 5.0},
+}
+SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
+
+
+def _flag(help: str, *choices: str) -> dict[str, object]:
+    return {"help": help, "choices": choices}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. None means "worked out" (`resolve`) or "none"; the defaults are the recipe alpaca-7b."""
+
+    model_name_or_path: str = field(metadata=_flag("folder of the base model (or its Hugging Face name)"))
+    data_path: str = field(metadata=_flag("JSON list, JSON lines, or the name of a Hugging Face data set"))
+    tokenizer_name_or_path: str | None = field(default=None, metadata=_flag("folder of the tokenizer: the model's"))
+    output_dir: str = field(default="alpaca_out", metadata=_flag("where the fine-tuned model goes"))
+    recipe: str = field(default="alpaca-7b", metadata=_flag("defaults of the flags not given", *RECIPES))
+    cache_dir: str | None = field(default=None, metadata=_flag("where models named by their hub name are kept"))
+
+    model_max_length: int = field(default=512, metadata=_flag("tokens an example is cut to"))
+    val_set_size: int = field(default=0, metadata=_flag("examples of data_path held out for evaluation"))
+    eval_data_path: str | None = field(
+        default=None, metadata=_flag("examples to evaluate on, instead of held-out ones")
+    )
+
+    num_train_epochs: float = field(default=3.0, metadata=_flag("passes over the data"))
+    max_steps: int = field(default=-1, metadata=_flag("optimizer steps instead of epochs, where above 0"))
+    global_batch_size: int | None = field(default=None, metadata=_flag("examples of an optimizer step: 128"))
+    per_device_train_batch_size: int | None = field(default=None, metadata=_flag("examples of a micro-batch: 4"))
+    per_device_eval_batch_size: int = field(default=4, metadata=_flag("examples of a micro-batch in evaluation"))
+    gradient_accumulation_steps: int | None = field(default=None, metadata=_flag("micro-batches of a step: worked out"))
+    loss_average: str = field(
+        default="token",
+        metadata=_flag("mean over a step's target tokens, or of the micro-batches' means", "token", "micro_batch"),
+    )
+
+    learning_rate: float = field(default=2e-5, metadata=_flag("highest learning rate"))
+    lr_scheduler_type: str = field(default="cosine", metadata=_flag("schedule of the learning rate", *SCHEDULES))
+    warmup_ratio: float = field(default=0.03, metadata=_flag("share of the steps with a rising learning rate"))
+    warmup_steps: float = field(default=0.0, metadata=_flag("their number instead, where above 0 (below 1: a ratio)"))
+    optim: str = field(
+        default="adamw_torch", metadata=_flag("optimizer (fused on a GPU)", "adamw_torch", "adamw_torch_fused")
+    )
+    weight_decay: float = field(default=0.0, metadata=_flag("not applied to biases and norms"))
+    adam_beta1: float = field(default=0.9, metadata=_flag("AdamW's first beta"))
+    adam_beta2: float = field(default=0.999, metadata=_flag("AdamW's second beta"))
+    adam_epsilon: float = field(default=1e-8, metadata=_flag("AdamW's epsilon"))
+    max_grad_norm: float = field(default=1.0, metadata=_flag("gradients are clipped to this norm; 0 does not clip"))
+    seed: int = field(default=42, metadata=_flag("of the order of the data, held-out examples and dropout"))
+
+    bf16: bool = field(default=True, metadata=_flag("bfloat16 autocast over float32 weights, where the GPU has it"))
+    tf32: bool = field(default=True, metadata=_flag("TF32 matrix products, where the GPU has them"))
+    gradient_checkpointing: bool = field(default=False, metadata=_flag("recompute activations: less memory, slower"))
+    fsdp: str = field(default="", metadata=_flag('"full_shard auto_wrap" or "shard_grad_op", with "offload" added'))
+    fsdp_transformer_layer_cls_to_wrap: str | None = field(
+        default=None, metadata=_flag("taken from the model; a wrong name is corrected")
+    )
+
+    logging_steps: int = field(default=1, metadata=_flag("steps between log entries"))
+    report_to: str = field(default="tensorboard", metadata=_flag("where they go", "tensorboard", "wandb", "none"))
+    run_name: str | None = field(default=None, metadata=_flag("the run's name there: that of output_dir"))
+    eval_strategy: str = field(default="no", metadata=_flag("when to evaluate", "no", "steps", "epoch"))
+    eval_steps: int | None = field(default=None, metadata=_flag("steps between evaluations: logging_steps"))
+    save_strategy: str = field(default="steps", metadata=_flag("when to save checkpoints", "no", "steps", "epoch"))
+    save_steps: int = field(default=2000, metadata=_flag("steps between checkpoints"))
+    save_minutes: float = field(default=10.0, metadata=_flag("minutes between checkpoints, besides; 0 is off"))
+    save_total_limit: int = field(default=1, metadata=_flag("checkpoints that are kept"))
+    save_dtype: str | None = field(
+        default=None, metadata=_flag("dtype of the final weights: the base model's", *SAVE_DTYPES)
+    )
+    resume_from_checkpoint: str | None = field(default=None, metadata=_flag('"auto", or the folder of a checkpoint'))
+    overwrite_output_dir: bool = field(default=False, metadata=_flag("replace what output_dir holds"))
+
+
+# Flags --------------------------------------------------------------------------------------------------------
+
+RENAMED = {  # older spellings in transformers and their present names
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+}
+IGNORED = {  # flags that make no difference here, and why
+    "dataloader_num_workers": "the data is in memory",
+    "dataloader_pin_memory": "the data is in memory",
+    "dataloader_persistent_workers": "the data is in memory",
+    "dataloader_prefetch_factor": "the data is in memory",
+    "disable_tqdm": "there is one progress bar",
+    "do_eval": "--eval_strategy decides",
+    "do_train": "that is what this program does",
+    "group_by_length": "the order of the data is the recipe's",
+    "local_rank": "torchrun's environment says it",
+    "log_level": "there is one level",
+    "logging_dir": "logs go to output_dir/runs",
+    "logging_first_step": "--logging_steps decides",
+    "logging_strategy": "--logging_steps decides",
+    "remove_unused_columns": "there are none",
+    "save_safetensors": "weights are always safetensors",
+    "train_sampling_strategy": "the order of the data is the recipe's",
+}
+IGNORED_PREFIX = "ddp_"  # several processes always shard the model
+_KEEP = "keep checkpoints with --save_total_limit and watch --eval_strategy instead"
+REFUSED = {  # flags that would be disobeyed, and what to use
+    "deepspeed": 'use --fsdp "full_shard auto_wrap offload"',
+    "fp16": "use --bf16 True (float16 training needs loss scaling and still diverges)",
+    "fp16_full_eval": "use --bf16 True",
+    "bf16_full_eval": "use --bf16 True",
+    "fsdp_config": 'use --fsdp "full_shard auto_wrap"',
+    "load_best_model_at_end": _KEEP,
+    "metric_for_best_model": _KEEP,
+    "greater_is_better": _KEEP,
+    "auto_find_batch_size": "choose --per_device_train_batch_size; the global batch does not depend on it",
+    "no_cuda": "set the environment variable CUDA_VISIBLE_DEVICES to nothing",
+    "use_cpu": "set the environment variable CUDA_VISIBLE_DEVICES to nothing",
+    "push_to_hub": "upload output_dir afterwards: hf upload NAME output_dir",
+    "save_only_model": "the model alone cannot be resumed; use --save_strategy no",
+    "label_smoothing_factor": "leave it out: the recipe has none",
+    "neftune_noise_alpha": "leave it out: the recipe has none",
+    "torch_compile": "leave it out",
+    "trust_remote_code": "use a model that transformers knows",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with this project's errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the flags")
+
+
+def parse_flags(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration a command line asks for: its flags over its recipe's values. Raises InputError."""
+    arguments = [_normal_spelling(argument) for argument in arguments]
+    given = _parse(arguments)
+    _drop_ignored(given)
+    _refuse(given)
+    return make_config(given)
+
+
+def make_config(given: Mapping[str, object]) -> TrainConfig:
+    """Given values over those of their recipe. Raises InputError."""
+    recipe = given.get("recipe", "alpaca-7b")
+    if recipe not in RECIPES:
+        raise InputError(f"--recipe: expected one of {', '.join(RECIPES)}, found {recipe!r}")
+    missing = [f"--{name}" for name in ("model_name_or_path", "data_path") if not given.get(name)]
+    if missing:
+        raise InputError(f"{' and '.join(missing)} must be given; --help lists the flags")
+    return TrainConfig(**{**RECIPES[recipe], **given})
+
+
+def _parse(arguments: list[str]) -> dict[str, object]:
+    parser = _make_parser(arguments)
+    given, unknown = parser.parse_known_args(arguments)
+    for argument in unknown:
+        _refuse_unknown(argument)
+    return vars(given)
+
+
+def _make_parser(arguments: list[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py", description="Fine-tune a model.", allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    hints = typing.get_type_hints(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
+        _add_flag(parser, item, hints[item.name])
+    prefixed = {argument[2:].split("=")[0] for argument in arguments if argument.startswith(f"--{IGNORED_PREFIX}")}
+    for name in [*IGNORED, *REFUSED, *prefixed]:
+        parser.add_argument(f"--{name}", nargs="?", const="True", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field, hint: object) -> None:
+    kind = _value_type(hint)
+    default = "required" if item.default is dataclasses.MISSING else item.default
+    text = item.metadata["help"] + ("" if default in (None, "") else f" ({default})")
+    choices = item.metadata["choices"] or None
+    if kind is bool:
+        parser.add_argument(f"--{item.name}", nargs="?", const=True, type=_parse_bool, help=text, metavar="True|False")
+    else:
+        metavar = None if choices else kind.__name__.upper()
+        parser.add_argument(f"--{item.name}", type=kind, choices=choices, help=text, metavar=metavar)
+
+
+def _value_type(hint: object) -> type:
+    """int of `int | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "y", "t", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "n", "f", "off", "none"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+
+
+def _normal_spelling(argument: str) -> str:
+    """`--eval-strategy=no` and `--evaluation_strategy=no` as `--eval_strategy=no`."""
+    match = re.fullmatch(r"--([A-Za-z][\w-]*)(=.*)?", argument, re.DOTALL)
+    if not match:
+        return argument
+    name = match[1].replace("-", "_")
+    return f"--{RENAMED.get(name, name)}{match[2] or ''}"
+
+
+def _drop_ignored(given: dict[str, object]) -> None:
+    for name in [name for name in given if name in IGNORED or name.startswith(IGNORED_PREFIX)]:
+        reason = IGNORED.get(name, "several processes always shard the model")
+        logger.warning("--%s is ignored: %s", name, reason)
+        del given[name]
+
+
+def _refuse(given: dict[str, object]) -> None:
+    """Refuse flags of the table, unless they are switched off (`--fp16 False`)."""
+    for name in [name for name in given if name in REFUSED]:
+        if str(given[name]).lower() not in ("false", "0", "0.0", "no", "none", ""):
+            raise InputError(f"--{name} is not supported: {REFUSED[name]}")
+        del given[name]
+
+
+def _refuse_unknown(argument: str) -> NoReturn:
+    if not argument.startswith("-"):
+        raise InputError(f"unexpected argument {argument!r}: every value needs its --flag before it")
+    name = argument.lstrip("-").split("=")[0]
+    known = [item.name for item in dataclasses.fields(TrainConfig)] + [*RENAMED, *IGNORED, *REFUSED]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise InputError(f"unknown flag --{name}; the nearest known one is --{nearest}")
+
+
+# Resolving ----------------------------------------------------------------------------------------------------
+
+
+def resolve(config: TrainConfig, *, num_processes: int, device: torch.device) -> TrainConfig:
+    """The configuration with everything worked out that does not depend on the data.
+
+    Checks every value; drops bf16 and tf32 where the hardware has none. Raises InputError.
+    """
+    check_values(config)
+    config = _resolve_batch(config, num_processes)
+    config = _resolve_hardware(config, device)
+    asked = config.resume_from_checkpoint
+    resume = {"true": "auto", "auto": "auto", "false": None, "none": None, "": None}.get(str(asked).lower(), asked)
+    return dataclasses.replace(
+        config, eval_steps=config.eval_steps or config.logging_steps, resume_from_checkpoint=resume
+    )
+
+
+def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def count_warmup_steps(config: TrainConfig, num_steps: int) -> int:
+    """Steps with a rising learning rate, rounded up as transformers does."""
+    if config.warmup_steps >= 1:
+        return int(config.warmup_steps)
+    return math.ceil((config.warmup_steps or config.warmup_ratio) * num_steps)
+
+
+def learning_rate_factor(step: int, *, schedule: str, num_warmup_steps: int, num_steps: int) -> float:
+    """The share of the highest learning rate in a step (counted from 0), by transformers' schedules.
+
+    Written here because transformers' own, with what they import, take four seconds of a start.
+    """
+    if schedule == "constant":
+        return 1.0
+    if step < num_warmup_steps:
+        return step / num_warmup_steps
+    if schedule == "constant_with_warmup":
+        return 1.0
+    if schedule == "inverse_sqrt":
+        timescale = num_warmup_steps or 10_000
+        return ((step - num_warmup_steps + timescale) / timescale) ** -0.5
+    progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
+    return max(0.0, 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def check_values(config: TrainConfig) -> None:
+    """Raise InputError for the first value that cannot be meant."""
+    _check_types(config)
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise InputError(f"--{name}: expected at least {least}, found {value}")
+    for name in _POSITIVE:
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name}: expected a number above 0, found {getattr(config, name)}")
+    for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(
+                f"--{name}: expected a number from 0 up to (not including) 1, found {getattr(config, name)}"
+            )
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise InputError(f"--max_steps: expected a number above 0 (or -1 for none), found {config.max_steps}")
+    parse_fsdp(config.fsdp)
+    _check_evaluation(config)
+
+
+_LEAST = {
+    "model_max_length": 2, "val_set_size": 0, "global_batch_size": 1, "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 1,
+    "save_steps": 1, "save_total_limit": 1, "save_minutes": 0, "warmup_steps": 0, "weight_decay": 0,
+    "max_grad_norm": 0, "learning_rate": 0, "seed": 0,
+}  # fmt: skip
+_POSITIVE = ("num_train_epochs", "adam_epsilon")
+
+
+def _check_types(config: TrainConfig) -> None:
+    hints = typing.get_type_hints(TrainConfig)
+    for item in dataclasses.fields(config):
+        value, choices = getattr(config, item.name), item.metadata["choices"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{item.name}: expected a number, found {value}")
+        if choices and value is not None and value not in choices:
+            raise InputError(f"--{item.name}: expected one of {', '.join(choices)}, found {value!r}")
+        kind = _value_type(hints[item.name])
+        if value is not None and not isinstance(value, (float, int) if kind is float else kind):
+            raise InputError(f"--{item.name}: expected {kind.__name__}, found {value!r}")
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    if config.eval_strategy != "no" and not (config.val_set_size or config.eval_data_path):
+        raise InputError(
+            f"--eval_strategy {config.eval_strategy} needs examples to evaluate on: "
+            "hold some out with --val_set_size N, or name a file with --eval_data_path"
+        )
+    if config.val_set_size and config.eval_data_path:
+        raise InputError("--val_set_size and --eval_data_path both say what to evaluate on; give one of them")
+
+
+_SHARDINGS = {"full_shard": True, "shard_grad_op": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """What the words of `--fsdp` ask for."""
+
+    reshard_after_forward: bool = True
+    offload: bool = False
+
+
+def parse_fsdp(text: str) -> Sharding:
+    """The words of `--fsdp`; empty, True and False mean full sharding where there are several processes."""
+    words = [word for word in text.replace(",", " ").split() if word.lower() not in ("true", "false", "auto_wrap")]
+    unknown = [word for word in words if word not in (*_SHARDINGS, "offload")]
+    kinds = [word for word in words if word in _SHARDINGS]
+    if unknown or len(kinds) > 1:
+        raise InputError(
+            f'--fsdp: expected "full_shard auto_wrap" or "shard_grad_op auto_wrap", with "offload" added or not; '
+            f"found {text!r}"
+        )
+    return Sharding(reshard_after_forward=_SHARDINGS[kinds[0]] if kinds else True, offload="offload" in words)
+
+
+def _resolve_batch(config: TrainConfig, num_processes: int) -> TrainConfig:
+    """Fill in global batch, micro-batch and accumulation, whichever of them were not given."""
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    product = micro * accumulation * num_processes if micro and accumulation else None
+    batch = config.global_batch_size or product or DEFAULT_GLOBAL_BATCH_SIZE
+    if product and accumulation != math.ceil(batch / (micro * num_processes)):
+        raise InputError(
+            f"--global_batch_size {batch} contradicts {_product(config, num_processes)} = {product}; "
+            "leave one of the three out"
+        )
+    if not micro and accumulation:
+        micro = math.ceil(batch / (accumulation * num_processes))
+    micro = micro or DEFAULT_MICRO_BATCH_SIZE
+    accumulation = math.ceil(batch / (micro * num_processes))
+    resolved = dataclasses.replace(
+        config, global_batch_size=batch, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation
+    )
+    _log_batch(resolved, num_processes)
+    return resolved
+
+
+def _log_batch(config: TrainConfig, num_processes: int) -> None:
+    batch, product = config.global_batch_size, _product(config, num_processes)
+    full = config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes
+    text = f"global batch {batch}: {product} = {full}"
+    if full != batch:
+        text += ", the last micro-batches of a step are smaller or empty"
+    if batch != DEFAULT_GLOBAL_BATCH_SIZE:
+        text += f"; the recipe's is {DEFAULT_GLOBAL_BATCH_SIZE}"
+    logger.info("%s", text)
+
+
+def _product(config: TrainConfig, num_processes: int) -> str:
+    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    return f"{processes} × {config.per_device_train_batch_size} × {config.gradient_accumulation_steps}"
+
+
+def _resolve_hardware(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Drop what the hardware lacks, with one warning."""
+    has = {"bf16": _has_bf16(device), "tf32": _has_tf32(device)}
+    dropped = [name for name, there in has.items() if getattr(config, name) and not there]
+    if dropped:
+        logger.warning("%s dropped: this %s has none; float32 is used", " and ".join(dropped), device.type.upper())
+    return dataclasses.replace(config, **dict.fromkeys(dropped, False))
+
+
+def _has_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def config_json(config: TrainConfig) -> dict[str, object]:
+    """The configuration for a JSON file; `TrainConfig(**…)` of it is the same."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,499 @@
+"""The training loop: the one there is, for any method, on one process or many.
+
+    for each step: examples -> micro-batches -> gradients -> clip -> AdamW -> log, evaluate, save
+
+The loss is the sum of the target tokens' cross entropies over the number of target tokens in the whole step, which
+every process knows from the data; so the layout of processes and micro-batches does not change it.
+"""
+
+import functools
+import hashlib
+import logging
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from alpaca.data.batching import MicroBatch, collate, count_steps_per_epoch, split_step, step_examples
+from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples, read_examples, split_examples
+from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
+from alpaca.hf_files import write_json
+from alpaca.tokenizer import Tokenizer
+from alpaca.training.checkpoint import (
+    Progress,
+    Trainee,
+    check_output,
+    clear_output,
+    find_checkpoint,
+    load_checkpoint,
+    require_room,
+    save_checkpoint,
+    save_final,
+)
+from alpaca.training.config import (
+    SAVE_DTYPES,
+    TrainConfig,
+    config_json,
+    count_steps,
+    count_warmup_steps,
+    learning_rate_factor,
+    parse_fsdp,
+    resolve,
+)
+from alpaca.training.distributed import World, clip_gradients, join_world, sync_gradients
+from alpaca.training.model import Base, count_parameters, group_parameters, load_model, open_base
+from alpaca.training.report import (
+    Entry,
+    NoRecorder,
+    check_recorder,
+    describe_summary,
+    draw_losses,
+    open_recorder,
+    summarize,
+    write_trainer_state,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingStopped(AlpacaError):
+    """The run was asked to stop. Its state is saved. signal: the number of the signal that asked, 0 for none."""
+
+    def __init__(self, message: str, *, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+def train(
+    config: TrainConfig,
+    *,
+    on_step: Callable[[Entry], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Path:
+    """Fine-tune as `config` says and return the folder of the final model.
+
+    on_step hears each step's log entry (on the main process); should_stop is asked after each step. Raises
+    TrainingStopped after SIGTERM, SIGINT or should_stop, once a checkpoint is saved, and AlpacaErrors for what the
+    user can mend.
+    """
+    world = join_world()
+    config = resolve(config, num_processes=world.num_processes, device=world.device)
+    output_dir = Path(config.output_dir)
+    check_output(output_dir, resume=config.resume_from_checkpoint is not None, overwrite=config.overwrite_output_dir)
+    check_recorder(config)
+    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    run = prepare(config, world)
+    if checkpoint:
+        load_checkpoint(run.trainee, checkpoint)
+    if world.is_main:
+        dtype, saves = choose_save_dtype(config, run.base), config.save_strategy != "no"
+        require_room(run.trainee.model, output_dir, dtype=dtype, checkpoints=saves)
+        clear_output(output_dir, old_checkpoints=checkpoint is None)
+        write_json(output_dir / "train_config.json", config_json(config))
+    world.wait_for_all()
+    try:
+        seconds = run_steps(run, on_step=on_step, should_stop=should_stop)
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughSpace(_out_of_memory(run, error)) from error
+    finish(run, seconds=seconds)
+    return output_dir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything the loop works with, made by `prepare`. held_out: None where nothing is evaluated."""
+
+    config: TrainConfig
+    base: Base
+    data: EncodedDataset
+    held_out: EncodedDataset | None
+    trainee: Trainee
+    num_steps: int
+    steps_per_epoch: int
+
+    @property
+    def world(self) -> World:
+        return self.trainee.world
+
+    @property
+    def progress(self) -> Progress:
+        return self.trainee.progress
+
+
+# Before the first step ----------------------------------------------------------------------------------------
+
+
+def prepare(config: TrainConfig, world: World) -> Run:
+    """Read the data, load the model, make optimizer and schedule. `config` is resolved."""
+    base = open_base(config)
+    data, held_out = _encode_data(config, base.tokenizer, progress=world.is_main)
+    steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=config.global_batch_size)
+    num_steps = count_steps(config, steps_per_epoch)
+    if config.tf32:
+        torch.set_float32_matmul_precision("high")
+    trainee = _make_trainee(load_model(base, config, world), config, data, num_steps=num_steps, world=world)
+    torch.manual_seed(config.seed + world.rank)  # dropout; each process draws its own
+    return Run(
+        config=config,
+        base=base,
+        data=data,
+        held_out=held_out,
+        trainee=trainee,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def _make_trainee(
+    model: nn.Module, config: TrainConfig, data: EncodedDataset, *, num_steps: int, world: World
+) -> Trainee:
+    optimizer = _make_optimizer(model, config, world)
+    warmup, num_parameters = count_warmup_steps(config, num_steps), count_parameters(model)
+    factor = functools.partial(
+        learning_rate_factor, schedule=config.lr_scheduler_type, num_warmup_steps=warmup, num_steps=num_steps
+    )
+    logger.info("%s steps, %s of warm-up; %.1f M parameters", f"{num_steps:,}", f"{warmup:,}", num_parameters / 1e6)
+    return Trainee(
+        model=model,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        progress=Progress(),
+        identity=_identify(config, data, num_parameters=num_parameters, num_steps=num_steps, warmup=warmup),
+        world=world,
+    )
+
+
+def _encode_data(
+    config: TrainConfig, tokenizer: Tokenizer, *, progress: bool
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """The examples to train on, and those to evaluate on."""
+    examples, held_out = read_examples(config.data_path), []
+    if config.val_set_size:
+        examples, held_out = split_examples(examples, num_held_out=config.val_set_size, seed=config.seed)
+    elif config.eval_data_path:
+        held_out = read_examples(config.eval_data_path)
+    encoded = [
+        encode_examples(part, tokenizer, max_length=config.model_max_length, progress=progress) if part else None
+        for part in (examples, held_out)
+    ]
+    for name, part in zip(("training data", "held-out data"), encoded, strict=True):
+        for line in part.report.lines() if part else ():
+            logger.info("%s: %s", name, line)
+    return encoded[0], encoded[1]
+
+
+def _make_optimizer(model: nn.Module, config: TrainConfig, world: World) -> torch.optim.AdamW:
+    on_gpu = world.device.type == "cuda" and not parse_fsdp(config.fsdp).offload
+    return torch.optim.AdamW(
+        group_parameters(model, weight_decay=config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=on_gpu or None,
+    )
+
+
+_IDENTITY_FIELDS = (
+    "adam_beta1", "adam_beta2", "adam_epsilon", "global_batch_size", "learning_rate", "loss_average",
+    "lr_scheduler_type", "max_grad_norm", "seed", "weight_decay",
+)  # fmt: skip
+
+
+def _identify(
+    config: TrainConfig, data: EncodedDataset, *, num_parameters: int, num_steps: int, warmup: int
+) -> dict[str, object]:
+    """What a checkpoint must share with a run that resumes it; the layout of processes is not among it."""
+    digest = hashlib.sha256()
+    for tensor in (data.ids, data.offsets, data.prompt_lengths):
+        digest.update(tensor.numpy())
+    by_micro_batch = config.loss_average == "micro_batch"
+    return {
+        "data": f"{len(data)} examples, sha256 {digest.hexdigest()[:16]}",
+        "micro_batch_size": config.per_device_train_batch_size if by_micro_batch else "any",
+        "parameters": num_parameters,
+        "steps": num_steps,
+        "warmup_steps": warmup,
+        **{name: getattr(config, name) for name in _IDENTITY_FIELDS},
+    }
+
+
+# The loop -----------------------------------------------------------------------------------------------------
+
+
+def run_steps(
+    run: Run, *, on_step: Callable[[Entry], None] | None = None, should_stop: Callable[[], bool] | None = None
+) -> float:
+    """Train from where `run` stands to its last step; returns the seconds spent in training steps."""
+    config, progress = run.config, run.progress
+    meter, saved_at = _Meter(), time.monotonic()
+    with _stop_signals() as signals, _open_log(run) as log, _progress_bar(run) as bar:
+        if progress.step == 0 and config.eval_strategy != "no":
+            log({"eval_loss": evaluate(run)})
+        while progress.step < run.num_steps:
+            own = _Requests(
+                stop=bool(signals) or bool(should_stop and should_stop()),
+                save=0 < config.save_minutes * 60 <= time.monotonic() - saved_at,
+            )
+            with meter.measure():
+                entry, requests = take_step(run, own)
+            meter.num_tokens += entry.pop("tokens")
+            _tell(run, entry, meter, log=log, bar=bar, on_step=on_step)
+            if _is_due(run, config.eval_strategy, config.eval_steps, at_end=True):
+                log({"eval_loss": evaluate(run)})
+            if requests.stop or _wants_checkpoint(run, requests):
+                folder = save_checkpoint(run.trainee, Path(config.output_dir), keep=config.save_total_limit)
+                saved_at = time.monotonic()
+            if requests.stop:
+                raise TrainingStopped(_stop_text(run, folder), signal=signals[0] if signals else 0)
+    return meter.total_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Requests:
+    """What any process may ask for, and all then do after the same step."""
+
+    stop: bool
+    save: bool
+
+
+def take_step(run: Run, requests: _Requests) -> tuple[Entry, _Requests]:
+    """One optimizer step: its log entry (of this step alone), and what any process requests."""
+    config, trainee, progress = run.config, run.trainee, run.progress
+    indices = step_examples(
+        len(run.data), global_batch_size=config.global_batch_size, seed=config.seed, step=progress.step
+    )
+    own_loss = accumulate_gradients(run, indices)
+    grad_norm = clip_gradients(trainee.model, config.max_grad_norm)
+    loss, stop, save = run.world.sum([own_loss, float(requests.stop), float(requests.save)])
+    _check_finite(loss, grad_norm, step=progress.step + 1)
+    learning_rate = trainee.scheduler.get_last_lr()[0]
+    trainee.optimizer.step()
+    trainee.scheduler.step()
+    trainee.optimizer.zero_grad()
+    progress.step += 1
+    progress.losses.append(loss)
+    entry = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+    entry |= {"epoch": progress.step / run.steps_per_epoch, "step": progress.step}
+    return {**entry, "tokens": int(run.data.lengths[indices].sum())}, _Requests(stop=stop > 0, save=save > 0)
+
+
+def accumulate_gradients(run: Run, indices: Tensor) -> float:
+    """Add up the gradients of this process's micro-batches; returns its share of the step's loss."""
+    micro_batches = split_step(
+        indices,
+        rank=run.world.rank,
+        num_processes=run.world.num_processes,
+        micro_batch_size=run.config.per_device_train_batch_size,
+    )
+    total = torch.zeros((), dtype=torch.float32, device=run.world.device)
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        sync_gradients(run.trainee.model, number == len(micro_batches))
+        loss = sum_losses(run, run.data, micro_batch) / loss_divisor(run, indices, micro_batch)
+        (loss * run.world.num_processes).backward()  # FSDP takes the mean over the processes, the sum is wanted
+        total += loss.detach()
+    return total.item()
+
+
+def loss_divisor(run: Run, indices: Tensor, micro_batch: Tensor) -> int:
+    """What a micro-batch's summed losses are divided by, so that all those of the step add up to its loss.
+
+    The step's target tokens; or with `--loss_average micro_batch` its own, times the number of micro-batches.
+    """
+    counts = run.data.target_counts
+    if run.config.loss_average == "token" or not len(micro_batch):
+        return int(counts[indices].sum())
+    return int(counts[micro_batch].sum()) * math.ceil(len(indices) / run.config.per_device_train_batch_size)
+
+
+def sum_losses(run: Run, data: EncodedDataset, indices: Tensor) -> Tensor:
+    """The summed cross entropy (float32 scalar) of the target tokens of some examples of `data`."""
+    batch = collate([data.example(index) for index in indices.tolist()], pad_id=run.base.tokenizer.pad_id)
+    return _sum_token_losses(run.trainee.model, batch.to(run.world.device), bf16=run.config.bf16)
+
+
+def _sum_token_losses(model: nn.Module, batch: MicroBatch, *, bf16: bool) -> Tensor:
+    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bf16):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=MASKED_LABEL, reduction="sum"
+    )
+
+
+def _check_finite(loss: float, grad_norm: float, *, step: int) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise InputError(
+            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; training stops before the weights are "
+            "touched, and nothing was saved over the last checkpoint. Lower --learning_rate, train with --bf16 False, "
+            "or look for what is odd in the data and the base model"
+        )
+
+
+# Evaluation ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """The mean loss over the held-out examples' target tokens. Draws no random numbers."""
+    model, data = run.trainee.model.eval(), run.held_out
+    micro_batches = split_step(
+        torch.arange(len(data)),
+        rank=run.world.rank,
+        num_processes=run.world.num_processes,
+        micro_batch_size=run.config.per_device_eval_batch_size,
+    )
+    total = sum(sum_losses(run, data, micro_batch).item() for micro_batch in micro_batches)
+    model.train()
+    return run.world.sum([total])[0] / int(data.target_counts.sum())
+
+
+# Log, requests, end ---------------------------------------------------------------------------------------------
+
+
+class _Meter:
+    """Useful tokens per second of training time: evaluation and saving are not counted."""
+
+    def __init__(self) -> None:
+        self.num_tokens, self._seconds, self.total_seconds = 0, 0.0, 0.0
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
+        self.total_seconds += time.perf_counter() - start
+
+    def rate(self) -> float:
+        """Tokens per second since the last call."""
+        rate = self.num_tokens / self._seconds
+        self.num_tokens, self._seconds = 0, 0.0
+        return round(rate, 1)
+
+
+@contextmanager
+def _open_log(run: Run) -> Iterator[Callable[[Entry], None]]:
+    """A function that adds an entry to the history and, on the main process, to the recorder."""
+    progress = run.progress
+    recorder = open_recorder(run.config, first_step=progress.step) if run.world.is_main else NoRecorder()
+
+    def log(values: Entry) -> None:
+        entry = {**values, "epoch": progress.step / run.steps_per_epoch, "step": progress.step}
+        progress.log_history.append(entry)
+        recorder.record(entry)
+        if "eval_loss" in entry:
+            logger.info("step %d: held-out loss %.4f", progress.step, entry["eval_loss"])
+
+    try:
+        yield log
+    finally:
+        recorder.close()
+
+
+def _tell(
+    run: Run,
+    entry: Entry,
+    meter: _Meter,
+    *,
+    log: Callable[[Entry], None],
+    bar: tqdm,
+    on_step: Callable[[Entry], None] | None,
+) -> None:
+    """Say what a step did: to the bar, to the caller, and every `logging_steps` to the log (its loss a mean)."""
+    progress = run.progress
+    bar.set_postfix_str(f"loss {entry['loss']:.4f}", refresh=False)
+    bar.update()
+    if on_step and run.world.is_main:
+        on_step({**entry, "max_steps": run.num_steps})
+    if progress.step % run.config.logging_steps == 0 or progress.step == run.num_steps:
+        mean_loss, progress.losses = sum(progress.losses) / len(progress.losses), []
+        log({**entry, "loss": mean_loss, "tokens_per_second": meter.rate()})
+
+
+def _progress_bar(run: Run) -> tqdm:
+    return tqdm(
+        total=run.num_steps,
+        initial=run.progress.step,
+        desc="train",
+        unit="step",
+        disable=not run.world.is_main,
+        mininterval=1.0 if sys.stderr.isatty() else 10.0,
+    )
+
+
+def _is_due(run: Run, strategy: str, steps: int, *, at_end: bool) -> bool:
+    """Whether a strategy ("no", "steps", "epoch") asks for something after the present step."""
+    step, last = run.progress.step, run.progress.step == run.num_steps
+    if strategy == "steps":
+        return step % steps == 0 or (last and at_end)
+    return strategy == "epoch" and (step % run.steps_per_epoch == 0 or last)
+
+
+def _wants_checkpoint(run: Run, requests: _Requests) -> bool:
+    if run.config.save_strategy == "no":
+        return False
+    return requests.save or _is_due(run, run.config.save_strategy, run.config.save_steps, at_end=False)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT as entries of a list instead of an end in the middle of a step."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield received
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, frame: received.append(number)) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _stop_text(run: Run, folder: Path) -> str:
+    return (
+        f"stopped after step {run.progress.step} of {run.num_steps}, saved in {folder}; "
+        "go on with --resume_from_checkpoint auto"
+    )
+
+
+def _out_of_memory(run: Run, error: torch.OutOfMemoryError) -> str:
+    return (
+        f"the device ran out of memory in step {run.progress.step + 1}: {str(error).splitlines()[0]}\n"
+        f"lower --per_device_train_batch_size (now {run.config.per_device_train_batch_size}; the global batch stays), "
+        'or pass --gradient_checkpointing True or --fsdp "full_shard auto_wrap offload"'
+    )
+
+
+def finish(run: Run, *, seconds: float) -> None:
+    """Write and verify the final model and the run's report."""
+    config, output_dir = run.config, Path(run.config.output_dir)
+    dtype = choose_save_dtype(config, run.base)
+    save_final(run.trainee.model, run.base, output_dir, dtype=dtype, world=run.world)
+    if run.world.is_main:
+        history = run.progress.log_history
+        summary = summarize(history, seconds=seconds)
+        write_trainer_state(
+            output_dir,
+            config,
+            history,
+            num_steps=run.num_steps,
+            steps_per_epoch=run.steps_per_epoch,
+            summary=summary,
+        )
+        draw_losses(output_dir / "loss.png", history)
+        logger.info("done: %s (%s), verified; %s", output_dir, str(dtype)[6:], describe_summary(summary))
+    run.world.wait_for_all()
+
+
+def choose_save_dtype(config: TrainConfig, base: Base) -> torch.dtype:
+    """The dtype of the final weights: the one asked for, else that of the base model's."""
+    return SAVE_DTYPES[config.save_dtype] if config.save_dtype else base.dtype

@@ -1,0 +1,178 @@
+"""What a run leaves to look at: TensorBoard or W&B while it runs; trainer_state.json, a loss curve, a summary after."""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from alpaca.errors import MissingPackage
+from alpaca.hf_files import write_json
+from alpaca.training.config import TrainConfig, config_json
+
+Entry = dict[str, float]  # of the log: "step", "epoch" and what was measured
+
+
+# While it runs ------------------------------------------------------------------------------------------------
+
+
+class Recorder(ABC):
+    """Where log entries go besides log_history."""
+
+    @abstractmethod
+    def record(self, entry: Entry) -> None:
+        """Take one log entry."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write out what is still in memory."""
+
+
+class NoRecorder(Recorder):
+    def record(self, entry: Entry) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoardRecorder(Recorder):
+    """Event files in output_dir/runs/NAME; a resumed run goes on in the same folder."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        _import("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def record(self, entry: Entry) -> None:
+        for name, value in _measurements(entry).items():
+            self._writer.add_scalar(name, value, int(entry["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbRecorder(Recorder):
+    """A run of Weights & Biases, whose own environment variables say where."""
+
+    def __init__(self, config: TrainConfig, *, name: str) -> None:
+        wandb = _import("wandb", "wandb")
+        self._run = wandb.init(name=name, config=config_json(config), resume="allow")
+
+    def record(self, entry: Entry) -> None:
+        self._run.log(_measurements(entry), step=int(entry["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_recorder(config: TrainConfig, *, first_step: int) -> Recorder:
+    """The recorder `--report_to` names. Raises MissingPackage."""
+    output_dir = Path(config.output_dir)
+    name = config.run_name or output_dir.absolute().name
+    if config.report_to == "tensorboard":
+        return TensorBoardRecorder(output_dir / "runs" / name, first_step=first_step)
+    if config.report_to == "wandb":
+        return WandbRecorder(config, name=name)
+    return NoRecorder()
+
+
+def check_recorder(config: TrainConfig) -> None:
+    """Raise MissingPackage now rather than after the model is loaded."""
+    if config.report_to != "none":
+        _import(config.report_to, config.report_to)
+
+
+def _import(module: str, package: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackage(
+            f"--report_to {package} needs the package {package}: pip install {package}, or use --report_to none"
+        ) from error
+
+
+def _measurements(entry: Entry) -> Entry:
+    """Values under the names transformers gives them: train/loss, eval/loss."""
+    values = {key: value for key, value in entry.items() if key != "step"}
+    return {f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value for key, value in values.items()}
+
+
+# Afterwards ---------------------------------------------------------------------------------------------------
+
+
+def write_trainer_state(
+    output_dir: Path,
+    config: TrainConfig,
+    log_history: Sequence[Entry],
+    *,
+    num_steps: int,
+    steps_per_epoch: int,
+    summary: Mapping[str, object],
+) -> None:
+    """trainer_state.json with the fields transformers' Trainer gives it, and a `summary`."""
+    state = {
+        "global_step": num_steps,
+        "max_steps": num_steps,
+        "epoch": num_steps / steps_per_epoch,
+        "num_train_epochs": -(-num_steps // steps_per_epoch),
+        "train_batch_size": config.per_device_train_batch_size,
+        "logging_steps": config.logging_steps,
+        "eval_steps": config.eval_steps,
+        "save_steps": config.save_steps,
+        "log_history": list(log_history),
+        "is_local_process_zero": True,
+        "is_world_process_zero": True,
+        "summary": dict(summary),
+    }
+    write_json(output_dir / "trainer_state.json", state)
+
+
+def summarize(log_history: Sequence[Entry], *, seconds: float) -> dict[str, object]:
+    """The run in a few values; `seconds` is the time this process trained (a resumed run's earlier part apart)."""
+    train, held_out = _series(log_history, "loss"), _series(log_history, "eval_loss")
+    summary: dict[str, object] = {"train_runtime": round(seconds, 3)}
+    if train:
+        summary |= {"first_loss": train[0][1], "last_loss": train[-1][1]}
+    if held_out:
+        summary |= {"first_eval_loss": held_out[0][1], "last_eval_loss": held_out[-1][1]}
+    return summary
+
+
+def describe_summary(summary: Mapping[str, object]) -> str:
+    """One line for the log."""
+    return ", ".join(
+        f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
+        for key, value in summary.items()
+    )
+
+
+def draw_losses(path: Path, log_history: Sequence[Entry]) -> None:
+    """Loss and held-out loss over the steps, the learning rate on a second axis, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    losses = figure.add_subplot(xlabel="step", ylabel="loss (mean over target tokens)")
+    rates = losses.twinx()
+    rates.set_ylabel("learning rate")
+    lines = [
+        *losses.plot(*_columns(log_history, "loss"), color="tab:blue", label="loss"),
+        *losses.plot(*_columns(log_history, "eval_loss"), color="tab:red", marker="o", label="held-out loss"),
+        *rates.plot(*_columns(log_history, "learning_rate"), color="tab:gray", linestyle=":", label="learning rate"),
+    ]
+    losses.legend(handles=[line for line in lines if len(line.get_xdata())], loc="upper right")
+    losses.grid(alpha=0.3)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png")
+    partial.replace(path)
+
+
+def _series(log_history: Sequence[Entry], key: str) -> list[tuple[float, float]]:
+    return [(entry["step"], entry[key]) for entry in log_history if key in entry]
+
+
+def _columns(log_history: Sequence[Entry], key: str) -> tuple[list[float], list[float]]:
+    series = _series(log_history, key)
+    return [step for step, _ in series], [value for _, value in series]

@@ -1,0 +1,275 @@
+"""The command line: the seeds' commands, the recipe's defaults, and every flag that is ignored, refused or unknown."""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import shlex
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from alpaca.data.batching import count_steps_per_epoch
+from alpaca.errors import InputError
+from alpaca.training.config import (
+    IGNORED,
+    RECIPES,
+    REFUSED,
+    RENAMED,
+    SCHEDULES,
+    TrainConfig,
+    config_json,
+    count_steps,
+    count_warmup_steps,
+    learning_rate_factor,
+    parse_flags,
+    parse_fsdp,
+    resolve,
+)
+
+NEEDED = ["--model_name_or_path", "weights/llama-7b", "--data_path", "data.json"]
+CPU = torch.device("cpu")
+ISSUE_COMMAND = """--model_name_or_path weights/llama-7b --tokenizer_name_or_path weights/tokenizer --data_path
+data.json --bf16 True --output_dir alpaca_out --num_train_epochs 3 --per_device_train_batch_size 4
+--per_device_eval_batch_size 4 --gradient_accumulation_steps 8 --evaluation_strategy "no" --save_strategy "steps"
+--save_steps 2000 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type "cosine"
+--logging_steps 1 --fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap 'LlamaDecoderLayer' --tf32 True"""
+COG_COMMAND = ISSUE_COMMAND.replace("LlamaDecoderLayer", "LLaMADecoderLayer").replace("weights/", "/src/weights/")
+
+
+@pytest.mark.parametrize("command", [ISSUE_COMMAND, COG_COMMAND], ids=["issue", "cog"])
+def test_the_seeds_commands_parse_to_the_recipe(command: str):
+    config = parse_flags(shlex.split(command))
+    recipe = parse_flags(NEEDED)
+    changed = {
+        item.name for item in dataclasses.fields(config) if getattr(config, item.name) != getattr(recipe, item.name)
+    }
+    assert changed - {"model_name_or_path"} == {
+        "tokenizer_name_or_path", "per_device_train_batch_size", "gradient_accumulation_steps", "fsdp",
+        "fsdp_transformer_layer_cls_to_wrap",
+    }  # fmt: skip
+    assert resolve(config, num_processes=4, device=CPU).global_batch_size == 128
+
+
+def test_the_recipes_defaults():
+    config = parse_flags(NEEDED)
+    steps = count_steps(config, count_steps_per_epoch(52_002, global_batch_size=128))
+    assert (steps, count_warmup_steps(config, steps)) == (1218, 37)
+    assert resolve(config, num_processes=1, device=CPU).global_batch_size == 128
+    assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm) == (0.9, 0.999, 1e-8, 1)
+    assert (config.learning_rate, config.model_max_length, config.bf16, config.seed) == (2e-5, 512, True, 42)
+
+
+def test_the_first_step_has_no_learning_rate_and_the_last_almost_none():
+    factor = functools.partial(learning_rate_factor, schedule="cosine", num_warmup_steps=37, num_steps=1218)
+    assert factor(0) == 0
+    assert factor(37) == 1
+    assert factor(1217) == pytest.approx(0.5 * (1 + math.cos(math.pi * 1180 / 1181)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("num_warmup_steps", "num_steps"), [(37, 1218), (0, 10), (3, 3), (1, 15)])
+def test_schedules_are_those_of_transformers(schedule: str, num_warmup_steps: int, num_steps: int):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
+    theirs = get_scheduler(
+        schedule, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_steps
+    ).lr_lambdas[0]
+    sizes = {"num_warmup_steps": num_warmup_steps, "num_steps": num_steps}
+    for step in range(num_steps):
+        assert learning_rate_factor(step, schedule=schedule, **sizes) == pytest.approx(theirs(step), abs=1e-12)
+
+
+def test_a_recipe_fills_only_what_is_not_given():
+    config = parse_flags([*NEEDED, "--recipe", "alpaca-13b"])
+    assert (config.learning_rate, config.num_train_epochs) == (1e-5, 5)
+    config = parse_flags([*NEEDED, "--recipe=alpaca-13b", "--learning_rate=2e-5"])
+    assert (config.learning_rate, config.num_train_epochs) == (2e-5, 5)
+    with pytest.raises(InputError, match="invalid choice: 'alpaca-70b'"):
+        parse_flags([*NEEDED, "--recipe", "alpaca-70b"])
+    fields = {item.name for item in dataclasses.fields(TrainConfig)}
+    assert all(set(values) <= fields for values in RECIPES.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        (["--bf16"], "bf16", True),
+        (["--bf16", "False"], "bf16", False),
+        (["--bf16=false"], "bf16", False),
+        (["--overwrite-output-dir", "--bf16"], "overwrite_output_dir", True),
+        (["--eval-strategy=steps"], "eval_strategy", "steps"),
+        (["--evaluation_strategy", "epoch"], "eval_strategy", "epoch"),
+        (["--per_gpu_train_batch_size", "2"], "per_device_train_batch_size", 2),
+        (["--max_steps", "-1"], "max_steps", -1),
+        (["--weight_decay", "0."], "weight_decay", 0.0),
+        (["--output-dir=a--b=c"], "output_dir", "a--b=c"),
+        (["--run_name", "a_b-c"], "run_name", "a_b-c"),
+    ],
+)
+def test_spellings(arguments: list[str], field: str, value: object):
+    assert getattr(parse_flags([*NEEDED, *arguments]), field) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--learning_rat", "1"], "unknown flag --learning_rat; the nearest known one is --learning_rate"),
+        (["--epochs", "3"], "unknown flag --epochs"),
+        (["--lora_r=8"], "unknown flag --lora_r"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--bf16", "maybe"], "expected True or False, found 'maybe'"),
+        (["--save_steps"], "expected one argument"),
+        (["--lr_scheduler_type", "sine"], "invalid choice: 'sine'"),
+        (["--optim", "sgd"], "invalid choice: 'sgd'"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], text: str):
+    with pytest.raises(InputError, match=text):
+        parse_flags([*NEEDED, *arguments])
+
+
+def test_what_must_be_given():
+    with pytest.raises(InputError, match="--model_name_or_path and --data_path must be given"):
+        parse_flags(["--bf16"])
+
+
+@pytest.mark.parametrize("name", [*IGNORED, "ddp_find_unused_parameters", "ddp_timeout"])
+def test_ignored_flags_warn_in_one_line(name: str, caplog: pytest.LogCaptureFixture):
+    assert parse_flags([*NEEDED, f"--{name}", "4"]) == parse_flags(NEEDED)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages[0].startswith(f"--{name} is ignored: ")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_flags_name_what_to_use(name: str):
+    with pytest.raises(InputError, match=f"--{name} is not supported: .{{9}}"):
+        parse_flags([*NEEDED, f"--{name}", "something"])
+    with pytest.raises(InputError, match=f"--{name} is not supported"):
+        parse_flags([*NEEDED, f"--{name}"])
+    assert parse_flags([*NEEDED, f"--{name}", "False"]) == parse_flags(NEEDED)
+
+
+def test_no_flag_is_in_two_tables():
+    fields = {item.name for item in dataclasses.fields(TrainConfig)}
+    assert set(RENAMED.values()) <= fields
+    names = [*fields, *RENAMED, *IGNORED, *REFUSED]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--learning_rate", "-1"], "--learning_rate: expected at least 0, found -1"),
+        (["--learning_rate", "nan"], "--learning_rate: expected a number, found nan"),
+        (["--num_train_epochs", "0"], "--num_train_epochs: expected a number above 0"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size: expected at least 1"),
+        (["--max_steps", "0"], "--max_steps: expected a number above 0"),
+        (["--warmup_ratio", "1.5"], "--warmup_ratio: expected a number from 0"),
+        (["--seed", "-1"], "--seed: expected at least 0"),
+        (["--fsdp", "hybrid_shard"], '--fsdp: expected "full_shard auto_wrap"'),
+        (["--fsdp", "full_shard shard_grad_op"], "--fsdp: expected"),
+        (["--eval_strategy", "steps"], "needs examples to evaluate on: hold some out with --val_set_size"),
+        (["--val_set_size", "5", "--eval_data_path", "x"], "give one of them"),
+        (
+            ["--global_batch_size", "64", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "8"],
+            "--global_batch_size 64 contradicts 1 process × 4 × 8 = 32",
+        ),
+    ],
+)
+def test_values_that_cannot_be_meant(arguments: list[str], text: str):
+    with pytest.raises(InputError, match=text):
+        resolve(parse_flags([*NEEDED, *arguments]), num_processes=1, device=CPU)
+
+
+def test_values_given_in_python_are_checked_too():
+    config = TrainConfig(model_name_or_path="a", data_path="b", report_to="paper")
+    with pytest.raises(InputError, match="--report_to: expected one of tensorboard, wandb, none, found 'paper'"):
+        resolve(config, num_processes=1, device=CPU)
+    config = TrainConfig(model_name_or_path="a", data_path="b", save_steps="many")
+    with pytest.raises(InputError, match="--save_steps: expected int, found 'many'"):
+        resolve(config, num_processes=1, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("given", "num_processes", "batch", "micro", "accumulation", "said"),
+    [
+        ({}, 1, 128, 4, 32, "global batch 128: 1 process × 4 × 32 = 128"),
+        ({}, 8, 128, 4, 4, "8 processes × 4 × 4 = 128"),
+        ({}, 3, 128, 4, 11, "3 processes × 4 × 11 = 132, the last micro-batches of a step are smaller or empty"),
+        ({"global_batch_size": 64}, 2, 64, 4, 8, "= 64; the recipe's is 128"),
+        ({"per_device_train_batch_size": 8}, 1, 128, 8, 16, "= 128"),
+        ({"gradient_accumulation_steps": 8}, 4, 128, 4, 8, "= 128"),
+        ({"gradient_accumulation_steps": 8}, 3, 128, 6, 8, "= 144, the last"),
+        (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8},
+            8, 256, 4, 8, "global batch 256: 8 processes × 4 × 8 = 256; the recipe's is 128",
+        ),
+    ],
+)  # fmt: skip
+def test_the_batch_is_worked_out_and_said(given, num_processes, batch, micro, accumulation, said, caplog):
+    caplog.set_level(logging.INFO)
+    config = TrainConfig(model_name_or_path="a", data_path="b", bf16=False, tf32=False, **given)
+    config = resolve(config, num_processes=num_processes, device=CPU)
+    assert config.global_batch_size == batch
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (micro, accumulation)
+    assert said in caplog.text
+    assert resolve(config, num_processes=num_processes, device=CPU) == config
+
+
+def test_what_the_hardware_lacks_is_dropped_with_one_warning(caplog: pytest.LogCaptureFixture):
+    config = resolve(parse_flags(NEEDED), num_processes=1, device=CPU)
+    assert (config.bf16, config.tf32) == (False, False)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["bf16 and tf32 dropped: this CPU has none; float32 is used"]
+
+
+def test_warmup_as_transformers_counts_it():
+    def warmup(*arguments: str) -> int:
+        return count_warmup_steps(parse_flags([*NEEDED, *arguments]), 100)
+
+    assert warmup("--warmup_steps", "7") == 7
+    assert warmup("--warmup_steps", "0.055") == 6
+    assert warmup("--warmup_ratio", "0.055") == 6
+    assert warmup("--warmup_ratio", "0") == 0
+
+
+def test_epochs_and_steps():
+    assert count_steps(parse_flags([*NEEDED, "--num_train_epochs", "2.5"]), 3) == 8
+    assert count_steps(parse_flags([*NEEDED, "--max_steps", "5"]), 406) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "reshard", "offload"),
+    [
+        ("", True, False),
+        ("True", True, False),
+        ("full_shard auto_wrap", True, False),
+        ("full_shard auto_wrap offload", True, True),
+        ("shard_grad_op,auto_wrap", False, False),
+    ],
+)
+def test_fsdp_words(text: str, reshard: bool, offload: bool):
+    sharding = parse_fsdp(text)
+    assert (sharding.reshard_after_forward, sharding.offload) == (reshard, offload)
+
+
+def test_the_configuration_as_json_gives_the_same_configuration():
+    config = resolve(parse_flags(NEEDED), num_processes=2, device=CPU)
+    assert TrainConfig(**json.loads(json.dumps(config_json(config)))) == config
+
+
+def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        parse_flags(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"--{item.name}" in said for item in dataclasses.fields(TrainConfig))
+    assert "--deepspeed" not in said
+
+
+@pytest.mark.parametrize(("asked", "meant"), [("True", "auto"), ("auto", "auto"), ("False", None), ("a/b", "a/b")])
+def test_ways_to_ask_for_resuming(asked: str, meant: str | None):
+    config = parse_flags([*NEEDED, "--resume_from_checkpoint", asked])
+    assert resolve(config, num_processes=1, device=CPU).resume_from_checkpoint == meant
