@@ -1,11 +1,62 @@
-"""Fine-tune a model with the Alpaca recipe: `python train.py --model_name_or_path … --data_path …`, or by torchrun."""
+"""Fine-tune a model with the Alpaca recipe: `python train.py --model_name_or_path … --data_path …`, or by torchrun.
+
+`train` is the same for Cog's training server: a data file in, an archive of weights out.
+"""
 
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import time
+from pathlib import Path as LocalPath
 
+from cog import Input, Path, current_scope
+
+from alpaca.archives import open_weights, pack
 from alpaca.errors import AlpacaError, run_command
+
+
+def train(
+    data: Path = Input(description="Examples: a JSON list or JSON lines of instruction, input (optional) and output"),
+    model: str = Input(default="weights/llama-7b", description="Folder or .tar of the base model, in the image or beside it"),
+    recipe: str = Input(default="alpaca-7b", choices=["alpaca-7b", "alpaca-13b"], description="Values of what is not given below"),
+    num_train_epochs: float | None = Input(default=None, ge=0.01, description="Passes over the data; the recipe has 3, for 13B 5"),
+    max_steps: int | None = Input(default=None, ge=1, description="Optimizer steps instead of epochs"),
+    learning_rate: float | None = Input(default=None, ge=0, description="Highest learning rate; the recipe has 2e-5, for 13B 1e-5"),
+    global_batch_size: int = Input(default=128, ge=1, description="Examples of an optimizer step"),
+    per_device_train_batch_size: int = Input(default=4, ge=1, description="Examples of a micro-batch: less takes less memory"),
+    model_max_length: int = Input(default=512, ge=2, description="Tokens an example is cut to"),
+    seed: int = Input(default=42, ge=0, description="Of the order of the examples"),
+) -> Path:  # fmt: skip
+    """Fine-tune on one GPU and return a .tar that COG_WEIGHTS takes."""
+    flags = {name: value for name, value in locals().items() if value is not None and name not in ("data", "model")}
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    from alpaca.training.config import make_config
+    from alpaca.training.loop import train as train_model
+
+    folder = LocalPath(tempfile.mkdtemp(prefix="alpaca-training-"))
+    try:
+        config = make_config({
+            **flags,
+            "data_path": str(data),
+            "model_name_or_path": str(open_weights(model)),
+            "output_dir": str(folder / "alpaca_out"),
+            "save_strategy": "no",
+            "report_to": "none",
+        })  # fmt: skip
+        return Path(pack(train_model(config, on_step=_report_step), folder / "weights.tar"))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(folder / "alpaca_out", ignore_errors=True)
+
+
+def _report_step(entry: dict[str, float]) -> None:
+    for name in ("step", "max_steps", "loss", "learning_rate"):
+        current_scope().record_metric(name, entry[name])
+    print("step {step}/{max_steps}: loss {loss:.4f}".format(**entry))
 
 
 def main() -> None:

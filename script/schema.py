@@ -120,7 +120,7 @@ def _envelope(name: str, prefix: str) -> dict[str, Any]:
 def write_schema() -> Path:
     """Write the project's schema where the runtime looks for it."""
     SCHEMA_FILE.parent.mkdir(exist_ok=True)
-    write_json(SCHEMA_FILE, build_schema(trainer=None))
+    write_json(SCHEMA_FILE, build_schema())
     return SCHEMA_FILE
 
 

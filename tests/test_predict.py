@@ -9,12 +9,9 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from local_server import LocalServer, ServerFailedError, running_server
 
 from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "script"))
-
-from local_server import LocalServer, ServerFailedError, running_server
 
 RAW = {"prompt": "", "prompt_template": "{prompt}"}
 LONG = {**RAW, "max_new_tokens": 400, "min_new_tokens": 400, "seed": 1, "stream": True}

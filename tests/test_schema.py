@@ -3,17 +3,13 @@
 import ast
 import dataclasses
 import json
-import sys
 
 import pytest
+import schema
 import yaml
 
 from alpaca.serving.request import PredictionInputs
 from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "script"))
-
-import schema
 
 
 def input_calls(file: str, function: str) -> dict[str, ast.Call]:

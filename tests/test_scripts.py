@@ -7,16 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import local_predict
 import pytest
+import serve
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.serving.settings import ServerSettings
 from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "script"))
-
-import local_predict
-import serve
 
 PROPERTIES = {
     "prompt": {"type": "string"},
@@ -41,9 +38,7 @@ def test_runtime_environment_defaults_and_precedence():
     made = serve.runtime_environment(serve.parse_arguments([]), {"PATH": "/bin", "COG_WEIGHTS": "mine"})
     assert made["COG_MAX_CONCURRENCY"] == "64"
     assert made["COG_WEIGHTS"] == "mine"
-    assert made["PATH"].split(os.pathsep)[0] == str(
-        Path(sys.executable).parent
-    )  # its worker is `python`
+    assert made["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)  # its worker is `python`
     made = serve.runtime_environment(serve.parse_arguments(["--weights", "other", "--train"]), dict(made))
     assert (made["COG_WEIGHTS"], made["COG_MAX_CONCURRENCY"]) == ("other", "1")
     assert (serve.parse_arguments([]).host, serve.parse_arguments([]).port) == ("127.0.0.1", 5000)
