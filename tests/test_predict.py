@@ -25,22 +25,26 @@ def server(llama_folder) -> Iterator[LocalServer]:
 
 def sse_events(url: str, input: dict, *, stop_after: int | None = None) -> list[tuple[float, str, dict]]:
     """(seconds since the request, event, data) of a streamed prediction; hangs up after `stop_after` outputs."""
-    events: list[tuple[float, str, dict]] = []
-    start, outputs = time.monotonic(), 0
-    with httpx.stream(
-        "POST", f"{url}/predictions", json={"input": input}, headers={"Accept": "text/event-stream"}, timeout=60
-    ) as reply:
-        assert reply.status_code == 200, reply.read()
-        name = ""
-        for line in reply.iter_lines():
-            if line.startswith("event:"):
-                name = line.removeprefix("event:").strip()
-            elif line.startswith("data:"):
-                events.append((time.monotonic() - start, name, json.loads(line.removeprefix("data:"))))
-                outputs += name == "output"
-                if outputs == stop_after:
-                    break
-    return events
+    headers = {"Accept": "text/event-stream"}
+    while True:
+        start = time.monotonic()
+        with httpx.stream("POST", f"{url}/predictions", json={"input": input}, headers=headers, timeout=60) as reply:
+            if reply.status_code != 409:  # a slot is freed just after its last reply
+                return list(read_events(reply, start, stop_after))
+        time.sleep(0.01)
+
+
+def read_events(reply: httpx.Response, start: float, stop_after: int | None) -> Iterator[tuple[float, str, dict]]:
+    assert reply.status_code == 200, reply.read()
+    name, outputs = "", 0
+    for line in reply.iter_lines():
+        if line.startswith("event:"):
+            name = line.removeprefix("event:").strip()
+        elif line.startswith("data:"):
+            yield time.monotonic() - start, name, json.loads(line.removeprefix("data:"))
+            outputs += name == "output"
+            if outputs == stop_after:
+                return
 
 
 def chunks(events: list[tuple[float, str, dict]]) -> list[str]:
