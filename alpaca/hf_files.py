@@ -156,15 +156,15 @@ def group_by_size(specs: Iterable[TensorSpec], max_shard_size: int) -> list[list
 def write_weights(
     folder: Path,
     specs: list[TensorSpec],
-    read: Callable[[TensorSpec], torch.Tensor],
+    read: Callable[[TensorSpec], Iterable[torch.Tensor]],
     *,
     max_shard_size: int,
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
     """Stream tensors into `model*.safetensors` (and an index) in `folder`, each fsynced.
 
-    `read(spec)` is asked for one tensor at a time, in order, and may reuse its memory for the next; `progress(n)` hears
-    of each n bytes written.
+    `read(spec)` is asked for one tensor at a time, in order, and gives it in pieces: its consecutive rows, or itself as
+    the only one. `progress(n)` hears of each n bytes written.
     """
     groups = group_by_size(specs, max_shard_size)
     weight_map: dict[str, str] = {}
@@ -174,9 +174,8 @@ def write_weights(
         with open(folder / name, "wb", buffering=0) as file:
             _write_all(file, _header(group))
             for spec in group:
-                tensor = read(spec)
-                assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec
-                _write_tensor(file, tensor, progress)
+                written = sum(_write_piece(file, piece, spec.dtype, progress) for piece in read(spec))
+                assert written == spec.num_bytes, spec
             os.fsync(file.fileno())
     if len(groups) > 1:
         total = sum(spec.num_bytes for spec in specs)
@@ -198,12 +197,14 @@ def _header(specs: list[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_tensor(file, tensor: torch.Tensor, progress: Callable[[int], object]) -> None:
-    data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+def _write_piece(file, piece: torch.Tensor, dtype: torch.dtype, progress: Callable[[int], object]) -> int:
+    """Write consecutive values of a tensor; the number of bytes."""
+    assert piece.dtype == dtype
+    data = memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
     for start in range(0, len(data), _WRITE_BYTES):
-        part = data[start : start + _WRITE_BYTES]
-        _write_all(file, part)
-        progress(len(part))
+        _write_all(file, data[start : start + _WRITE_BYTES])
+        progress(len(data[start : start + _WRITE_BYTES]))
+    return len(data)
 
 
 def _write_all(file, data) -> None:

@@ -19,6 +19,7 @@ from alpaca.hf_files import list_folder, read_json, write_json, write_text
 logger = logging.getLogger(__name__)
 
 PAD_TOKEN = "[PAD]"  # what the original recipe adds when a tokenizer has no padding token
+LLAMA_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SPACE = "▁"  # SentencePiece's visible space
 
 
@@ -239,7 +240,7 @@ def write_llama_tokenizer(
     pad_token: str | None = None,
     max_length: int | None = None,
 ) -> None:
-    """Write tokenizer.model, tokenizer.json and their configs into `folder`.
+    """Write LLAMA_TOKENIZER_FILES into `folder`.
 
     Through AutoTokenizer they give SentencePiece's ids for any text but literal special tokens, which stay special so
     that programs that append `eos_token` as text get EOS. The class is named PreTrainedTokenizerFast because

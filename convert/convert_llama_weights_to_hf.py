@@ -3,13 +3,14 @@
     python -m convert.convert_llama_weights_to_hf --input_dir unconverted-weights --model_size 7B --output_dir weights
 
 reads unconverted-weights/7B/ and unconverted-weights/tokenizer.model, and writes weights/llama-7b/ (self-contained)
-and weights/tokenizer/. One tensor at a time goes from the memory-mapped pickles to safetensors: memory stays at the
-largest tensor whatever the model's size, and the values arrive bit for bit unless --dtype asks for another type.
+and weights/tokenizer/. Blocks of rows go from the memory-mapped pickles straight to safetensors: memory does not depend
+on the model's size, and the values arrive bit for bit unless --dtype asks for another type.
 """
 
 import argparse
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from alpaca.hf_files import (
     write_json,
     write_weights,
 )
-from alpaca.tokenizer import SentencePieceTokenizer, is_sentencepiece
+from alpaca.tokenizer import LLAMA_TOKENIZER_FILES, SentencePieceTokenizer, is_sentencepiece
 from convert import layout, meta_files
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -76,7 +77,8 @@ def convert(config: ConvertConfig) -> Path:
     with replaced_folder(target, overwrite=config.overwrite) as partial:
         _write_model(partial, source, specs, config)
     with replaced_folder(config.output_dir / "tokenizer", overwrite=True) as partial:
-        source.tokenizer.save(partial)
+        for name in LLAMA_TOKENIZER_FILES:
+            shutil.copyfile(target / name, partial / name)
     return target
 
 
@@ -115,33 +117,6 @@ def check_tokenizer_folder(config: ConvertConfig, source: Source) -> None:
         check_overwrite(config.output_dir / "tokenizer", config.overwrite)
 
 
-def tensor_reader(source: Source, specs: list[TensorSpec]) -> Callable[[TensorSpec], torch.Tensor]:
-    """A function that reads one tensor in Hugging Face's layout; the next call may overwrite what it returned.
-
-    What needs no rearranging is handed on from the memory map as it is; all else is put together in one buffer that is
-    as large as the largest such tensor and used again and again.
-    """
-    place_of = {place.hf_name: place for place in source.placements}
-    assembled = [spec.num_bytes for spec in specs if not _is_plain(source, place_of[spec.name], spec)]
-    buffer = torch.empty(max(assembled, default=0), dtype=torch.uint8)
-
-    def read(spec: TensorSpec) -> torch.Tensor:
-        place = place_of[spec.name]
-        parts = [shard[place.meta_name] for shard in source.shards]
-        if _is_plain(source, place, spec):
-            return parts[0]
-        out = buffer[: spec.num_bytes].view(spec.dtype).view(spec.shape)
-        layout.assemble(place, parts, out)
-        return out
-
-    return read
-
-
-def _is_plain(source: Source, place: layout.Placement, spec: TensorSpec) -> bool:
-    whole = len(source.shards) == 1 or place.split_axis is None
-    return whole and place.num_rotary_heads is None and source.shards[0][place.meta_name].dtype == spec.dtype
-
-
 def _verify_checksums(folder: Path, tokenizer_file: Path) -> None:
     sums = meta_files.read_checklist(folder / "checklist.chk")
     sums |= meta_files.read_checklist(tokenizer_file.parent / "tokenizer_checklist.chk")
@@ -154,7 +129,12 @@ def _verify_checksums(folder: Path, tokenizer_file: Path) -> None:
 
 def _write_model(folder: Path, source: Source, specs: list[TensorSpec], config: ConvertConfig) -> None:
     with _byte_bar(sum(spec.num_bytes for spec in specs), "converting") as bar:
-        read = tensor_reader(source, specs)
+        place_of = {place.hf_name: place for place in source.placements}
+
+        def read(spec: TensorSpec) -> Iterator[torch.Tensor]:
+            place = place_of[spec.name]
+            return layout.row_blocks(place, [shard[place.meta_name] for shard in source.shards], spec.dtype)
+
         write_weights(folder, specs, read, max_shard_size=config.max_shard_size, progress=bar.update)
     context = config.max_position_embeddings or int(source.params.get("max_seq_len") or LLAMA_1_CONTEXT)
     write_json(folder / "config.json", model_config(source, specs[0].dtype, context))

@@ -8,8 +8,9 @@ RowParallelLinear on its input (axis 1); Meta's embedding is split on its width 
 wq and wk are reordered within each head on the way.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -266,26 +267,36 @@ def _some(names: Iterable[str], most: int = 5) -> str:
 # Moving values --------------------------------------------------------------------------------------------------
 
 
-def assemble(placement: Placement, parts: list[torch.Tensor], out: torch.Tensor) -> None:
-    """Join the shards' `parts` into `out` (Hugging Face's order and shape), converting to out's dtype on the way."""
-    if placement.split_axis is None:
-        out.copy_(parts[0])
+def row_blocks(
+    placement: Placement, parts: list[torch.Tensor], dtype: torch.dtype, *, max_bytes: int = 4 << 20
+) -> Iterator[torch.Tensor]:
+    """The whole tensor in Hugging Face's order, as consecutive blocks of rows of about `max_bytes`.
+
+    Blocks stay in the processor's cache, and no more than one is ever held. What needs no rearranging is a view.
+    """
+    if placement.split_axis == 1:
+        for rows in _row_ranges(parts[0], len(parts), max_bytes):
+            yield torch.cat([part[rows] for part in parts], dim=1).to(dtype)
         return
-    for part, target in zip(parts, out.chunk(len(parts), dim=placement.split_axis), strict=True):
-        if placement.num_rotary_heads is None:
-            target.copy_(part)
-        else:
-            heads = placement.num_rotary_heads // len(parts)
-            rotary_view(target, heads).copy_(rotary_pairs(part, heads))
+    sources = parts if placement.split_axis == 0 else parts[:1]
+    for part in sources:
+        if placement.num_rotary_heads is not None:
+            part = rotary_halves(part, placement.num_rotary_heads // len(sources))
+        for rows in _row_ranges(part, 1, max_bytes):
+            yield part[rows].to(dtype)
 
 
-def rotary_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """A view [H, 2, d/2, D] of Meta's wq or wk [H*d, D]: first members of all pairs of a head, then the second."""
+def _row_ranges(tensor: torch.Tensor, copies: int, max_bytes: int) -> Iterator[slice]:
+    """Slices of the first axis such that `copies` times each has about `max_bytes`; one row at least."""
+    row_bytes = copies * tensor.element_size() * math.prod(tensor.shape[1:])
+    step = max(1, max_bytes // row_bytes)
+    return (slice(start, start + step) for start in range(0, tensor.shape[0], step))
+
+
+def rotary_halves(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Meta's wq or wk [H*d, D] as a view [H, 2, d/2, D]: first members of all pairs of a head, then the second.
+
+    Flattened to [H*d, D] again these are Hugging Face's rows.
+    """
     rows, width = weight.shape
     return weight.view(num_heads, rows // num_heads // 2, 2, width).transpose(1, 2)
-
-
-def rotary_view(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """The same view [H, 2, d/2, D] of Hugging Face's q_proj or k_proj [H*d, D]."""
-    rows, width = weight.shape
-    return weight.view(num_heads, 2, rows // num_heads // 2, width)

@@ -34,7 +34,7 @@ SPECS = [TensorSpec(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t 
 def test_what_is_written_is_what_safetensors_reads(tmp_path, max_shard_size):
     written: list[int] = []
     write_weights(
-        tmp_path, SPECS, lambda spec: TENSORS[spec.name], max_shard_size=max_shard_size, progress=written.append
+        tmp_path, SPECS, lambda spec: [TENSORS[spec.name]], max_shard_size=max_shard_size, progress=written.append
     )
     assert sum(written) == sum(spec.num_bytes for spec in SPECS)
     loaded = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}

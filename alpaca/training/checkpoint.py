@@ -309,7 +309,7 @@ def _write_final_weights(model: nn.Module, specs: list[TensorSpec], folder: Path
         write_weights(
             folder,
             specs,
-            lambda spec: whole_tensor(tensors[spec.name], world).to(spec.dtype),
+            lambda spec: [whole_tensor(tensors[spec.name], world).to(spec.dtype)],
             max_shard_size=MAX_SHARD_BYTES,
         )
     else:

@@ -329,7 +329,7 @@ def test_disk_that_runs_full_leaves_the_old_output(tmp_path, tiny, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("alpaca.hf_files._write_tensor", full)
+    monkeypatch.setattr("alpaca.hf_files._write_piece", full)
     with pytest.raises(NotEnoughSpace, match="the disk ran full"):
         run(tmp_path, "--overwrite")
     assert (folder / "model.safetensors").read_bytes() == before
@@ -389,8 +389,8 @@ def test_command_says_what_it_does_and_a_mistake_is_one_line(tmp_path, tiny):
 SLOW_WRITER = """
 import sys, time
 import alpaca.hf_files as files
-write = files._write_tensor
-files._write_tensor = lambda *args: (time.sleep(0.2), write(*args))
+write = files._write_piece
+files._write_piece = lambda *args: (time.sleep(0.2), write(*args))
 sys.argv = sys.argv[1:]
 from convert import convert_llama_weights_to_hf as command
 command.run_command(command.main)
