@@ -3,21 +3,25 @@
 `train` is the same for Cog's training server: a data file in, an archive of weights out.
 """
 
+import asyncio
 import logging
 import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path as LocalPath
 
 from cog import Input, Path, current_scope
 
 from alpaca.archives import open_weights, pack
-from alpaca.errors import AlpacaError, run_command
+from alpaca.errors import AlpacaError, InputError, run_command
+
+_one_training = threading.Lock()
 
 
-def train(
+async def train(
     data: Path = Input(description="Examples: a JSON list or JSON lines of instruction, input (optional) and output"),
     model: str = Input(default="weights/llama-7b", description="Folder or .tar of the base model, in the image or beside it"),
     recipe: str = Input(default="alpaca-7b", choices=["alpaca-7b", "alpaca-13b"], description="Values of what is not given below"),
@@ -29,28 +33,44 @@ def train(
     model_max_length: int = Input(default=512, ge=2, description="Tokens an example is cut to"),
     seed: int = Input(default=42, ge=0, description="Of the order of the examples"),
 ) -> Path:  # fmt: skip
-    """Fine-tune on one GPU and return a .tar that COG_WEIGHTS takes."""
-    flags = {name: value for name, value in locals().items() if value is not None and name not in ("data", "model")}
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    from alpaca.training.config import make_config
-    from alpaca.training.loop import train as train_model
+    """Fine-tune on one GPU and return a .tar that COG_WEIGHTS takes.
 
+    A coroutine because the image sets COG_MAX_CONCURRENCY for predictions, and the runtime then takes nothing else.
+    """
+    values = {name: value for name, value in locals().items() if value is not None}
+    stop = threading.Event()
+    work = asyncio.ensure_future(asyncio.to_thread(_train_to_archive, values, stop))
+    try:
+        return Path(await asyncio.shield(work))
+    except asyncio.CancelledError:
+        stop.set()  # the loop ends after its step
+        await asyncio.wait([work])
+        raise
+
+
+def _train_to_archive(values: dict[str, object], stop: threading.Event) -> LocalPath:
+    if not _one_training.acquire(blocking=False):
+        raise InputError("a training is running already; wait for its end, or cancel it")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     folder = LocalPath(tempfile.mkdtemp(prefix="alpaca-training-"))
     try:
-        config = make_config({
-            **flags,
-            "data_path": str(data),
-            "model_name_or_path": str(open_weights(model)),
-            "output_dir": str(folder / "alpaca_out"),
-            "save_strategy": "no",
-            "report_to": "none",
-        })  # fmt: skip
-        return Path(pack(train_model(config, on_step=_report_step), folder / "weights.tar"))
+        return pack(_train_in(folder / "alpaca_out", values, stop), folder / "weights.tar")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         shutil.rmtree(folder / "alpaca_out", ignore_errors=True)
+        _one_training.release()
+
+
+def _train_in(output_dir: LocalPath, values: dict[str, object], stop: threading.Event) -> LocalPath:
+    from alpaca.training.config import make_config
+    from alpaca.training.loop import train as run_training
+
+    flags = {**values, "data_path": str(values["data"]), "model_name_or_path": str(open_weights(values["model"]))}
+    del flags["data"], flags["model"]
+    config = make_config({**flags, "output_dir": str(output_dir), "save_strategy": "no", "report_to": "none"})
+    return run_training(config, on_step=_report_step, should_stop=stop.is_set)
 
 
 def _report_step(entry: dict[str, float]) -> None:

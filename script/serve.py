@@ -41,8 +41,6 @@ def runtime_environment(options: argparse.Namespace, environment: dict[str, str]
         if (value := getattr(options, item.name)) is not None:
             made[item.metadata["variable"]] = str(value)
     ServerSettings.from_environment(made)
-    if options.train:
-        made["COG_MAX_CONCURRENCY"] = "1"
     made["PORT"] = str(options.port)
     made["COG_PREDICT_TYPE_STUB"] = schema.PREDICTOR
     made["COG_TRAIN_TYPE_STUB"] = schema.TRAINER

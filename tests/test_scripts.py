@@ -40,7 +40,7 @@ def test_runtime_environment_defaults_and_precedence():
     assert made["COG_WEIGHTS"] == "mine"
     assert made["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)  # its worker is `python`
     made = serve.runtime_environment(serve.parse_arguments(["--weights", "other", "--train"]), dict(made))
-    assert (made["COG_WEIGHTS"], made["COG_MAX_CONCURRENCY"]) == ("other", "1")
+    assert (made["COG_WEIGHTS"], made["COG_MAX_CONCURRENCY"]) == ("other", "64")  # as in the image
     assert (serve.parse_arguments([]).host, serve.parse_arguments([]).port) == ("127.0.0.1", 5000)
 
 
