@@ -18,6 +18,7 @@ import torch
 from alpaca.errors import InputError
 
 Shape = tuple[int, ...]
+_BLOCK_BYTES = 4 << 20  # small enough to stay in the processor's cache between reading and writing
 
 # Meta's name -> (Hugging Face's name, axis on which shards are split; None: every shard holds a copy).
 LAYER_TENSORS: dict[str, tuple[str, int | None]] = {
@@ -267,30 +268,35 @@ def _some(names: Iterable[str], most: int = 5) -> str:
 # Moving values --------------------------------------------------------------------------------------------------
 
 
-def row_blocks(
-    placement: Placement, parts: list[torch.Tensor], dtype: torch.dtype, *, max_bytes: int = 4 << 20
-) -> Iterator[torch.Tensor]:
-    """The whole tensor in Hugging Face's order, as consecutive blocks of rows of about `max_bytes`.
+def row_blocks(placement: Placement, parts: list[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The whole tensor in Hugging Face's order, as consecutive blocks of rows of about 4 MiB.
 
-    Blocks stay in the processor's cache, and no more than one is ever held. What needs no rearranging is a view.
+    A block may lie in memory that the next one overwrites, so that no more than one is ever held.
     """
     if placement.split_axis == 1:
-        for rows in _row_ranges(parts[0], len(parts), max_bytes):
-            yield torch.cat([part[rows] for part in parts], dim=1).to(dtype)
+        yield from _blocks_side_by_side(parts, dtype)
         return
     sources = parts if placement.split_axis == 0 else parts[:1]
     for part in sources:
         if placement.num_rotary_heads is not None:
             part = rotary_halves(part, placement.num_rotary_heads // len(sources))
-        for rows in _row_ranges(part, 1, max_bytes):
-            yield part[rows].to(dtype)
+        yield from _blocks_side_by_side([part], dtype)
 
 
-def _row_ranges(tensor: torch.Tensor, copies: int, max_bytes: int) -> Iterator[slice]:
-    """Slices of the first axis such that `copies` times each has about `max_bytes`; one row at least."""
-    row_bytes = copies * tensor.element_size() * math.prod(tensor.shape[1:])
-    step = max(1, max_bytes // row_bytes)
-    return (slice(start, start + step) for start in range(0, tensor.shape[0], step))
+def _blocks_side_by_side(parts: list[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Blocks of the first axis of equal `parts`, joined on their last axis; views where there is nothing to do."""
+    first = parts[0]
+    shape = (*first.shape[:-1], first.shape[-1] * len(parts))
+    step = max(1, _BLOCK_BYTES // (dtype.itemsize * math.prod(shape[1:])))
+    if len(parts) == 1 and first.dtype == dtype and first.is_contiguous():
+        yield from first.split(step)
+        return
+    block = torch.empty((min(step, shape[0]), *shape[1:]), dtype=dtype)
+    for start in range(0, shape[0], step):
+        target = block[: shape[0] - start]
+        for part, columns in zip(parts, target.chunk(len(parts), dim=-1), strict=True):
+            columns.copy_(part[start : start + step])
+        yield target
 
 
 def rotary_halves(weight: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -432,17 +432,20 @@ def test_killed_between_the_renames_the_old_output_comes_back(tmp_path, tiny):
 
 MEMORY_PROBE = """
 import re, sys, threading, time
-peak = 0
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+import torch
+imported = peak = anonymous()
 def watch():
     global peak
     while True:
-        peak = max(peak, int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+        peak = max(peak, anonymous())
         time.sleep(0.002)
 threading.Thread(target=watch, daemon=True).start()
 sys.argv = sys.argv[1:]
 from convert import convert_llama_weights_to_hf as command
 command.main()
-print("peak_kib", peak)
+print("kib", imported, peak)
 """
 
 
@@ -469,8 +472,8 @@ def test_memory_stays_at_the_largest_tensor(large, dtype, growth):
     script = [sys.executable, "-c", MEMORY_PROBE, *command(folder, *flags)[2:]]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    peak = int(done.stdout.split("peak_kib")[1]) * 1024
-    assert peak < growth * largest + 300e6
+    imported, peak = (int(kib) * 1024 for kib in done.stdout.split()[-2:])
+    assert peak - imported < growth * largest + 100e6  # torch itself takes 140 MB, 275 MB in its CUDA builds
 
 
 def test_checklist_written_by_the_tests_is_metas_format(tmp_path):
