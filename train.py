@@ -19,6 +19,8 @@ from alpaca.archives import open_weights, pack
 from alpaca.errors import AlpacaError, InputError, run_command
 
 _one_training = threading.Lock()
+_last_output: tempfile.TemporaryDirectory | None = None  # the runtime reads it after `train` returned
+_STOPPING_S = 10  # how long a training waits for one that was cancelled to end its step
 
 
 async def train(
@@ -45,21 +47,24 @@ async def train(
     except asyncio.CancelledError:
         stop.set()  # the loop ends after its step
         await asyncio.wait([work])
+        work.exception()  # that it was stopped is no news
         raise
 
 
 def _train_to_archive(values: dict[str, object], stop: threading.Event) -> LocalPath:
-    if not _one_training.acquire(blocking=False):
+    global _last_output
+    if not _one_training.acquire(timeout=_STOPPING_S):
         raise InputError("a training is running already; wait for its end, or cancel it")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    folder = LocalPath(tempfile.mkdtemp(prefix="alpaca-training-"))
     try:
-        return pack(_train_in(folder / "alpaca_out", values, stop), folder / "weights.tar")
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        if _last_output is not None:
+            _last_output.cleanup()
+        _last_output = tempfile.TemporaryDirectory(prefix="alpaca-training-")
+        folder = LocalPath(_last_output.name)
+        archive = pack(_train_in(folder / "alpaca_out", values, stop), folder / "weights.tar")
+        shutil.rmtree(folder / "alpaca_out")
+        return archive
     finally:
-        shutil.rmtree(folder / "alpaca_out", ignore_errors=True)
         _one_training.release()
 
 
@@ -67,7 +72,8 @@ def _train_in(output_dir: LocalPath, values: dict[str, object], stop: threading.
     from alpaca.training.config import make_config
     from alpaca.training.loop import train as run_training
 
-    flags = {**values, "data_path": str(values["data"]), "model_name_or_path": str(open_weights(values["model"]))}
+    base = open_weights(values["model"], named="model")
+    flags = {**values, "data_path": str(values["data"]), "model_name_or_path": str(base)}
     del flags["data"], flags["model"]
     config = make_config({**flags, "output_dir": str(output_dir), "save_strategy": "no", "report_to": "none"})
     return run_training(config, on_step=_report_step, should_stop=stop.is_set)

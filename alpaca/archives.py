@@ -16,11 +16,12 @@ _ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz")
 _MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "loss.png")
 
 
-def open_weights(weights: str | None) -> Path:
+def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS") -> Path:
     """The model folder to use: `weights` when given (COG_WEIGHTS), else what train.py left in alpaca_out.
 
-    An archive is unpacked once, into the temporary folder. Raises MissingInput naming the step that makes the folder,
-    InputError for what is no folder or archive, or an archive that is damaged or unsafe.
+    `named` is what the caller calls it in errors. An archive is unpacked once, into the temporary folder. Raises
+    MissingInput naming the step that makes the folder, InputError for what is no folder or archive, or an archive that
+    is damaged or unsafe.
     """
     if weights and "://" in weights:
         raise InputError(
@@ -30,7 +31,7 @@ def open_weights(weights: str | None) -> Path:
     if path.is_file():
         path = unpack(path)
     if not (path / "config.json").is_file():
-        raise MissingInput(f"no model in {path} (found: {list_folder(path)}). {_next_step(weights)}")
+        raise MissingInput(f"no model in {path} (found: {list_folder(path)}). {_next_step(weights, named)}")
     return path
 
 
@@ -86,9 +87,9 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> Non
         shutil.copyfileobj(source, target, 16 << 20)
 
 
-def _next_step(weights: str | None) -> str:
+def _next_step(weights: str | None, named: str) -> str:
     if weights:
-        return "COG_WEIGHTS must name a folder with config.json, safetensors and tokenizer, such as weights/llama-7b"
+        return f"{named} must name a folder with config.json, safetensors and tokenizer, such as weights/llama-7b"
     return (
         "Fine-tune one first (python train.py --model_name_or_path weights/llama-7b --data_path … --output_dir "
         "alpaca_out), or set COG_WEIGHTS to a model folder such as weights/llama-7b"

@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ SAFETENSORS_NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WRITE_BYTES = 64 << 20
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -104,6 +106,12 @@ class WeightsFolder:
             except SafetensorError as error:
                 raise InputError(f"{self.path / file} is damaged or not a safetensors file: {error}") from error
         return self._open_files[file]
+
+
+def require_all_weights(folder: Path, missing: Collection[str]) -> None:
+    """Raise InputError when a loader found names `missing`, for which it would have gone on with random values."""
+    if missing:
+        raise InputError(f"{folder} lacks weights of its model: {', '.join(sorted(missing)[:5])}; copy it again")
 
 
 def read_json(path: str | Path) -> dict:
@@ -213,15 +221,23 @@ def _write_all(file, data) -> None:
         view = view[file.write(view) :]
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file aside, fsync and rename it: a reader sees the old text or the new one."""
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file aside, fsync and rename it: a reader sees the old content or the new one."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")  # others may write it, too
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -248,9 +264,8 @@ def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[
     OutputExists when `target` is there (not empty) without `overwrite`, or when another process is writing it now.
     """
     target = Path(target)
-    partial, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "replaced"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
+    partial, aside = partial_folder(target), target.with_name(f".{target.name}.replaced")
+    with locked(target):
         if aside.exists() and not target.exists():  # killed between the two renames below
             aside.rename(target)
         check_overwrite(target, overwrite)
@@ -260,11 +275,11 @@ def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[
         try:
             yield partial
             for entry in [*partial.rglob("*"), partial]:  # a rename must not outlive the data
-                _fsync(entry)
+                fsync(entry)
             if target.exists():
                 target.rename(aside)
             partial.rename(target)
-            _fsync(target.parent)
+            fsync(target.parent)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -281,8 +296,15 @@ def check_overwrite(target: Path, overwrite: bool) -> None:
         raise OutputExists(f"{target} exists already; pass --overwrite to replace it, or choose another output")
 
 
+def partial_folder(target: Path) -> Path:
+    """Where `replaced_folder` has its block write: for other processes that help to fill the folder."""
+    return target.with_name(f".{target.name}.partial")
+
+
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def locked(target: Path) -> Iterator[None]:
+    """Keep other processes from writing `target` meanwhile. Raises OutputExists when one does now."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name}.lock")
     with open(lock, "w") as file:
         try:
@@ -295,7 +317,8 @@ def _locked(target: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

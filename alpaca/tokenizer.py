@@ -27,13 +27,15 @@ class Tokenizer(ABC):
     """What the stages need of a tokenizer.
 
     prefix_ids: what stands before every text (BOS, for most).   size: number of ids, added tokens included.
-    special_ids: ids that stand for no text.                      pad_id, bos_id: None where there is none.
+    special_ids: ids that stand for no text.                      base_size: without the added tokens.
+    pad_id, bos_id: None where there is none.
     """
 
     bos_id: int | None
     eos_id: int
     pad_id: int | None
     size: int
+    base_size: int
     prefix_ids: list[int]
     special_ids: frozenset[int]
 
@@ -56,6 +58,14 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    def require_rows(self, num_rows: int, folder: Path) -> None:
+        """Raise InputError when a model's embedding has fewer rows than this tokenizer had from the start."""
+        if self.base_size > num_rows:
+            raise InputError(
+                f"the tokenizer has {self.base_size} tokens, the embedding of {folder} {num_rows} rows: "
+                "this is another model's tokenizer"
+            )
+
     def token_bytes(self, token_id: int) -> bytes | None:
         """The UTF-8 bytes one id stands for, or None where that depends on its neighbours."""
         return None
@@ -75,9 +85,10 @@ class SentencePieceTokenizer(Tokenizer):
             raise InputError(f"{model_file} has no BOS or no EOS token (ids {self.bos_id}, {self.eos_id})")
         self.pad_id = pad_id if pad_id is not None else self._own_pad_id()
         self.prefix_ids = [self.bos_id]
-        self.size = max([self._processor.get_piece_size() - 1, *self._added.values()]) + 1
-        self._bytes = [self._piece_bytes(token_id) for token_id in range(self._processor.get_piece_size())]
-        controls = (i for i in range(self._processor.get_piece_size()) if self._processor.is_control(i))
+        self.base_size = self._processor.get_piece_size()
+        self.size = max([self.base_size - 1, *self._added.values()]) + 1
+        self._bytes = [self._piece_bytes(token_id) for token_id in range(self.base_size)]
+        controls = (i for i in range(self.base_size) if self._processor.is_control(i))
         self.special_ids = frozenset([*controls, *self._added.values()])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -125,6 +136,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise InputError(f"the tokenizer in {folder} names no eos_token; add it to its tokenizer_config.json")
         self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         self.pad_id, self.size = self._tokenizer.pad_token_id, len(self._tokenizer)
+        self.base_size = self._tokenizer.vocab_size
         self.special_ids = frozenset(self._tokenizer.all_special_ids)
         around = self._tokenizer("")["input_ids"]
         self.prefix_ids = around[:-1] if len(around) > 1 and around[-1] == self.eos_id else around

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from alpaca.errors import InputError, OutputExists, run_command
 from alpaca.hf_files import (
+    FLOAT_DTYPES,
     TensorSpec,
     WeightsFolder,
     check_overwrite,
@@ -31,7 +32,6 @@ from alpaca.hf_files import (
 from alpaca.tokenizer import LLAMA_TOKENIZER_FILES, SentencePieceTokenizer, is_sentencepiece
 from convert import layout, meta_files
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LLAMA_1_CONTEXT = 2048
 _SPARE_BYTES = 16 << 20  # configs, tokenizer, file system
 
@@ -71,7 +71,7 @@ def convert(config: ConvertConfig) -> Path:
     if not config.skip_checksums:
         _verify_checksums(folder, tokenizer_file)
     source = open_source(folder, shard_files, tokenizer_file)
-    specs = output_specs(source, DTYPES.get(config.dtype))
+    specs = output_specs(source, FLOAT_DTYPES.get(config.dtype))
     check_tokenizer_folder(config, source)
     require_free_space(target, sum(spec.num_bytes for spec in specs) + _SPARE_BYTES)
     with replaced_folder(target, overwrite=config.overwrite) as partial:
@@ -136,7 +136,7 @@ def _write_model(folder: Path, source: Source, specs: list[TensorSpec], config: 
             return layout.row_blocks(place, [shard[place.meta_name] for shard in source.shards], spec.dtype)
 
         write_weights(folder, specs, read, max_shard_size=config.max_shard_size, progress=bar.update)
-    context = config.max_position_embeddings or int(source.params.get("max_seq_len") or LLAMA_1_CONTEXT)
+    context = config.max_position_embeddings or layout.positive(source.params, "max_seq_len", LLAMA_1_CONTEXT)
     write_json(folder / "config.json", model_config(source, specs[0].dtype, context))
     bos, eos = source.tokenizer.bos_id, source.tokenizer.eos_id
     write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
@@ -180,6 +180,12 @@ def _byte_bar(total: int, label: str) -> tqdm:
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5)
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
 def parse_arguments(arguments: list[str] | None = None) -> ConvertConfig:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -191,9 +197,13 @@ def parse_arguments(arguments: list[str] | None = None) -> ConvertConfig:
     add("--input_dir", type=Path, default=Path("unconverted-weights"), help="holds SIZE/ and tokenizer.model")
     add("--model_size", required=True, help="the folder's name in input_dir, such as 7B")
     add("--output_dir", type=Path, default=Path("weights"), help="gets llama-SIZE/ and tokenizer/")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as in the checkpoint")
+    add("--dtype", choices=["auto", *FLOAT_DTYPES], default="auto", help="auto: as in the checkpoint")
     add("--max_shard_size", default="5GB", help="largest safetensors file")
-    add("--max_position_embeddings", type=int, help="context length (default: params.json's max_seq_len, else 2048)")
+    add(
+        "--max_position_embeddings",
+        type=_positive,
+        help="context length (default: max_seq_len of params.json, or 2048)",
+    )
     add("--skip_checksums", action="store_true", help="do not compare the files with checklist.chk")
     add("--overwrite", action="store_true", help="replace an existing output")
     values = vars(parser.parse_args(arguments))

@@ -131,10 +131,12 @@ def read_shape(params: Mapping[str, object], shards: list[Mapping[str, Shape]]) 
     Raises InputError when they contradict each other: a tensor missing, unknown, or of another shape than params.json
     makes it (both shapes are named).
     """
+    if params.get("use_scaled_rope"):
+        raise InputError("params.json asks for use_scaled_rope (Llama 3.1), which is not converted yet")
     first, num_shards = shards[0], len(shards)
-    width = _positive(params, "dim")
-    num_heads = _positive(params, "n_heads")
-    num_kv_heads = _positive(params, "n_kv_heads", default=num_heads)
+    width = positive(params, "dim")
+    num_heads = positive(params, "n_heads")
+    num_kv_heads = positive(params, "n_kv_heads", default=num_heads)
     if width % num_heads or (width // num_heads) % 2 or num_heads % num_kv_heads:
         raise InputError(
             f"params.json: dim {width} must be an even multiple of n_heads {num_heads}, "
@@ -143,24 +145,33 @@ def read_shape(params: Mapping[str, object], shards: list[Mapping[str, Shape]]) 
     axis = _embedding_axis(first, width, num_shards)
     shape = ModelShape(
         width=width,
-        num_layers=_positive(params, "n_layers"),
+        num_layers=positive(params, "n_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         ffn_width=_read_ffn_width(params, width, first, num_shards),
         vocab_size=_read_vocab_size(params, first, axis, num_shards),
-        norm_eps=float(params.get("norm_eps", 1e-5)),
-        rope_theta=float(params.get("rope_theta") or 10000.0),
+        norm_eps=_number(params, "norm_eps", 1e-5),
+        rope_theta=_number(params, "rope_theta", 10000.0),
     )
     _check_shards(shape, axis, shards)
     return shape, axis
 
 
-def _positive(params: Mapping[str, object], key: str, default: int | None = None) -> int:
+def positive(params: Mapping[str, object], key: str, default: int | None = None) -> int:
+    """A whole number of params.json above 0. Raises InputError."""
     value = params.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or value <= 0:
         raise InputError(f"params.json: expected a positive number for {key!r}, found {value!r}")
     return value
+
+
+def _number(params: Mapping[str, object], key: str, default: float | None) -> float | None:
+    value = params.get(key)
+    value = default if value is None else value
+    if value is not None and (not isinstance(value, int | float) or not value > 0):
+        raise InputError(f"params.json: expected a positive number for {key!r}, found {value!r}")
+    return None if value is None else float(value)
 
 
 def _embedding_axis(first: Mapping[str, Shape], width: int, num_shards: int) -> int:
@@ -173,8 +184,8 @@ def _read_ffn_width(params: Mapping[str, object], width: int, first: Mapping[str
     found = _shape_of(first, "layers.0.feed_forward.w1.weight")[0] * num_shards
     if "multiple_of" not in params:
         return found
-    multiplier = params.get("ffn_dim_multiplier")
-    expected = ffn_width(width, _positive(params, "multiple_of"), None if multiplier is None else float(multiplier))
+    multiplier = _number(params, "ffn_dim_multiplier", None)
+    expected = ffn_width(width, positive(params, "multiple_of"), multiplier)
     if expected != found:
         raise InputError(
             _contradiction("layers.0.feed_forward.w1.weight", (expected, width), (found, width), num_shards)
@@ -247,6 +258,8 @@ def _contradiction(name: str, expected: Shape, found: Iterable[int], num_shards:
     text = f"params.json makes {name!r} {expected}, the tensor is {found}"
     if num_shards > 1:
         text += f" in each of {num_shards} shards"
+    if ".wk." in name or ".wv." in name:  # wq was checked before and is right
+        return text + "; does n_kv_heads in params.json say how many key/value heads there are?"
     return text + missing_shards_hint(expected, found, num_shards)
 
 

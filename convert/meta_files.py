@@ -24,6 +24,8 @@ _READ_BYTES = 8 << 20
 
 def find_checkpoint(input_dir: Path, model_size: str) -> Path:
     """The folder `input_dir/model_size`. Raises MissingInput saying what was found, or what to do with an HF folder."""
+    if Path(model_size).name != model_size:
+        raise InputError(f"--model_size names a folder in --input_dir, such as 7B; found {model_size!r}")
     folder = input_dir / model_size
     for candidate in (folder, input_dir):
         if (candidate / "config.json").is_file() and not (candidate / "params.json").is_file():

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "script")]
 
-from local_server import LocalServer, running_server  # noqa: E402
+from local_server import LocalServer, running_server, stop_children_on_sigterm  # noqa: E402
 
 from alpaca.data.examples import Example, read_examples, split_examples  # noqa: E402
 
@@ -45,6 +45,7 @@ SERVE = ["script/serve", "--weights", f"{WORK}/alpaca_out"]
 
 
 def main() -> None:
+    stop_children_on_sigterm()
     os.chdir(ROOT)
     shutil.rmtree(WORK, ignore_errors=True)
     start = time.perf_counter()

@@ -8,6 +8,7 @@ A list is given by repeating its name (-i stop=a -i stop=b), a text from a file 
 import argparse
 import difflib
 import json
+import os
 import sys
 import urllib.error
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "script")]
 
-from local_server import ServerFailedError, running_server  # noqa: E402
+from local_server import ServerFailedError, running_server, stop_children_on_sigterm  # noqa: E402
 
 from alpaca.errors import InputError, MissingInput, run_command  # noqa: E402
 
@@ -45,7 +46,7 @@ def parse_inputs(pairs: list[str], properties: dict[str, Any]) -> dict[str, Any]
 def _text(text: str) -> str:
     if not text.startswith("@"):
         return text
-    file = Path(text[1:])
+    file = Path(os.environ.get("ALPACA_CALLER", "."), text[1:])
     if not file.is_file():
         raise MissingInput(f"no file {file} (a value that starts with @ names a file)")
     return file.read_text(encoding="utf-8")
@@ -62,6 +63,7 @@ def _typed(name: str, text: str, entry: dict[str, Any]) -> Any:
 
 
 def main() -> None:
+    stop_children_on_sigterm()
     parser = argparse.ArgumentParser(prog="script/predict", description="One prediction, without Docker.")
     parser.add_argument("-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input")
     parser.add_argument("--json", action="store_true", help="print the whole prediction, metrics and logs included")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -94,6 +95,11 @@ class LocalServer:
         with contextlib.suppress(OSError):
             return self.request("/health-check", timeout_s=5)
         return {}
+
+
+def stop_children_on_sigterm() -> None:
+    """Let SIGTERM end this program as an exception does, so that the server it runs is stopped, too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 @contextlib.contextmanager

@@ -17,16 +17,12 @@ import schema  # noqa: E402
 from alpaca.errors import run_command  # noqa: E402
 from alpaca.serving.settings import ServerSettings, setting_type  # noqa: E402
 
-CONCURRENCY = 64  # as predict.py tells the image
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Host, port and mode, and a flag for every server setting; what is not given stays as the environment has it."""
     parser = argparse.ArgumentParser(prog="script/serve", description="Serve the model over HTTP with Cog's runtime.")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=int, default=5000, help="0 picks a free one and prints it (default: %(default)s)"
-    )
+    parser.add_argument("--port", type=_port, default=5000, help="0 picks a free one and prints it (default: 5000)")
     parser.add_argument("--train", action="store_true", help="serve /trainings instead of /predictions")
     for item in dataclasses.fields(ServerSettings):
         text = f"{item.metadata['help']} [{item.metadata['variable']}]"
@@ -34,9 +30,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 65535, found {text!r}")
+    return int(text)
+
+
 def runtime_environment(options: argparse.Namespace, environment: dict[str, str]) -> dict[str, str]:
     """The variables the runtime and the Predictor read. Raises InputError for a bad setting."""
-    made = {"COG_MAX_CONCURRENCY": str(CONCURRENCY), "LOG_FORMAT": "console", "HF_HUB_OFFLINE": "1", **environment}
+    made = {"LOG_FORMAT": "console", "HF_HUB_OFFLINE": "1", **environment}
+    made.setdefault("COG_MAX_CONCURRENCY", str(ServerSettings.concurrency))
+    if options.weights:
+        options.weights = str(Path(environment.get("ALPACA_CALLER", "."), options.weights).absolute())
     for item in dataclasses.fields(ServerSettings):
         if (value := getattr(options, item.name)) is not None:
             made[item.metadata["variable"]] = str(value)

@@ -96,6 +96,16 @@ def test_write_text_replaces_whole_files_only(tmp_path, monkeypatch):
     assert (tmp_path / "f").read_text() == "old"
 
 
+def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: write_text(tmp_path / "f", f"{i:03d}" * 1000), range(200)))
+    text = (tmp_path / "f").read_text()
+    assert text == text[:3] * 1000
+    assert list_folder(tmp_path) == "f"
+
+
 def test_a_failed_block_leaves_the_old_folder(tmp_path):
     with replaced_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("1")

@@ -224,6 +224,21 @@ def test_one_signal_stops_server_and_worker(llama_folder):
     assert not alive
 
 
+def test_script_predict_ended_by_a_signal_leaves_no_server(llama_folder):
+    import psutil
+
+    command = [sys.executable, str(ROOT / "script" / "local_predict.py"), "--weights", str(llama_folder)]
+    process = subprocess.Popen([*command, "-i", "prompt=x"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not (children := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert children
+    assert not alive
+
+
 def test_script_predict_prints_what_cog_predict_does(llama_folder):
     command = [sys.executable, str(ROOT / "script" / "local_predict.py"), "--weights", str(llama_folder)]
     inputs = [

@@ -27,7 +27,9 @@ PROPERTIES = {
 def test_every_setting_is_a_flag():
     flags = []
     for item in dataclasses.fields(ServerSettings):
-        value = {"dtype": "float32", "quantization": "nf4", "engine": "transformers"}.get(item.name, "1")
+        value = {"dtype": "float32", "quantization": "nf4", "engine": "transformers", "weights": "/w"}.get(
+            item.name, "1"
+        )
         flags += [f"--{item.name}", value]
     made = serve.runtime_environment(serve.parse_arguments(flags), {})
     for item in dataclasses.fields(ServerSettings):
@@ -40,8 +42,16 @@ def test_runtime_environment_defaults_and_precedence():
     assert made["COG_WEIGHTS"] == "mine"
     assert made["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)  # its worker is `python`
     made = serve.runtime_environment(serve.parse_arguments(["--weights", "other", "--train"]), dict(made))
-    assert (made["COG_WEIGHTS"], made["COG_MAX_CONCURRENCY"]) == ("other", "64")  # as in the image
+    assert (made["COG_WEIGHTS"], made["COG_MAX_CONCURRENCY"]) == (
+        str(Path("other").absolute()),
+        "64",
+    )  # as in the image
     assert (serve.parse_arguments([]).host, serve.parse_arguments([]).port) == ("127.0.0.1", 5000)
+
+
+def test_relative_weights_start_where_the_caller_stands():
+    made = serve.runtime_environment(serve.parse_arguments(["--weights", "w"]), {"ALPACA_CALLER": "/somewhere"})
+    assert made["COG_WEIGHTS"] == "/somewhere/w"
 
 
 def test_bad_settings_end_before_the_server_starts():

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from alpaca.tokenizer import Tokenizer
 
-_LONGEST_CHARACTER = 4  # UTF-8 bytes; byte-level tokenizers need at most as many tokens for one character
+_CONTEXT_TOKENS = 4  # of the prompt, so that the first new token is decoded as a continuation
+_MOST_HELD = 32  # tokens; beyond it, bytes that make no character are let through
 
 
 class CompletionText:
@@ -75,23 +76,34 @@ class _BytesDecoder:
 
 
 class _WindowDecoder:
-    """For any other tokenizer: the new text is what decoding grows by, over a few tokens of context."""
+    """For any other tokenizer: the new text is what decoding grows by, over a few tokens of context.
+
+    Tokens of byte-level vocabularies may end one character and begin the next, so the end of the text waits while it
+    is no character, and what stands before it goes out.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._context = list(prompt_ids[-_LONGEST_CHARACTER:])
+        self._context = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._new: list[int] = []
+        self._num_given = 0  # characters of the new tokens' text
 
     def push(self, token_id: int) -> str:
         self._new.append(token_id)
         text = self._grown()
-        if text.endswith("\ufffd") and len(self._new) < _LONGEST_CHARACTER:
-            return ""  # perhaps the first bytes of a character
-        self._context, self._new = self._new, []
-        return text
+        whole = text.rstrip("\ufffd")
+        if whole != text and len(self._new) < _MOST_HELD:
+            return self._give(whole)
+        piece = self._give(text)
+        self._context, self._new, self._num_given = self._new, [], 0
+        return piece
 
     def finish(self) -> str:
-        return self._grown() if self._new else ""
+        return self._give(self._grown()) if self._new else ""
+
+    def _give(self, text: str) -> str:
+        piece, self._num_given = text[self._num_given :], max(self._num_given, len(text))
+        return piece
 
     def _grown(self) -> str:
         before = self._tokenizer.decode(self._context)

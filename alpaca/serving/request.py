@@ -10,7 +10,8 @@ from alpaca.errors import InputError, PromptTooLong
 from alpaca.prompts import RAW_TEMPLATE, format_prompt
 from alpaca.tokenizer import Tokenizer
 
-_LARGEST_SEED = 2**31 - 1  # a drawn seed survives any client's JSON number
+_LARGEST_DRAWN_SEED = 2**31 - 1
+_LARGEST_SEED = 2**53  # the largest whole number that survives as a JSON number everywhere
 
 
 def _bounded(default: Any, *, ge: float | None = None, le: float | None = None) -> Any:
@@ -59,6 +60,10 @@ class PredictionInputs:
             # `not >=` rather than `<`, so that NaN fails
             if (ge is not None and not value >= ge) or (le is not None and not value <= le):
                 raise InputError(f"{item.name} must be {_bounds_text(ge, le)}; found {value!r}")
+        if self.seed is not None and self.seed > _LARGEST_SEED:
+            raise InputError(f"seed must be at most 2**53; found {self.seed}")
+        if self.num_beams > 1 and (self.presence_penalty or self.frequency_penalty):
+            raise InputError("beam search knows no presence_penalty or frequency_penalty; leave them out")
         if self.stream and (self.n > 1 or self.num_beams > 1):
             raise InputError("stream sends the pieces of one completion: use it with n = 1 and num_beams = 1")
         if self.num_beams > 1 and self.n > self.num_beams:
@@ -94,7 +99,7 @@ def make_request(inputs: PredictionInputs, tokenizer: Tokenizer, *, max_context:
     return Request(
         prompt_ids=prompt_ids,
         max_new_tokens=_room(inputs, len(prompt_ids), max_context),
-        seed=random.SystemRandom().randint(0, _LARGEST_SEED) if inputs.seed is None else inputs.seed,
+        seed=random.SystemRandom().randint(0, _LARGEST_DRAWN_SEED) if inputs.seed is None else inputs.seed,
         **{name: getattr(inputs, name) for name in _SAME_IN_BOTH},
     )
 

@@ -12,6 +12,8 @@ import torch
 
 from alpaca.serving.request import Request
 
+_LEAST_TEMPERATURE = 1e-6  # below it only the most likely token has a chance in float32
+
 
 class Sampler:
     """Chooses the next token of each completion of one request. Legend: R rows (completions), V vocabulary."""
@@ -33,7 +35,7 @@ class Sampler:
             chosen = scores.argmax(dim=-1)
         else:
             chosen = draw(
-                self._filter(scores / self._request.temperature), [self._generators[i].random() for i in rows]
+                self._filter(divide(scores, self._request.temperature)), [self._generators[i].random() for i in rows]
             )
         ids = chosen.tolist()
         self._counts[list(rows), ids] += 1
@@ -57,6 +59,11 @@ class Sampler:
         if request.min_p > 0:
             scores = keep_min_p(scores, request.min_p)
         return scores
+
+
+def divide(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Scores over the temperature, shifted so that the highest is 0: the smallest temperature overflows nothing."""
+    return (scores - scores.amax(dim=-1, keepdim=True)) / max(temperature, _LEAST_TEMPERATURE)
 
 
 def keep_top_k(scores: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ class ServerSettings:
     max_context: int | None = _setting("ALPACA_MAX_CONTEXT", None, "tokens of prompt and answer (default: the model's)")
     memory_fraction: float = _setting("ALPACA_MEMORY_FRACTION", 0.9, "share of the free GPU memory that is used")
     engine: str = _setting("ALPACA_ENGINE", "auto", "what runs the model", ENGINES)
-    concurrency: int = _setting("COG_MAX_CONCURRENCY", 1, "requests in flight")
+    concurrency: int = _setting("COG_MAX_CONCURRENCY", 64, "requests in flight")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

@@ -10,6 +10,7 @@ from collections import deque
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from alpaca.errors import EngineClosed, InputError, MissingInput, NotEnoughSpace
-from alpaca.hf_files import list_folder
+from alpaca.hf_files import list_folder, require_all_weights
 from alpaca.quantization import allow_any_width_on_cpu, bitsandbytes_config
 from alpaca.serving.engine import Engine, Generation
 from alpaca.serving.request import Request
@@ -209,6 +210,7 @@ def load_transformers_engine(folder: Path, settings: ServerSettings) -> Transfor
     start = time.monotonic()
     tokenizer = load_tokenizer(folder)
     model = _load_model(folder, settings)
+    tokenizer.require_rows(model.get_input_embeddings().weight.shape[0], folder)
     if model.device.type == "cuda":
         _bound_gpu_memory(settings.memory_fraction)
     max_context = _max_context(model, settings)
@@ -224,8 +226,9 @@ def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=dtype,
             device_map={"": device},
             local_files_only=True,
@@ -235,8 +238,9 @@ def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
         raise NotEnoughSpace(
             f"{folder} does not fit the GPU as {dtype}: set ALPACA_QUANTIZATION to int8 or nf4 ({error})"
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    require_all_weights(folder, found["missing_keys"])
     if settings.quantization == "nf4" and device.type == "cpu":
         allow_any_width_on_cpu(model)
     return model

@@ -8,7 +8,6 @@ written by torch.distributed.checkpoint, each process its shards, and can be rea
 import contextlib
 import logging
 import math
-import os
 import re
 import shutil
 import warnings
@@ -25,7 +24,9 @@ from alpaca.errors import AlpacaError, InputError, MissingInput, OutputExists
 from alpaca.hf_files import (
     TensorSpec,
     WeightsFolder,
+    fsync,
     list_folder,
+    partial_folder,
     read_json,
     replaced_folder,
     require_free_space,
@@ -41,8 +42,12 @@ logger = logging.getLogger(__name__)
 STATE_NAME = "trainer_state.json"
 MAX_SHARD_BYTES = 5 * 10**9
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(r"\.(checkpoint-\d+|final)\.(partial|replaced|lock)")
+_LEFTOVER = re.compile(r"\.(checkpoint-\d+|final|.+\.\d+-\d+)\.(partial|replaced|lock)")
 _FINAL = ".final.partial"
+_MODEL_FILES = (
+    "model*.safetensors*", "pytorch_model*", "adapter_*", "generation_config.json", "tokenizer*", "added_tokens.json",
+    "special_tokens_map.json", "merges.txt", "vocab.*", "chat_template*",
+)  # fmt: skip
 _PROBES = ("Below is an instruction that describes a task.", " two  spaces\n\ttab", "สวัสดี 🦙 ¿Dónde está? 0123456789")
 
 
@@ -76,7 +81,7 @@ class Trainee:
 def save_checkpoint(trainee: Trainee, output_dir: Path, *, keep: int) -> Path:
     """Write `checkpoint-N` and remove the oldest beyond `keep`. All processes call it together."""
     world, folder = trainee.world, output_dir / f"checkpoint-{trainee.progress.step}"
-    partial = folder.with_name(f".{folder.name}.partial")  # where replaced_folder has it
+    partial = partial_folder(folder)
     with contextlib.ExitStack() as stack:
         if world.is_main:
             stack.enter_context(replaced_folder(folder, overwrite=True))
@@ -232,11 +237,15 @@ def _restore_random_state(folder: Path, num_processes: int, world: World) -> Non
 # The output folder --------------------------------------------------------------------------------------------
 
 
-def check_output(output_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise OutputExists for a folder with something in it, unless this run resumes or overwrites."""
+def check_output(output_dir: Path, *, resume: bool, checkpoint: Path | None, overwrite: bool) -> None:
+    """Raise OutputExists for a folder with something in it, unless this run resumes or overwrites.
+
+    A run that may resume but found no checkpoint starts anew in what a killed one left, but not over a finished model.
+    """
     if output_dir.exists() and not output_dir.is_dir():
         raise OutputExists(f"{output_dir} is a file; choose another --output_dir")
-    if resume or overwrite or not output_dir.exists():
+    resumes = checkpoint is not None or (resume and not (output_dir / "config.json").exists())
+    if resumes or overwrite or not output_dir.exists():
         return
     if any(not _LEFTOVER.fullmatch(entry.name) for entry in output_dir.iterdir()):
         raise OutputExists(
@@ -368,18 +377,10 @@ def _same_tokenizer(left: Tokenizer, right: Tokenizer) -> bool:
 def _move_into(output_dir: Path, aside: Path) -> None:
     """Replace the model files in `output_dir`. While they are a mixture of old and new there is no config.json."""
     (output_dir / "config.json").unlink(missing_ok=True)
-    for old in output_dir.glob("model*.safetensors*"):
-        old.unlink()
+    for old in (path for pattern in _MODEL_FILES for path in output_dir.glob(pattern)):
+        old.unlink()  # an earlier model's, of which the new one need not have all
     for new in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-        _fsync(new)
+        fsync(new)
         new.rename(output_dir / new.name)
     aside.rmdir()
-    _fsync(output_dir)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(output_dir)

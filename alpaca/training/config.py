@@ -14,11 +14,13 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from alpaca.errors import InputError
+from alpaca.hf_files import FLOAT_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,6 @@ RECIPES: dict[str, dict[str, object]] = {
     "alpaca-7b": {},
     "alpaca-13b": {"learning_rate": 1e-5, "num_train_epochs": 5.0},
 }
-SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 
 
@@ -97,7 +98,7 @@ class TrainConfig:
     save_minutes: float = field(default=10.0, metadata=_flag("minutes between checkpoints, besides; 0 is off"))
     save_total_limit: int = field(default=1, metadata=_flag("checkpoints that are kept"))
     save_dtype: str | None = field(
-        default=None, metadata=_flag("dtype of the final weights: the base model's", *SAVE_DTYPES)
+        default=None, metadata=_flag("dtype of the final weights: the base model's", *FLOAT_DTYPES)
     )
     resume_from_checkpoint: str | None = field(default=None, metadata=_flag('"auto", or the folder of a checkpoint'))
     overwrite_output_dir: bool = field(default=False, metadata=_flag("replace what output_dir holds"))
@@ -326,6 +327,10 @@ def check_values(config: TrainConfig) -> None:
         raise InputError(f"--max_steps: expected a number above 0 (or -1 for none), found {config.max_steps}")
     parse_fsdp(config.fsdp)
     _check_evaluation(config)
+    for name in ("model_name_or_path", "tokenizer_name_or_path"):
+        source = getattr(config, name)
+        if source and Path(source).resolve() == Path(config.output_dir).resolve():
+            raise InputError(f"--output_dir is also --{name} ({source}), which would be lost; choose another folder")
 
 
 _LEAST = {

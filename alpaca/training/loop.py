@@ -6,6 +6,7 @@ The loss is the sum of the target tokens' cross entropies over the number of tar
 every process knows from the data; so the layout of processes and micro-batches does not change it.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from alpaca.data.batching import MicroBatch, collate, count_steps_per_epoch, split_step, step_examples
 from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples, read_examples, split_examples
 from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
-from alpaca.hf_files import write_json
+from alpaca.hf_files import FLOAT_DTYPES, locked, write_json
 from alpaca.tokenizer import Tokenizer
 from alpaca.training.checkpoint import (
     Progress,
@@ -40,7 +41,6 @@ from alpaca.training.checkpoint import (
     save_final,
 )
 from alpaca.training.config import (
-    SAVE_DTYPES,
     TrainConfig,
     config_json,
     count_steps,
@@ -87,10 +87,27 @@ def train(
     """
     world = join_world()
     config = resolve(config, num_processes=world.num_processes, device=world.device)
+    with locked(Path(config.output_dir)) if world.is_main else contextlib.nullcontext():
+        return _train_alone(config, world, on_step=on_step, should_stop=should_stop)
+
+
+def _train_alone(
+    config: TrainConfig,
+    world: World,
+    *,
+    on_step: Callable[[Entry], None] | None,
+    should_stop: Callable[[], bool] | None,
+) -> Path:
+    """`train`, once no other run can write to its output. `config` is resolved."""
     output_dir = Path(config.output_dir)
-    check_output(output_dir, resume=config.resume_from_checkpoint is not None, overwrite=config.overwrite_output_dir)
-    check_recorder(config)
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    check_output(
+        output_dir,
+        resume=config.resume_from_checkpoint is not None,
+        checkpoint=checkpoint,
+        overwrite=config.overwrite_output_dir,
+    )
+    check_recorder(config)
     run = prepare(config, world)
     if checkpoint:
         load_checkpoint(run.trainee, checkpoint)
@@ -239,21 +256,24 @@ def run_steps(
         if progress.step == 0 and config.eval_strategy != "no":
             log({"eval_loss": evaluate(run)})
         while progress.step < run.num_steps:
-            own = _Requests(
-                stop=bool(signals) or bool(should_stop and should_stop()),
-                save=0 < config.save_minutes * 60 <= time.monotonic() - saved_at,
-            )
+
+            def ask() -> _Requests:
+                return _Requests(
+                    stop=bool(signals) or bool(should_stop and should_stop()),
+                    save=0 < config.save_minutes * 60 <= time.monotonic() - saved_at,  # noqa: B023  asked at once
+                )
+
             with meter.measure():
-                entry, requests = take_step(run, own)
+                entry, requests = take_step(run, ask)
             meter.num_tokens += entry.pop("tokens")
             _tell(run, entry, meter, log=log, bar=bar, on_step=on_step)
             if _is_due(run, config.eval_strategy, config.eval_steps, at_end=True):
                 log({"eval_loss": evaluate(run)})
-            if requests.stop or _wants_checkpoint(run, requests):
-                folder = save_checkpoint(run.trainee, Path(config.output_dir), keep=config.save_total_limit)
+            if _wants_checkpoint(run, requests):
+                save_checkpoint(run.trainee, Path(config.output_dir), keep=config.save_total_limit)
                 saved_at = time.monotonic()
             if requests.stop:
-                raise TrainingStopped(_stop_text(run, folder), signal=signals[0] if signals else 0)
+                raise TrainingStopped(_stop_text(run), signal=signals[0] if signals else 0)
     return meter.total_seconds
 
 
@@ -265,15 +285,16 @@ class _Requests:
     save: bool
 
 
-def take_step(run: Run, requests: _Requests) -> tuple[Entry, _Requests]:
-    """One optimizer step: its log entry (of this step alone), and what any process requests."""
+def take_step(run: Run, ask: Callable[[], _Requests]) -> tuple[Entry, _Requests]:
+    """One optimizer step: its log entry (of this step alone), and what any process requests by the end of it."""
     config, trainee, progress = run.config, run.trainee, run.progress
     indices = step_examples(
         len(run.data), global_batch_size=config.global_batch_size, seed=config.seed, step=progress.step
     )
     own_loss = accumulate_gradients(run, indices)
     grad_norm = clip_gradients(trainee.model, config.max_grad_norm)
-    loss, stop, save = run.world.sum([own_loss, float(requests.stop), float(requests.save)])
+    own = ask()
+    loss, stop, save = run.world.sum([own_loss, float(own.stop), float(own.save)])
     _check_finite(loss, grad_norm, step=progress.step + 1)
     learning_rate = trainee.scheduler.get_last_lr()[0]
     trainee.optimizer.step()
@@ -439,7 +460,7 @@ def _is_due(run: Run, strategy: str, steps: int, *, at_end: bool) -> bool:
 def _wants_checkpoint(run: Run, requests: _Requests) -> bool:
     if run.config.save_strategy == "no":
         return False
-    return requests.save or _is_due(run, run.config.save_strategy, run.config.save_steps, at_end=False)
+    return requests.stop or requests.save or _is_due(run, run.config.save_strategy, run.config.save_steps, at_end=False)
 
 
 @contextmanager
@@ -458,11 +479,12 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _stop_text(run: Run, folder: Path) -> str:
-    return (
-        f"stopped after step {run.progress.step} of {run.num_steps}, saved in {folder}; "
-        "go on with --resume_from_checkpoint auto"
-    )
+def _stop_text(run: Run) -> str:
+    text = f"stopped after step {run.progress.step} of {run.num_steps}"
+    if run.config.save_strategy == "no":
+        return f"{text}; nothing was saved (--save_strategy no)"
+    folder = Path(run.config.output_dir) / f"checkpoint-{run.progress.step}"
+    return f"{text}, saved in {folder}; go on with --resume_from_checkpoint auto"
 
 
 def _out_of_memory(run: Run, error: torch.OutOfMemoryError) -> str:
@@ -496,4 +518,4 @@ def finish(run: Run, *, seconds: float) -> None:
 
 def choose_save_dtype(config: TrainConfig, base: Base) -> torch.dtype:
     """The dtype of the final weights: the one asked for, else that of the base model's."""
-    return SAVE_DTYPES[config.save_dtype] if config.save_dtype else base.dtype
+    return FLOAT_DTYPES[config.save_dtype] if config.save_dtype else base.dtype

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.errors import InputError, MissingInput
-from alpaca.hf_files import INDEX_NAME, WeightsFolder, list_folder, read_json
+from alpaca.hf_files import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, list_folder, read_json, require_all_weights
 from alpaca.tokenizer import PAD_TOKEN, Tokenizer, load_tokenizer, tokenizer_summary
-from alpaca.training.config import SAVE_DTYPES, TrainConfig, parse_fsdp
+from alpaca.training.config import TrainConfig, parse_fsdp
 from alpaca.training.distributed import World, needs_sharding, shard_model
 
 logger = logging.getLogger(__name__)
@@ -89,9 +89,9 @@ def _weights_dtype(folder: Path) -> torch.dtype:
     else:
         config = read_json(folder / "config.json")
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
-    if dtype not in SAVE_DTYPES.values():
+    if dtype not in FLOAT_DTYPES.values():
         raise InputError(
-            f"{folder} holds {dtype} weights; expected one of {', '.join(SAVE_DTYPES)}: give it unquantized"
+            f"{folder} holds {dtype} weights; expected one of {', '.join(FLOAT_DTYPES)}: give it unquantized"
         )
     return dtype
 
@@ -124,8 +124,8 @@ def _load_whole(base: Base) -> PreTrainedModel:
         model, found = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{base.folder} cannot be loaded as a language model: {error}") from error
-    if found["missing_keys"]:  # transformers would go on with random values
-        raise InputError(f"{base.folder} lacks weights of its model: {', '.join(sorted(found['missing_keys'])[:5])}")
+    require_all_weights(base.folder, found["missing_keys"])
+    base.tokenizer.require_rows(model.get_input_embeddings().num_embeddings, base.folder)
     grow_embeddings(model, base.tokenizer.size)
     return _set_up(model, base.tokenizer)
 
@@ -134,7 +134,10 @@ def _make_empty(base: Base) -> PreTrainedModel:
     """The same model with its parameters on the meta device, and its buffers real."""
     from accelerate import init_empty_weights
 
-    config = AutoConfig.from_pretrained(base.folder)
+    try:
+        config = AutoConfig.from_pretrained(base.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{base.folder / 'config.json'} cannot be read: {error}") from error
     config.vocab_size = max(config.vocab_size, base.tokenizer.size)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

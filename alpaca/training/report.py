@@ -1,12 +1,13 @@
 """What a run leaves to look at: TensorBoard or W&B while it runs; trainer_state.json, a loss curve, a summary after."""
 
 import importlib
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from alpaca.errors import MissingPackage
-from alpaca.hf_files import write_json
+from alpaca.hf_files import write_bytes, write_json
 from alpaca.training.config import TrainConfig, config_json
 
 Entry = dict[str, float]  # of the log: "step", "epoch" and what was measured
@@ -164,9 +165,9 @@ def draw_losses(path: Path, log_history: Sequence[Entry]) -> None:
     ]
     losses.legend(handles=[line for line in lines if len(line.get_xdata())], loc="upper right")
     losses.grid(alpha=0.3)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_bytes(path, image.getvalue())
 
 
 def _series(log_history: Sequence[Entry], key: str) -> list[tuple[float, float]]:

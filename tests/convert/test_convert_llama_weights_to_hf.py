@@ -229,6 +229,19 @@ def test_missing_folder_says_what_is_there(tmp_path, tiny):
         run(tmp_path, "--model_size", "13B")
 
 
+def test_model_size_is_a_name_not_a_path(tmp_path, tiny):
+    with pytest.raises(InputError, match=r"names a folder in --input_dir, such as 7B; found '\.\./in/T'"):
+        run(tmp_path, "--model_size", "../in/T")
+
+
+def test_context_must_be_a_number(tmp_path, tiny):
+    write_meta(tmp_path / "in" / "T", tiny.tensors(), tiny.params(max_seq_len="long"))
+    with pytest.raises(InputError, match="expected a positive number for 'max_seq_len', found 'long'"):
+        run(tmp_path)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--model_size", "T", "--max_position_embeddings", "-5"])
+
+
 def test_missing_params(tmp_path, tiny):
     (tmp_path / "in" / "T" / "params.json").unlink()
     with pytest.raises(MissingInput, match=r"params\.json is missing"):
@@ -262,8 +275,10 @@ def test_too_few_shards_are_guessed_from_the_shapes(tmp_path, tiny):
         ({"vocab_size": 999}, r"tok_embeddings\.weight' \(999, 64\), the tensor is \(\d+, 64\)"),
         ({"n_layers": 3}, r"no tensor 'layers\.2\.attention\.wq\.weight'"),
         ({"n_layers": 1}, r"n_layers 1, but the checkpoint also holds 'layers\.1"),
-        ({"n_kv_heads": 4}, r"wk\.weight' \(32, 64\), the tensor is \(64, 64\)"),
+        ({"n_kv_heads": 4}, r"wk\.weight' \(32, 64\), the tensor is \(64, 64\); does n_kv_heads"),
         ({"n_heads": 4}, r"rope\.freqs' \(8,\), the tensor is \(4,\)"),
+        ({"norm_eps": "1e-5"}, "expected a positive number for 'norm_eps', found '1e-5'"),
+        ({"use_scaled_rope": True}, r"use_scaled_rope .*is not converted yet"),
         ({"n_heads": 7}, "must be an even multiple of n_heads 7"),
         ({"n_heads": "8"}, "expected a positive number for 'n_heads', found '8'"),
         ({"dim": None}, "expected a positive number for 'dim', found None"),

@@ -92,6 +92,27 @@ def test_random_stops_equal_cutting_the_whole_text(tokenizer):
         assert "".join(pieces_of(tokenizer, tokenizer.encode(text), stop=stop)) == text[: min(ends, default=len(text))]
 
 
+def test_tokens_that_end_one_character_and_begin_the_next(tmp_path):
+    """Byte-level vocabularies have them: a run of such tokens ends on no whole character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random(0)
+    words = ["".join(chr(rng.randint(0x0E01, 0x0E2E)) for _ in range(8)) for _ in range(300)]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(words, trainer)
+    backend.add_special_tokens(["</s>"])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for text in [*words, "ab" + words[0] + "🦙" + words[1] + " c"]:
+        pieces = pieces_of(tokenizer, tokenizer.encode(text), ())
+        assert "".join(pieces) == text
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
 def test_bytes_that_are_no_character_are_replaced_not_held_back(llama_folder):
     tokenizer = load_tokenizer(llama_folder)
     lead = 3 + 0xF0  # the byte piece <0xF0>: the first of a four-byte character that never comes

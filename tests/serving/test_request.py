@@ -80,6 +80,8 @@ def test_too_long_prompts_name_both_lengths(tokenizer):
         ({"stop": [""]}, "stop must be a list of texts that are not empty"),
         ({"stream": True, "n": 2}, "use it with n = 1 and num_beams = 1"),
         ({"stream": True, "num_beams": 2}, "use it with n = 1 and num_beams = 1"),
+        ({"seed": 2**60}, r"seed must be at most 2\*\*53"),
+        ({"num_beams": 2, "presence_penalty": 1.0}, "beam search knows no presence_penalty"),
         ({"num_beams": 2, "n": 3}, "num_beams 2 cannot give n = 3"),
     ],
 )

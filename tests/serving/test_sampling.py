@@ -81,6 +81,12 @@ def test_draw_never_takes_an_impossible_token(uniform):
     assert draw(scores, [uniform]).item() in (1, 2)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-20, 1e-38, 1e-40, 5e-324])
+def test_the_smallest_temperatures_take_the_most_likely_token(scores, temperature):
+    one = sampler(temperature=temperature)
+    assert one.choose(scores[:1].clone(), [0], 0) == scores[:1].argmax(dim=-1).tolist()
+
+
 def test_completions_have_their_own_streams_and_do_not_depend_on_each_other(scores):
     steps = [scores[i : i + 1] for i in range(6)]
     together = sampler(n=3, seed=9)

@@ -1,5 +1,6 @@
 """The engine gives what transformers' generate gives, per request, cancellable, and survives failures."""
 
+import shutil
 import threading
 import time
 
@@ -273,6 +274,32 @@ def test_quantized_models_answer_much_as_the_whole_one(llama_folder, quantizatio
     assert len(tokens(small.submit(request(min_new_tokens=20)))[0]) == 20
     whole.close()
     small.close()
+
+
+def test_a_model_that_lacks_weights_is_not_served_with_random_ones(tmp_path, llama_folder):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(llama_folder, tmp_path / "w")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"lacks weights of its model: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_transformers_engine(folder, ServerSettings())
+
+
+def test_another_models_tokenizer_is_refused(tmp_path, llama_folder, real):
+    folder = shutil.copytree(llama_folder, tmp_path / "w")
+    shutil.copy(real / "llama-tokenizer" / "tokenizer.model", folder)
+    with pytest.raises(InputError, match=r"the tokenizer has 32000 tokens, the embedding of .* 400 rows"):
+        load_transformers_engine(folder, ServerSettings())
+
+
+def test_damaged_weights_are_named(tmp_path, llama_folder):
+    folder = shutil.copytree(llama_folder, tmp_path / "w")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(InputError, match="w cannot be loaded as a causal language model"):
+        load_transformers_engine(folder, ServerSettings())
 
 
 def test_folders_that_cannot_be_loaded(tmp_path, llama_folder):

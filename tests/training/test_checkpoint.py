@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace, OutputExists
+from alpaca.hf_files import locked
 from alpaca.tokenizer import load_tokenizer
 from alpaca.training import checkpoint, loop
 from alpaca.training.checkpoint import find_checkpoint, list_checkpoints
@@ -36,7 +37,7 @@ class Crash(Exception):
 def crash_after(step: int) -> Callable[[dict], None]:
     def on_step(entry: dict) -> None:
         if entry["step"] == step:
-            raise Crash
+            raise Crash("crashed on purpose")
 
     return on_step
 
@@ -68,9 +69,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     values |= {"eval_strategy": "steps", "eval_steps": 5, "weight_decay": 0.1}
     whole = train(configure(output_dir=str(tmp_path / "whole"), **values))
     config = configure(output_dir=str(tmp_path / "resumed"), **values)
-    with pytest.raises(Crash):
+    with pytest.raises(Crash, match="on purpose"):
         train(config, on_step=crash_after(6))
-    with pytest.raises(Crash):
+    with pytest.raises(Crash, match="on purpose"):
         train(dataclasses.replace(config, resume_from_checkpoint="auto"), on_step=crash_after(11))
     assert [folder.name for folder in list_checkpoints(tmp_path / "resumed")] == ["checkpoint-8"]
     resumed = train(dataclasses.replace(config, resume_from_checkpoint="auto"))
@@ -225,7 +226,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(configure: Configure, monkeypat
 )
 def test_another_configuration_is_refused(changed: dict, text: str, configure: Configure):
     config = configure(save_steps=4, max_steps=-1)
-    with pytest.raises(Crash):
+    with pytest.raises(Crash, match="on purpose"):
         train(config, on_step=crash_after(5))
     with pytest.raises(InputError, match=f"belongs to another run: .*{text}"):
         train(dataclasses.replace(config, resume_from_checkpoint="auto", **changed))
@@ -240,7 +241,7 @@ def test_a_mean_of_means_needs_its_micro_batches(configure: Configure):
 
 def test_other_micro_batches_may_resume(configure: Configure):
     config = configure(save_steps=4)
-    with pytest.raises(Crash):
+    with pytest.raises(Crash, match="on purpose"):
         train(config, on_step=crash_after(5))
     folder = train(dataclasses.replace(config, resume_from_checkpoint="auto", per_device_train_batch_size=2))
     assert history(folder, "step") == list(range(1, 16))
@@ -263,10 +264,45 @@ def test_an_output_that_is_there_is_not_overwritten(configure: Configure, tmp_pa
     assert (folder / "model.safetensors").read_bytes() != before
 
 
+def test_overwriting_leaves_nothing_of_the_other_model(
+    configure: Configure, tiny_llama: Path, tiny_opt: Path, tmp_path: Path
+):
+    values = {"output_dir": str(tmp_path / "out"), "max_steps": 1, "save_strategy": "no"}
+    train(configure(model_name_or_path=str(tiny_llama), **values))
+    train(configure(model_name_or_path=str(tiny_opt), overwrite_output_dir=True, **values))
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+    texts = ["Below is", " two  spaces"]
+    assert load_tokenizer(tmp_path / "out").encode_batch(texts) == load_tokenizer(tiny_opt).encode_batch(texts)
+
+
+def test_two_runs_do_not_write_the_same_output(configure: Configure, tmp_path: Path):
+    with locked(tmp_path / "out"), pytest.raises(OutputExists, match="another process is writing"):
+        train(configure(output_dir=str(tmp_path / "out")))
+
+
+def test_resuming_without_a_checkpoint_does_not_replace_a_finished_model(configure: Configure, tmp_path: Path):
+    config = configure(output_dir=str(tmp_path / "out"), max_steps=1, save_strategy="no")
+    train(config)
+    with pytest.raises(OutputExists, match="is not empty"):
+        train(dataclasses.replace(config, resume_from_checkpoint="auto"))
+
+
+def test_the_base_model_is_not_overwritten(configure: Configure, tiny_llama: Path):
+    with pytest.raises(InputError, match="--output_dir is also --model_name_or_path"):
+        train(configure(output_dir=str(tiny_llama), overwrite_output_dir=True))
+
+
+def test_stopping_without_checkpoints_saves_none(configure: Configure):
+    config = configure(save_strategy="no")
+    with pytest.raises(TrainingStopped, match="nothing was saved"):
+        train(config, should_stop=lambda: True)
+    assert not list_checkpoints(Path(config.output_dir))
+
+
 def test_a_mistake_leaves_no_trace_that_blocks_the_next_try(configure: Configure, tmp_path: Path):
-    with pytest.raises(MissingInput):
+    with pytest.raises(MissingInput, match=r"missing\.json"):
         train(configure(data_path=str(tmp_path / "missing.json")))
-    with pytest.raises(MissingInput):
+    with pytest.raises(MissingInput, match=r"no model at .*missing"):
         train(configure(model_name_or_path=str(tmp_path / "missing")))
     train(configure(max_steps=1))
 
