@@ -74,22 +74,31 @@ class Tokenizer(ABC):
 class SentencePieceTokenizer(Tokenizer):
     """SentencePiece itself, plus the tokens that fine-tuning added after its vocabulary (`[PAD]`)."""
 
-    def __init__(self, model_file: Path, *, added: dict[str, int] | None = None, pad_id: int | None = None) -> None:
+    def __init__(self, model_file: Path, *, added: dict[str, int] | None = None, pad_token: str | None = None) -> None:
+        """`added`: tokens and their ids, of which those beyond the model's own count; `pad_token`: one of either."""
         from sentencepiece import SentencePieceProcessor
 
         self.model_file = Path(model_file)
         self._processor = SentencePieceProcessor(model_file=str(model_file))
-        self._added = dict(added or {})
+        self.base_size = self._processor.get_piece_size()
+        self._added = {token: token_id for token, token_id in (added or {}).items() if token_id >= self.base_size}
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise InputError(f"{model_file} has no BOS or no EOS token (ids {self.bos_id}, {self.eos_id})")
-        self.pad_id = pad_id if pad_id is not None else self._own_pad_id()
+        own_pad_id = self._processor.pad_id()
+        self.pad_id = own_pad_id if own_pad_id >= 0 else self.id_of(pad_token)
         self.prefix_ids = [self.bos_id]
-        self.base_size = self._processor.get_piece_size()
         self.size = max([self.base_size - 1, *self._added.values()]) + 1
         self._bytes = [self._piece_bytes(token_id) for token_id in range(self.base_size)]
         controls = (i for i in range(self.base_size) if self._processor.is_control(i))
         self.special_ids = frozenset([*controls, *self._added.values()])
+
+    def id_of(self, token: str | None) -> int | None:
+        """The id of a token, the model's own or an added one; None where there is no such token."""
+        if not token:
+            return None
+        token_id = self._processor.piece_to_id(token)  # of an unknown piece: that of <unk>
+        return token_id if self._processor.id_to_piece(token_id) == token else self._added.get(token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=-1) if texts else []
@@ -112,9 +121,6 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, folder: Path, *, max_length: int | None = None) -> None:
         pad = next((token for token, token_id in self._added.items() if token_id == self.pad_id), None)
         write_llama_tokenizer(self.model_file, folder, added=self._added, pad_token=pad, max_length=max_length)
-
-    def _own_pad_id(self) -> int | None:
-        return self._processor.pad_id() if self._processor.pad_id() >= 0 else None
 
     def _piece_bytes(self, token_id: int) -> bytes:
         piece = self._processor.id_to_piece(token_id)
@@ -189,14 +195,9 @@ def is_sentencepiece(model_file: Path) -> bool:
 
 def _load_sentencepiece(folder: Path, model_file: Path) -> SentencePieceTokenizer:
     config = _special_tokens(folder)
-    tokenizer = SentencePieceTokenizer(model_file, added=_added_tokens(folder, model_file))
-    pad = config.get("pad_token")
-    if tokenizer.pad_id is None and pad:
-        known = {**_piece_ids(model_file), **tokenizer._added}
-        tokenizer.pad_id = known.get(pad)
-    pieces = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    ids = _piece_ids(model_file)
-    wrong = {key: config[key] for key, right in pieces.items() if key in config and ids.get(config[key]) != right}
+    tokenizer = SentencePieceTokenizer(model_file, added=_listed_tokens(folder), pad_token=config.get("pad_token"))
+    right = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    wrong = {key: config[key] for key in right if key in config and tokenizer.id_of(config[key]) != right[key]}
     if wrong:
         said = ", ".join(f"{key} is {value!r}" for key, value in wrong.items())
         logger.warning("%s says %s; its tokenizer.model is right: %s", folder, said, tokenizer_summary(tokenizer))
@@ -215,16 +216,15 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return named
 
 
-def _added_tokens(folder: Path, model_file: Path) -> dict[str, int]:
-    """Tokens beyond the SentencePiece vocabulary: from tokenizer.json, or from added_tokens.json of older folders."""
+def _listed_tokens(folder: Path) -> dict[str, int]:
+    """Special and added tokens as tokenizer.json lists them, or added_tokens.json of older folders."""
     added: dict[str, int] = {}
     if (folder / "added_tokens.json").is_file():
         added.update(read_json(folder / "added_tokens.json"))
     if (folder / "tokenizer.json").is_file():
         entries = read_json(folder / "tokenizer.json").get("added_tokens", [])
         added.update({entry["content"]: entry["id"] for entry in entries})
-    size = len(_piece_ids(model_file))
-    return {token: token_id for token, token_id in added.items() if token_id >= size}
+    return added
 
 
 def _load_hugging_face(folder: Path):
@@ -293,10 +293,6 @@ def _read_proto(model_file: Path):
     if not proto.pieces:
         raise InputError(f"{model_file} holds no SentencePiece vocabulary; expected Meta's tokenizer.model")
     return proto
-
-
-def _piece_ids(model_file: Path) -> dict[str, int]:
-    return {piece.piece: token_id for token_id, piece in enumerate(_read_proto(model_file).pieces)}
 
 
 def _special_ids(proto) -> dict[str, int]:

@@ -256,15 +256,8 @@ def run_steps(
         if progress.step == 0 and config.eval_strategy != "no":
             log({"eval_loss": evaluate(run)})
         while progress.step < run.num_steps:
-
-            def ask() -> _Requests:
-                return _Requests(
-                    stop=bool(signals) or bool(should_stop and should_stop()),
-                    save=0 < config.save_minutes * 60 <= time.monotonic() - saved_at,  # noqa: B023  asked at once
-                )
-
             with meter.measure():
-                entry, requests = take_step(run, ask)
+                entry, requests = take_step(run, functools.partial(_own_requests, run, signals, should_stop, saved_at))
             meter.num_tokens += entry.pop("tokens")
             _tell(run, entry, meter, log=log, bar=bar, on_step=on_step)
             if _is_due(run, config.eval_strategy, config.eval_steps, at_end=True):
@@ -283,6 +276,14 @@ class _Requests:
 
     stop: bool
     save: bool
+
+
+def _own_requests(run: Run, signals: list[int], should_stop: Callable[[], bool] | None, saved_at: float) -> _Requests:
+    """What this process asks for now."""
+    return _Requests(
+        stop=bool(signals) or bool(should_stop and should_stop()),
+        save=0 < run.config.save_minutes * 60 <= time.monotonic() - saved_at,
+    )
 
 
 def take_step(run: Run, ask: Callable[[], _Requests]) -> tuple[Entry, _Requests]:
