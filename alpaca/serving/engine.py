@@ -35,17 +35,25 @@ class FinishedEvent:
     completion: int
 
 
+Event = TokenEvent | FinishedEvent
+
+
 class Generation:
-    """One request under way. The engine writes to it, one reader reads it, anyone may cancel it."""
+    """One request under way. The engine writes to it, one reader reads it, anyone may cancel it.
+
+    What the engine writes reaches the reader with `flush`, so that tokens may travel together.
+    """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.cached_tokens = 0  # prompt tokens whose keys and values an engine did not compute again
-        self._events: SimpleQueue[TokenEvent | FinishedEvent | BaseException] = SimpleQueue()
+        self._unsent: list[Event] = []
+        self._sent: SimpleQueue[list[Event] | BaseException] = SimpleQueue()
         self._cancelled = threading.Event()
         self._stopped: set[int] = set()
+        self._num_finished = 0
         self._submitted_at = time.monotonic()
-        self._started_at = self._first_token_at = self._last_token_at = 0.0
+        self._started_at = self._first_token_at = self._last_token_at = self._flushed_at = 0.0
         self._num_tokens = 0
 
     # The engine's side
@@ -58,14 +66,30 @@ class Generation:
         self._last_token_at = time.monotonic()
         self._first_token_at = self._first_token_at or self._last_token_at
         self._num_tokens += 1
-        self._events.put(TokenEvent(completion, token_id))
+        self._unsent.append(TokenEvent(completion, token_id))
 
     def finish(self, completion: int) -> None:
-        self._events.put(FinishedEvent(completion))
+        self._num_finished += 1
+        self._unsent.append(FinishedEvent(completion))
+
+    def flush(self, *, interval_s: float = 0.0) -> None:
+        """Let the reader have what was written, unless it can wait.
+
+        A reader who wants the whole answer gets it at the end. One who reads along gets the first token at once, and
+        later ones when `interval_s` has passed since it last got some: waking it costs more than handing on a token.
+        """
+        if not self._unsent:
+            return
+        has_ended = self._num_finished == self.request.n
+        is_due = self.request.reads_along and self._last_token_at >= self._flushed_at + interval_s
+        if has_ended or is_due:
+            self._flushed_at = self._last_token_at
+            events, self._unsent = self._unsent, []
+            self._sent.put(events)
 
     def fail(self, error: BaseException) -> None:
         """End the whole generation; the reader gets `error`."""
-        self._events.put(error)
+        self._sent.put(error)
 
     @property
     def is_cancelled(self) -> bool:
@@ -76,20 +100,25 @@ class Generation:
 
     # The reader's side
 
-    def events(self) -> Iterator[TokenEvent | FinishedEvent]:
-        """Tokens and ends, in the order they came, until every completion has ended.
+    def batches(self) -> Iterator[list[Event]]:
+        """Tokens and ends, in the order they came, as many at a time as there are, until every completion has ended.
 
         Raises GenerationCancelledError at once when cancelled, and whatever the engine failed with.
         """
         running = self.request.n
         while running:
-            event = self._events.get()
+            batch = self._sent.get()
             if self.is_cancelled:
                 raise GenerationCancelledError
-            if isinstance(event, BaseException):
-                raise event
-            running -= isinstance(event, FinishedEvent)
-            yield event
+            if isinstance(batch, BaseException):
+                raise batch
+            running -= sum(isinstance(event, FinishedEvent) for event in batch)
+            yield batch
+
+    def events(self) -> Iterator[Event]:
+        """The same one by one."""
+        for batch in self.batches():
+            yield from batch
 
     def stop(self, completion: int) -> None:
         """The reader wants no more of one completion; its end event still comes."""
@@ -98,7 +127,7 @@ class Generation:
     def cancel(self) -> None:
         """The engine drops the request before its next token; the reader is woken at once."""
         self._cancelled.set()
-        self._events.put(GenerationCancelledError())
+        self._sent.put(GenerationCancelledError())
 
     def metrics(self) -> dict[str, int | float]:
         """Counts, seconds and the seed, under the names of the Predictor's metrics."""
@@ -135,30 +164,38 @@ class Engine(ABC):
 
 
 def stream_text(generation: Generation, text: CompletionText) -> Iterator[str]:
-    """The pieces of a single completion as they become certain; never an empty one."""
-    for event in generation.events():
-        piece = _advance(generation, text, event)
+    """The pieces of a single completion as they become certain; never an empty one. What waits together is one."""
+    for batch in generation.batches():
+        piece = "".join(_advance(generation, text, event) for event in batch)
         if piece:
             yield piece
 
 
 def complete_texts(generation: Generation, texts: list[CompletionText]) -> Iterator[str]:
     """Each completion's whole text, in order, each as soon as it and those before it are done."""
-    written = [""] * len(texts)
+    written: list[list[str]] = [[] for _ in texts]
     ended = [False] * len(texts)
     next_one = 0
     for event in generation.events():
-        written[event.completion] += _advance(generation, texts[event.completion], event)
+        written[event.completion].append(_advance(generation, texts[event.completion], event))
         ended[event.completion] |= isinstance(event, FinishedEvent)
         while next_one < len(texts) and ended[next_one]:
-            yield written[next_one]
+            yield "".join(written[next_one])
             next_one += 1
 
 
-def _advance(generation: Generation, text: CompletionText, event: TokenEvent | FinishedEvent) -> str:
+def _advance(generation: Generation, text: CompletionText, event: Event) -> str:
     if isinstance(event, FinishedEvent):
         return text.finish()
     piece = text.push(event.token_id)
     if text.stopped:
         generation.stop(event.completion)
     return piece
+
+
+_DEVICE_ERRORS = ("CUDA error", "device-side assert", "NCCL")
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an error means that the device is of no more use to this process. Out of memory passes."""
+    return any(sign in str(error) for sign in _DEVICE_ERRORS) and type(error).__name__ != "OutOfMemoryError"

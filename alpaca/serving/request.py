@@ -87,6 +87,7 @@ class Request:
     frequency_penalty: float
     seed: int
     num_beams: int
+    reads_along: bool = True  # the reader wants tokens as they come, not all at the end
 
 
 def make_request(inputs: PredictionInputs, tokenizer: Tokenizer, *, max_context: int) -> Request:
@@ -100,6 +101,7 @@ def make_request(inputs: PredictionInputs, tokenizer: Tokenizer, *, max_context:
         prompt_ids=prompt_ids,
         max_new_tokens=_room(inputs, len(prompt_ids), max_context),
         seed=random.SystemRandom().randint(0, _LARGEST_DRAWN_SEED) if inputs.seed is None else inputs.seed,
+        reads_along=inputs.stream or inputs.n > 1 or bool(inputs.stop),
         **{name: getattr(inputs, name) for name in _SAME_IN_BOTH},
     )
 

@@ -23,9 +23,9 @@ from transformers import (
 from alpaca.errors import EngineClosed, InputError, MissingInput, NotEnoughSpace
 from alpaca.hf_files import list_folder, require_all_weights
 from alpaca.quantization import allow_any_width_on_cpu, bitsandbytes_config
-from alpaca.serving.engine import Engine, Generation
+from alpaca.serving.engine import Engine, Generation, is_device_lost
 from alpaca.serving.request import Request
-from alpaca.serving.sampling import Sampler
+from alpaca.serving.sampling import Choices, choose
 from alpaca.serving.settings import ServerSettings
 from alpaca.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _PREFILL_TOKENS = 512  # a long prompt is read in pieces, so that a cancelled request ends between them
 _DEFAULT_CONTEXT = 2048  # for models that name none (BLOOM)
-_DEVICE_ERRORS = ("CUDA error", "device-side assert", "NCCL")
 
 
 class TransformersEngine(Engine):
@@ -96,7 +95,7 @@ class TransformersEngine(Engine):
         """Out of memory passes; any other CUDA error leaves the device unusable in this process."""
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
-        elif any(sign in str(error) for sign in _DEVICE_ERRORS):
+        elif is_device_lost(error):
             with self._changed:
                 self._lost = error
 
@@ -120,18 +119,22 @@ class TransformersEngine(Engine):
             logits = self._forward(piece, cache)
         if request.n > 1:
             cache.batch_repeat_interleave(request.n)
-        return logits.expand(request.n, -1)
+        return logits.repeat(request.n, 1)
 
     def _decode(self, generation: Generation, cache: DynamicCache, logits: torch.Tensor) -> None:
         """Generate token after token for the completions still running, as one batch."""
         request = generation.request
         vocab_size = min(logits.shape[-1], self.tokenizer.size)  # an embedding may be padded beyond the tokenizer
-        sampler = Sampler(request, vocab_size=vocab_size, eos_ids=self._eos_ids, device=logits.device)
+        choices = [
+            Choices(request, i, vocab_size=vocab_size, eos_ids=self._eos_ids, device=logits.device)
+            for i in range(request.n)
+        ]
         running = list(range(request.n))
-        for num_generated in range(request.max_new_tokens):
-            chosen = sampler.choose(logits[:, :vocab_size], running, num_generated)
-            is_last = num_generated + 1 == request.max_new_tokens
+        for num_generated in range(1, request.max_new_tokens + 1):
+            chosen = choose(logits[:, :vocab_size], [choices[i] for i in running]).tolist()
+            is_last = num_generated == request.max_new_tokens
             kept = [row for row in range(len(running)) if self._publish(generation, running[row], chosen[row], is_last)]
+            generation.flush()
             if generation.is_cancelled or self._closed or not kept:
                 return
             if len(kept) < len(running):
@@ -169,6 +172,7 @@ class TransformersEngine(Engine):
             for token_id in sequence[: ends[0] if ends else None]:
                 generation.put_token(completion, token_id)
             generation.finish(completion)
+        generation.flush()
 
 
 class _StopWhenCancelled(StoppingCriteria):

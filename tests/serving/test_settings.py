@@ -20,7 +20,7 @@ def test_environment_is_read_and_typed():
         ("ALPACA_MAX_CONTEXT", "long", r"ALPACA_MAX_CONTEXT must be a number \(int\); found 'long'"),
         ("ALPACA_MAX_CONTEXT", "0", "max_context must be at least 1"),
         ("ALPACA_MEMORY_FRACTION", "1.5", "above 0 and at most 1; found 1.5"),
-        ("ALPACA_ENGINE", "vllm", "ALPACA_ENGINE must be one of auto, transformers"),
+        ("ALPACA_ENGINE", "vllm", "ALPACA_ENGINE must be one of auto, llama, transformers"),
     ],
 )
 def test_bad_settings_name_the_variable(variable, text, message):

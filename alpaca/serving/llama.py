@@ -1,0 +1,233 @@
+"""The LLaMA network over packed tokens and a paged key/value cache: shape, rotary table, and one forward pass.
+
+Legend: N packed tokens of a step, R rows that are sampled, D width, H heads, K key/value heads, d head width, F
+feed-forward width, V vocabulary, L layers, B blocks of the cache.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from alpaca.errors import InputError
+from alpaca.hf_files import read_json
+from alpaca.serving.linear import Linear
+from alpaca.serving.ops import AttentionBatch
+
+_OWN_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class UnsupportedModelError(InputError):
+    """Not a model this engine knows; transformers may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """A LLaMA's sizes and constants, from config.json in any of transformers' spellings."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    ffn_width: int
+    vocab_size: int
+    norm_eps: float
+    max_context: int
+    rope: dict[str, Any]
+    ties_embeddings: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> "LlamaConfig":
+        """Raises UnsupportedModelError for another architecture, InputError for missing or impossible values."""
+        values = read_json(folder / "config.json")
+        _require_llama(values, folder)
+        try:
+            heads = values["num_attention_heads"]
+            return cls(
+                width=values["hidden_size"],
+                num_layers=values["num_hidden_layers"],
+                num_heads=heads,
+                num_kv_heads=values.get("num_key_value_heads") or heads,
+                head_width=values.get("head_dim") or values["hidden_size"] // heads,
+                ffn_width=values["intermediate_size"],
+                vocab_size=values["vocab_size"],
+                norm_eps=values.get("rms_norm_eps", 1e-6),
+                max_context=values.get("max_position_embeddings", 2048),
+                rope=_rope_of(values),
+                ties_embeddings=values.get("tie_word_embeddings", False),
+            )
+        except KeyError as error:
+            raise InputError(f"{folder / 'config.json'} has no {error}") from None
+
+    @property
+    def num_linear_weights(self) -> int:
+        """Elements of the layers' projections: what quantization makes smaller."""
+        attention = self.width * self.head_width * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.width * self.ffn_width)
+
+    @property
+    def num_other_weights(self) -> int:
+        """Elements of embedding, head and norms."""
+        tables = 1 if self.ties_embeddings else 2
+        return tables * self.vocab_size * self.width + (2 * self.num_layers + 1) * self.width
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of keys and values of one token in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_width * dtype.itemsize
+
+
+def _require_llama(values: dict[str, Any], folder: Path) -> None:
+    if values.get("model_type") != "llama":
+        raise UnsupportedModelError(f"{folder} holds a model of type {values.get('model_type')!r}, not llama")
+    for name in ("attention_bias", "mlp_bias"):
+        if values.get(name):
+            raise UnsupportedModelError(f"{folder} has {name}, which this engine does not know")
+    if values.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModelError(f"{folder} has hidden_act {values['hidden_act']!r}, this engine knows silu")
+    if values.get("quantization_config"):
+        raise UnsupportedModelError(f"{folder} was saved quantized; this engine quantizes whole weights itself")
+
+
+def _rope_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The rotary parameters: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of before."""
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    if rope["rope_type"] not in _OWN_ROPE_TYPES:
+        raise UnsupportedModelError(f"rope type {rope['rope_type']!r} is not one of {', '.join(_OWN_ROPE_TYPES)}")
+    return rope
+
+
+# Rotary embedding -----------------------------------------------------------------------------------------------
+
+
+def rotary_frequencies(config: LlamaConfig) -> torch.Tensor:
+    """The angle per position of each pair of a head, [d/2] float32, rescaled as the config's rope type says."""
+    d, rope = config.head_width, config.rope
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
+    if rope["rope_type"] == "linear":
+        return frequencies / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        return _llama3_frequencies(frequencies, rope)
+    return frequencies
+
+
+def _llama3_frequencies(frequencies: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
+    """Llama 3.1's: waves longer than the old context / low_freq_factor are slowed, short ones kept, between: mixed.
+
+    Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
+    """
+    low, high, old_context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    turns = old_context * frequencies / (2 * math.pi)  # in the old context
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - share) * frequencies / rope["factor"] + share * frequencies
+
+
+def rotary_table(config: LlamaConfig, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
+    """[num_positions, d]: cosines of each position's angles, then sines; computed in float32, as transformers does."""
+    angles = torch.outer(torch.arange(num_positions).float(), rotary_frequencies(config))
+    table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return table.to(dtype) if dtype == torch.float64 else table
+
+
+# The network ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaLayer:
+    """One decoder layer's weights; projections that read the same input are one."""
+
+    input_norm: torch.Tensor  # [D]
+    qkv: Linear  # D -> (H + 2K) d
+    attention_out: Linear  # H d -> D
+    ffn_norm: torch.Tensor  # [D]
+    gate_up: Linear  # D -> 2F
+    down: Linear  # F -> D
+
+
+class KeyValueCache:
+    """Keys and values in blocks; layer i's are `keys[i]` and `values[i]`, each [B, block, K, d]."""
+
+    def __init__(
+        self, config: LlamaConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_width)
+        # Zeros, since a block's rows beyond a sequence's end are multiplied by a weight of zero, which NaN survives.
+        whole = _zeros(shape, dtype, device)
+        self.block_size = block_size
+        self.keys = [layer[0] for layer in whole]
+        self.values = [layer[1] for layer in whole]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU memory that is taken only when it is written to: torch.zeros writes it all at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """What a forward pass computes: N packed tokens, sequence after sequence."""
+
+    ids: torch.Tensor  # [N] int64
+    positions: torch.Tensor  # [N] int64
+    slots: torch.Tensor  # [N] int64: where in the cache a token's keys and values go
+    attention: AttentionBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaModel:
+    """The network on one device. `ops` is the module with the fused operations (torch or Triton)."""
+
+    config: LlamaConfig
+    embedding: torch.Tensor  # [V, D]
+    layers: list[LlamaLayer]
+    norm: torch.Tensor  # [D]
+    head: Linear  # D -> V
+    rotary: torch.Tensor  # [positions, d]
+    ops: ModuleType
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights."""
+        linears = [self.head, *(p for layer in self.layers for p in (layer.qkv, layer.attention_out, layer.gate_up, layer.down))]  # fmt: skip  # noqa: E501
+        norms = (2 * len(self.layers) + 1) * self.norm.nbytes
+        return self.embedding.nbytes + norms + sum(linear.num_bytes for linear in linears)
+
+    def forward(self, inputs: StepInputs, cache: KeyValueCache) -> torch.Tensor:
+        """Hidden states [N, D] after the last norm; the cache gets the step's keys and values."""
+        config, ops = self.config, self.ops
+        scale = config.head_width**-0.5
+        residual = F.embedding(inputs.ids, self.embedding)
+        x = ops.rms_norm(residual, self.layers[0].input_norm, config.norm_eps)
+        for index, layer in enumerate(self.layers):
+            keys, values = cache.keys[index], cache.values[index]
+            q = ops.rotate_and_store(layer.qkv(x), self.rotary, inputs.positions, inputs.slots, keys, values)
+            mixed = ops.paged_attention(q, keys, values, inputs.attention, scale)
+            x, residual = ops.add_rms_norm(
+                layer.attention_out(mixed.flatten(1)), residual, layer.ffn_norm, config.norm_eps
+            )
+            x = layer.down(ops.silu_mul(layer.gate_up(x)))
+            is_last = index + 1 == len(self.layers)
+            next_norm = self.norm if is_last else self.layers[index + 1].input_norm
+            x, residual = ops.add_rms_norm(x, residual, next_norm, config.norm_eps)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, D] -> [R, V]."""
+        return self.head(hidden)

@@ -1,0 +1,193 @@
+"""Which engine serves a folder, and how it comes to life: read, divide the memory, warm up, say what became of it."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from alpaca.errors import InputError, MissingInput, NotEnoughSpace
+from alpaca.hf_files import WeightsFolder, list_folder, read_json
+from alpaca.serving.cache import BlockPool
+from alpaca.serving.engine import Engine
+from alpaca.serving.llama import KeyValueCache, LlamaConfig, LlamaModel, UnsupportedModelError
+from alpaca.serving.llama_engine import LlamaEngine
+from alpaca.serving.plan import BLOCK_SIZE, PREFILL_TOKENS, MemoryPlan, plan_memory
+from alpaca.serving.runner import Runner
+from alpaca.serving.scheduler import Scheduler
+from alpaca.serving.settings import ServerSettings
+from alpaca.serving.weights import load_llama, reading_size
+from alpaca.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def load_engine(folder: Path, settings: ServerSettings) -> Engine:
+    """The engine ALPACA_ENGINE names; auto takes the LLaMA engine wherever it knows the model.
+
+    Raises the errors of `alpaca.errors`.
+    """
+    if not (folder / "config.json").is_file():
+        raise MissingInput(f"{folder} holds no model: no config.json; found: {list_folder(folder)}")
+    if settings.engine == "transformers":
+        return _load_transformers(folder, settings)
+    try:
+        config = LlamaConfig.read(folder)
+    except UnsupportedModelError as error:
+        if settings.engine == "llama":
+            raise
+        logger.info("served by transformers: %s", error)
+        return _load_transformers(folder, settings)
+    return load_llama_engine(folder, config, settings)
+
+
+def _load_transformers(folder: Path, settings: ServerSettings) -> Engine:
+    from alpaca.serving.transformers_engine import load_transformers_engine  # importing transformers takes 2 s
+
+    return load_transformers_engine(folder, settings)
+
+
+def load_llama_engine(folder: Path, config: LlamaConfig, settings: ServerSettings) -> LlamaEngine:
+    """A LLaMA engine on the GPU, or the CPU where there is none."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    if settings.max_context is not None and settings.max_context > config.max_context:
+        logger.warning(
+            "ALPACA_MAX_CONTEXT %d is cut to the model's context of %d tokens", settings.max_context, config.max_context
+        )
+    phases = Phases()
+    tokenizer = load_tokenizer(folder)
+    tokenizer.require_rows(config.vocab_size, folder)
+    phases.end("tokenizer")
+    model = _load_model(folder, config, settings, device=device, dtype=dtype)
+    phases.end("weights")
+    plan = plan_memory(config, settings, free_bytes=free_memory(device), device=device.type, dtype=dtype)
+    runner, scheduler = _make_runner(model, plan, min(config.vocab_size, tokenizer.size))
+    phases.end("cache")
+    _warm_up(runner, plan)
+    phases.end("warm-up")
+    logger.info(
+        "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d pages of %d tokens (%.2f GB), "
+        "up to %d sequences a step; %s",
+        folder, (config.num_linear_weights + config.num_other_weights) / 1e6, str(dtype).removeprefix("torch."), device,
+        settings.quantization, model.num_bytes / 1e9, plan.max_context, plan.num_blocks, BLOCK_SIZE,
+        plan.kv_bytes / 1e9, plan.max_running,
+        f"graphs for {runner.graphs.buckets} sequences" if runner.graphs else "no graphs",
+    )  # fmt: skip
+    logger.info("ready: %s", phases)
+    return LlamaEngine(
+        runner,
+        scheduler,
+        tokenizer,
+        max_context=plan.max_context,
+        eos_ids=eos_ids(folder, tokenizer),
+        beams=_beams(folder, settings),
+        launches_ahead=device.type == "cuda",
+    )
+
+
+def _load_model(
+    folder: Path, config: LlamaConfig, settings: ServerSettings, *, device: torch.device, dtype: torch.dtype
+) -> LlamaModel:
+    from tqdm import tqdm
+
+    weights = WeightsFolder(folder)
+    total = reading_size(config, weights)
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None, file=sys.stderr) as bar:
+            return load_llama(
+                weights,
+                config,
+                device=device,
+                dtype=dtype,
+                quantization=settings.quantization,
+                num_positions=config.max_context,
+                ops=choose_ops(device),
+                progress=bar.update,
+            )
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughSpace(
+            f"{folder} does not fit the GPU as {dtype}, quantization {settings.quantization}: "
+            f"set ALPACA_QUANTIZATION to int8 or nf4 ({error})"
+        ) from error
+
+
+def choose_ops(device: torch.device):
+    """The module with the network's fused operations: Triton's kernels on a GPU, torch elsewhere."""
+    if device.type == "cuda":
+        from alpaca.serving import triton_ops
+
+        return triton_ops
+    from alpaca.serving import ops
+
+    return ops
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(meminfo["MemAvailable"].split()[0]) * 1024
+
+
+def _make_runner(model: LlamaModel, plan: MemoryPlan, vocab_size: int) -> tuple[Runner, Scheduler]:
+    cache = KeyValueCache(
+        model.config, num_blocks=plan.num_blocks, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device
+    )
+    runner = Runner(
+        model, cache, max_running=plan.max_running, max_context=plan.max_context, vocab_size=vocab_size
+    )
+    scheduler = Scheduler(
+        BlockPool(plan.num_blocks, BLOCK_SIZE),
+        max_running=plan.max_running,
+        max_step_tokens=plan.max_running + PREFILL_TOKENS[model.device.type],
+    )
+    return runner, scheduler
+
+
+def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
+    """Build the kernels and capture the graphs before the first request pays for them."""
+    if runner.model.device.type == "cuda":
+        from alpaca.serving.graphs import CapturedGraphs
+
+        runner.graphs = CapturedGraphs(runner, max_running=plan.max_running)
+
+
+def eos_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """EOS by the tokenizer, and by the folder's configs unless their ids are known not to be trusted."""
+    named = {tokenizer.eos_id}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return frozenset(named)
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            ids = read_json(folder / name).get("eos_token_id")
+            named |= {ids} if isinstance(ids, int) else set(ids or ())
+    return frozenset(named)
+
+
+def _beams(folder: Path, settings: ServerSettings) -> Callable[[], Engine]:
+    def load() -> Engine:
+        logger.info("num_beams > 1: beam search runs in transformers, which loads the model a second time now")
+        return _load_transformers(folder, settings)
+
+    return load
+
+
+class Phases:
+    """Seconds that each phase took, in order."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def end(self, name: str) -> None:
+        """The phase that ends now, under this name."""
+        now = time.monotonic()
+        self._seconds[name], self._since = now - self._since, now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())

@@ -1,0 +1,165 @@
+"""How the memory is divided: weights, working memory, and as many key/value blocks as the rest has room for.
+
+    python -m alpaca.serving.plan --weights alpaca_out --memory 80GB
+
+The engine sizes itself by the same arithmetic, with the memory it finds free once the weights are loaded.
+"""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alpaca.errors import NotEnoughSpace, run_command
+from alpaca.hf_files import FLOAT_DTYPES, parse_size
+from alpaca.serving.llama import LlamaConfig
+from alpaca.serving.settings import DTYPES, QUANTIZATIONS, ServerSettings
+
+BLOCK_SIZE = 16  # tokens; small, so that the Alpaca preamble (about 35) is shared
+MOST_RUNNING = 256  # sequences in one step
+PREFILL_TOKENS = {"cuda": 1024, "cpu": 128}  # of a step: what a running stream waits for at most
+_CUDA_CONTEXT_BYTES = 600 << 20  # what a process takes before it holds one tensor: context, kernels, cuBLAS' workspace
+_CPU_SHARE = 0.25  # of the free memory: on a CPU the cache shares it with everything else
+_BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: an absolute maximum in float32 for each 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by use, and what they make possible."""
+
+    weights_bytes: int
+    working_bytes: int
+    kv_bytes_per_token: int
+    num_blocks: int
+    max_context: int  # tokens of one request, prompt and answer
+    max_running: int
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens the cache has room for; one block is for padding."""
+        return (self.num_blocks - 1) * BLOCK_SIZE
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * BLOCK_SIZE * self.kv_bytes_per_token
+
+    def num_requests(self, length: int) -> int:
+        """How many requests of `length` tokens are computed at once, without one waiting for room."""
+        return min(self.max_running, (self.num_blocks - 1) // -(-length // BLOCK_SIZE))
+
+
+def max_running(settings: ServerSettings) -> int:
+    """Sequences in one step: every request in flight with all of its completions, up to a bound."""
+    return min(MOST_RUNNING, 5 * settings.concurrency)
+
+
+def weights_bytes(config: LlamaConfig, dtype: torch.dtype, quantization: str) -> int:
+    """What the weights take on the device, the rotary table left out."""
+    per_weight = _BYTES_PER_WEIGHT.get(quantization, dtype.itemsize)
+    return int(config.num_linear_weights * per_weight) + config.num_other_weights * dtype.itemsize
+
+
+def working_bytes(config: LlamaConfig, dtype: torch.dtype, *, num_tokens: int, num_sampled: int) -> int:
+    """An upper bound of what one step needs beside weights and cache: activations of a layer, logits, sampling."""
+    widths = 4 * config.width + 3 * config.ffn_width + 2 * config.head_width * (config.num_heads + config.num_kv_heads)
+    # Logits, their float32, probabilities, and for top_p scores and ids in order, and cumulative sums.
+    per_score = dtype.itemsize + 4 * 4 + 8 + 8
+    return num_tokens * widths * dtype.itemsize + num_sampled * config.vocab_size * per_score
+
+
+def plan_memory(
+    config: LlamaConfig,
+    settings: ServerSettings,
+    *,
+    free_bytes: int,
+    device: str,
+    dtype: torch.dtype,
+) -> MemoryPlan:
+    """Divide `free_bytes`, free once the weights are loaded. Raises NotEnoughSpace when not one request fits."""
+    running = max_running(settings)
+    context = min(settings.max_context or config.max_context, config.max_context)
+    working = working_bytes(config, dtype, num_tokens=running + PREFILL_TOKENS[device], num_sampled=running)
+    share = settings.memory_fraction * (1 if device == "cuda" else _CPU_SHARE)
+    per_token = config.kv_bytes_per_token(dtype)
+    per_block = BLOCK_SIZE * per_token
+    useful = 1 + running * -(-context // BLOCK_SIZE)  # every running sequence as long as can be
+    num_blocks = min(useful, int(share * free_bytes - working) // per_block)
+    if num_blocks < 1 + min(4, -(-context // BLOCK_SIZE)):
+        raise NotEnoughSpace(
+            f"{free_bytes / 1e9:.2f} GB are free after the weights; a step takes {working / 1e9:.2f} GB and the "
+            f"key/value cache {per_token / 1e6:.3f} MB a token: no request fits. Quantize the weights "
+            "(ALPACA_QUANTIZATION int8 or nf4), lower COG_MAX_CONCURRENCY, or use a larger card"
+        )
+    return MemoryPlan(
+        weights_bytes=weights_bytes(config, dtype, settings.quantization),
+        working_bytes=working,
+        kv_bytes_per_token=per_token,
+        num_blocks=num_blocks,
+        max_context=min(context, (num_blocks - 1) * BLOCK_SIZE),
+        max_running=running,
+    )
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    options = _parse_arguments()
+    config = LlamaConfig.read(options.weights)
+    settings = ServerSettings(
+        quantization=options.quantization,
+        memory_fraction=options.memory_fraction,
+        max_context=options.max_context,
+        concurrency=options.concurrency,
+    )
+    dtype = FLOAT_DTYPES[options.dtype]
+    memory = parse_size(options.memory)
+    weights = weights_bytes(config, dtype, options.quantization)
+    free = memory - weights - _CUDA_CONTEXT_BYTES
+    if free <= 0:
+        raise NotEnoughSpace(
+            f"the weights take {weights / 1e9:.1f} GB as {options.dtype}, {options.quantization}; "
+            f"{options.memory} is too small for them: quantize (--quantization nf4) or use a larger card"
+        )
+    plan = plan_memory(config, settings, free_bytes=free, device="cuda", dtype=dtype)
+    print(describe(plan, memory_bytes=memory))
+    lengths = {length: plan.num_requests(length) for length in _lengths(plan)}
+    print(json.dumps({**dataclasses.asdict(plan), "memory_bytes": memory, "requests_at_once": lengths}))
+
+
+def describe(plan: MemoryPlan, *, memory_bytes: int) -> str:
+    """A table for people."""
+    reserved = memory_bytes - plan.weights_bytes - plan.working_bytes - plan.kv_bytes
+    lines = [
+        f"{'weights':<28}{plan.weights_bytes / 1e9:8.2f} GB",
+        f"{'one step':<28}{plan.working_bytes / 1e9:8.2f} GB",
+        f"{'key/value cache':<28}{plan.kv_bytes / 1e9:8.2f} GB  {plan.num_blocks} blocks of {BLOCK_SIZE} tokens, "
+        f"{plan.kv_bytes_per_token / 1e6:.3f} MB a token",
+        f"{'CUDA itself and reserve':<28}{reserved / 1e9:8.2f} GB",
+        f"longest request: {plan.max_context} tokens; at most {plan.max_running} completions in one step",
+    ]
+    lines += [f"requests of {length:>6} tokens at once: {plan.num_requests(length)}" for length in _lengths(plan)]
+    return "\n".join(lines)
+
+
+def _lengths(plan: MemoryPlan) -> list[int]:
+    return [length for length in (256, 512, 1024, 2048, 4096, 8192, 32768, 131072) if length <= plan.max_context]
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Plan a card's memory for serving a LLaMA.")
+    parser.add_argument("--weights", type=Path, required=True, help="folder with config.json; weights need not be there")
+    parser.add_argument("--memory", required=True, help='of the card, such as "80GB"')
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none")
+    parser.add_argument("--memory_fraction", type=float, default=ServerSettings.memory_fraction)
+    parser.add_argument("--max_context", type=int, help="default: the model's")
+    parser.add_argument("--concurrency", type=int, default=ServerSettings.concurrency)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_command(main)

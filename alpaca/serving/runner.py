@@ -1,0 +1,155 @@
+"""Runs the scheduler's steps on the device: lays tokens out, runs the network, samples; and knows no requests' fate.
+
+A step is launched without waiting for the one before: a token that is not known on the host yet is taken from
+`last_ids` on the device, where sampling put it. Steps that only decode run in CUDA graphs on a GPU (`graphs.py`).
+
+Legend: N packed tokens of a step, S sequences, R rows that are sampled, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from alpaca.serving.llama import KeyValueCache, LlamaModel, StepInputs
+from alpaca.serving.ops import AttentionBatch
+from alpaca.serving.sampling import Choices, choose
+from alpaca.serving.scheduler import Work
+
+UNKNOWN = -1  # in place of a token id: sampled by the step before, to be found in last_ids
+
+
+class Launched:
+    """A step on its way: the works whose sequences get a token, and these tokens once the device has them."""
+
+    def __init__(self, works: list[Work], ids: torch.Tensor, ready: "torch.cuda.Event | None" = None) -> None:
+        self.works = works
+        self._ids = ids
+        self._ready = ready
+
+    def ids(self) -> list[int]:
+        """One token for each of `works`. Waits for the device."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._ids.tolist()
+
+
+@dataclass(frozen=True)
+class HostStep:
+    """A step's inputs as they are laid out on the host: one row a token, one row a sequence."""
+
+    ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    seq_lens: list[int]
+    query_starts: list[int]
+    state_rows: list[int]  # of last_ids, one for each sequence
+
+    @property
+    def is_decode(self) -> bool:
+        return len(self.ids) == len(self.seq_lens)
+
+
+class DecodeGraphs(Protocol):
+    """What `graphs.py` offers for a step that only decodes."""
+
+    def launch(self, step: HostStep, tables: np.ndarray, rows: Sequence[Choices]) -> torch.Tensor:
+        """Queue the step; its ids [S] on the device."""
+        ...
+
+
+class Runner:
+    """One model, its key/value cache, and the device's side of up to `max_running` sequences."""
+
+    def __init__(
+        self, model: LlamaModel, cache: KeyValueCache, *, max_running: int, max_context: int, vocab_size: int
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.vocab_size = vocab_size  # the tokenizer's: an embedding may be padded beyond it
+        self.last_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=model.device)  # the last is for padding
+        self.graphs: DecodeGraphs | None = None
+        self._block_tables = np.zeros((max_running, -(-max_context // cache.block_size)), dtype=np.int32)
+        self._in_table: dict[int, tuple[int, int, int]] = {}
+
+    @torch.inference_mode()
+    def launch(self, works: list[Work]) -> Launched:
+        """Start a step; what it wrote into the cache is there for every later one."""
+        step = self._lay_out(works)
+        sampled = [work for work in works if work.samples]
+        rows = [work.sequence.owner.choices for work in sampled]
+        tables = self._tables(works)
+        if self.graphs is not None and step.is_decode and not any(row.is_penalised for row in rows):
+            return self._deliver(sampled, self.graphs.launch(step, tables, rows))
+        hidden = self.model.forward(self._inputs(step, tables), self.cache)
+        if not sampled:
+            return Launched([], torch.empty(0, dtype=torch.int64))
+        if len(sampled) < len(step.ids):
+            last = [end - 1 for work, end in zip(works, step.query_starts[1:], strict=True) if work.samples]
+            hidden = hidden.index_select(0, self._tensor(last))
+        ids = choose(self.model.logits(hidden)[:, : self.vocab_size], rows)
+        self.last_ids[self._tensor([work.sequence.slot for work in sampled])] = ids
+        return self._deliver(sampled, ids)
+
+    def _deliver(self, sampled: list[Work], ids: torch.Tensor) -> Launched:
+        if ids.device.type == "cpu":
+            return Launched(sampled, ids)
+        on_host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        on_host.copy_(ids, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Launched(sampled, on_host, ready)
+
+    # Laying out
+
+    def _lay_out(self, works: list[Work]) -> HostStep:
+        step = HostStep([], [], [], [], [0], [])
+        size = self.cache.block_size
+        for work in works:
+            sequence, start, end = work.sequence, work.start, work.start + work.num_tokens
+            blocks = sequence.blocks
+            known = sequence.ids[start:end]
+            step.ids.extend(known if len(known) == work.num_tokens else [*known, UNKNOWN])
+            step.positions.extend(range(start, end))
+            step.slots.extend(blocks[at // size] * size + at % size for at in range(start, end))
+            step.seq_lens.append(end)
+            step.query_starts.append(step.query_starts[-1] + work.num_tokens)
+            step.state_rows.append(sequence.slot)
+        return step
+
+    def _tables(self, works: list[Work]) -> np.ndarray:
+        """Each sequence's blocks, [S, P] int32; kept from step to step, as they seldom change."""
+        longest = 0
+        for work in works:
+            sequence = work.sequence
+            state = (sequence.order, sequence.num_admissions, len(sequence.blocks))
+            if self._in_table.get(sequence.slot) != state:
+                self._block_tables[sequence.slot, : len(sequence.blocks)] = sequence.blocks
+                self._in_table[sequence.slot] = state
+            longest = max(longest, len(sequence.blocks))
+        return self._block_tables[[work.sequence.slot for work in works], :longest]
+
+    def _inputs(self, step: HostStep, tables: np.ndarray) -> StepInputs:
+        ids = self._tensor(step.ids)
+        if UNKNOWN in step.ids:
+            assert step.ids.count(UNKNOWN) <= len(step.state_rows)
+            row_of_token = np.repeat(step.state_rows, np.diff(step.query_starts))
+            ids = torch.where(ids == UNKNOWN, self.last_ids[self._tensor(row_of_token)], ids)
+        queries = np.diff(step.query_starts)
+        return StepInputs(
+            ids=ids,
+            positions=self._tensor(step.positions),
+            slots=self._tensor(step.slots),
+            attention=AttentionBatch(
+                block_tables=self._tensor(tables, torch.int32),
+                seq_lens=self._tensor(step.seq_lens, torch.int32),
+                query_starts=self._tensor(step.query_starts, torch.int32),
+                max_query_len=int(queries.max()),
+                max_seq_len=max(step.seq_lens),
+            ),
+        )
+
+    def _tensor(self, values: Sequence[int] | np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=dtype, device=self.model.device)
