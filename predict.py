@@ -18,6 +18,7 @@ from cog import BaseRunner, CancelationException, Input, concurrent, streaming
 
 from alpaca.archives import open_weights
 from alpaca.errors import AlpacaError
+from alpaca.serving.housekeeping import Phases, PredictionFolders
 
 
 class Predictor(BaseRunner):
@@ -25,13 +26,17 @@ class Predictor(BaseRunner):
 
     def setup(self, weights: str | None = None) -> None:
         """Load the model: the folder or archive COG_WEIGHTS names, else alpaca_out."""
+        phases = Phases()
         from alpaca.serving.engine import Engine
+        from alpaca.serving.loading import load_engine
         from alpaca.serving.settings import ServerSettings
-        from alpaca.serving.transformers_engine import load_transformers_engine
 
+        phases.end("imports")
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         settings = ServerSettings.from_environment(os.environ)
-        self.engine: Engine = load_transformers_engine(open_weights(str(weights) if weights else None), settings)
+        self.engine: Engine = load_engine(open_weights(str(weights) if weights else None), settings, phases)
+        self.folders = PredictionFolders()
+        logging.info("ready: %s", phases)
 
     def healthcheck(self) -> bool:
         """Whether the engine can still answer."""
@@ -67,7 +72,8 @@ class Predictor(BaseRunner):
 
     def _answer(self, values: dict[str, object], call: "_Call") -> Generator[str, None, None]:
         try:
-            yield from self._generate(values, call)
+            with self.folders.running():
+                yield from self._generate(values, call)
         except AlpacaError as error:
             print(f"refused: {error}")
             raise

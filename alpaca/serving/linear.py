@@ -88,7 +88,7 @@ class Int8Linear(Linear):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._kernels and x.dtype in _KERNEL_DTYPES:
             if x.shape[0] <= _FEW_ROWS_CUDA:
-                return self._kernels.multiply_int8(x, self._weight.codes, self._weight.absmax)
+                return self._kernels.multiply_int8(x, self._weight)
             return _multiply_by_row_blocks(x, self._weight, self._kernels.dequantize_int8)
         if self._is_fused and x.dtype == torch.bfloat16 and x.shape[0] <= _FEW_ROWS_CPU:
             return self._multiply_fused(x)
@@ -101,7 +101,10 @@ class Int8Linear(Linear):
 
 
 class Nf4Linear(Linear):
-    """4-bit NF4 weights with a scale for each 64. On a GPU our kernels read the bytes once, where 64 divides the width."""
+    """4-bit NF4 weights with a scale for each 64; activations stay as they are.
+
+    On a GPU our kernels read the bytes once where 64 divides the width; everything else dequantises blocks of rows.
+    """
 
     def __init__(self, weight: Nf4Weight) -> None:
         self._weight = weight
@@ -113,7 +116,7 @@ class Nf4Linear(Linear):
         if self._kernels is None or x.dtype not in _KERNEL_DTYPES:
             return _multiply_by_row_blocks(x, self._weight, type(self._weight).dequantize_rows)
         if x.shape[0] <= _FEW_ROWS_CUDA and self._weight.row_step == 1:
-            return self._kernels.multiply_nf4(x, self._weight.packed, self._weight.absmax)
+            return self._kernels.multiply_nf4(x, self._weight)
         return _multiply_by_row_blocks(x, self._weight, self._kernels.dequantize_nf4)
 
 

@@ -2,19 +2,22 @@
 
 import logging
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from alpaca.errors import InputError, MissingInput, NotEnoughSpace
+from alpaca.errors import MissingInput, NotEnoughSpace
 from alpaca.hf_files import WeightsFolder, list_folder, read_json
+from alpaca.prompts import RAW_TEMPLATE
 from alpaca.serving.cache import BlockPool
-from alpaca.serving.engine import Engine
+from alpaca.serving.detokenize import CompletionText
+from alpaca.serving.engine import Engine, complete_texts
+from alpaca.serving.housekeeping import Phases
 from alpaca.serving.llama import KeyValueCache, LlamaConfig, LlamaModel, UnsupportedModelError
 from alpaca.serving.llama_engine import LlamaEngine
 from alpaca.serving.plan import BLOCK_SIZE, PREFILL_TOKENS, MemoryPlan, plan_memory
+from alpaca.serving.request import PredictionInputs, make_request
 from alpaca.serving.runner import Runner
 from alpaca.serving.scheduler import Scheduler
 from alpaca.serving.settings import ServerSettings
@@ -23,33 +26,55 @@ from alpaca.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+_TEMPLATE_TOKENS = 200  # more than the filled template has with any tokenizer
 
-def load_engine(folder: Path, settings: ServerSettings) -> Engine:
-    """The engine ALPACA_ENGINE names; auto takes the LLaMA engine wherever it knows the model.
+
+def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = None) -> Engine:
+    """The engine ALPACA_ENGINE names, warm; auto takes the LLaMA engine wherever it knows the model.
 
     Raises the errors of `alpaca.errors`.
     """
+    phases = phases or Phases()
+    engine = _choose_engine(folder, settings, phases)
+    answer_one_request(engine)
+    phases.end("first request")
+    return engine
+
+
+def answer_one_request(engine: Engine) -> None:
+    """A real request through everything; it also leaves the Alpaca preamble in the cache. Raises what it fails with."""
+    template = "alpaca" if engine.max_context > _TEMPLATE_TOKENS else RAW_TEMPLATE
+    asked = PredictionInputs(prompt="Hello", prompt_template=template, max_new_tokens=8, min_new_tokens=2)
+    request = make_request(asked, engine.tokenizer, max_context=engine.max_context)
+    generation = engine.submit(request)
+    list(complete_texts(generation, [CompletionText(engine.tokenizer, request.prompt_ids)]))
+
+
+def _choose_engine(folder: Path, settings: ServerSettings, phases: Phases) -> Engine:
     if not (folder / "config.json").is_file():
         raise MissingInput(f"{folder} holds no model: no config.json; found: {list_folder(folder)}")
     if settings.engine == "transformers":
-        return _load_transformers(folder, settings)
+        return _load_transformers(folder, settings, phases)
     try:
         config = LlamaConfig.read(folder)
     except UnsupportedModelError as error:
         if settings.engine == "llama":
             raise
         logger.info("served by transformers: %s", error)
-        return _load_transformers(folder, settings)
-    return load_llama_engine(folder, config, settings)
+        return _load_transformers(folder, settings, phases)
+    return _load_llama(folder, config, settings, phases)
 
 
-def _load_transformers(folder: Path, settings: ServerSettings) -> Engine:
+def _load_transformers(folder: Path, settings: ServerSettings, phases: Phases) -> Engine:
     from alpaca.serving.transformers_engine import load_transformers_engine  # importing transformers takes 2 s
 
-    return load_transformers_engine(folder, settings)
+    phases.end("importing transformers")
+    engine = load_transformers_engine(folder, settings)
+    phases.end("weights")
+    return engine
 
 
-def load_llama_engine(folder: Path, config: LlamaConfig, settings: ServerSettings) -> LlamaEngine:
+def _load_llama(folder: Path, config: LlamaConfig, settings: ServerSettings, phases: Phases) -> LlamaEngine:
     """A LLaMA engine on the GPU, or the CPU where there is none."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -57,7 +82,6 @@ def load_llama_engine(folder: Path, config: LlamaConfig, settings: ServerSetting
         logger.warning(
             "ALPACA_MAX_CONTEXT %d is cut to the model's context of %d tokens", settings.max_context, config.max_context
         )
-    phases = Phases()
     tokenizer = load_tokenizer(folder)
     tokenizer.require_rows(config.vocab_size, folder)
     phases.end("tokenizer")
@@ -67,7 +91,7 @@ def load_llama_engine(folder: Path, config: LlamaConfig, settings: ServerSetting
     runner, scheduler = _make_runner(model, plan, min(config.vocab_size, tokenizer.size))
     phases.end("cache")
     _warm_up(runner, plan)
-    phases.end("warm-up")
+    phases.end("kernels and graphs")
     logger.info(
         "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d pages of %d tokens (%.2f GB), "
         "up to %d sequences a step; %s",
@@ -76,7 +100,6 @@ def load_llama_engine(folder: Path, config: LlamaConfig, settings: ServerSetting
         plan.kv_bytes / 1e9, plan.max_running,
         f"graphs for {runner.graphs.buckets} sequences" if runner.graphs else "no graphs",
     )  # fmt: skip
-    logger.info("ready: %s", phases)
     return LlamaEngine(
         runner,
         scheduler,
@@ -138,9 +161,7 @@ def _make_runner(model: LlamaModel, plan: MemoryPlan, vocab_size: int) -> tuple[
     cache = KeyValueCache(
         model.config, num_blocks=plan.num_blocks, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device
     )
-    runner = Runner(
-        model, cache, max_running=plan.max_running, max_context=plan.max_context, vocab_size=vocab_size
-    )
+    runner = Runner(model, cache, max_running=plan.max_running, max_context=plan.max_context, vocab_size=vocab_size)
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, BLOCK_SIZE),
         max_running=plan.max_running,
@@ -172,22 +193,6 @@ def eos_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
 def _beams(folder: Path, settings: ServerSettings) -> Callable[[], Engine]:
     def load() -> Engine:
         logger.info("num_beams > 1: beam search runs in transformers, which loads the model a second time now")
-        return _load_transformers(folder, settings)
+        return _load_transformers(folder, settings, Phases())
 
     return load
-
-
-class Phases:
-    """Seconds that each phase took, in order."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._since = time.monotonic()
-
-    def end(self, name: str) -> None:
-        """The phase that ends now, under this name."""
-        now = time.monotonic()
-        self._seconds[name], self._since = now - self._since, now
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())

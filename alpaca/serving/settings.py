@@ -24,8 +24,12 @@ class ServerSettings:
     dtype: str | None = _setting("ALPACA_DTYPE", None, "bfloat16 on a GPU, float32 on a CPU by default", DTYPES)
     quantization: str = _setting("ALPACA_QUANTIZATION", "none", "of the linear layers' weights", QUANTIZATIONS)
     max_context: int | None = _setting("ALPACA_MAX_CONTEXT", None, "tokens of prompt and answer (default: the model's)")
-    memory_fraction: float = _setting("ALPACA_MEMORY_FRACTION", 0.9, "share of the memory free after the weights that the key/value cache may take")
-    engine: str = _setting("ALPACA_ENGINE", "auto", "what runs the model; auto: llama for LLaMA models, else transformers", ENGINES)
+    memory_fraction: float = _setting(
+        "ALPACA_MEMORY_FRACTION", 0.9, "share of what is free after the weights for the cache"
+    )
+    engine: str = _setting(
+        "ALPACA_ENGINE", "auto", "auto: llama for LLaMA models, else transformers", ENGINES
+    )
     concurrency: int = _setting("COG_MAX_CONCURRENCY", 64, "requests in flight")
 
     def __post_init__(self) -> None:

@@ -62,9 +62,7 @@ def load_llama(
         )
 
 
-def _load_layer(
-    prefix: str, place: Callable[[str], torch.Tensor], project: Callable[..., Linear]
-) -> LlamaLayer:
+def _load_layer(prefix: str, place: Callable[[str], torch.Tensor], project: Callable[..., Linear]) -> LlamaLayer:
     q, k, v, out, gate, up, down = (f"{prefix}{name}.weight" for name in (*_ATTENTION, *_FEED_FORWARD))
     input_norm, ffn_norm = (f"{prefix}{name}.weight" for name in _NORMS)
     return LlamaLayer(
@@ -100,9 +98,15 @@ def check_tensors(weights: WeightsFolder, config: LlamaConfig) -> None:
 
 
 def _expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    width, q_width, kv_width = config.width, config.num_heads * config.head_width, config.num_kv_heads * config.head_width
+    width, q_width, kv_width = (
+        config.width,
+        config.num_heads * config.head_width,
+        config.num_kv_heads * config.head_width,
+    )
     per_layer = {
-        **dict(zip(_ATTENTION, [(q_width, width), (kv_width, width), (kv_width, width), (width, q_width)], strict=True)),
+        **dict(
+            zip(_ATTENTION, [(q_width, width), (kv_width, width), (kv_width, width), (width, q_width)], strict=True)
+        ),
         **dict(zip(_FEED_FORWARD, [(config.ffn_width, width)] * 2 + [(width, config.ffn_width)], strict=True)),
         **dict.fromkeys(_NORMS, (width,)),
     }
@@ -166,4 +170,3 @@ def reading_size(config: LlamaConfig, weights: WeightsFolder) -> int:
     """Bytes that `load_llama` will read."""
     names = set(_reading_order(config))
     return sum(spec.num_bytes for spec in weights.specs() if spec.name in names)
-

@@ -147,7 +147,9 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path):
     tensors = load_file(file)
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({**tensors, name: tensors[name][:-1].clone()}, file)
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight is \[79, 48\], config\.json makes it \[80, 48\]"):
+    with pytest.raises(
+        InputError, match=r"layers\.1\.mlp\.up_proj\.weight is \[79, 48\], config\.json makes it \[80, 48\]"
+    ):
         load(tmp_path / "w")
     del tensors[name]
     save_file(tensors, file)

@@ -107,7 +107,9 @@ def random_request(chance: random.Random) -> Request:
 def test_any_interleaving_gives_what_naive_decoding_gives_alone(models, num_blocks, ahead, seed):
     reference, model = models
     chance = random.Random(f"{seed}:{num_blocks}:{ahead}")
-    engine = make_engine(model, num_blocks=num_blocks, ahead=ahead, max_running=3 if seed == 0 and num_blocks == 200 else 8)
+    engine = make_engine(
+        model, num_blocks=num_blocks, ahead=ahead, max_running=3 if seed == 0 and num_blocks == 200 else 8
+    )
     submitted: list[Generation] = []
     for _ in range(25):
         generation = engine.submit(random_request(chance))
@@ -229,7 +231,9 @@ def test_metrics(engine):
 
 
 def test_what_can_never_fit_fails_at_once_naming_the_sizes(engine):
-    with pytest.raises(PromptTooLong, match=r"prompt \(4 tokens\) and answer \(up to 200\) need 204 tokens; .* for 120"):
+    with pytest.raises(
+        PromptTooLong, match=r"prompt \(4 tokens\) and answer \(up to 200\) need 204 tokens; .* for 120"
+    ):
         engine.submit(request(max_new_tokens=200))
     with pytest.raises(InputError, match=r"token id 999 is outside of the model's 120 rows"):
         engine.submit(request(prompt_ids=(1, 999)))

@@ -84,7 +84,9 @@ def test_a_choice_does_not_depend_on_the_rows_beside_it(scores):
     options = [*FILTERS, {"temperature": 0}, {"repetition_penalty": 1.8}, {"min_new_tokens": 3}]
     scores = torch.cat([scores, scores[:3]])
     together = choose(scores.clone(), [choices(seed=row, **item) for row, item in enumerate(options)]).tolist()
-    alone = [choose(scores[row : row + 1].clone(), [choices(seed=row, **item)]).item() for row, item in enumerate(options)]
+    alone = [
+        choose(scores[row : row + 1].clone(), [choices(seed=row, **item)]).item() for row, item in enumerate(options)
+    ]
     assert together == alone
 
 
