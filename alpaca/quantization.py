@@ -77,6 +77,12 @@ class Int8Weight:
 
     row_step = 1  # rows can be cut anywhere
 
+    @classmethod
+    def empty(cls, num_rows: int, width: int, device: torch.device) -> "Int8Weight":
+        """Memory for a weight [num_rows, width]."""
+        codes = torch.empty(num_rows, width, dtype=torch.int8, device=device)
+        return cls(codes, torch.empty(num_rows, dtype=torch.float32, device=device))
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
@@ -85,13 +91,13 @@ class Int8Weight:
     def num_bytes(self) -> int:
         return self.codes.nbytes + self.absmax.nbytes
 
+    def rows(self, start: int, stop: int) -> "Int8Weight":
+        """Rows `start` to `stop`, sharing memory."""
+        return Int8Weight(self.codes[start:stop], self.absmax[start:stop])
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [O, I] that the codes stand for."""
-        return self.dequantize_rows(0, self.shape[0], dtype)
-
-    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows `start` to `stop` of the weight: [stop - start, I]."""
-        return (self.codes[start:stop] * self.absmax[start:stop, None] * INT8_STEP).to(dtype)
+        return (self.codes * self.absmax[:, None] * INT8_STEP).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -106,87 +112,89 @@ class Nf4Weight:
     absmax: torch.Tensor
     shape: tuple[int, int]
 
+    @classmethod
+    def empty(cls, num_rows: int, width: int, device: torch.device) -> "Nf4Weight":
+        """Memory for a weight [num_rows, width]."""
+        packed = torch.empty(-(-num_rows * width // 2), dtype=torch.uint8, device=device)
+        absmax = torch.empty(-(-num_rows * width // _BLOCK), dtype=torch.float32, device=device)
+        return cls(packed, absmax, (num_rows, width))
+
+    @property
+    def row_step(self) -> int:
+        """Rows can be cut where a block ends: after every so many of them."""
+        return _BLOCK // math.gcd(_BLOCK, self.shape[1])
+
     @property
     def num_bytes(self) -> int:
         return self.packed.nbytes + self.absmax.nbytes
 
+    def rows(self, start: int, stop: int) -> "Nf4Weight":
+        """Rows `start` to `stop`, sharing memory. Raises InputError where a block would be cut."""
+        if start % self.row_step or (stop % self.row_step and stop < self.shape[0]):
+            raise InputError(
+                f"nf4 weights of width {self.shape[1]} have blocks of {_BLOCK} that end after every "
+                f"{self.row_step} rows; found rows {start} to {stop}"
+            )
+        first, last = start * self.shape[1], stop * self.shape[1]
+        absmax = self.absmax[first // _BLOCK : -(-last // _BLOCK)]
+        return Nf4Weight(self.packed[first // 2 : -(-last // 2)], absmax, (stop - start, self.shape[1]))
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [O, I] that the codes stand for."""
-        return self.dequantize_rows(0, self.shape[0], dtype)
-
-    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows `start` to `stop` of the weight: [stop - start, I]. `start` must be a multiple of `row_step`."""
-        first, last = start * self.shape[1], min(stop, self.shape[0]) * self.shape[1]
-        assert first % _BLOCK == 0, "rows are cut between blocks only"
-        indices = self.packed[first // 2 : -(-last // 2)].int()
-        pairs = _byte_values(self.packed.device).index_select(0, indices)  # 2.5 times as fast as indexing
-        absmax = self.absmax[first // _BLOCK : -(-last // _BLOCK)]
-        values = _scale_blocks(pairs.view(torch.float32), absmax)
-        return values[: last - first].view(-1, self.shape[1]).to(dtype)
-
-    @property
-    def row_step(self) -> int:
-        """The fewest rows after which a row begins where a block begins."""
-        return _BLOCK // math.gcd(_BLOCK, self.shape[1])
+        # index_select was 2.5 times as fast as indexing
+        pairs = _byte_values(self.packed.device).index_select(0, self.packed.int())
+        values = _scale_blocks(pairs.view(torch.float32), self.absmax)
+        return values[: self.shape[0] * self.shape[1]].view(self.shape).to(dtype)
 
 
-def quantize_int8(weight: torch.Tensor) -> Int8Weight:
+def quantize_parts(parts: Sequence[torch.Tensor], *, quantization: str, device: torch.device) -> Int8Weight | Nf4Weight:
+    """Matrices [O_i, I] quantised "int8" or "nf4" on `device`, each by itself, and laid end to end by rows.
+
+    No more is held than the result and one part. Raises InputError where an nf4 block would straddle two parts.
+    """
+    kind, quantize = (Int8Weight, quantize_int8) if quantization == "int8" else (Nf4Weight, quantize_nf4)
+    whole = kind.empty(sum(part.shape[0] for part in parts), parts[0].shape[1], device)
+    row = 0
+    for part in parts:
+        quantize(part.to(device), whole.rows(row, row + part.shape[0]))
+        row += part.shape[0]
+    return whole
+
+
+def quantize_int8(weight: torch.Tensor, out: Int8Weight | None = None) -> Int8Weight:
     """weight [O, I] as bitsandbytes' Int8Params stores it: rounded to float16, then each row to 127ths of its largest.
 
-    Raises InputError where a value is not finite in float16 (above 65504): its row would be lost.
+    Written into `out` where given. Raises InputError where a value is not finite in float16 (above 65504): its row
+    would be lost.
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
+    num_rows, width = weight.shape
+    out = out or Int8Weight.empty(num_rows, width, weight.device)
+    step = max(1, _CHUNK_ELEMENTS // width)
+    for start in range(0, num_rows, step):
         rows = weight[start : start + step].detach().to(torch.float16).float()
         largest = rows.abs().amax(dim=1)
         scaled = rows * (127.0 / largest)[:, None]
-        codes[start : start + step] = scaled.round_().nan_to_num_(nan=0.0)  # a row of zeros: 0 * inf
-        absmax[start : start + step] = largest
-    _check_finite(absmax, "int8 weights must be finite in float16, at most 65504")
-    return Int8Weight(codes, absmax)
+        out.codes[start : start + step] = scaled.round_().nan_to_num_(nan=0.0)  # a row of zeros: 0 * inf
+        out.absmax[start : start + step] = largest
+    _check_finite(out.absmax, "int8 weights must be finite in float16, at most 65504")
+    return out
 
 
-def quantize_nf4(weight: torch.Tensor) -> Nf4Weight:
+def quantize_nf4(weight: torch.Tensor, out: Nf4Weight | None = None) -> Nf4Weight:
     """weight [O, I] as bitsandbytes' Params4bit stores it: nf4, blocks of 64, with double quantisation.
 
     On a CPU and on a GPU bitsandbytes rounds some scales differently; this follows it on the weight's device.
-    Raises InputError where a value is not finite.
+    Written into `out` where given. Raises InputError where a value is not finite.
     """
+    out = out or Nf4Weight.empty(weight.shape[0], weight.shape[1], weight.device)
     flat = weight.detach().reshape(-1)
-    packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-flat.numel() // _BLOCK), dtype=torch.float32, device=flat.device)
     for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
-        part = flat[start : start + _CHUNK_ELEMENTS].float()
-        codes, scales = _encode_nf4(part)
-        absmax[start // _BLOCK : start // _BLOCK + scales.numel()] = scales
-        packed[start // 2 : start // 2 + codes.numel() // 2] = (codes[::2] << 4) | codes[1::2]
-    _check_finite(absmax, "nf4 weights must be finite")
-    return Nf4Weight(packed, _round_scales(absmax), (weight.shape[0], weight.shape[1]))
-
-
-def join_int8(weights: Sequence[Int8Weight]) -> Int8Weight:
-    """Weights of one width, each quantised alone, laid end to end by rows."""
-    return Int8Weight(torch.cat([weight.codes for weight in weights]), torch.cat([weight.absmax for weight in weights]))
-
-
-def join_nf4(weights: Sequence[Nf4Weight]) -> Nf4Weight:
-    """Weights of one width, each quantised alone, laid end to end by rows.
-
-    Raises InputError where `can_join_nf4` is false.
-    """
-    shapes = [weight.shape for weight in weights]
-    if not can_join_nf4(shapes):
-        raise InputError(f"nf4 weights can be joined where each has a multiple of {_BLOCK} elements; found {shapes}")
-    packed = torch.cat([weight.packed for weight in weights])
-    absmax = torch.cat([weight.absmax for weight in weights])
-    return Nf4Weight(packed, absmax, (sum(rows for rows, _ in shapes), shapes[0][1]))
-
-
-def can_join_nf4(shapes: Sequence[tuple[int, int]]) -> bool:
-    """Whether each weight but the last ends where a block of 64 ends, so that the next one's blocks follow."""
-    return all(rows * width % _BLOCK == 0 for rows, width in shapes[:-1])
+        codes, scales = _encode_nf4(flat[start : start + _CHUNK_ELEMENTS].float())
+        out.absmax[start // _BLOCK : start // _BLOCK + scales.numel()] = scales
+        out.packed[start // 2 : start // 2 + codes.numel() // 2] = (codes[::2] << 4) | codes[1::2]
+    _check_finite(out.absmax, "nf4 weights must be finite")
+    out.absmax.copy_(_round_scales(out.absmax))
+    return out
 
 
 def _check_finite(absmax: torch.Tensor, expected: str) -> None:

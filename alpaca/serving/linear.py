@@ -8,20 +8,14 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
 from alpaca.errors import InputError
-from alpaca.quantization import (
-    INT8_STEP,
-    Int8Weight,
-    Nf4Weight,
-    can_join_nf4,
-    join_int8,
-    join_nf4,
-    quantize_int8,
-    quantize_nf4,
-)
+from alpaca.quantization import INT8_STEP, Int8Weight, Nf4Weight, quantize_parts
+
+AnyWeight = TypeVar("AnyWeight", Int8Weight, Nf4Weight)
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _FEW_ROWS_CUDA = 64  # above, the tensor cores are the limit and not the reading of the weights
@@ -92,7 +86,7 @@ class Int8Linear(Linear):
             return _multiply_by_row_blocks(x, self._weight, self._kernels.dequantize_int8)
         if self._is_fused and x.dtype == torch.bfloat16 and x.shape[0] <= _FEW_ROWS_CPU:
             return self._multiply_fused(x)
-        return _multiply_by_row_blocks(x, self._weight, type(self._weight).dequantize_rows)
+        return _multiply_by_row_blocks(x, self._weight)
 
     def _multiply_fused(self, x: torch.Tensor) -> torch.Tensor:
         # The operator wants the scales in bfloat16, where each would be off by up to 0.2 %: they come after it.
@@ -114,7 +108,7 @@ class Nf4Linear(Linear):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._kernels is None or x.dtype not in _KERNEL_DTYPES:
-            return _multiply_by_row_blocks(x, self._weight, type(self._weight).dequantize_rows)
+            return _multiply_by_row_blocks(x, self._weight)
         if x.shape[0] <= _FEW_ROWS_CUDA and self._weight.row_step == 1:
             return self._kernels.multiply_nf4(x, self._weight)
         return _multiply_by_row_blocks(x, self._weight, self._kernels.dequantize_nf4)
@@ -151,17 +145,17 @@ def make_linear(
         weight = lay_end_to_end(parts, device=device, dtype=dtype)
         return make_packed(weight) or PlainLinear(weight)
     if quantization == "int8":
-        return Int8Linear(join_int8([quantize_int8(part.to(device)) for part in parts]))
+        return Int8Linear(quantize_parts(parts, quantization="int8", device=device))
     if quantization == "nf4":
-        return make_nf4([quantize_nf4(part.to(device)) for part in parts])
+        return make_nf4(parts, device)
     raise InputError(f"quantization must be none, int8 or nf4; found {quantization!r}")
 
 
-def make_nf4(weights: Sequence[Nf4Weight]) -> Linear:
-    """One layer of the weights end to end, or one beside the other where blocks of 64 would straddle two of them."""
-    if can_join_nf4([weight.shape for weight in weights]):
-        return Nf4Linear(join_nf4(weights))
-    return SideBySide([Nf4Linear(weight) for weight in weights])
+def make_nf4(parts: Sequence[torch.Tensor], device: torch.device) -> Linear:
+    """One layer of the parts end to end, or one beside the other where a block of 64 would straddle two of them."""
+    if all(part.numel() % 64 == 0 for part in parts[:-1]):
+        return Nf4Linear(quantize_parts(parts, quantization="nf4", device=device))
+    return SideBySide([Nf4Linear(quantize_parts([part], quantization="nf4", device=device)) for part in parts])
 
 
 def lay_end_to_end(parts: Sequence[torch.Tensor], *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -211,17 +205,18 @@ def _load_kernels(device: torch.device) -> ModuleType | None:
 
 
 def _multiply_by_row_blocks(
-    x: torch.Tensor, weight: Int8Weight | Nf4Weight, dequantize: Callable[..., torch.Tensor]
+    x: torch.Tensor, weight: AnyWeight, dequantize: Callable[[AnyWeight, torch.dtype], torch.Tensor] | None = None
 ) -> torch.Tensor:
     """x [N, I] -> [N, O], with no more than one block of the weight dequantised at a time."""
+    dequantize = dequantize or type(weight).dequantize
     num_rows, width = weight.shape
     step = max(1, _BLOCK_ELEMENTS[x.device.type] // (width * weight.row_step)) * weight.row_step
     if step >= num_rows:
-        return torch.nn.functional.linear(x, dequantize(weight, 0, num_rows, x.dtype))
+        return torch.nn.functional.linear(x, dequantize(weight, x.dtype))
     out = x.new_empty(x.shape[0], num_rows)
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        out[:, start:stop] = torch.nn.functional.linear(x, dequantize(weight, start, stop, x.dtype))
+        out[:, start:stop] = torch.nn.functional.linear(x, dequantize(weight.rows(start, stop), x.dtype))
     return out
 
 
@@ -232,4 +227,4 @@ def _fused_int8_agrees(layer: Int8Linear) -> bool:
         found = layer._multiply_fused(x)
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return _is_close(found, _multiply_by_row_blocks(x.float(), layer._weight, Int8Weight.dequantize_rows))
+    return _is_close(found, _multiply_by_row_blocks(x.float(), layer._weight))

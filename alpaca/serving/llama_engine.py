@@ -52,7 +52,6 @@ class LlamaEngine(Engine):
         tokenizer: Tokenizer,
         *,
         max_context: int,
-        eos_ids: frozenset[int],
         beams: Callable[[], Engine],
         launches_ahead: bool,
     ) -> None:
@@ -60,7 +59,6 @@ class LlamaEngine(Engine):
         self.max_context = max_context
         self._runner = runner
         self._scheduler = scheduler
-        self._eos_ids = eos_ids
         self._beams = _Lazily(beams)
         self._launches_ahead = launches_ahead
         self._arrivals: SimpleQueue[Generation | None] = SimpleQueue()
@@ -146,7 +144,7 @@ class LlamaEngine(Engine):
         sequences: list[Sequence] = []
         for index in range(request.n):
             choices = Choices(
-                request, index, vocab_size=self._runner.vocab_size, eos_ids=self._eos_ids,
+                request, index, vocab_size=self._runner.vocab_size, eos_ids=self._runner.eos_ids,
                 device=self._runner.model.device,
             )  # fmt: skip
             owner = Completion(generation, index, choices)
@@ -250,7 +248,7 @@ class LlamaEngine(Engine):
         """One more token of a completion, which may be its last."""
         completion: Completion = sequence.owner
         generation = completion.generation
-        is_eos, is_stopped = token_id in self._eos_ids, generation.is_stopped(completion.index)
+        is_eos, is_stopped = token_id in self._runner.eos_ids, generation.is_stopped(completion.index)
         if not (is_eos or is_stopped):
             generation.put_token(completion.index, token_id)
         if is_eos or is_stopped or len(sequence.ids) - sequence.num_prompt == sequence.max_new_tokens:

@@ -13,6 +13,7 @@ from alpaca.prompts import RAW_TEMPLATE
 from alpaca.serving.cache import BlockPool
 from alpaca.serving.detokenize import CompletionText
 from alpaca.serving.engine import Engine, complete_texts
+from alpaca.serving.graphs import DecodeGraphs
 from alpaca.serving.housekeeping import Phases
 from alpaca.serving.llama import KeyValueCache, LlamaConfig, LlamaModel, UnsupportedModelError
 from alpaca.serving.llama_engine import LlamaEngine
@@ -88,7 +89,9 @@ def _load_llama(folder: Path, config: LlamaConfig, settings: ServerSettings, pha
     model = _load_model(folder, config, settings, device=device, dtype=dtype)
     phases.end("weights")
     plan = plan_memory(config, settings, free_bytes=free_memory(device), device=device.type, dtype=dtype)
-    runner, scheduler = _make_runner(model, plan, min(config.vocab_size, tokenizer.size))
+    runner, scheduler = _make_runner(
+        model, plan, vocab_size=min(config.vocab_size, tokenizer.size), eos_ids=eos_ids(folder, tokenizer)
+    )
     phases.end("cache")
     _warm_up(runner, plan)
     phases.end("kernels and graphs")
@@ -105,7 +108,6 @@ def _load_llama(folder: Path, config: LlamaConfig, settings: ServerSettings, pha
         scheduler,
         tokenizer,
         max_context=plan.max_context,
-        eos_ids=eos_ids(folder, tokenizer),
         beams=_beams(folder, settings),
         launches_ahead=device.type == "cuda",
     )
@@ -157,11 +159,20 @@ def free_memory(device: torch.device) -> int:
     return int(meminfo["MemAvailable"].split()[0]) * 1024
 
 
-def _make_runner(model: LlamaModel, plan: MemoryPlan, vocab_size: int) -> tuple[Runner, Scheduler]:
+def _make_runner(
+    model: LlamaModel, plan: MemoryPlan, *, vocab_size: int, eos_ids: frozenset[int]
+) -> tuple[Runner, Scheduler]:
     cache = KeyValueCache(
         model.config, num_blocks=plan.num_blocks, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device
     )
-    runner = Runner(model, cache, max_running=plan.max_running, max_context=plan.max_context, vocab_size=vocab_size)
+    runner = Runner(
+        model,
+        cache,
+        max_running=plan.max_running,
+        max_context=plan.max_context,
+        vocab_size=vocab_size,
+        eos_ids=eos_ids,
+    )
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, BLOCK_SIZE),
         max_running=plan.max_running,
@@ -173,9 +184,9 @@ def _make_runner(model: LlamaModel, plan: MemoryPlan, vocab_size: int) -> tuple[
 def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
     """Build the kernels and capture the graphs before the first request pays for them."""
     if runner.model.device.type == "cuda":
-        from alpaca.serving.graphs import CapturedGraphs
-
-        runner.graphs = CapturedGraphs(runner, max_running=plan.max_running)
+        graphs = DecodeGraphs(runner, max_running=plan.max_running)
+        graphs.capture()
+        runner.graphs = graphs
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -151,9 +151,7 @@ def _lengths(plan: MemoryPlan) -> list[int]:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Plan a card's memory for serving a LLaMA.")
-    parser.add_argument(
-        "--weights", type=Path, required=True, help="folder with config.json"
-    )
+    parser.add_argument("--weights", type=Path, required=True, help="folder with config.json")
     parser.add_argument("--memory", required=True, help='of the card, such as "80GB"')
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none")

@@ -8,11 +8,11 @@ Legend: N packed tokens of a step, S sequences, R rows that are sampled, V vocab
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from alpaca.serving.graphs import DecodeGraphs
 from alpaca.serving.llama import KeyValueCache, LlamaModel, StepInputs
 from alpaca.serving.ops import AttentionBatch
 from alpaca.serving.sampling import Choices, choose
@@ -52,26 +52,27 @@ class HostStep:
         return len(self.ids) == len(self.seq_lens)
 
 
-class DecodeGraphs(Protocol):
-    """What `graphs.py` offers for a step that only decodes."""
-
-    def launch(self, step: HostStep, tables: np.ndarray, rows: Sequence[Choices]) -> torch.Tensor:
-        """Queue the step; its ids [S] on the device."""
-        ...
-
-
 class Runner:
     """One model, its key/value cache, and the device's side of up to `max_running` sequences."""
 
     def __init__(
-        self, model: LlamaModel, cache: KeyValueCache, *, max_running: int, max_context: int, vocab_size: int
+        self,
+        model: LlamaModel,
+        cache: KeyValueCache,
+        *,
+        max_running: int,
+        max_context: int,
+        vocab_size: int,
+        eos_ids: frozenset[int],
     ) -> None:
         self.model = model
         self.cache = cache
         self.vocab_size = vocab_size  # the tokenizer's: an embedding may be padded beyond it
+        self.eos_ids = eos_ids
+        self.max_blocks = -(-max_context // cache.block_size)  # of one sequence
         self.last_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=model.device)  # the last is for padding
         self.graphs: DecodeGraphs | None = None
-        self._block_tables = np.zeros((max_running, -(-max_context // cache.block_size)), dtype=np.int32)
+        self._block_tables = np.zeros((max_running, self.max_blocks), dtype=np.int32)
         self._in_table: dict[int, tuple[int, int, int]] = {}
 
     @torch.inference_mode()
@@ -81,21 +82,40 @@ class Runner:
         sampled = [work for work in works if work.samples]
         rows = [work.sequence.owner.choices for work in sampled]
         tables = self._tables(works)
-        if self.graphs is not None and step.is_decode and not any(row.is_penalised for row in rows):
-            return self._deliver(sampled, self.graphs.launch(step, tables, rows))
-        hidden = self.model.forward(self._inputs(step, tables), self.cache)
-        if not sampled:
-            return Launched([], torch.empty(0, dtype=torch.int64))
-        if len(sampled) < len(step.ids):
-            last = [end - 1 for work, end in zip(works, step.query_starts[1:], strict=True) if work.samples]
-            hidden = hidden.index_select(0, self._tensor(last))
-        ids = choose(self.model.logits(hidden)[:, : self.vocab_size], rows)
-        self.last_ids[self._tensor([work.sequence.slot for work in sampled])] = ids
+        if self.graphs is not None and step.is_decode and len(sampled) == len(works):
+            ids = self._launch_graph(step, tables, rows)
+        else:
+            hidden = self.model.forward(self._inputs(step, tables), self.cache)
+            if not sampled:
+                return Launched([], torch.empty(0, dtype=torch.int64))
+            ids = self._sample(self._logits(hidden, works, step), rows, sampled)
         return self._deliver(sampled, ids)
+
+    def _launch_graph(self, step: HostStep, tables: np.ndarray, rows: list[Choices]) -> torch.Tensor:
+        logits = self.graphs.launch(step, tables, rows)
+        if any(row.is_penalised for row in rows):
+            ids = choose(logits.clone(), rows)
+            self.last_ids[self._tensor(step.state_rows)] = ids
+            return ids
+        for row in rows:
+            row.num_chosen += 1
+        return self.graphs.sample(len(rows))
+
+    def _logits(self, hidden: torch.Tensor, works: list[Work], step: HostStep) -> torch.Tensor:
+        """Of each sequence's last token, where it is sampled: [N, D] -> [R, V]."""
+        last = [end - 1 for work, end in zip(works, step.query_starts[1:], strict=True) if work.samples]
+        if len(last) < len(hidden):
+            hidden = hidden.index_select(0, self._tensor(last))
+        return self.model.logits(hidden)[:, : self.vocab_size]
+
+    def _sample(self, logits: torch.Tensor, rows: list[Choices], sampled: list[Work]) -> torch.Tensor:
+        ids = choose(logits, rows)
+        self.last_ids[self._tensor([work.sequence.slot for work in sampled])] = ids
+        return ids
 
     def _deliver(self, sampled: list[Work], ids: torch.Tensor) -> Launched:
         if ids.device.type == "cpu":
-            return Launched(sampled, ids)
+            return Launched(sampled, ids.clone())  # a graph's next replay writes over them
         on_host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
         on_host.copy_(ids, non_blocking=True)
         ready = torch.cuda.Event()

@@ -58,7 +58,7 @@ class Choices:
 def choose(logits: torch.Tensor, rows: Sequence[Choices]) -> torch.Tensor:
     """The next token of each completion: logits [R, V] -> ids [R], counted in `rows`. Does not wait for the device."""
     batch = SamplingBatch.of(rows, logits.device)
-    scores = penalise(_at_least_float32(logits), rows)
+    scores = penalise(at_least_float32(logits), rows)
     ids = sample(scores, batch)
     count(rows, ids)
     return ids
@@ -175,10 +175,7 @@ def sample(scores: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         return scores.argmax(dim=-1)
     most_likely = scores.max(dim=-1, keepdim=True)
     scores = divide(scores, most_likely.values, batch.temperature)
-    if batch.any_filtered:
-        drawn = _draw_filtered(scores, batch)
-    else:
-        drawn = draw(scores, batch.uniform)
+    drawn = _draw_filtered(scores, batch) if batch.any_filtered else draw(scores, batch.uniform)
     return torch.where(batch.temperature == 0, most_likely.indices[:, 0], drawn)
 
 
@@ -257,5 +254,6 @@ def _num_needed(scores: torch.Tensor, batch: SamplingBatch) -> int:
     return few if bool(enough.all()) else scores.shape[1]
 
 
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Scores are compared and added in float32; float64 stays."""
     return logits.float() if logits.dtype.itemsize < 4 else logits

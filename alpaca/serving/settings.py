@@ -27,9 +27,7 @@ class ServerSettings:
     memory_fraction: float = _setting(
         "ALPACA_MEMORY_FRACTION", 0.9, "share of what is free after the weights for the cache"
     )
-    engine: str = _setting(
-        "ALPACA_ENGINE", "auto", "auto: llama for LLaMA models, else transformers", ENGINES
-    )
+    engine: str = _setting("ALPACA_ENGINE", "auto", "auto: llama for LLaMA models, else transformers", ENGINES)
     concurrency: int = _setting("COG_MAX_CONCURRENCY", 64, "requests in flight")
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from alpaca.errors import EngineClosed, InputError, PromptTooLong
 from alpaca.serving.cache import BlockPool
 from alpaca.serving.detokenize import CompletionText
 from alpaca.serving.engine import FinishedEvent, Generation, GenerationCancelledError, TokenEvent, complete_texts
+from alpaca.serving.graphs import DecodeGraphs
 from alpaca.serving.llama import KeyValueCache, LlamaModel
 from alpaca.serving.llama_engine import LlamaEngine
 from alpaca.serving.loading import load_engine
@@ -26,6 +27,7 @@ from tests.serving.test_llama import load, save_model
 
 SIZE = 4
 CONTEXT = 120
+MODES = ["in step", "ahead", "graphs"]
 DEFAULTS = dict(
     prompt_ids=(1, 100, 110, 20), n=1, max_new_tokens=12, min_new_tokens=0, temperature=0.0, top_p=1.0, top_k=0,
     min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, seed=3, num_beams=1,
@@ -43,19 +45,33 @@ def models(tmp_path_factory) -> tuple[LlamaForCausalLM, LlamaModel]:
     return save_model(folder, num_key_value_heads=2), load(folder)
 
 
-def make_engine(model: LlamaModel, *, num_blocks: int = 200, ahead: bool = False, max_running: int = 8) -> LlamaEngine:
+class CalledEachTime:
+    """Stands in for a captured graph where there is no GPU: the same function over the same buffers."""
+
+    def __init__(self, function) -> None:
+        self.replay = torch.inference_mode()(function)
+
+
+def make_engine(
+    model: LlamaModel, *, num_blocks: int = 200, mode: str = "in step", max_running: int = 8
+) -> LlamaEngine:
     cache = KeyValueCache(model.config, num_blocks=num_blocks, block_size=SIZE, dtype=model.dtype, device=model.device)
-    runner = Runner(model, cache, max_running=max_running, max_context=CONTEXT, vocab_size=model.config.vocab_size)
+    runner = Runner(
+        model, cache, max_running=max_running, max_context=CONTEXT, vocab_size=model.config.vocab_size,
+        eos_ids=frozenset([2]),
+    )  # fmt: skip
+    if mode == "graphs":
+        runner.graphs = DecodeGraphs(runner, max_running=max_running, replayer=CalledEachTime)
+        runner.graphs.capture()
     scheduler = Scheduler(BlockPool(num_blocks, SIZE), max_running=max_running, max_step_tokens=max_running + 8)
     return LlamaEngine(
-        runner, scheduler, tokenizer=None, max_context=CONTEXT, eos_ids=frozenset([2]), beams=lambda: None,
-        launches_ahead=ahead,
-    )  # fmt: skip
+        runner, scheduler, tokenizer=None, max_context=CONTEXT, beams=lambda: None, launches_ahead=mode != "in step"
+    )
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["in step", "ahead"])
+@pytest.fixture(scope="module", params=MODES)
 def engine(request, models) -> Iterator[LlamaEngine]:
-    engine = make_engine(models[1], ahead=request.param)
+    engine = make_engine(models[1], mode=request.param)
     yield engine
     engine.close()
 
@@ -88,27 +104,32 @@ def random_request(chance: random.Random) -> Request:
     prefix = chance.choice([(), (1, 7, 8, 9, 10, 11, 12, 13, 14), (1, 7, 8, 9, 10, 50)])  # shared by many
     prompt = prefix + tuple(chance.randrange(3, 120) for _ in range(chance.randint(1, 25)))
     options = chance.choice(
-        [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.8}, {"temperature": 1.0, "top_k": 7},
-         {"temperature": 0.9, "min_p": 0.05, "top_k": 30}, {"temperature": 0.0, "repetition_penalty": 1.4},
-         {"temperature": 1.0, "frequency_penalty": 0.7, "presence_penalty": 0.3}, {"temperature": 1.0, "min_new_tokens": 9}]
-    )  # fmt: skip
-    return request(
-        prompt_ids=prompt, n=chance.choice([1, 1, 1, 3]), max_new_tokens=chance.randint(1, 30), seed=chance.randrange(99),
-        **options,
-    )  # fmt: skip
+        [
+            {"temperature": 0.0},
+            {"temperature": 0.8},
+            {"temperature": 1.2, "top_p": 0.8},
+            {"temperature": 1.0, "top_k": 7},
+            {"temperature": 0.9, "min_p": 0.05, "top_k": 30},
+            {"temperature": 0.0, "repetition_penalty": 1.4},
+            {"temperature": 1.0, "frequency_penalty": 0.7, "presence_penalty": 0.3},
+            {"temperature": 1.0, "min_new_tokens": 9},
+        ]
+    )
+    n, length, seed = chance.choice([1, 1, 1, 3]), chance.randint(1, 30), chance.randrange(99)
+    return request(prompt_ids=prompt, n=n, max_new_tokens=length, seed=seed, **options)
 
 
 # The equality -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_blocks", [200, 28], ids=["roomy", "preempting"])
-@pytest.mark.parametrize("ahead", [False, True], ids=["in step", "ahead"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", range(3))
-def test_any_interleaving_gives_what_naive_decoding_gives_alone(models, num_blocks, ahead, seed):
+def test_any_interleaving_gives_what_naive_decoding_gives_alone(models, num_blocks, mode, seed):
     reference, model = models
-    chance = random.Random(f"{seed}:{num_blocks}:{ahead}")
+    chance = random.Random(f"{seed}:{num_blocks}:{mode}")
     engine = make_engine(
-        model, num_blocks=num_blocks, ahead=ahead, max_running=3 if seed == 0 and num_blocks == 200 else 8
+        model, num_blocks=num_blocks, mode=mode, max_running=3 if seed == 0 and num_blocks == 200 else 8
     )
     submitted: list[Generation] = []
     for _ in range(25):
@@ -241,7 +262,7 @@ def test_what_can_never_fit_fails_at_once_naming_the_sizes(engine):
 
 def test_a_failing_step_fails_the_requests_concerned_and_no_other(models, caplog):
     reference, model = models
-    engine = make_engine(model, ahead=True)
+    engine = make_engine(model, mode="ahead")
     launch = engine._runner.launch
 
     def fail_for_poison(works):
@@ -276,7 +297,7 @@ def test_a_lost_device_fails_every_request_at_once(models, caplog, error):
     else:
         engine._scheduler.schedule = None
     for generation in generations:
-        with pytest.raises((RuntimeError, EngineClosed), match="illegal memory|engine stopped"):
+        with pytest.raises((RuntimeError, EngineClosed), match=r"illegal memory|engine stopped"):
             list(generation.batches())
     engine._thread.join(timeout=5)
     assert not engine.is_healthy()
