@@ -1,0 +1,223 @@
+"""From the start of a process to its first token, with the weights in the page cache.
+
+    python -m bench.cold_start --weights DIR     (without it: bench.serve's random model)
+
+server:    script/serve, a health report of READY, and a streamed request's first output at the client.
+engine:    the engine alone in a fresh Python: import, load, one token.
+baseline:  a fresh Python that imports torch and transformers, calls from_pretrained and generates one token.
+
+The three take turns, --rounds times, after one round that is not counted; medians are reported. Seconds run from the
+spawn. Phases are whatever a log line that starts with "ready" says as "name 1.2 s", and the children's own clocks.
+The last line is one JSON object.
+"""
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from alpaca.errors import InputError, MissingInput, run_command
+from alpaca.serving.settings import ServerSettings
+from bench.load import predict
+from bench.provenance import ROOT, provenance
+from bench.serve import DEVICE, PACKAGES, SHAPES, describe_device, median, model_folder, rounded
+from script.local_server import LocalServer
+
+_READY_LINE = re.compile(r"(?:^|[\s\]:|])ready\b[:,]?(.*)", re.IGNORECASE)
+_PHASE = re.compile(r"([A-Za-z][A-Za-z_ -]*?)[:=]? +(\d+(?:\.\d+)?) ?s\b")
+_TIMEOUT_S = 300
+
+BASELINE = """
+import sys, time
+start = time.perf_counter()
+import torch
+from transformers import AutoModelForCausalLM
+imported = time.perf_counter()
+folder, device, dtype = sys.argv[1:4]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map={"": device})
+loaded = time.perf_counter()
+prompt = torch.tensor([[1, 1]], device=device)
+token = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, do_sample=False)[0, -1].item()
+done = time.perf_counter()
+print(f"ready: imports {imported - start:.3f} s, weights {loaded - imported:.3f} s, token {done - loaded:.3f} s")
+print("first token", token, flush=True)
+"""
+
+ENGINE = """
+import sys, time
+start = time.perf_counter()
+from pathlib import Path
+from alpaca.serving.request import PredictionInputs, make_request
+from alpaca.serving.settings import ServerSettings
+try:
+    from alpaca.serving.loading import load_engine
+except ModuleNotFoundError:
+    from alpaca.serving.transformers_engine import load_transformers_engine as load_engine
+imported = time.perf_counter()
+folder, _, dtype, engine = sys.argv[1:5]
+engine = load_engine(Path(folder), ServerSettings(weights=folder, dtype=dtype, engine=engine))
+loaded = time.perf_counter()
+asked = PredictionInputs(prompt="Hello", prompt_template="{prompt}", max_new_tokens=1, min_new_tokens=1, temperature=0)
+events = engine.submit(make_request(asked, engine.tokenizer, max_context=engine.max_context)).events()
+token = next(events).token_id
+done = time.perf_counter()
+print(f"ready: imports {imported - start:.3f} s, load {loaded - imported:.3f} s, token {done - loaded:.3f} s")
+print("first token", token, flush=True)
+list(events)
+engine.close()
+"""
+
+
+@dataclass(kw_only=True)
+class Start:
+    """Seconds since the spawn, and what the phases are said to have taken."""
+
+    first_token_s: float
+    ready_s: float | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+def main() -> None:
+    options = parse_flags()
+    origin = {**provenance("cold_start", PACKAGES), "device": describe_device()}
+    with model_folder(options.weights, options.shape, options.dtype) as folder:
+        starts, failures = measure(options, folder)
+    report(options, starts, failures, origin)
+
+
+def parse_flags() -> argparse.Namespace:
+    dtype = "bfloat16" if DEVICE == "cuda" else "float32"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, help="a model folder; left out: a random LLaMA")
+    parser.add_argument("--shape", choices=SHAPES, default="46m", help="of the random model")
+    parser.add_argument("--engine", default="auto", help="the server's ALPACA_ENGINE")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if options.weights and not (options.weights / "config.json").is_file():
+        raise MissingInput(f"no model at {options.weights}: no config.json; leave --weights out for a random one")
+    ServerSettings(engine=options.engine)  # raises InputError for another name
+    if options.rounds < 1:
+        raise InputError(f"--rounds must be 1 or more; found {options.rounds}")
+    return options
+
+
+def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[Start]], dict[str, str]]:
+    """The starts of each way, and why a way has none (any more)."""
+    arguments = [str(folder.absolute()), DEVICE, options.dtype, options.engine]
+    ways: dict[str, Callable[[], Start]] = {
+        "server": lambda: start_server(folder, options.engine, options.dtype),
+        "engine": lambda: start_script(ENGINE, arguments),
+        "baseline": lambda: start_script(BASELINE, arguments),
+    }
+    starts: dict[str, list[Start]] = {name: [] for name in ways}
+    failures: dict[str, str] = {}
+    if importlib.util.find_spec("cog") is None:
+        failures["server"] = "skipped: no cog in this environment"
+    for number in range(options.rounds + 1):
+        for name in ways.keys() - failures.keys():
+            try:
+                start = ways[name]()
+            except Exception as error:
+                failures[name] = f"{type(error).__name__}: {error}"[-2000:]
+                continue
+            print(f"round {number}  {name:9}{start.first_token_s:7.2f} s  {start.phases}", file=sys.stderr, flush=True)
+            if number:  # the first one warms the page cache and Python's
+                starts[name].append(start)
+    return starts, failures
+
+
+# The ways -------------------------------------------------------------------------------------------------------
+
+
+def start_server(folder: Path, engine: str, dtype: str) -> Start:
+    """Spawn to READY (asked for every 50 ms), then to the first output of a stream."""
+    inputs = {"prompt": "Hello", "prompt_template": "{prompt}", "temperature": 0, "max_new_tokens": 8}
+    begin = time.monotonic()
+    server = LocalServer(["--weights", str(folder.absolute()), "--engine", engine, "--dtype", dtype])
+    try:
+        server.wait_until("READY", timeout_s=_TIMEOUT_S)
+        ready_s = time.monotonic() - begin
+        reply = asyncio.run(predict(server.url, {**inputs, "min_new_tokens": 8}, stream=True, start=begin))
+    finally:
+        server.stop()
+    if reply.first_output_s is None:
+        raise RuntimeError("the stream held no output event")
+    first_token_s = reply.started_s + reply.first_output_s
+    return Start(ready_s=ready_s, first_token_s=first_token_s, phases=read_phases(server.log_text()))
+
+
+def start_script(source: str, arguments: list[str]) -> Start:
+    """Spawn a Python until it says that it has its first token."""
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-c", source, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines, first_token_s = [], None
+    with process:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("first token"):
+                first_token_s = time.monotonic() - begin
+    if first_token_s is None or process.returncode:
+        raise RuntimeError(f"it ended with status {process.returncode}: {''.join(lines)[-1500:]}")
+    return Start(first_token_s=first_token_s, phases=read_phases("".join(lines)))
+
+
+def read_phases(log: str) -> dict[str, float]:
+    """Name and seconds of each phase that lines starting with "ready" (behind a logger's prefix) tell of."""
+    found = [match[1] for line in log.splitlines() if (match := _READY_LINE.search(line))]
+    return {name.strip(): float(seconds) for text in found for name, seconds in _PHASE.findall(text)}
+
+
+# The report -----------------------------------------------------------------------------------------------------
+
+
+def report(
+    options: argparse.Namespace, starts: dict[str, list[Start]], failures: dict[str, str], origin: dict[str, object]
+) -> None:
+    figures: dict[str, object] = {name: way_figures(values) for name, values in starts.items() if values}
+    for name, values in starts.items():
+        if values:
+            text = "  ".join(f"{key} {value}" for key, value in figures[name].items() if key != "rounds_s")
+            print(f"{name:9} {text}")
+        else:
+            print(f"{name:9} {failures.get(name, 'not measured').splitlines()[0]}")
+    first = {name: median([start.first_token_s for start in values]) for name, values in starts.items()}
+    ratio = first["server"] / first["baseline"] if first["server"] and first["baseline"] else None
+    if DEVICE == "cuda" and first["server"]:
+        print(f"server: target at most 20 s: {'met' if first['server'] <= 20 else 'MISSED'}")
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    everything = {"bench": "cold_start", "config": config, **figures, "server_over_baseline": rounded(ratio)}
+    print(json.dumps({**everything, "failures": failures, **origin}))
+
+
+def way_figures(starts: list[Start]) -> dict[str, object]:
+    ready = [start.ready_s for start in starts if start.ready_s is not None]
+    names = dict.fromkeys(name for start in starts for name in start.phases)
+    phases = {
+        name: rounded(statistics.median(start.phases[name] for start in starts if name in start.phases))
+        for name in names
+    }
+    return {
+        "first_token_s": rounded(median([start.first_token_s for start in starts])),
+        "ready_s": rounded(median(ready)),
+        "phases_s": phases,
+        "rounds_s": [rounded(start.first_token_s) for start in starts],
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
