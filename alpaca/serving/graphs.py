@@ -133,6 +133,7 @@ class DecodeGraphs:
         batch = SamplingBatch(
             **{name: inputs[name] for name in ("temperature", "top_k", "top_p", "min_p", "uniform", "must_go_on")},
             eos_ids=self._eos_ids,
+            any_greedy=True,
             any_sampled=kind[0],
             any_filtered=kind[1],
             any_must_go_on=True,

@@ -17,7 +17,7 @@ from alpaca.serving.request import Request
 
 _LEAST_TEMPERATURE = 1e-6  # below it only the most likely token has a chance in float32
 _CHUNK = 128  # tokens whose probabilities are added up before the search for the one drawn
-_FEW_TOKENS = 1024  # top_p seldom needs more of them, and finding so many is quicker than sorting all
+_FEW_TOKENS = (64, 1024)  # top_p seldom needs more of them, and finding so many is quicker than sorting all
 _NEARLY_ONE = 1 - 1e-12
 
 
@@ -107,6 +107,7 @@ class SamplingBatch:
     uniform: torch.Tensor  # float64, in [0, 1)
     must_go_on: torch.Tensor  # bool
     eos_ids: torch.Tensor  # [E] int64
+    any_greedy: bool
     any_sampled: bool
     any_filtered: bool
     any_must_go_on: bool
@@ -160,6 +161,7 @@ class SamplingColumns:
             )
         )
         return {
+            "any_greedy": not all(self.temperature),
             "any_sampled": any(self.temperature),
             "any_filtered": any(filtered),
             "any_must_go_on": any(self.must_go_on),
@@ -167,91 +169,103 @@ class SamplingColumns:
 
 
 def sample(scores: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Token ids [R] from scores [R, V] (changed in place)."""
+    """Token ids [R] from scores [R, V], which are changed in place."""
     if batch.any_must_go_on:
         banned = torch.where(batch.must_go_on, float("-inf"), 0.0).to(scores.dtype)
         scores.index_add_(1, batch.eos_ids, banned[:, None].expand(-1, len(batch.eos_ids)))
+    chunks = in_chunks(scores)
+    highest = chunks.amax(dim=-1)
     if not batch.any_sampled:
-        return scores.argmax(dim=-1)
-    most_likely = scores.max(dim=-1, keepdim=True)
-    scores = divide(scores, most_likely.values, batch.temperature)
-    drawn = _draw_filtered(scores, batch) if batch.any_filtered else draw(scores, batch.uniform)
-    return torch.where(batch.temperature == 0, most_likely.indices[:, 0], drawn)
+        return _most_likely(chunks, highest)
+    greedy = _most_likely(chunks, highest) if batch.any_greedy else None
+    # Shifted so that the highest is 0: the smallest temperature overflows nothing.
+    temperature = batch.temperature.clamp(min=_LEAST_TEMPERATURE)[:, None, None]
+    chunks.sub_(highest.amax(dim=-1)[:, None, None]).div_(temperature)
+    if batch.any_filtered:
+        chunks.masked_fill_(chunks < thresholds(chunks.flatten(1), batch)[:, None, None], float("-inf"))
+    drawn = draw(chunks.exp_(), batch.uniform)
+    return drawn if greedy is None else torch.where(batch.temperature == 0, greedy, drawn)
 
 
-def divide(scores: torch.Tensor, highest: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """Scores over the temperature, shifted so that the highest is 0: the smallest temperature overflows nothing."""
-    return (scores - highest) / temperature.clamp(min=_LEAST_TEMPERATURE)[:, None]
+def in_chunks(scores: torch.Tensor) -> torch.Tensor:
+    """[R, V] -> [R, C, chunk], the last one filled up with tokens that cannot be chosen."""
+    missing = -scores.shape[1] % _CHUNK
+    if missing or not scores.is_contiguous():
+        scores = torch.nn.functional.pad(scores, (0, missing), value=float("-inf"))
+    return scores.view(len(scores), -1, _CHUNK)
 
 
-def draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """One token of each row's softmax: the first at which the cumulative probability passes uniform [R]. -> [R].
+def _most_likely(chunks: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
+    """argmax, but quicker: the first highest of each row, from its chunks [R, C, chunk] and their highest [R, C]."""
+    chunk = highest.argmax(dim=-1)
+    return chunk * _CHUNK + _chunk_of_each_row(chunks, chunk).argmax(dim=-1)
 
-    The highest score of each row is 0. The search goes over sums of chunks, then inside one.
+
+def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first token of each row at which the cumulative weight passes uniform [R] of the whole.
+
+    Weights [R, C, chunk] -> [R]. The search goes over the chunks' sums, then inside one chunk.
     """
-    rows, size = scores.shape
-    weights = torch.nn.functional.pad(scores.exp(), (0, -size % _CHUNK)).view(rows, -1, _CHUNK)
-    cumulative = weights.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    cumulative = weights.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:] * _NEARLY_ONE
     chunk = torch.searchsorted(cumulative, target, right=True)
     before = torch.where(chunk > 0, cumulative.gather(1, (chunk - 1).clamp(min=0)), 0.0)
-    inside = weights.gather(1, chunk[:, :, None].expand(-1, -1, _CHUNK))[:, 0].cumsum(dim=-1, dtype=torch.float64)
-    # Rounding may put the target past the chunk's end; a token without probability is never reached.
+    inside = _chunk_of_each_row(weights, chunk[:, 0]).cumsum(dim=-1, dtype=torch.float64)
+    # Rounding may put the target past the chunk's end; a token without weight is never reached.
     within = torch.minimum(target - before, inside[:, -1:] * _NEARLY_ONE)
     return (chunk * _CHUNK + torch.searchsorted(inside, within, right=True))[:, 0]
 
 
-def _draw_filtered(scores: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """As `draw`, for rows of which some drop tokens by top_k, top_p or min_p.
+def _chunk_of_each_row(chunks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[R, C, chunk], index [R] -> [R, chunk]."""
+    return chunks.gather(1, index[:, None, None].expand(-1, 1, _CHUNK))[:, 0]
 
-    Rows with top_k or top_p are drawn from their tokens in falling order, the others in the vocabulary's, whatever the
-    rows beside them ask for.
+
+# Filters: the lowest score that top_k, top_p and min_p leave -------------------------------------------------------
+
+
+def thresholds(scores: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """The lowest score each row keeps, [R]. The highest score of each row in scores [R, V] is 0, and always kept.
+
+    top_k keeps so many; top_p the fewest whose probabilities, among those top_k left, reach it; min_p those at least
+    so likely as that share of the most likely. Tokens that score the same as the last one kept are kept, too.
     """
-    min_p = batch.min_p[:, None]
-    in_order = draw(scores.masked_fill(scores.exp() < min_p, float("-inf")), batch.uniform)
-    ordered, ids = _falling(scores, batch)
-    kept = filtered(ordered, scores.exp().sum(dim=-1, keepdim=True), batch)
-    place = draw(kept, batch.uniform)
-    by_rank = ids.gather(1, place[:, None])[:, 0]
-    return torch.where((batch.top_k > 0) | (batch.top_p < 1), by_rank, in_order)
-
-
-def filtered(ordered: torch.Tensor, total: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Scores in falling order [R, K], what top_k, top_p and min_p drop at -inf. `total` [R, 1]: sum of all exp(scores).
-
-    top_p keeps the fewest tokens whose probabilities, among those top_k left, reach it; always one.
-    """
-    weights = ordered.exp()
-    rank = torch.arange(ordered.shape[1], device=ordered.device)
-    top_k = torch.where(batch.top_k > 0, batch.top_k, torch.iinfo(torch.int64).max)[:, None]
-    left = weights.masked_fill(rank >= top_k, 0.0)
-    mass = torch.where(batch.top_k[:, None] > 0, left.sum(dim=-1, keepdim=True), total)
+    falling, is_all = _falling(scores, batch)
+    weights = falling.exp()
+    rank = torch.arange(falling.shape[1], device=scores.device)
+    has_top_k = (batch.top_k > 0)[:, None]
+    beyond_k = has_top_k & (rank >= batch.top_k[:, None])
+    left = weights.masked_fill(beyond_k, 0.0)
+    whole = left.sum(dim=-1, keepdim=True)
+    if not is_all:
+        whole = torch.where(has_top_k, whole, scores.exp().sum(dim=-1, keepdim=True))
     before = left.cumsum(dim=-1) - left
-    dropped = (rank >= top_k) | ((before >= batch.top_p[:, None] * mass) & (batch.top_p < 1)[:, None])
-    dropped |= weights < batch.min_p[:, None]
+    beyond_p = (before >= batch.top_p[:, None] * whole) & (batch.top_p < 1)[:, None]
+    dropped = beyond_k | beyond_p
     dropped[:, 0] = False
-    return ordered.masked_fill(dropped, float("-inf"))
+    lowest = falling.masked_fill(dropped, 0.0).amin(dim=-1)
+    is_cut = (batch.top_k > 0) | (batch.top_p < 1)
+    lowest = torch.where(is_cut, lowest, float("-inf"))
+    return torch.maximum(lowest, batch.min_p.to(scores.dtype).log())
 
 
-def _falling(scores: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's scores and ids in falling order; on the CPU only as many as the rows can need."""
-    if scores.device.type == "cpu":
-        needed = _num_needed(scores, batch)
-        if needed < scores.shape[1]:
-            return torch.topk(scores, needed, dim=-1)
-    return torch.sort(scores, dim=-1, descending=True, stable=True)
-
-
-def _num_needed(scores: torch.Tensor, batch: SamplingBatch) -> int:
-    """How many of the highest scores decide every row: top_k of them, or those that hold top_p."""
+def _falling(scores: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, bool]:
+    """Each row's scores in falling order [R, K], and whether these are all; on the CPU as few as decide every row."""
+    if scores.device.type != "cpu":  # a look at the values would make the host wait for the device
+        return scores.sort(dim=-1, descending=True).values, True
     most = max(batch.top_k.tolist())
-    by_mass = (batch.top_k == 0) & (batch.top_p < 1)
-    if not by_mass.any():
-        return max(most, 1)
-    few = min(max(most, _FEW_TOKENS), scores.shape[1])
-    highest = torch.topk(scores[by_mass], few, dim=-1, sorted=False).values.exp().sum(dim=-1)
-    enough = highest > batch.top_p[by_mass] * scores[by_mass].exp().sum(dim=-1)
-    return few if bool(enough.all()) else scores.shape[1]
+    has_top_p = (batch.top_k == 0) & (batch.top_p < 1)
+    if has_top_p.any():
+        whole = scores.exp().sum(dim=-1)
+        wanted = torch.where(has_top_p, batch.top_p * whole, 0.0)
+        for few in _FEW_TOKENS:
+            if most <= few < scores.shape[1]:
+                highest = scores.topk(few, dim=-1).values
+                if bool((highest.exp().sum(dim=-1) >= wanted).all()):
+                    return highest, False
+    elif most < scores.shape[1]:
+        return scores.topk(max(most, 1), dim=-1).values, False
+    return scores.sort(dim=-1, descending=True).values, True
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:

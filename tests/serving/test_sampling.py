@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from alpaca.serving.request import Request
-from alpaca.serving.sampling import Choices, SamplingBatch, choose, draw, filtered
+from alpaca.serving.sampling import Choices, SamplingBatch, choose, draw, in_chunks, thresholds
 
 DEFAULTS = dict(
     prompt_ids=(1, 5, 7), n=1, max_new_tokens=10, min_new_tokens=0, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
@@ -50,10 +50,10 @@ def transformers_keeps(scores: torch.Tensor, *, temperature=1.0, top_k=0, top_p=
 def test_filters_keep_what_transformers_keeps_each_row_its_own(scores):
     batch = batch_of(*(choices(**options) for options in FILTERS))
     scores = scores - scores.amax(dim=-1, keepdim=True)
-    ordered, ids = scores.sort(dim=-1, descending=True)
-    kept = filtered(ordered, scores.exp().sum(dim=-1, keepdim=True), batch)
+    lowest = thresholds(scores, batch)
     for row, options in enumerate(FILTERS):
-        assert set(ids[row][kept[row].isfinite()].tolist()) == transformers_keeps(scores[row], **options)
+        kept = (scores[row] >= lowest[row]).nonzero()[:, 0].tolist()
+        assert set(kept) == transformers_keeps(scores[row], **options)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -69,14 +69,15 @@ def test_only_kept_tokens_are_chosen_and_all_of_them(scores, temperature):
 
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_p": 0.97, "temperature": 2.0}, {"top_k": 1500}])
 def test_many_candidates_of_a_large_vocabulary(options):
-    """Beyond the few highest scores that usually suffice, everything is sorted; the choice is that of a plain sort."""
+    """Beyond the few highest scores that usually suffice, everything is sorted."""
     scores = torch.randn(1, 8000, generator=torch.Generator().manual_seed(1))
     row = choices(vocab_size=8000, seed=5, **options)
     uniform = choices(seed=5).next_uniform()
-    warped = (scores / options.get("temperature", 1.0)).sort(dim=-1, descending=True)
-    keep = transformers_keeps(warped.values[0], **{k: v for k, v in options.items() if k != "temperature"})
-    weights = warped.values[0].double().softmax(-1)[: len(keep)].cumsum(-1)
-    expected = warped.indices[0, (weights / weights[-1] > uniform).nonzero()[0, 0]].item()
+    dropped = set(range(8000)) - transformers_keeps(scores[0], **options)
+    weights = (scores[0] / options.get("temperature", 1.0)).double().softmax(-1)
+    weights[list(dropped)] = 0
+    cumulative = weights.cumsum(-1)
+    expected = (cumulative / cumulative[-1] > uniform).nonzero()[0, 0].item()
     assert choose(scores, [row]).tolist() == [expected]
 
 
@@ -118,7 +119,7 @@ def test_eos_is_not_chosen_before_min_new_tokens():
 def test_draws_follow_the_probabilities():
     scores = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()[None]
     uniforms = torch.tensor([(i + 0.5) / 1000 for i in range(1000)], dtype=torch.float64)
-    counts = torch.bincount(draw(scores.expand(1000, -1), uniforms), minlength=4)
+    counts = torch.bincount(draw(in_chunks(scores.expand(1000, -1)).exp(), uniforms), minlength=4)
     assert counts.tolist() == [100, 200, 300, 400]
 
 
@@ -131,14 +132,15 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution(size):
     uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
     cumulative = scores.double().softmax(-1).cumsum(-1)
     expected = [(row > at).nonzero()[0, 0].item() for row, at in zip(cumulative, uniforms, strict=True)]
-    assert draw(scores, uniforms).tolist() == expected
+    assert draw(in_chunks(scores).exp(), uniforms).tolist() == expected
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
 def test_draw_never_takes_an_impossible_token(uniform):
     scores = torch.full((1, 700), float("-inf"))
     scores[0, [130, 131, 300]] = 0.0
-    assert draw(scores, torch.tensor([uniform], dtype=torch.float64)).item() in (130, 131, 300)
+    weights = in_chunks(scores).exp()
+    assert draw(weights, torch.tensor([uniform], dtype=torch.float64)).item() in (130, 131, 300)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-20, 1e-38, 1e-40, 5e-324])
