@@ -7,32 +7,34 @@ engine:    the engine alone in a fresh Python: import, load, one token.
 baseline:  a fresh Python that imports torch and transformers, calls from_pretrained and generates one token.
 
 The three take turns, --rounds times, after one round that is not counted; medians are reported. Seconds run from the
-spawn. Phases are whatever a log line that starts with "ready" says as "name 1.2 s", and the children's own clocks.
+spawn. Phases are what the line "ready: name 1.2 s, …" says, which the server logs and the children print.
 The last line is one JSON object.
 """
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alpaca.errors import InputError, MissingInput, run_command
+from alpaca.errors import InputError, run_command
 from alpaca.serving.settings import ServerSettings
 from bench.load import predict
+from bench.machine import DEVICE, describe_device
 from bench.provenance import ROOT, provenance
-from bench.serve import DEVICE, PACKAGES, SHAPES, describe_device, median, model_folder, rounded
+from bench.random_model import SHAPES, model_folder
+from bench.serve_report import median, rounded
 from script.local_server import LocalServer
 
-_READY_LINE = re.compile(r"(?:^|[\s\]:|])ready\b[:,]?(.*)", re.IGNORECASE)
-_PHASE = re.compile(r"([A-Za-z][A-Za-z_ -]*?)[:=]? +(\d+(?:\.\d+)?) ?s\b")
+_READY_LINE = re.compile(r"ready: (.*)")
+_PHASE = re.compile(r"([a-z][a-z ]*) (\d+\.\d+) s\b")
 _TIMEOUT_S = 300
 
 BASELINE = """
@@ -57,10 +59,7 @@ start = time.perf_counter()
 from pathlib import Path
 from alpaca.serving.request import PredictionInputs, make_request
 from alpaca.serving.settings import ServerSettings
-try:
-    from alpaca.serving.loading import load_engine
-except ModuleNotFoundError:
-    from alpaca.serving.transformers_engine import load_transformers_engine as load_engine
+from alpaca.serving.loading import load_engine
 imported = time.perf_counter()
 folder, _, dtype, engine = sys.argv[1:5]
 engine = load_engine(Path(folder), ServerSettings(weights=folder, dtype=dtype, engine=engine))
@@ -87,7 +86,7 @@ class Start:
 
 def main() -> None:
     options = parse_flags()
-    origin = {**provenance("cold_start", PACKAGES), "device": describe_device()}
+    origin = {**provenance("cold_start", ("torch", "transformers")), "device": describe_device()}
     with model_folder(options.weights, options.shape, options.dtype) as folder:
         starts, failures = measure(options, folder)
     report(options, starts, failures, origin)
@@ -102,8 +101,6 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    if options.weights and not (options.weights / "config.json").is_file():
-        raise MissingInput(f"no model at {options.weights}: no config.json; leave --weights out for a random one")
     ServerSettings(engine=options.engine)  # raises InputError for another name
     if options.rounds < 1:
         raise InputError(f"--rounds must be 1 or more; found {options.rounds}")
@@ -120,10 +117,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[S
     }
     starts: dict[str, list[Start]] = {name: [] for name in ways}
     failures: dict[str, str] = {}
-    if importlib.util.find_spec("cog") is None:
-        failures["server"] = "skipped: no cog in this environment"
     for number in range(options.rounds + 1):
-        for name in ways.keys() - failures.keys():
+        for name in [name for name in ways if name not in failures]:
             try:
                 start = ways[name]()
             except Exception as error:
@@ -140,13 +135,17 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[S
 
 def start_server(folder: Path, engine: str, dtype: str) -> Start:
     """Spawn to READY (asked for every 50 ms), then to the first output of a stream."""
-    inputs = {"prompt": "Hello", "prompt_template": "{prompt}", "temperature": 0, "max_new_tokens": 8}
+    inputs = {"prompt": "Hello", "prompt_template": "{prompt}", "temperature": 0}
+    inputs |= {"max_new_tokens": 8, "min_new_tokens": 8}
     begin = time.monotonic()
     server = LocalServer(["--weights", str(folder.absolute()), "--engine", engine, "--dtype", dtype])
     try:
         server.wait_until("READY", timeout_s=_TIMEOUT_S)
         ready_s = time.monotonic() - begin
-        reply = asyncio.run(predict(server.url, {**inputs, "min_new_tokens": 8}, stream=True, start=begin))
+        asked = predict(server.url, inputs, stream=True, start=begin)
+        reply = asyncio.run(asyncio.wait_for(asked, _TIMEOUT_S))
+    except asyncio.TimeoutError:
+        raise RuntimeError(f"the server sent no whole answer within {_TIMEOUT_S} s") from None
     finally:
         server.stop()
     if reply.first_output_s is None:
@@ -165,19 +164,23 @@ def start_script(source: str, arguments: list[str]) -> Start:
         stderr=subprocess.STDOUT,
         text=True,
     )
+    limit = threading.Timer(_TIMEOUT_S, process.kill)
+    limit.start()
     lines, first_token_s = [], None
     with process:
         for line in process.stdout:
             lines.append(line)
             if line.startswith("first token"):
                 first_token_s = time.monotonic() - begin
+    limit.cancel()
     if first_token_s is None or process.returncode:
-        raise RuntimeError(f"it ended with status {process.returncode}: {''.join(lines)[-1500:]}")
+        taken = time.monotonic() - begin
+        raise RuntimeError(f"it ended with status {process.returncode} after {taken:.0f} s: {''.join(lines)[-1500:]}")
     return Start(first_token_s=first_token_s, phases=read_phases("".join(lines)))
 
 
 def read_phases(log: str) -> dict[str, float]:
-    """Name and seconds of each phase that lines starting with "ready" (behind a logger's prefix) tell of."""
+    """Name and seconds of each phase in the line "ready: …", whatever a logger put in front."""
     found = [match[1] for line in log.splitlines() if (match := _READY_LINE.search(line))]
     return {name.strip(): float(seconds) for text in found for name, seconds in _PHASE.findall(text)}
 

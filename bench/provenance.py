@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,9 +16,9 @@ REAL = Path(os.environ.get("ALPACA_REAL", ROOT.parent / "shared" / "real"))
 def provenance(module: str, packages: tuple[str, ...]) -> dict[str, object]:
     """Hardware, versions of `packages`, commit and command of `python -m bench.MODULE`."""
     return {
-        "hardware": {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))},
+        "hardware": {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), **gpu()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
+        "commit": commit(),
         "command": shlex.join(["python", "-m", f"bench.{module}", *sys.argv[1:]]),
     }
 
@@ -27,5 +28,30 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def gpu() -> dict[str, str]:
+    """The GPU, its driver and the CUDA that torch was built for; nothing where torch sees none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu": torch.cuda.get_device_name(), "driver": gpu_driver(), "cuda": torch.version.cuda or "none"}
+
+
+def gpu_driver(version_file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    found = re.search(r"\d+\.\d+(\.\d+)?", version_file.read_text()) if version_file.is_file() else None
+    return found[0] if found else "unknown"
+
+
+def commit() -> str:
+    """HEAD, marked where the tree differs from it; "unknown" without git or outside of a repository."""
+    head = git("rev-parse", "HEAD")
+    return head + ("-dirty" if git("status", "--porcelain") else "") if head else "unknown"
+
+
 def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    """What git prints; nothing where it fails or is not installed."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

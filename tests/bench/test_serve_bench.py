@@ -1,139 +1,73 @@
-"""The benchmark's load generator against a server whose every byte is known."""
+"""One failure in a run: whose it is."""
 
-import asyncio
 import contextlib
-import dataclasses
-import json
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
-from bench.load import Load, LoadFailedError, Plan, join_chunks, run_load
-from tests.conftest import ROOT
-
-HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-BUSY = b'HTTP/1.1 409 Conflict\r\ncontent-length: 18\r\n\r\n{"error":"at cap"}'
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
+from bench import serve
+from bench.rows import plan_rows
+from bench.serve import Bench, parse_flags
+from bench.serve_report import Results
+from bench.ways import StuckError, Way
 
 
-def event(name: str, data: object) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+class BrokenWay(Way):
+    def __init__(self, error: Exception) -> None:
+        self.error, self.num_runs = error, 0
+
+    def run(self, row, inputs):
+        self.num_runs += 1
+        raise self.error
 
 
-def completed(output: list[str], num_tokens: int, status: str = "succeeded") -> bytes:
-    metrics = {"output_tokens": num_tokens, "seed": 1}
-    return event("completed", {"status": status, "output": output, "metrics": metrics, "error": "boom"})
+@pytest.fixture
+def bench(monkeypatch) -> Bench:
+    """A run without a model."""
+    monkeypatch.setattr(serve, "step_costs", lambda *_, **__: None)
+    monkeypatch.setattr(serve, "load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(serve, "Prompts", lambda tokenizer: None)
+    made = Bench(parse_flags(["--quick"]), Path("nowhere"), deadline=0.0)
+    made._prompts = type("NoPrompts", (), {"inputs": lambda *_: []})()
+    return made
 
 
-@contextlib.asynccontextmanager
-async def fake_server(answer: Callable[[int, dict], list[bytes]]) -> AsyncIterator[str]:
-    """Replies to request number i, body given, with those writes, a pause before each, and closes."""
-    count = 0
+def run_rows(bench: Bench, engine: Way, server: Way) -> None:
+    def open_ways(stack: contextlib.ExitStack) -> None:
+        bench._ways |= {"engine": engine, "sync": server, "stream": server}
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal count
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        length = int(head.lower().split("content-length:")[1].split()[0])
-        number, count = count, count + 1
-        for part in answer(number, json.loads(await reader.readexactly(length))):
-            await asyncio.sleep(0.02)
-            writer.write(part)
-            await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    bench._run_rounds = lambda rows, deadline: None
+    bench._measure(open_ways)
 
 
-def load(answer: Callable[[int, dict], list[bytes]], plan: Plan) -> Load:
-    async def run() -> Load:
-        async with fake_server(answer) as url:
-            return await run_load(url, plan)
-
-    return asyncio.run(run())
-
-
-def test_tokens_are_counted_by_metrics_not_by_pieces():
-    def answer(number: int, body: dict) -> list[bytes]:
-        assert body["input"] == {"prompt": "x", "stream": True}
-        pieces = [chunk(event("output", {"chunk": "a b c"})), chunk(event("output", {"chunk": "d"}))]
-        return [HEAD + chunk(event("start", {})), *pieces, chunk(completed(["a b c", "d"], 4)) + chunk(b"")]
-
-    (reply,) = load(answer, Plan(inputs=[{"prompt": "x"}], clients=1)).replies
-    assert reply.num_pieces == 2
-    assert reply.metrics == {"output_tokens": 4, "seed": 1}
-    assert 0.04 <= reply.first_output_s < reply.ended_s - 0.03  # the second of four writes
+def test_a_failure_is_the_rows_own(bench):
+    engine = BrokenWay(ValueError("bad"))
+    run_rows(bench, engine, BrokenWay(ValueError("bad")))
+    num_rows = sum(row.way == "engine" for row in bench.rows)
+    assert engine.num_runs == num_rows
+    assert bench.results.failures["engine 4"] == "ValueError: bad"
 
 
-def test_events_cut_anywhere_are_found():
-    whole = HEAD + chunk(event("output", {"chunk": "é\n"})) + chunk(completed(["é\n"], 1)) + chunk(b"")
-
-    def answer(number: int, body: dict) -> list[bytes]:
-        cut = len(HEAD) + 4 + 3 * number
-        return [whole[:cut], whole[cut:]]
-
-    result = load(answer, Plan(inputs=[{"prompt": "x"}] * 20, clients=4))
-    assert result.num_tokens == 20
-    assert all(reply.first_output_s >= 0.02 for reply in result.replies)
+def test_what_hangs_is_waited_for_once(bench):
+    engine, server = BrokenWay(StuckError("no token")), BrokenWay(StuckError("no answer"))
+    run_rows(bench, engine, server)
+    assert (engine.num_runs, server.num_runs) == (1, 1)
+    ways = ("engine", "sync", "stream")
+    assert bench.results.failures.keys() == {row.name for row in bench.rows if row.way in ways}
+    assert bench.results.failures["engine shared prefix"] == "StuckError: no token"
+    assert bench.results.failures["sync 4"] == bench.results.failures["stream 4"] == "StuckError: no answer"
 
 
-def test_busy_is_tried_again_within_the_same_request():
-    def answer(number: int, body: dict) -> list[bytes]:
-        return [BUSY] if number < 3 else [HEAD + chunk(event("output", {})) + chunk(completed(["a"], 1)) + chunk(b"")]
+def test_what_cannot_be_loaded_fails_its_rows(bench):
+    def load() -> None:
+        raise OSError("no memory")
 
-    (reply,) = load(answer, Plan(inputs=[{"prompt": "x"}], clients=1)).replies
-    assert reply.num_retries == 3
-    assert reply.first_output_s > 3 * 0.02
-
-
-def test_clients_share_the_inputs_and_start_one_after_the_other():
-    def answer(number: int, body: dict) -> list[bytes]:
-        reply = {"status": "succeeded", "output": ["a"], "metrics": {"output_tokens": int(body["input"]["prompt"])}}
-        data = json.dumps(reply).encode()
-        return [b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(data), data)]
-
-    inputs = [{"prompt": str(number)} for number in range(9)]
-    result = load(answer, Plan(inputs=inputs, clients=3, stream=False, stagger_s=0.05))
-    assert sorted(reply.metrics["output_tokens"] for reply in result.replies) == list(range(9))
-    starts = sorted(reply.started_s for reply in result.replies)
-    assert starts[0] < 0.05
-    assert all(reply.first_output_s is None for reply in result.replies)
-    assert result.seconds >= 0.1
+    assert bench._attempt("generate", load, ways=("generate", "batching")) is None
+    assert bench.results.failures == {"generate": "OSError: no memory", "batching 4": "OSError: no memory"}
+    bench.results = Results()
+    assert bench._attempt("check", load) is None
+    assert bench.results.failures == {"check": "OSError: no memory"}
 
 
-@pytest.mark.parametrize(
-    ("reply", "message"),
-    [
-        (b"HTTP/1.1 422 Unprocessable\r\n\r\nbad input", "answered 422: bad input"),
-        (HEAD + chunk(completed([], 0, "failed")) + chunk(b""), "did not succeed.*boom"),
-        (HEAD + chunk(event("output", {})) + chunk(b""), "did not succeed"),
-        (HEAD + chunk(event("output", {})), "broke off after"),
-        (b"", "expected an HTTP reply"),
-    ],
-)
-def test_whatever_is_no_success_fails_the_load(reply, message):
-    with pytest.raises(LoadFailedError, match=message):
-        load(lambda number, body: [reply], Plan(inputs=[{"prompt": "x"}], clients=1))
-
-
-def test_chunks_are_joined():
-    assert join_chunks(b"3\r\nabc\r\nA;note=1\r\n0123456789\r\n0\r\n\r\n") == b"abc0123456789"
-
-
-def test_command_reads_a_plan_and_prints_the_load():
-    async def run() -> bytes:
-        reply = HEAD + chunk(event("output", {})) + chunk(completed(["a"], 3)) + chunk(b"")
-        async with fake_server(lambda number, body: [reply]) as url:
-            command = [sys.executable, "-m", "bench.load", url]
-            pipe = subprocess.PIPE
-            process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=pipe, stdout=pipe)
-            plan = Plan(inputs=[{"prompt": "x"}] * 2, clients=2)
-            return (await process.communicate(json.dumps(dataclasses.asdict(plan)).encode()))[0]
-
-    assert Load.from_json(asyncio.run(run()).decode()).num_tokens == 6
+def test_rows_of_a_quick_run_are_fewer():
+    assert len(plan_rows(quick=True, compiled=False)) < len(plan_rows(quick=False, compiled=False))
