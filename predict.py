@@ -23,7 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from alpaca.archives import open_weights
 from alpaca.errors import AlpacaError
-from alpaca.serving.housekeeping import Phases, PredictionFolders
+from alpaca.serving.housekeeping import Phases, PredictionFolders, process_age_s
 
 
 class Predictor(BaseRunner):
@@ -31,12 +31,12 @@ class Predictor(BaseRunner):
 
     def setup(self, weights: str | None = None) -> None:
         """Load the model: the folder or archive COG_WEIGHTS names, else alpaca_out."""
-        phases = Phases()
+        phases = Phases(before_s=process_age_s())
         from alpaca.serving.engine import Engine
         from alpaca.serving.loading import load_engine
         from alpaca.serving.settings import ServerSettings
 
-        phases.end("imports")
+        phases.end("start and imports")
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         settings = ServerSettings.from_environment(os.environ)
         self.engine: Engine = load_engine(open_weights(str(weights) if weights else None), settings, phases)

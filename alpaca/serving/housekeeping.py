@@ -1,6 +1,7 @@
 """What a server does beside answering: it times its start, and removes what Cog's runtime leaves behind."""
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,11 +14,11 @@ _LEFT_ALONE_S = 600.0
 
 
 class Phases:
-    """Seconds that each phase took, in order."""
+    """Seconds that each phase took, in order; the first one begins `before_s` seconds ago."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, before_s: float = 0.0) -> None:
         self._seconds: dict[str, float] = {}
-        self._since = time.monotonic()
+        self._since = time.monotonic() - before_s
 
     def end(self, name: str) -> None:
         """The phase that ends now, under this name."""
@@ -26,6 +27,12 @@ class Phases:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])  # 22nd field: since boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 class PredictionFolders:
