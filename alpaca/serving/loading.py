@@ -108,7 +108,7 @@ def _load_llama(folder: Path, config: LlamaConfig, settings: ServerSettings, pha
         scheduler,
         tokenizer,
         max_context=plan.max_context,
-        beams=_beams(folder, settings),
+        beams=_beams(folder, settings, model, tokenizer, plan.max_context),
         launches_ahead=device.type == "cuda",
     )
 
@@ -184,6 +184,7 @@ def _make_runner(
 def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
     """Build the kernels and capture the graphs before the first request pays for them."""
     if runner.model.device.type == "cuda":
+        runner.compile_prefill()
         graphs = DecodeGraphs(runner, max_running=plan.max_running)
         graphs.capture()
         runner.graphs = graphs
@@ -201,8 +202,17 @@ def eos_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(named)
 
 
-def _beams(folder: Path, settings: ServerSettings) -> Callable[[], Engine]:
+def _beams(
+    folder: Path, settings: ServerSettings, model: LlamaModel, tokenizer: Tokenizer, max_context: int
+) -> Callable[[], Engine]:
     def load() -> Engine:
+        from alpaca.serving.shared_weights import as_transformers
+        from alpaca.serving.transformers_engine import TransformersEngine
+
+        twin = as_transformers(model, folder)
+        if twin is not None:
+            logger.info("num_beams > 1: beam search runs in transformers, on the same weights")
+            return TransformersEngine(twin, tokenizer, max_context=max_context)
         logger.info("num_beams > 1: beam search runs in transformers, which loads the model a second time now")
         return _load_transformers(folder, settings, Phases())
 

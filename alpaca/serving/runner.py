@@ -122,6 +122,29 @@ class Runner:
         ready.record()
         return Launched(sampled, on_host, ready)
 
+    @torch.inference_mode()
+    def compile_prefill(self) -> None:
+        """Have every kernel built that a step with prompts can need: of few and many rows, of short and long prompts.
+
+        All of it reads and writes block 0, which is nobody's.
+        """
+        device = self.model.device
+        longest = self.max_blocks * self.cache.block_size
+        for num_tokens, length in ((16, 16), (16, longest), (min(128, longest), longest)):
+            inputs = StepInputs(
+                ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+                positions=torch.arange(num_tokens, device=device),
+                slots=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+                attention=AttentionBatch(
+                    block_tables=torch.zeros(1, self.max_blocks, dtype=torch.int32, device=device),
+                    seq_lens=self._tensor([length], torch.int32),
+                    query_starts=self._tensor([0, num_tokens], torch.int32),
+                    max_query_len=num_tokens,
+                    max_seq_len=length,
+                ),
+            )
+            self.model.logits(self.model.forward(inputs, self.cache))
+
     # Laying out
 
     def _lay_out(self, works: list[Work]) -> HostStep:

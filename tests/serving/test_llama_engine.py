@@ -15,6 +15,7 @@ from alpaca.serving.cache import BlockPool
 from alpaca.serving.detokenize import CompletionText
 from alpaca.serving.engine import FinishedEvent, Generation, GenerationCancelledError, TokenEvent, complete_texts
 from alpaca.serving.graphs import DecodeGraphs
+from alpaca.serving.linear import PackedLinear
 from alpaca.serving.llama import KeyValueCache, LlamaModel
 from alpaca.serving.llama_engine import LlamaEngine
 from alpaca.serving.loading import load_engine
@@ -23,7 +24,8 @@ from alpaca.serving.runner import Runner
 from alpaca.serving.sampling import Choices, choose
 from alpaca.serving.scheduler import Scheduler
 from alpaca.serving.settings import ServerSettings
-from tests.serving.test_llama import load, save_model
+from alpaca.serving.shared_weights import as_transformers
+from tests.serving.test_llama import KINDS, load, save_model
 
 SIZE = 4
 CONTEXT = 120
@@ -63,9 +65,15 @@ def make_engine(
     if mode == "graphs":
         runner.graphs = DecodeGraphs(runner, max_running=max_running, replayer=CalledEachTime)
         runner.graphs.capture()
-    scheduler = Scheduler(BlockPool(num_blocks, SIZE), max_running=max_running, max_step_tokens=max_running + 8)
+    return engine_of(runner, launches_ahead=mode != "in step")
+
+
+def engine_of(runner: Runner, *, launches_ahead: bool) -> LlamaEngine:
+    num_blocks, size = runner.cache.keys[0].shape[:2]
+    max_running = len(runner.last_ids) - 1
+    scheduler = Scheduler(BlockPool(num_blocks, size), max_running=max_running, max_step_tokens=max_running + 8)
     return LlamaEngine(
-        runner, scheduler, tokenizer=None, max_context=CONTEXT, beams=lambda: None, launches_ahead=mode != "in step"
+        runner, scheduler, tokenizer=None, max_context=CONTEXT, beams=lambda: None, launches_ahead=launches_ahead
     )
 
 
@@ -328,3 +336,26 @@ def test_many_threads(engine, models):
     for thread in threads:
         thread.join()
     assert [found[i] for i in range(12)] == [naive(models[0], one) for one in asked]
+
+
+# Beam search ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["grouped heads", "tied embeddings", "Llama 3.2"])
+def test_beam_search_shares_the_weights_where_they_lie_plain(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("alpaca.serving.linear.make_packed", lambda weight: None)
+    expected = save_model(tmp_path, torch.float32, **KINDS[kind])
+    model = load(tmp_path, torch.float32)
+    shared = as_transformers(model, tmp_path)
+    prompt = torch.tensor([list(range(3, 40))])
+    with torch.inference_mode():
+        assert torch.equal(shared(prompt).logits, expected(prompt).logits)
+    assert shared.model.layers[1].self_attn.k_proj.weight.untyped_storage().data_ptr() == (
+        model.layers[1].qkv.weight.untyped_storage().data_ptr()
+    )
+
+
+def test_packed_weights_cannot_be_shared(tmp_path):
+    save_model(tmp_path, torch.float32)
+    model = load(tmp_path, torch.float32)
+    assert not isinstance(model.head, PackedLinear) or as_transformers(model, tmp_path) is None
