@@ -22,7 +22,9 @@ BLOCK_SIZE = 16  # tokens; small, so that the Alpaca preamble (about 35) is shar
 MOST_RUNNING = 256  # sequences in one step
 PREFILL_TOKENS = {"cuda": 1024, "cpu": 128}  # of a step: what a running stream waits for at most
 _CUDA_CONTEXT_BYTES = 600 << 20  # what a process takes before it holds one tensor: context, kernels, cuBLAS' workspace
-_CPU_SHARE = 0.25  # of the free memory: on a CPU the cache shares it with everything else
+# On a CPU the cache shares the memory with everything else: a part of what is free, and no more than serves a few
+# requests of full length.
+_CPU_SHARE, _CPU_BYTES, _CPU_REQUESTS = 0.25, 1 << 30, 8
 _BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: an absolute maximum in float32 for each 64
 
 
@@ -82,11 +84,13 @@ def plan_memory(
     running = max_running(settings)
     context = min(settings.max_context or config.max_context, config.max_context)
     working = working_bytes(config, dtype, num_tokens=running + PREFILL_TOKENS[device], num_sampled=running)
-    share = settings.memory_fraction * (1 if device == "cuda" else _CPU_SHARE)
     per_token = config.kv_bytes_per_token(dtype)
+    room = settings.memory_fraction * free_bytes
+    if device == "cpu":
+        room = min(_CPU_SHARE * room, max(_CPU_BYTES, _CPU_REQUESTS * context * per_token))
     per_block = BLOCK_SIZE * per_token
     useful = 1 + running * -(-context // BLOCK_SIZE)  # every running sequence as long as can be
-    num_blocks = min(useful, int(share * free_bytes - working) // per_block)
+    num_blocks = min(useful, int(room - working) // per_block)
     if num_blocks < 1 + min(4, -(-context // BLOCK_SIZE)):
         raise NotEnoughSpace(
             f"{free_bytes / 1e9:.2f} GB are free after the weights; a step takes {working / 1e9:.2f} GB and the "

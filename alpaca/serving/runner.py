@@ -15,7 +15,7 @@ import torch
 from alpaca.serving.graphs import DecodeGraphs
 from alpaca.serving.llama import KeyValueCache, LlamaModel, StepInputs
 from alpaca.serving.ops import AttentionBatch
-from alpaca.serving.sampling import Choices, choose
+from alpaca.serving.sampling import Choices, choose, send
 from alpaca.serving.scheduler import Work
 
 UNKNOWN = -1  # in place of a token id: sampled by the step before, to be found in last_ids
@@ -195,4 +195,4 @@ class Runner:
         )
 
     def _tensor(self, values: Sequence[int] | np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=dtype, device=self.model.device)
+        return send(values, dtype, self.model.device)

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from alpaca.serving.request import Request
@@ -116,9 +117,16 @@ class SamplingBatch:
     def of(cls, rows: Sequence[Choices], device: torch.device) -> "SamplingBatch":
         """Draw each row's number and lay the parameters out."""
         columns = SamplingColumns.of(rows)
-        tensors = {name: torch.tensor(values, dtype=DTYPES[name], device=device) for name, values in columns.values()}
-        eos_ids = torch.tensor(rows[0].eos_ids, dtype=torch.int64, device=device)
+        tensors = {name: send(values, DTYPES[name], device) for name, values in columns.values()}
+        eos_ids = send(rows[0].eos_ids, torch.int64, device)
         return cls(**tensors, eos_ids=eos_ids, **columns.flags())
+
+
+def send(values: Sequence | np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Values of the host as a tensor on the device. The host does not wait for the work queued there."""
+    if device.type == "cpu":
+        return torch.as_tensor(values, dtype=dtype)
+    return torch.as_tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 DTYPES = {
