@@ -1,16 +1,27 @@
 """The Predictor behind the real Cog server, over HTTP: what clients see."""
 
+import asyncio
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import httpx
 import pytest
+import torch
 from local_server import LocalServer, ServerFailedError, running_server
 
+from alpaca.errors import InputError
+from alpaca.serving.housekeeping import PredictionFolders
+from alpaca.serving.llama import LlamaConfig
+from alpaca.serving.loading import free_memory, load_engine
+from alpaca.serving.plan import BLOCK_SIZE, max_running, working_bytes
+from alpaca.serving.request import PredictionInputs
+from alpaca.serving.settings import ServerSettings
 from tests.conftest import ROOT
 
 RAW = {"prompt": "", "prompt_template": "{prompt}"}
@@ -23,25 +34,54 @@ def server(llama_folder) -> Iterator[LocalServer]:
         yield server
 
 
+class ScarceServer:
+    """A server whose cache has room for a request that runs or for one that waits, never for both."""
+
+    def __init__(self, server: LocalServer) -> None:
+        self.server = server
+        self.room = (int(re.search(r"(\d+) pages of 16 tokens", server.log_text())[1]) - 1) * BLOCK_SIZE
+        self.context = min(self.room, 2048)
+        waiting = self.context - 100
+        running = max(200, self.room - waiting + 64)
+        assert self.context - running > 500, "time enough to cancel"
+        # BOS and a token a letter: neither "x" nor "y" is part of a longer piece.
+        self.running = {
+            **RAW, "prompt": "x" * (running - 1), "max_new_tokens": 2048, "min_new_tokens": 2048, "stream": True,
+            "temperature": 0,
+        }  # fmt: skip
+        self.waiting = {**RAW, "prompt": "y" * (waiting - 1), "max_new_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def scarce(llama_folder) -> Iterator[ScarceServer]:
+    settings, config = ServerSettings(concurrency=4), LlamaConfig.read(llama_folder)
+    rows = max_running(settings)
+    wanted = working_bytes(config, torch.float32, num_tokens=rows + 128, num_sampled=rows)
+    wanted += 145 * BLOCK_SIZE * config.kv_bytes_per_token(torch.float32)
+    fraction = 4 * wanted / free_memory(torch.device("cpu"))  # of a CPU's memory the plan takes a quarter
+    flags = ["--weights", str(llama_folder), "--concurrency", "4", "--memory_fraction", str(fraction)]
+    with running_server(flags, on_failure=print) as server:
+        yield ScarceServer(server)
+
+
 def sse_events(url: str, input: dict, *, stop_after: int | None = None) -> list[tuple[float, str, dict]]:
-    """(seconds since the request, event, data) of a streamed prediction; hangs up after `stop_after` outputs."""
+    """(monotonic time, event, data) of a streamed prediction; hangs up after `stop_after` outputs."""
     headers = {"Accept": "text/event-stream"}
     while True:
-        start = time.monotonic()
         with httpx.stream("POST", f"{url}/predictions", json={"input": input}, headers=headers, timeout=60) as reply:
             if reply.status_code != 409:  # a slot is freed just after its last reply
-                return list(read_events(reply, start, stop_after))
+                return list(read_events(reply, stop_after))
         time.sleep(0.01)
 
 
-def read_events(reply: httpx.Response, start: float, stop_after: int | None) -> Iterator[tuple[float, str, dict]]:
+def read_events(reply: httpx.Response, stop_after: int | None = None) -> Iterator[tuple[float, str, dict]]:
     assert reply.status_code == 200, reply.read()
     name, outputs = "", 0
     for line in reply.iter_lines():
         if line.startswith("event:"):
             name = line.removeprefix("event:").strip()
         elif line.startswith("data:"):
-            yield time.monotonic() - start, name, json.loads(line.removeprefix("data:"))
+            yield time.monotonic(), name, json.loads(line.removeprefix("data:"))
             outputs += name == "output"
             if outputs == stop_after:
                 return
@@ -49,6 +89,17 @@ def read_events(reply: httpx.Response, start: float, stop_after: int | None) -> 
 
 def chunks(events: list[tuple[float, str, dict]]) -> list[str]:
     return [data["chunk"] for _, name, data in events if name == "output"]
+
+
+def in_threads(count: int, function: Callable[[int], object]) -> list:
+    """function(0), function(1), … at once; what they gave, in order."""
+    found: dict[int, object] = {}
+    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, function(i))) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[i] for i in range(count)]
 
 
 def test_published_text_over_http(tmp_path, real):
@@ -96,8 +147,9 @@ def test_pieces_are_the_whole_answer(server):
 
 
 def test_first_event_comes_before_half_of_the_time(server):
+    start = time.monotonic()
     events = sse_events(server.url, LONG)
-    arrivals = [at for at, name, _ in events if name == "output"]
+    arrivals = [at - start for at, name, _ in events if name == "output"]
     assert len(arrivals) > 100
     assert arrivals[0] < arrivals[-1] / 2
     assert len(set(arrivals)) > 100  # and the others as they come
@@ -106,74 +158,243 @@ def test_first_event_comes_before_half_of_the_time(server):
     assert events[-1][2]["output"] == chunks(events)
 
 
-def test_sixteen_clients_at_once_wait_in_line_and_get_their_own_answers(server):
-    def ask(i: int) -> None:
-        answers[i] = "".join(
-            chunks(sse_events(server.url, {**LONG, "max_new_tokens": 20, "min_new_tokens": 20, "seed": i % 4}))
-        )
-
-    answers: dict[int, str] = {}
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(answers) == 16
-    assert all(answers[i] == answers[i % 4] for i in range(16))
-    assert len(set(answers.values())) == 4
+def test_sixteen_streams_run_at_once_and_each_gets_its_own_answer(server):
+    """Greedy: float32 leaves a sampled token to chance where batches differ; tests/serving has it exact in float64."""
+    long = {**LONG, "temperature": 0, "max_new_tokens": 200, "min_new_tokens": 200}
+    asked = [{**long, "prompt": f"{i} alpacas"} for i in range(16)]
+    alone = ["".join(server.predict(one)["output"]) for one in asked]
+    events = in_threads(16, lambda i: sse_events(server.url, asked[i]))
+    firsts = [next(at for at, name, _ in one if name == "output") for one in events]
+    ends = [next(at for at, name, _ in one if name == "completed") for one in events]
+    assert max(firsts) < min(ends)
+    assert ["".join(chunks(one)) for one in events] == alone
+    assert len(set(alone)) == 16
+    assert {one[-1][2]["metrics"]["output_tokens"] for one in events} == {200}
 
 
-def test_cancel_stops_the_engine(server):
-    long = {**LONG, "max_new_tokens": 2000, "min_new_tokens": 2000, "stream": False}
-    address = f"{server.url}/predictions/to-cancel"
-    assert httpx.put(address, json={"input": long}, headers={"Prefer": "respond-async"}).status_code == 202
-    time.sleep(0.3)
-    assert httpx.post(f"{address}/cancel").status_code == 200
-    queue_s = server.predict({**RAW, "max_new_tokens": 1})["metrics"]["queue_s"]
-    assert queue_s < 0.5  # 2,000 tokens take seconds
+def test_mixed_loads_get_what_they_get_alone(server):
+    base = {"temperature": 0, "max_new_tokens": 30}
+    kinds = [
+        {**base, "prompt": "Name three colours"},
+        {**base, "prompt": "Name", "input": "three colours", "n": 3},
+        {**base, "prompt": "What is the capital of Peru?", "stream": True},
+        {**RAW, **base, "stop": ["e"], "min_new_tokens": 20},
+        {**base, "prompt": "word " * 3000},
+        {**base, "prompt": "x", "stream": True, "n": 2},
+        {**base, "prompt": "penalised", "repetition_penalty": 1.3},
+        {**base, "prompt": "short", "total_tokens": 90},
+    ]
+
+    def outcome(asked: dict) -> tuple[str, str, int]:
+        prediction = server.predict(asked)
+        text = "".join(prediction.get("output") or [])
+        return prediction["status"], text, (prediction.get("metrics") or {}).get("output_tokens", 0)
+
+    alone = [outcome(asked) for asked in kinds]
+    assert [status for status, _, _ in alone] == ["succeeded"] * 4 + ["failed"] * 2 + ["succeeded"] * 2
+    for _ in range(3):
+        assert in_threads(16, lambda i: outcome(kinds[i % 8])) == alone * 2
 
 
-def test_cancelled_stream_ends_as_canceled(server):
-    events: list = []
-    long = {**LONG, "max_new_tokens": 2000, "min_new_tokens": 2000}
-    address = f"{server.url}/predictions/stream-1"
-
-    def read() -> None:
-        headers = {"Accept": "text/event-stream"}
-        with httpx.stream("PUT", address, json={"input": long}, headers=headers, timeout=60) as reply:
-            events.extend(line for line in reply.iter_lines() if line.startswith("data:"))
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    time.sleep(0.5)
-    assert httpx.post(f"{address}/cancel").status_code == 200
-    reader.join(timeout=5)
-    assert not reader.is_alive()
-    last = json.loads(events[-1].removeprefix("data:"))
-    assert last["status"] == "canceled"
-    assert 0 < len(events) < 1500
+def test_the_second_time_a_prompt_is_found_in_the_cache(server):
+    asked = {**RAW, "prompt": "A llama, a vicuña and a guanaco walk up a mountain. " * 3, "max_new_tokens": 3}
+    first, second = (server.predict(asked)["metrics"] for _ in range(2))
+    assert first["cached_tokens"] == 0
+    assert second["cached_tokens"] == (second["prompt_tokens"] - 1) // BLOCK_SIZE * BLOCK_SIZE > 0
+    # The template's preamble was left there by the first request of setup.
+    assert server.predict({"prompt": "never asked before", "max_new_tokens": 1})["metrics"]["cached_tokens"] >= 16
 
 
-def test_disconnect_stops_the_engine(server):
-    sse_events(server.url, {**LONG, "max_new_tokens": 2000, "min_new_tokens": 2000}, stop_after=3)
-    assert server.predict({**RAW, "max_new_tokens": 1})["metrics"]["queue_s"] < 0.5
+def test_beam_search_says_which_engine_it_is(server, llama_folder):
+    from transformers import LlamaForCausalLM
+
+    from alpaca.tokenizer import load_tokenizer
+
+    asked = {**RAW, "prompt": "The capital of", "num_beams": 3, "n": 2, "max_new_tokens": 8, "min_new_tokens": 8}
+    prediction = server.predict(asked)
+    assert prediction["status"] == "succeeded"
+    assert "beam search runs in transformers" in prediction["logs"]
+    tokenizer = load_tokenizer(llama_folder)
+    prompt = torch.tensor([[1, *tokenizer.encode("The capital of")]])
+    model = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    rows = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=3, num_return_sequences=2,
+        max_new_tokens=8, min_new_tokens=8, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    start = len(tokenizer.decode(prompt[0].tolist()))
+    assert prediction["output"] == [tokenizer.decode(row)[start:] for row in rows.tolist()]
+    assert server.predict({**asked, "n": 4})["status"] == "failed"
+
+
+# Cancel and disconnect free the slot and the pages ------------------------------------------------------------------
+
+
+def test_room_is_scarce(scarce):
+    """What the next two tests rest on: one waits for the other's pages, and runs to its end if nobody cancels."""
+    took = running_time(scarce)
+    events, waited = run_with_one_waiting(scarce, lambda: None)
+    assert events[-1][2]["status"] == "succeeded"
+    assert waited["status"] == "succeeded"
+    assert waited["metrics"]["queue_s"] > took / 2
+
+
+def test_cancel_frees_slot_and_pages(scarce):
+    cancel = f"{scarce.server.url}/predictions/to-cancel/cancel"
+    events, waited = run_with_one_waiting(scarce, lambda: httpx.post(cancel).raise_for_status())
+    assert events[-1][2]["status"] == "canceled"
+    assert 0 < len(chunks(events)) < 400
+    assert waited["status"] == "succeeded"  # there was no room for it while the other ran
+
+
+def test_disconnect_frees_slot_and_pages(scarce):
+    took = running_time(scarce)
+    sse_events(scarce.server.url, scarce.running, stop_after=2)
+    waited = scarce.server.predict(scarce.waiting)
+    assert waited["status"] == "succeeded"
+    assert waited["metrics"]["queue_s"] < took / 2
+
+
+def test_a_cancelled_request_that_waits_never_runs(scarce):
+    waiting = f"{scarce.server.url}/predictions/waiting"
+
+    def cancel_the_waiting_one() -> None:
+        body = {"input": {**scarce.waiting, "prompt": scarce.waiting["prompt"].replace("y", "z")}}
+        assert httpx.put(waiting, json=body, headers={"Prefer": "respond-async"}).status_code == 202
+        time.sleep(0.05)
+        assert httpx.post(f"{waiting}/cancel").status_code == 200
+
+    events, waited = run_with_one_waiting(scarce, cancel_the_waiting_one)
+    assert events[-1][2]["status"] == "succeeded"
+    assert waited["status"] == "succeeded"
+    again = scarce.server.predict({**scarce.waiting, "prompt": scarce.waiting["prompt"].replace("y", "z")})
+    assert again["metrics"]["cached_tokens"] == 0
+
+
+def test_what_can_never_fit_fails_at_once_naming_the_sizes(scarce):
+    first = threading.Event()
+    running = threading.Thread(target=lambda: stream_until_end(scarce, first))
+    running.start()
+    assert first.wait(timeout=20)
+    refused = scarce.server.predict({**RAW, "prompt": "y" * scarce.context})
+    assert running.is_alive()  # it did not wait for the other
+    running.join()
+    assert refused["status"] == "failed"
+    assert (
+        f"the prompt is {scarce.context + 1} tokens long and the model's context is {scarce.context}"
+        in refused["error"]
+    )
+    assert "refused: the prompt is" in refused["logs"]
+
+
+def running_time(scarce: ScarceServer) -> float:
+    """Seconds that the long request takes when nobody disturbs it."""
+    start = time.monotonic()
+    events = sse_events(scarce.server.url, scarce.running)
+    assert events[-1][2]["status"] == "succeeded"
+    return time.monotonic() - start
+
+
+def stream_until_end(scarce: ScarceServer, first: threading.Event) -> list[tuple[float, str, dict]]:
+    """The long request's events; `first` is set with its first piece."""
+    events = []
+    address, headers = f"{scarce.server.url}/predictions/to-cancel", {"Accept": "text/event-stream"}
+    with httpx.stream("PUT", address, json={"input": scarce.running}, headers=headers, timeout=60) as reply:
+        for event in read_events(reply):
+            events.append(event)
+            if event[1] == "output":
+                first.set()
+    return events
+
+
+def run_with_one_waiting(scarce: ScarceServer, act: Callable[[], object]) -> tuple[list, dict]:
+    """Start the long request, then the one that has to wait, then `act`; the first's events, the other's result."""
+    first, done = threading.Event(), threading.Event()
+    found: dict[str, object] = {}
+
+    def wait_in_line() -> None:
+        found["waited"] = scarce.server.predict(scarce.waiting)
+        done.set()
+
+    running = threading.Thread(target=lambda: found.__setitem__("events", stream_until_end(scarce, first)))
+    waiting = threading.Thread(target=wait_in_line)
+    running.start()
+    assert first.wait(timeout=20)
+    waiting.start()
+    assert not done.wait(0.1)
+    act()
+    running.join(timeout=30)
+    waiting.join(timeout=30)
+    return found["events"], found["waited"]
+
+
+# The hook for cancellation, without a server ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def predictor(llama_folder, tmp_path, monkeypatch):
+    """A Predictor with an engine, outside of Cog's runtime; `metrics` is what it recorded."""
+    import predict
+
+    monkeypatch.setattr(predict, "_said_no_hook", False)
+    predictor = predict.Predictor()
+    predictor.engine, predictor.folders = load_engine(llama_folder, ServerSettings()), PredictionFolders(tmp_path)
+    predictor.metrics = {}
+    predictor.record_metric = predictor.metrics.__setitem__
+    yield predictor
+    predictor.engine.close()
+
+
+def all_inputs(**values) -> dict:
+    """As the runtime gives them: every one, the defaults of those not asked for."""
+    inputs = vars(PredictionInputs(**values))
+    return {**inputs, "stop": list(inputs["stop"])}
+
+
+def test_without_the_hook_predictions_run_and_the_log_says_so_once(predictor, caplog):
+    for seed in (1, 2):
+        inputs = all_inputs(**RAW, max_new_tokens=9, min_new_tokens=9, seed=seed)
+        pieces = list(asyncio.run(predictor.run(**inputs)))  # asyncio's own loop: no future of coglet's
+        assert len(pieces) == 1
+        assert pieces[0]
+        assert (predictor.metrics["output_tokens"], predictor.metrics["seed"]) == (9, seed)
+    said = [record for record in caplog.records if "no hook for cancellation" in record.message]
+    assert [record.message for record in said] == [
+        "this Cog version gives no hook for cancellation: predictions run to their end"
+    ]
+    with pytest.raises(InputError, match="n must be from 1 to 5"):
+        list(asyncio.run(predictor.run(**all_inputs(**RAW, n=6))))
+
+
+def test_with_the_hook_the_future_cancels_the_generation(predictor, caplog):
+    """As coglet calls it: the coroutine on its loop, the generator on a thread, cancel on the future."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    inputs = all_inputs(**{**LONG, "max_new_tokens": 2000, "min_new_tokens": 2000})
+    future: Future = asyncio.run_coroutine_threadsafe(predictor.run(**inputs), loop)
+    pieces = future.result(timeout=10)
+    seen = [next(pieces)]
+    assert future.cancel() is True
+    with pytest.raises(BaseException, match="^$") as ended:  # Cog's exception has no text
+        seen += pieces
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+    assert type(ended.value).__name__ == "CancelationException"
+    assert predictor.metrics == {}
+    assert len("".join(seen)) < 2000
+    assert "no hook" not in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_prints_land_in_the_right_prediction(server):
-    logs: dict[int, str] = {}
-
-    def ask(seed: int) -> None:
-        logs[seed] = server.predict({**RAW, "max_new_tokens": 20, "seed": seed})["logs"]
-
-    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(101, 107)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(logs) == 6
-    for seed, log in logs.items():
-        assert log.count("seed") == 1
-        assert f"seed {seed}" in log
+    asked = {**RAW, "max_new_tokens": 100, "min_new_tokens": 100}
+    logs = in_threads(12, lambda i: server.predict({**asked, "seed": 101 + i})["logs"])
+    for seed, log in enumerate(logs, start=101):
+        assert re.findall(r"seed (\d+)", log) == [str(seed)]
+        assert "100 tokens after 1, " in log
 
 
 def test_too_long_a_prompt_fails_naming_both_lengths(server):
@@ -199,6 +420,18 @@ def test_combinations_are_refused_with_a_reason(server):
     assert "use it with n = 1" in prediction["error"]
 
 
+def test_the_log_says_what_was_loaded_and_how_long_it_took(server, llama_folder):
+    log = server.log_text()
+    assert re.search(
+        rf"{llama_folder}: 0\.1 M weights, float32 on cpu, quantization none, 0\.00 GB; context 2048 tokens, "
+        r"\d+ pages of 16 tokens \(\d\.\d\d GB\), up to 80 sequences a step; no graphs",
+        log,
+    )
+    names = ["imports", "tokenizer", "weights", "cache", "kernels and graphs", "first request"]
+    assert re.search("ready: " + ", ".join(rf"{name} \d+\.\d s" for name in names), log)
+    assert "no hook for cancellation" not in log  # on the Cog version that is pinned
+
+
 def test_health_and_schema(server):
     assert server.request("/health-check")["status"] == "READY"
     assert server.request("/openapi.json") == json.loads((ROOT / ".cog" / "openapi_schema.json").read_text())
@@ -210,6 +443,30 @@ def test_setup_without_weights_says_which_step_is_missing(tmp_path):
         server.wait_until("READY", timeout_s=60)
     assert httpx.post(f"{server.url}/predictions", json={"input": {"prompt": "x"}}).status_code == 503
     server.stop()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--engine", "llama", "--memory_fraction", "0.00001"], r"GB are free after the weights; a step takes 0\.0"),
+        (["--max_context", "1"], r"ALPACA_MAX_CONTEXT"),
+    ],
+    ids=["memory", "context"],
+)
+def test_setup_that_cannot_work_fails_in_a_sentence(llama_folder, flags, message):
+    server = LocalServer(["--weights", str(llama_folder), *flags])
+    with pytest.raises(ServerFailedError, match=message):
+        server.wait_until("READY", timeout_s=60)
+    server.stop()
+
+
+def test_the_transformers_engine_still_serves(llama_folder):
+    with running_server(["--weights", str(llama_folder), "--engine", "transformers"], on_failure=print) as server:
+        assert "quantization none, context 2048 tokens" in server.log_text()
+        prediction = server.predict({"prompt": "hi", "n": 2, "max_new_tokens": 8, "min_new_tokens": 8, "seed": 1})
+        assert len(prediction["output"]) == 2
+        assert prediction["metrics"]["output_tokens"] == 16
+        assert chunks(sse_events(server.url, {**LONG, "max_new_tokens": 20, "min_new_tokens": 20}))
 
 
 def test_one_signal_stops_server_and_worker(llama_folder):
@@ -259,3 +516,13 @@ def test_script_predict_prints_what_cog_predict_does(llama_folder):
     wrong = subprocess.run([*command, "-i", "promt=x"], capture_output=True, text=True, timeout=120)
     assert wrong.returncode == 1
     assert "no input is named 'promt'; did you mean prompt?" in wrong.stderr
+
+
+def test_the_log_has_a_line_of_the_engine_now_and_then(server):
+    """Last in this file, so that the 10 seconds between two such lines have passed."""
+    pattern = r"engine: running \d+, waiting 0, pages used \d+ of 10240, \d+\.\d tokens/s"  # 80 sequences of 128
+    deadline = time.monotonic() + 30
+    while not (found := re.findall(pattern, server.log_text())) and time.monotonic() < deadline:
+        server.predict({**RAW, "max_new_tokens": 5, "min_new_tokens": 5})
+        time.sleep(0.3)
+    assert found

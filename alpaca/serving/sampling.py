@@ -188,10 +188,10 @@ def sample(scores: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     greedy = _most_likely(chunks, highest) if batch.any_greedy else None
     # Shifted so that the highest is 0: the smallest temperature overflows nothing.
     temperature = batch.temperature.clamp(min=_LEAST_TEMPERATURE)[:, None, None]
-    chunks.sub_(highest.amax(dim=-1)[:, None, None]).div_(temperature)
+    weights = chunks.sub_(highest.amax(dim=-1)[:, None, None]).div_(temperature).exp_()
     if batch.any_filtered:
-        chunks.masked_fill_(chunks < thresholds(chunks.flatten(1), batch)[:, None, None], float("-inf"))
-    drawn = draw(chunks.exp_(), batch.uniform)
+        weights *= weights >= thresholds(weights.flatten(1), batch)[:, None, None]
+    drawn = draw(weights, batch.uniform)
     return drawn if greedy is None else torch.where(batch.temperature == 0, greedy, drawn)
 
 
@@ -229,51 +229,46 @@ def _chunk_of_each_row(chunks: torch.Tensor, index: torch.Tensor) -> torch.Tenso
     return chunks.gather(1, index[:, None, None].expand(-1, 1, _CHUNK))[:, 0]
 
 
-# Filters: the lowest score that top_k, top_p and min_p leave -------------------------------------------------------
+# Filters: the least weight that top_k, top_p and min_p leave ---------------------------------------------------------
 
 
-def thresholds(scores: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """The lowest score each row keeps, [R]. The highest score of each row in scores [R, V] is 0, and always kept.
+def thresholds(weights: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """The least weight each row keeps, [R]. Weights [R, V] are probabilities times a factor that makes the highest 1.
 
     top_k keeps so many; top_p the fewest whose probabilities, among those top_k left, reach it; min_p those at least
-    so likely as that share of the most likely. Tokens that score the same as the last one kept are kept, too.
+    so likely as that share of the most likely. Tokens that weigh the same as the last one kept are kept, too.
     """
-    falling, is_all = _falling(scores, batch)
-    weights = falling.exp()
-    rank = torch.arange(falling.shape[1], device=scores.device)
-    has_top_k = (batch.top_k > 0)[:, None]
-    beyond_k = has_top_k & (rank >= batch.top_k[:, None])
-    left = weights.masked_fill(beyond_k, 0.0)
+    falling, is_all = _falling(weights, batch)
+    rank = torch.arange(falling.shape[1], device=weights.device)
+    has_top_k = batch.top_k[:, None] > 0
+    left = falling.masked_fill(has_top_k & (rank >= batch.top_k[:, None]), 0.0)
     whole = left.sum(dim=-1, keepdim=True)
     if not is_all:
-        whole = torch.where(has_top_k, whole, scores.exp().sum(dim=-1, keepdim=True))
+        whole = torch.where(has_top_k, whole, weights.sum(dim=-1, keepdim=True))
     before = left.cumsum(dim=-1) - left
-    beyond_p = (before >= batch.top_p[:, None] * whole) & (batch.top_p < 1)[:, None]
-    dropped = beyond_k | beyond_p
-    dropped[:, 0] = False
-    lowest = falling.masked_fill(dropped, 0.0).amin(dim=-1)
+    is_kept = (left > 0) & ((before < batch.top_p[:, None] * whole) | (batch.top_p >= 1)[:, None])
+    is_kept[:, 0] = True
+    least = torch.where(is_kept, left, 1.0).amin(dim=-1)
     is_cut = (batch.top_k > 0) | (batch.top_p < 1)
-    lowest = torch.where(is_cut, lowest, float("-inf"))
-    return torch.maximum(lowest, batch.min_p.to(scores.dtype).log())
+    return torch.maximum(torch.where(is_cut, least, 0.0), batch.min_p.to(weights.dtype))
 
 
-def _falling(scores: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, bool]:
-    """Each row's scores in falling order [R, K], and whether these are all; on the CPU as few as decide every row."""
-    if scores.device.type != "cpu":  # a look at the values would make the host wait for the device
-        return scores.sort(dim=-1, descending=True).values, True
+def _falling(weights: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, bool]:
+    """Each row's weights in falling order [R, K], and whether these are all; on the CPU as few as decide every row."""
+    if weights.device.type != "cpu":  # a look at the values would make the host wait for the device
+        return weights.sort(dim=-1, descending=True).values, True
     most = max(batch.top_k.tolist())
     has_top_p = (batch.top_k == 0) & (batch.top_p < 1)
     if has_top_p.any():
-        whole = scores.exp().sum(dim=-1)
-        wanted = torch.where(has_top_p, batch.top_p * whole, 0.0)
+        wanted = torch.where(has_top_p, batch.top_p * weights.sum(dim=-1), 0.0)
         for few in _FEW_TOKENS:
-            if most <= few < scores.shape[1]:
-                highest = scores.topk(few, dim=-1).values
-                if bool((highest.exp().sum(dim=-1) >= wanted).all()):
+            if most <= few < weights.shape[1]:
+                highest = weights.topk(few, dim=-1).values
+                if bool((highest.sum(dim=-1) >= wanted).all()):
                     return highest, False
-    elif most < scores.shape[1]:
-        return scores.topk(max(most, 1), dim=-1).values, False
-    return scores.sort(dim=-1, descending=True).values, True
+    elif most < weights.shape[1]:
+        return weights.topk(max(most, 1), dim=-1).values, False
+    return weights.sort(dim=-1, descending=True).values, True
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:

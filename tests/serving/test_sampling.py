@@ -49,10 +49,10 @@ def transformers_keeps(scores: torch.Tensor, *, temperature=1.0, top_k=0, top_p=
 
 def test_filters_keep_what_transformers_keeps_each_row_its_own(scores):
     batch = batch_of(*(choices(**options) for options in FILTERS))
-    scores = scores - scores.amax(dim=-1, keepdim=True)
-    lowest = thresholds(scores, batch)
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    least = thresholds(weights, batch)
     for row, options in enumerate(FILTERS):
-        kept = (scores[row] >= lowest[row]).nonzero()[:, 0].tolist()
+        kept = (weights[row] >= least[row]).nonzero()[:, 0].tolist()
         assert set(kept) == transformers_keeps(scores[row], **options)
 
 
