@@ -5,6 +5,7 @@ every other's part without asking, and a resumed run takes up where it stopped.
 """
 
 import functools
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,71 @@ class MicroBatch:
             labels=self.labels.to(device),
             attention_mask=self.attention_mask.to(device),
         )
+
+
+def split_step_by_tokens(
+    indices: Tensor, lengths: Tensor, *, rank: int, num_processes: int, max_tokens: int
+) -> list[Tensor]:
+    """One process's micro-batches of a step, of about equally many tokens and at most `max_tokens` each.
+
+    The longest example goes first, each into the micro-batch with the fewest tokens so far; there are as few of them as
+    suffice, equally many for every process. A single example beyond `max_tokens` stands alone.
+    """
+    order = indices[lengths[indices].argsort(descending=True, stable=True)].tolist()
+    sizes = {index: int(lengths[index]) for index in order}
+    num_micro_steps = max(1, -(-sum(sizes.values()) // (max_tokens * num_processes)))
+    while True:
+        groups = _balance(order, sizes, num_micro_steps * num_processes)
+        if all(len(group) <= 1 or sum(map(sizes.__getitem__, group)) <= max_tokens for group in groups):
+            return [torch.tensor(sorted(group), dtype=torch.int64) for group in groups[rank::num_processes]]
+        num_micro_steps += 1
+
+
+def _balance(order: list[int], sizes: dict[int, int], num_groups: int) -> list[list[int]]:
+    """Each into the lightest group so far; the first of equals."""
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    heap = [(0, number) for number in range(num_groups)]
+    for index in order:
+        weight, number = heapq.heappop(heap)
+        groups[number].append(index)
+        heapq.heappush(heap, (weight + sizes[index], number))
+    return groups
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedBatch:
+    """Examples laid end to end, N tokens in all, of which R positions are followed by a target token."""
+
+    input_ids: Tensor  # [N] int64
+    position_ids: Tensor  # [N] int64: restart at each example
+    target_positions: Tensor  # [R] int64, in [0, N)
+    target_ids: Tensor  # [R] int64: the token after each
+    lengths: list[int]
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("input_ids", "position_ids", "target_positions", "target_ids")
+        }
+        return PackedBatch(**moved, lengths=self.lengths)
+
+
+def pack(examples: Sequence[tuple[Tensor, Tensor]], *, pad_id: int) -> PackedBatch:
+    """Lay (ids, labels) pairs end to end; no examples give a dummy whose target carries no loss (it is ignored)."""
+    if not examples:
+        dummy = torch.full((_DUMMY_TOKENS,), pad_id)
+        examples = [(dummy, torch.full_like(dummy, MASKED_LABEL))]
+    labels = torch.cat([torch.cat([own[1:], own.new_tensor([MASKED_LABEL])]) for _, own in examples])
+    positions = (labels != MASKED_LABEL).nonzero()[:, 0]
+    if not len(positions):
+        positions = torch.zeros(1, dtype=torch.int64)
+    return PackedBatch(
+        input_ids=torch.cat([ids for ids, _ in examples]),
+        position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in examples]),
+        target_positions=positions,
+        target_ids=labels[positions],
+        lengths=[len(ids) for ids, _ in examples],
+    )
 
 
 def collate(examples: Sequence[tuple[Tensor, Tensor]], *, pad_id: int) -> MicroBatch:

@@ -61,6 +61,9 @@ class TrainConfig:
     per_device_train_batch_size: int | None = field(default=None, metadata=_flag("examples of a micro-batch: 4"))
     per_device_eval_batch_size: int = field(default=4, metadata=_flag("examples of a micro-batch in evaluation"))
     gradient_accumulation_steps: int | None = field(default=None, metadata=_flag("micro-batches of a step: worked out"))
+    padding_free: bool = field(
+        default=True, metadata=_flag("lay examples end to end in micro-batches of as many tokens; False pads them")
+    )
     loss_average: str = field(
         default="token",
         metadata=_flag("mean over a step's target tokens, or of the micro-batches' means", "token", "micro_batch"),
@@ -271,6 +274,9 @@ def resolve(config: TrainConfig, *, num_processes: int, device: torch.device) ->
     check_values(config)
     config = _resolve_batch(config, num_processes)
     config = _resolve_hardware(config, device)
+    if config.loss_average == "micro_batch" and config.padding_free:
+        logger.info("padded micro-batches: --loss_average micro_batch averages over the original's")
+        config = dataclasses.replace(config, padding_free=False)
     asked = config.resume_from_checkpoint
     resume = {"true": "auto", "auto": "auto", "false": None, "none": None, "": None}.get(str(asked).lower(), asked)
     return dataclasses.replace(

@@ -24,11 +24,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from alpaca.data.batching import MicroBatch, collate, count_steps_per_epoch, split_step, step_examples
+from alpaca.data.batching import (
+    MicroBatch,
+    collate,
+    count_steps_per_epoch,
+    pack,
+    split_step,
+    split_step_by_tokens,
+    step_examples,
+)
 from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples, read_examples, split_examples
 from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
 from alpaca.hf_files import FLOAT_DTYPES, locked, write_json
 from alpaca.tokenizer import Tokenizer
+from alpaca.training import padding_free
 from alpaca.training.checkpoint import (
     Progress,
     Trainee,
@@ -310,12 +319,7 @@ def take_step(run: Run, ask: Callable[[], _Requests]) -> tuple[Entry, _Requests]
 
 def accumulate_gradients(run: Run, indices: Tensor) -> float:
     """Add up the gradients of this process's micro-batches; returns its share of the step's loss."""
-    micro_batches = split_step(
-        indices,
-        rank=run.world.rank,
-        num_processes=run.world.num_processes,
-        micro_batch_size=run.config.per_device_train_batch_size,
-    )
+    micro_batches = _micro_batches(run, indices)
     total = torch.zeros((), dtype=torch.float32, device=run.world.device)
     for number, micro_batch in enumerate(micro_batches, start=1):
         sync_gradients(run.trainee.model, number == len(micro_batches))
@@ -323,6 +327,15 @@ def accumulate_gradients(run: Run, indices: Tensor) -> float:
         (loss * run.world.num_processes).backward()  # FSDP takes the mean over the processes, the sum is wanted
         total += loss.detach()
     return total.item()
+
+
+def _micro_batches(run: Run, indices: Tensor) -> list[Tensor]:
+    """This process's part of a step. Without padding they have as many tokens as padded ones have at the most."""
+    config, layout = run.config, {"rank": run.world.rank, "num_processes": run.world.num_processes}
+    if not padding_free.is_enabled(run.trainee.model):
+        return split_step(indices, micro_batch_size=config.per_device_train_batch_size, **layout)
+    max_tokens = config.per_device_train_batch_size * config.model_max_length
+    return split_step_by_tokens(indices, run.data.lengths, max_tokens=max_tokens, **layout)
 
 
 def loss_divisor(run: Run, indices: Tensor, micro_batch: Tensor) -> int:
@@ -338,11 +351,15 @@ def loss_divisor(run: Run, indices: Tensor, micro_batch: Tensor) -> int:
 
 def sum_losses(run: Run, data: EncodedDataset, indices: Tensor) -> Tensor:
     """The summed cross entropy (float32 scalar) of the target tokens of some examples of `data`."""
-    batch = collate([data.example(index) for index in indices.tolist()], pad_id=run.base.tokenizer.pad_id)
-    return _sum_token_losses(run.trainee.model, batch.to(run.world.device), bf16=run.config.bf16)
+    model, pad_id = run.trainee.model, run.base.tokenizer.pad_id
+    examples = [data.example(index) for index in indices.tolist()]
+    if padding_free.is_enabled(model):
+        batch = pack(examples, pad_id=pad_id).to(run.world.device)
+        return padding_free.sum_packed_losses(model, batch, bf16=run.config.bf16)
+    return _sum_padded_losses(model, collate(examples, pad_id=pad_id).to(run.world.device), bf16=run.config.bf16)
 
 
-def _sum_token_losses(model: nn.Module, batch: MicroBatch, *, bf16: bool) -> Tensor:
+def _sum_padded_losses(model: nn.Module, batch: MicroBatch, *, bf16: bool) -> Tensor:
     with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bf16):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return nn.functional.cross_entropy(

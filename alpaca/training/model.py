@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alpaca.errors import InputError, MissingInput
 from alpaca.hf_files import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, list_folder, read_json, require_all_weights
 from alpaca.tokenizer import PAD_TOKEN, Tokenizer, load_tokenizer, tokenizer_summary
+from alpaca.training import padding_free
 from alpaca.training.config import TrainConfig, parse_fsdp
 from alpaca.training.distributed import World, needs_sharding, shard_model
 
@@ -109,6 +110,8 @@ def load_model(base: Base, config: TrainConfig, world: World) -> PreTrainedModel
     model = _make_empty(base) if sharded else _load_whole(base)
     layer_class = find_layer_class(model)
     check_layer_class(config.fsdp_transformer_layer_cls_to_wrap, layer_class)
+    if config.padding_free and not padding_free.enable(model):
+        logger.info("micro-batches are padded: %s has attention of its own", type(model).__name__)
     if sharded:
         weights = _load_whole(base).state_dict() if world.is_main else {}
         shard_model(model, layer_class, weights, world=world, sharding=sharding, bf16=config.bf16)
