@@ -167,9 +167,10 @@ def write_weights(
     read: Callable[[TensorSpec], Iterable[torch.Tensor]],
     *,
     max_shard_size: int,
+    stem: str = "model",
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
-    """Stream tensors into `model*.safetensors` (and an index) in `folder`, each fsynced.
+    """Stream tensors into `model*.safetensors` (and an index) in `folder`, each fsynced. `stem`: instead of "model".
 
     `read(spec)` is asked for one tensor at a time, in order, and gives it in pieces: its consecutive rows, or itself as
     the only one. `progress(n)` hears of each n bytes written.
@@ -177,7 +178,7 @@ def write_weights(
     groups = group_by_size(specs, max_shard_size)
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        name = f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
         weight_map.update({spec.name: name for spec in group})
         with open(folder / name, "wb", buffering=0) as file:
             _write_all(file, _header(group))

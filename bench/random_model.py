@@ -30,6 +30,7 @@ class Shape:
 
 
 SHAPES = {
+    "20m": Shape(width=256, num_layers=4, num_heads=8, ffn_width=688),
     "46m": Shape(width=512, num_layers=4, num_heads=8, ffn_width=1376),
     "7b": Shape(width=4096, num_layers=32, num_heads=32, ffn_width=11008),
 }

@@ -254,18 +254,24 @@ class EncodedDataset:
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int = 512, progress: bool = True
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int = 512,
+    train_on_inputs: bool = False,
+    progress: bool = True,
 ) -> EncodedDataset:
     """Ids and labels of the original recipe, for every example that has a label to learn from.
 
-    max_length: tokens an example is cut to, on the right. progress: show a bar on a terminal, once it takes long.
+    max_length: tokens an example is cut to, on the right. train_on_inputs: no label is masked, prompts carry loss too
+    (as alpaca-lora has it). progress: show a bar on a terminal, once it takes long.
     Raises InputError when of some examples not one is left.
     """
     parts = []
     with tqdm(total=len(examples), desc="encode", unit=" examples", delay=1, disable=None if progress else True) as bar:
         for start in range(0, max(len(examples), 1), _CHUNK):
             chunk = examples[start : start + _CHUNK]
-            parts.append(_encode_chunk(chunk, tokenizer, max_length=max_length))
+            parts.append(_encode_chunk(chunk, tokenizer, max_length=max_length, mask_prompts=not train_on_inputs))
             bar.update(len(chunk))
     names = [field.name for field in dataclasses.fields(_Encoded)]
     whole = _Encoded(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
@@ -291,7 +297,9 @@ class _Encoded:
     kept: Tensor  # bool [E]
 
 
-def _encode_chunk(examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int) -> _Encoded:
+def _encode_chunk(
+    examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int, mask_prompts: bool
+) -> _Encoded:
     prompts = [alpaca_prompt(example.instruction, example.input) for example in examples]
     texts = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]
     encoded = tokenizer.encode_batch(prompts + texts)
@@ -299,7 +307,7 @@ def _encode_chunk(examples: Sequence[Example], tokenizer: Tokenizer, *, max_leng
     full_lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     lengths = full_lengths.clamp(max=max_length)
     prompt_lengths = torch.tensor([len(row) for row in encoded[: len(prompts)]], dtype=torch.int64)
-    prompt_lengths = torch.minimum(prompt_lengths + len(tokenizer.prefix_ids), lengths)
+    prompt_lengths = torch.minimum(prompt_lengths + len(tokenizer.prefix_ids), lengths) * mask_prompts
     kept = _count_targets(lengths, prompt_lengths) > 0
     cut_rows = (row[:max_length] for row, keep in zip(rows, kept.tolist(), strict=True) if keep)
     ids = torch.tensor(list(chain.from_iterable(cut_rows)), dtype=torch.int32)

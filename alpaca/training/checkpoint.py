@@ -1,26 +1,34 @@
 """Checkpoints that a run can be resumed from, and the final model folder.
 
-A checkpoint holds all a run consists of: float32 weights, optimizer, schedule, random state of every process, and the
-log so far. It is written aside and renamed, so a folder named `checkpoint-N` is whole. Weights and optimizer are
-written by torch.distributed.checkpoint, each process its shards, and can be read by any number of processes.
+A checkpoint holds all a run consists of: the weights that are trained (float32), optimizer, schedule, random state of
+every process, and the log so far. It is written aside, read back from the disk and renamed, so a folder named
+`checkpoint-N` is whole; whether it still is, its digests say. Weights and optimizer are written by
+torch.distributed.checkpoint, each process its shards, and can be read by any number of processes.
 """
 
 import contextlib
+import errno
+import functools
+import io
 import logging
 import math
 import re
 import shutil
+import socket
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from alpaca.errors import AlpacaError, InputError, MissingInput, OutputExists
+from alpaca.adapters import CONFIG_NAME, is_adapter, open_adapter
+from alpaca.errors import AlpacaError, InputError, MissingInput, NotEnoughSpace, OutputExists
 from alpaca.hf_files import (
     TensorSpec,
     WeightsFolder,
@@ -30,12 +38,14 @@ from alpaca.hf_files import (
     read_json,
     replaced_folder,
     require_free_space,
+    write_bytes,
     write_json,
     write_weights,
 )
 from alpaca.tokenizer import Tokenizer, load_tokenizer
-from alpaca.training.distributed import World, whole_tensor
-from alpaca.training.model import Base
+from alpaca.training.digests import FileDigest, HashedFiles, check_files, digest_bytes, digest_json
+from alpaca.training.distributed import Result, World, reshard, whole_tensor
+from alpaca.training.model import Base, Final, describe_final, final_tensors, find_adapter_fault
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +54,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+|final|.+\.\d+-\d+)\.(partial|replaced|lock)")
 _FINAL = ".final.partial"
+_WHOLE = ("config.json", CONFIG_NAME)  # whichever is there is put last, so that its folder is known to be whole
 _MODEL_FILES = (
     "model*.safetensors*", "pytorch_model*", "adapter_*", "generation_config.json", "tokenizer*", "added_tokens.json",
     "special_tokens_map.json", "merges.txt", "vocab.*", "chat_template*",
@@ -79,32 +90,98 @@ class Trainee:
 
 
 def save_checkpoint(trainee: Trainee, output_dir: Path, *, keep: int) -> Path:
-    """Write `checkpoint-N` and remove the oldest beyond `keep`. All processes call it together."""
-    world, folder = trainee.world, output_dir / f"checkpoint-{trainee.progress.step}"
-    partial = partial_folder(folder)
-    with contextlib.ExitStack() as stack:
-        if world.is_main:
-            stack.enter_context(replaced_folder(folder, overwrite=True))
-        world.wait_for_all()
-        _write_shards(trainee, partial)
-        world.wait_for_all()
-        if world.is_main:
-            _write_state(trainee, partial)
+    """Write `checkpoint-N`, read it back, and remove the oldest beyond `keep`. All processes call it together.
+
+    Raises NotEnoughSpace for a full disk and InputError for what else the disk refuses or does not give back as it was
+    written; earlier checkpoints then stay as they are.
+    """
+    world, folder, partial = trainee.world, *_folders(trainee, output_dir)
+
+    def together(work: Callable[[], Result]) -> Result:
+        return world.together(functools.partial(_say_failure, work, folder))
+
+    with contextlib.ExitStack() as aside:
+        together(lambda: _open_aside(aside, trainee, folder) if world.is_main else None)
+        files = together(lambda: _write_shards(trainee, partial))
+        together(lambda: _read_back(partial, files))
+        all_files = {name: digest for part in world.gather(files) for name, digest in part.items()}
+        together(lambda: _write_state(trainee, partial, all_files) if world.is_main else None)
+        together(aside.close)  # renames it
     if world.is_main:
         _remove_oldest(output_dir, keep=keep, newest=folder)
     world.wait_for_all()
     return folder
 
 
-def _write_shards(trainee: Trainee, folder: Path) -> None:
-    model_state, optimizer_state = get_state_dict(trainee.model, trainee.optimizer)
-    with _quiet_alone():
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    torch.save(_random_state(trainee.world), folder / f"random-{trainee.world.rank}.pt")
+def _folders(trainee: Trainee, output_dir: Path) -> tuple[Path, Path]:
+    """The folder of the present step's checkpoint, and where it is written."""
+    folder = output_dir / f"checkpoint-{trainee.progress.step}"
+    return folder, partial_folder(folder)
 
 
-def _write_state(trainee: Trainee, folder: Path) -> None:
-    """What is neither weights nor optimizer, and the sizes by which a damaged checkpoint is known."""
+def checkpoint_bytes(trainee: Trainee) -> int:
+    """What a checkpoint takes on the disk, about: what is trained, and AdamW's two moments of it."""
+    return sum(math.prod(p.shape) * p.itemsize * 3 for p in trainee.model.parameters() if p.requires_grad)
+
+
+def _open_aside(aside: contextlib.ExitStack, trainee: Trainee, folder: Path) -> None:
+    require_free_space(folder.parent, checkpoint_bytes(trainee))
+    aside.enter_context(replaced_folder(folder, overwrite=True))
+
+
+def _say_failure(work: Callable[[], Result], folder: Path) -> Result:
+    """Do `work`; what the operating system refuses is said for a person."""
+    try:
+        return work()
+    except AlpacaError:
+        raise
+    except OSError as error:
+        kept = [path.name for path in list_checkpoints(folder.parent) if path != folder]
+        advice = f"{kept[0]} is untouched: --resume_from_checkpoint auto goes on there" if kept else "It was the first"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = f"the disk ran full while {folder} was written; free some space. {advice}"
+            raise NotEnoughSpace(text) from error
+        raise InputError(f"{folder} could not be written: {error}; mend that. {advice}") from error
+
+
+def _write_shards(trainee: Trainee, folder: Path) -> dict[str, FileDigest]:
+    """This process's part of a checkpoint; the digests of its files, taken from memory."""
+    state = _trained_state(trainee)
+    writer, files = FileSystemWriter(folder), HashedFiles()
+    writer.fs = files
+    try:
+        with _quiet_alone():
+            dcp.save(state, storage_writer=writer)
+    except CheckpointException as error:  # in all processes where one fails
+        refused = next(filter(None, trainee.world.gather(files.error)), error)
+        raise refused from error
+    name, content = f"random-{trainee.world.rank}.pt", io.BytesIO()
+    torch.save(_random_state(trainee.world), content)
+    write_bytes(folder / name, content.getvalue())
+    return {**files.digests, name: digest_bytes(content.getvalue())}
+
+
+def _trained_state(trainee: Trainee) -> dict[str, dict]:
+    """What training changes, shards where there are such: the model's own tensors and copies of the optimizer's.
+
+    Neither an adapter's frozen base is in it, nor the quantized layers' extra state that torch cannot name.
+    """
+    reshard(trainee.model)
+    trained = {name: p.detach() for name, p in trainee.model.named_parameters() if p.requires_grad}
+    return {"model": trained, "optimizer": get_optimizer_state_dict(trainee.model, trainee.optimizer)}
+
+
+def _read_back(folder: Path, files: Mapping[str, FileDigest]) -> None:
+    damage = check_files(folder, files, from_disk=True)
+    if damage:
+        raise InputError(
+            f"{damage}: the disk does not give back what was written, it may be failing. Earlier checkpoints are as "
+            "they were; go on with another disk: copy the newest there, and pass it to --resume_from_checkpoint"
+        )
+
+
+def _write_state(trainee: Trainee, folder: Path, files: Mapping[str, FileDigest]) -> None:
+    """What is neither weights nor optimizer, and the digests by which a damaged checkpoint is known."""
     progress = trainee.progress
     state = {
         "global_step": progress.step,
@@ -113,9 +190,10 @@ def _write_state(trainee: Trainee, folder: Path) -> None:
         "scheduler": _scheduler_state(trainee.scheduler),
         "losses_since_log": progress.losses,
         "log_history": progress.log_history,
-        "files": {entry.name: entry.stat().st_size for entry in folder.iterdir()},
+        "files": dict(sorted(files.items())),
     }
-    write_json(folder / STATE_NAME, state)
+    write_json(folder / STATE_NAME, {**state, "sha256": digest_json(state)})
+    _read_state(folder)
 
 
 def _scheduler_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, object]:
@@ -130,9 +208,16 @@ def _random_state(world: World) -> dict[str, Tensor]:
 
 
 def _remove_oldest(output_dir: Path, *, keep: int, newest: Path) -> None:
+    """Keep `newest` and those just before it. Those of later steps were damaged, or not chosen to go on from."""
     others = [folder for folder in list_checkpoints(output_dir) if folder != newest]
-    for folder in others[max(keep - 1, 0) :]:
-        shutil.rmtree(folder, ignore_errors=True)
+    earlier = [folder for folder in others if _step(folder) < _step(newest)]
+    for folder in others:
+        if folder not in earlier[: max(keep - 1, 0)]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
 
 
 @contextlib.contextmanager
@@ -149,39 +234,49 @@ def _quiet_alone() -> Iterator[None]:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Folders named as checkpoints, newest step first."""
     found = [path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
 
 
-def find_checkpoint(output_dir: Path, asked: str | None) -> Path | None:
-    """The checkpoint to resume: the folder asked for, or with "auto" the newest whole one; None to start anew.
+def find_checkpoint(output_dir: Path, asked: str | None, *, world: World) -> Path | None:
+    """The checkpoint to resume: the folder asked for, or with "auto" the newest good one; None to start anew.
 
-    Raises MissingInput for a folder that is not there, InputError for a damaged one.
+    All processes call it together, each reads a part. Raises MissingInput for a folder that is not there, InputError
+    for a damaged one.
     """
     if asked is None:
         return None
     if asked != "auto":
         if not Path(asked).is_dir():
             raise MissingInput(f"no checkpoint at {asked}; in {output_dir}: {list_folder(output_dir)}")
-        _read_state(Path(asked))
+        damage = _find_damage(Path(asked), world)
+        if damage:
+            raise InputError(damage)
         return Path(asked)
-    for folder in list_checkpoints(output_dir):
-        try:
-            _read_state(folder)
-        except AlpacaError as error:
-            logger.warning("skipped a damaged checkpoint: %s", error)
-        else:
+    for folder in world.gather(list_checkpoints(output_dir))[0]:
+        damage = _find_damage(folder, world)
+        if not damage:
             return folder
+        logger.warning("skipped a damaged checkpoint: %s", damage)
     logger.warning("no whole checkpoint in %s to resume from: starting anew", output_dir)
     return None
 
 
+def _find_damage(folder: Path, world: World) -> str:
+    """What is wrong with a checkpoint, the same in all processes; "" for nothing. Reads every byte of it once."""
+    try:
+        files = _read_state(folder)["files"]
+        own = sorted(files, key=lambda name: files[name]["bytes"])[world.rank :: world.num_processes]
+        damage = check_files(folder, {name: files[name] for name in own}, from_disk=False)
+    except AlpacaError as error:
+        damage = str(error)
+    return next(filter(None, world.gather(damage)), "")
+
+
 def _read_state(folder: Path) -> dict:
-    """A checkpoint's state, after a look at its files. Raises MissingInput, InputError."""
+    """A checkpoint's state as it was written. Raises MissingInput, InputError."""
     state = read_json(folder / STATE_NAME)
-    for name, size in state.get("files", {"files": 0}).items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            raise InputError(f"{folder / name}: expected {size} bytes, found {found or 'none'}")
+    if state.pop("sha256", None) != digest_json(state):
+        raise InputError(f"{folder / STATE_NAME} is damaged: its content does not have its SHA-256")
     return state
 
 
@@ -190,15 +285,12 @@ def load_checkpoint(trainee: Trainee, folder: Path) -> None:
 
     Raises InputError when the checkpoint belongs to a run of another configuration, naming what differs.
     """
-    state = _read_state(folder)
+    state = read_json(folder / STATE_NAME)
     _check_identity(folder, state["identity"], trainee.identity)
-    model_state, optimizer_state = get_state_dict(trainee.model, trainee.optimizer)
-    saved = {"model": model_state, "optimizer": optimizer_state}
+    saved = _trained_state(trainee)
     with _quiet_alone():
-        dcp.load(saved, checkpoint_id=folder)
-    set_state_dict(
-        trainee.model, trainee.optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
-    )
+        dcp.load(saved, checkpoint_id=folder)  # the weights into the model itself
+    set_optimizer_state_dict(trainee.model, trainee.optimizer, saved["optimizer"])
     trainee.scheduler.load_state_dict({**trainee.scheduler.state_dict(), **state["scheduler"]})
     progress = trainee.progress
     progress.step, progress.losses, progress.log_history = (
@@ -237,14 +329,52 @@ def _restore_random_state(folder: Path, num_processes: int, world: World) -> Non
 # The output folder --------------------------------------------------------------------------------------------
 
 
+def require_shared_folder(output_dir: Path, world: World) -> None:
+    """Raise InputError now rather than at the first checkpoint: for a folder that cannot be written to, or that the
+    processes on other machines do not see. All processes call it together.
+    """
+    number = world.gather(time.time_ns())[0]
+    first, own = (output_dir / f".probe.{number}-{rank}.partial" for rank in (0, world.rank))
+    try:
+        world.together(lambda: _write_first_probe(first) if world.is_main else None)
+        world.together(lambda: _write_probe(own, first))
+    finally:
+        with contextlib.suppress(OSError):
+            own.unlink(missing_ok=True)
+
+
+def _write_first_probe(probe: Path) -> None:
+    if probe.parent.is_file():
+        raise OutputExists(f"{probe.parent} is a file; choose another --output_dir")
+    with _refusals_said(probe.parent):
+        probe.parent.mkdir(parents=True, exist_ok=True)
+    _write_probe(probe, probe.parent)
+
+
+def _write_probe(probe: Path, expected: Path) -> None:
+    if not expected.exists():
+        raise InputError(
+            f"{socket.gethostname()} does not see what the first process wrote to {probe.parent}: several machines "
+            "need an --output_dir on a disk that all of them share"
+        )
+    with _refusals_said(probe.parent):
+        probe.write_bytes(b"")
+
+
+@contextlib.contextmanager
+def _refusals_said(output_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output_dir {output_dir} cannot be written to: {error}; choose another folder") from error
+
+
 def check_output(output_dir: Path, *, resume: bool, checkpoint: Path | None, overwrite: bool) -> None:
     """Raise OutputExists for a folder with something in it, unless this run resumes or overwrites.
 
     A run that may resume but found no checkpoint starts anew in what a killed one left, but not over a finished model.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise OutputExists(f"{output_dir} is a file; choose another --output_dir")
-    resumes = checkpoint is not None or (resume and not (output_dir / "config.json").exists())
+    resumes = checkpoint is not None or (resume and not any((output_dir / name).exists() for name in _WHOLE))
     if resumes or overwrite or not output_dir.exists():
         return
     if any(not _LEFTOVER.fullmatch(entry.name) for entry in output_dir.iterdir()):
@@ -268,23 +398,28 @@ def clear_output(output_dir: Path, *, old_checkpoints: bool) -> None:
 # The final model ----------------------------------------------------------------------------------------------
 
 
-def save_final(model: nn.Module, base: Base, output_dir: Path, *, dtype: torch.dtype, world: World) -> None:
-    """Write the model folder: weights, config, generation config, tokenizer. All processes call it together.
+def save_final(
+    model: nn.Module, base: Base, output_dir: Path, *, dtype: torch.dtype, learned: bool, world: World
+) -> None:
+    """Write the model folder, or the adapter's: weights, configs, tokenizer. All processes call it together.
 
     Everything is written aside, read back and compared with the model in memory, and only then moved into place, the
-    config last: a folder with a config.json is whole. Raises InputError when what was written is not what is in memory.
+    config last: a folder with one is whole. learned: whether a step had a learning rate above 0, so that an adapter
+    cannot be its base. Raises InputError when what was written is not what is in memory.
     """
-    aside, specs = output_dir / _FINAL, final_specs(model, dtype)
+    aside, specs, final = output_dir / _FINAL, final_specs(model, dtype), describe_final(model, base, dtype)
     if world.is_main:
         require_free_space(output_dir, sum(spec.num_bytes for spec in specs))
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-    _write_final_weights(model, specs, aside, world)
+    _write_final_weights(final, specs, aside, world)
     if world.is_main:
-        write_json(aside / "config.json", final_config(model, base, dtype))
-        write_json(aside / "generation_config.json", _token_ids(base.tokenizer))
+        for name, config in final.configs.items():
+            write_json(aside / name, config)
         base.tokenizer.save(aside)
-    _verify(model, specs, base.tokenizer, aside, world)
+    _verify(final, specs, base.tokenizer, aside, world)
+    if CONFIG_NAME in final.configs:
+        _verify_adapter(model, base.tokenizer, aside, learned=learned, world=world)
     if world.is_main:
         _move_into(output_dir, aside)
     world.wait_for_all()
@@ -302,58 +437,35 @@ def final_specs(model: nn.Module, dtype: torch.dtype) -> list[TensorSpec]:
     """The tensors of the final files; of tied ones the first."""
     return [
         TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in _saved_tensors(model).items()
+        for name, tensor in final_tensors(model).items()
     ]
 
 
-def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    persistent = model.state_dict()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {**dict(model.named_parameters()), **buffers}
-
-
-def _write_final_weights(model: nn.Module, specs: list[TensorSpec], folder: Path, world: World) -> None:
-    tensors = _saved_tensors(model)
+def _write_final_weights(final: Final, specs: list[TensorSpec], folder: Path, world: World) -> None:
+    tensors = final.tensors
     if world.is_main:
         write_weights(
             folder,
             specs,
             lambda spec: [whole_tensor(tensors[spec.name], world).to(spec.dtype)],
             max_shard_size=MAX_SHARD_BYTES,
+            stem=final.stem,
         )
     else:
         for spec in specs:  # the same collectives in the same order
             whole_tensor(tensors[spec.name], world)
 
 
-def final_config(model: nn.Module, base: Base, dtype: torch.dtype) -> dict[str, object]:
-    """The base model's config.json with what training changed."""
-    dtype_name = str(dtype).removeprefix("torch.")
-    return {
-        **read_json(base.folder / "config.json"),
-        **_token_ids(base.tokenizer),
-        "vocab_size": model.config.vocab_size,
-        "dtype": dtype_name,
-        "torch_dtype": dtype_name,  # the name that older programs read
-    }
-
-
-def _token_ids(tokenizer: Tokenizer) -> dict[str, object]:
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
-
-
-def _verify(model: nn.Module, specs: list[TensorSpec], tokenizer: Tokenizer, folder: Path, world: World) -> None:
+def _verify(final: Final, specs: list[TensorSpec], tokenizer: Tokenizer, folder: Path, world: World) -> None:
     """Compare the written files with the model and the tokenizer in memory, bit for bit."""
-    tensors, wrong = _saved_tensors(model), []
-    written = WeightsFolder(folder) if world.is_main else None
+    wrong, written = [], None
+    if world.is_main:
+        written = open_adapter(folder) if is_adapter(folder) else WeightsFolder(folder)
     for spec in specs:
-        expected = whole_tensor(tensors[spec.name], world).to(spec.dtype)
+        expected = whole_tensor(final.tensors[spec.name], world).to(spec.dtype)
         if written and not _same_bits(expected, written.tensor(spec.name)):
             wrong.append(spec.name)
+        del expected  # before the next is gathered
     if world.is_main and not _same_tokenizer(tokenizer, load_tokenizer(folder)):
         wrong.append("the tokenizer")
     if world.sum([float(len(wrong))])[0]:
@@ -361,6 +473,15 @@ def _verify(model: nn.Module, specs: list[TensorSpec], tokenizer: Tokenizer, fol
             f"{folder} is not what is in memory ({', '.join(wrong[:5])}): the disk may be failing. Nothing was "
             "replaced; resume from the last checkpoint on another disk"
         )
+
+
+def _verify_adapter(model: nn.Module, tokenizer: Tokenizer, folder: Path, *, learned: bool, world: World) -> None:
+    """Reload the written adapter onto the base and compare it with the one in memory by what they answer."""
+    ids = [*tokenizer.prefix_ids, *tokenizer.encode(_PROBES[0])]
+    written = open_adapter(folder) if world.is_main else None
+    fault = world.gather(find_adapter_fault(model, written, ids, learned=learned, device=world.device))[0]
+    if fault:
+        raise InputError(f"{folder}: {fault}. Nothing was replaced")
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
@@ -375,11 +496,12 @@ def _same_tokenizer(left: Tokenizer, right: Tokenizer) -> bool:
 
 
 def _move_into(output_dir: Path, aside: Path) -> None:
-    """Replace the model files in `output_dir`. While they are a mixture of old and new there is no config.json."""
-    (output_dir / "config.json").unlink(missing_ok=True)
+    """Replace the model files in `output_dir`. While they are a mixture of old and new there is no config."""
+    for name in _WHOLE:
+        (output_dir / name).unlink(missing_ok=True)
     for old in (path for pattern in _MODEL_FILES for path in output_dir.glob(pattern)):
         old.unlink()  # an earlier model's, of which the new one need not have all
-    for new in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+    for new in sorted(aside.iterdir(), key=lambda path: path.name in _WHOLE):
         fsync(new)
         new.rename(output_dir / new.name)
     aside.rmdir()

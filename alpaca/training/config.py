@@ -30,8 +30,18 @@ DEFAULT_MICRO_BATCH_SIZE = 4
 RECIPES: dict[str, dict[str, object]] = {
     "alpaca-7b": {},
     "alpaca-13b": {"learning_rate": 1e-5, "num_train_epochs": 5.0},
-}
+    "alpaca-lora": {
+        "method": "lora", "base_quantization": "int8", "train_on_inputs": True, "learning_rate": 3e-4,
+        "num_train_epochs": 3.0, "model_max_length": 256, "val_set_size": 2000, "lr_scheduler_type": "linear",
+        "warmup_steps": 100.0, "logging_steps": 10, "eval_strategy": "steps", "eval_steps": 200, "save_steps": 200,
+        "save_total_limit": 3,
+    },
+}  # fmt: skip
+ADAPTER_LEARNING_RATE = 3e-4  # alpaca-lora's; a full fine-tune's hardly moves an adapter
+ADAPTER_DEFAULTS: dict[str, object] = {"lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
+ALL_LINEAR = "all-linear"
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
+METHODS = ("full", "lora", "qlora")
 
 
 def _flag(help: str, *choices: str) -> dict[str, object]:
@@ -46,11 +56,47 @@ class TrainConfig:
     data_path: str = field(metadata=_flag("JSON list, JSON lines, or the name of a Hugging Face data set"))
     tokenizer_name_or_path: str | None = field(default=None, metadata=_flag("folder of the tokenizer: the model's"))
     output_dir: str = field(default="alpaca_out", metadata=_flag("where the fine-tuned model goes"))
-    recipe: str = field(default="alpaca-7b", metadata=_flag("defaults of the flags not given", *RECIPES))
+    recipe: str = field(
+        default="alpaca-7b",
+        metadata=_flag(
+            "defaults of the flags not given. alpaca-lora: its 8-bit base, rank, rates, lengths and loss on prompts "
+            "too; unlike the original: Stanford's prompt (no line feed after Response:, so that predict.py's fits), "
+            "no left padding, bfloat16 for float16, a seeded order, and the last weights rather than the best",
+            *RECIPES,
+        ),
+    )
+    method: str = field(
+        default="full",
+        metadata=_flag(
+            "full: every weight; lora: an adapter on a frozen base; qlora: the same on a base in 4 bit", *METHODS
+        ),
+    )
+    lora_r: int | None = field(default=None, metadata=_flag("rank of the adapter: 8"))
+    lora_alpha: float | None = field(
+        default=None, metadata=_flag("scale of the adapter, divided by its rank (rsLoRA: by the root of it): 16")
+    )
+    lora_dropout: float | None = field(default=None, metadata=_flag("dropout before the adapter's matrices: 0.05"))
+    lora_target_modules: str | None = field(
+        default=None,
+        metadata=_flag(
+            f'layers that get one: "q_proj,v_proj" (BLOOM: query_key_value), or "{ALL_LINEAR}": all of a decoder layer'
+        ),
+    )
+    use_dora: bool = field(default=False, metadata=_flag("learn magnitudes apart from directions (DoRA)"))
+    use_rslora: bool = field(default=False, metadata=_flag("rank-stabilized scale (rsLoRA)"))
+    base_quantization: str | None = field(
+        default=None,
+        metadata=_flag(
+            "precision of an adapter's frozen base: none with lora, nf4 (double quantisation) with qlora",
+            "none", "int8", "nf4",
+        ),
+    )  # fmt: skip
+    train_on_inputs: bool = field(default=False, metadata=_flag("prompts carry loss too, as in alpaca-lora"))
     cache_dir: str | None = field(default=None, metadata=_flag("where models named by their hub name are kept"))
 
     model_max_length: int = field(default=512, metadata=_flag("tokens an example is cut to"))
     val_set_size: int = field(default=0, metadata=_flag("examples of data_path held out for evaluation"))
+    eval_fraction: float = field(default=0.0, metadata=_flag("share of data_path held out, instead of a number"))
     eval_data_path: str | None = field(
         default=None, metadata=_flag("examples to evaluate on, instead of held-out ones")
     )
@@ -69,7 +115,9 @@ class TrainConfig:
         metadata=_flag("mean over a step's target tokens, or of the micro-batches' means", "token", "micro_batch"),
     )
 
-    learning_rate: float = field(default=2e-5, metadata=_flag("highest learning rate"))
+    learning_rate: float = field(
+        default=2e-5, metadata=_flag(f"highest learning rate; with lora and qlora {ADAPTER_LEARNING_RATE:g}")
+    )
     lr_scheduler_type: str = field(default="cosine", metadata=_flag("schedule of the learning rate", *SCHEDULES))
     warmup_ratio: float = field(default=0.03, metadata=_flag("share of the steps with a rising learning rate"))
     warmup_steps: float = field(default=0.0, metadata=_flag("their number instead, where above 0 (below 1: a ratio)"))
@@ -86,7 +134,9 @@ class TrainConfig:
     bf16: bool = field(default=True, metadata=_flag("bfloat16 autocast over float32 weights, where the GPU has it"))
     tf32: bool = field(default=True, metadata=_flag("TF32 matrix products, where the GPU has them"))
     gradient_checkpointing: bool = field(default=False, metadata=_flag("recompute activations: less memory, slower"))
-    fsdp: str = field(default="", metadata=_flag('"full_shard auto_wrap" or "shard_grad_op", with "offload" added'))
+    fsdp: str = field(
+        default="", metadata=_flag('"full_shard auto_wrap", shard_grad_op or hybrid_shard, with "offload" added')
+    )
     fsdp_transformer_layer_cls_to_wrap: str | None = field(
         default=None, metadata=_flag("taken from the model; a wrong name is corrected")
     )
@@ -106,10 +156,17 @@ class TrainConfig:
     resume_from_checkpoint: str | None = field(default=None, metadata=_flag('"auto", or the folder of a checkpoint'))
     overwrite_output_dir: bool = field(default=False, metadata=_flag("replace what output_dir holds"))
 
+    num_samples: int = field(default=3, metadata=_flag("prompts answered before and after, for report.html"))
+    plan_only: bool = field(default=False, metadata=_flag("show what the run will take, as a table and JSON, and end"))
+    plan_memory: str | None = field(default=None, metadata=_flag('plan for GPUs of this memory ("80GB"): those here'))
+    plan_gpus: int | None = field(default=None, metadata=_flag("plan for so many of them: torchrun's number"))
+    plan_tflops: float | None = field(default=None, metadata=_flag("peak of each in TFLOP/s: a usual card's"))
+
 
 # Flags --------------------------------------------------------------------------------------------------------
 
 RENAMED = {  # older spellings in transformers and their present names
+    "eval_data": "eval_data_path",
     "evaluation_strategy": "eval_strategy",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
@@ -179,7 +236,12 @@ def make_config(given: Mapping[str, object]) -> TrainConfig:
     missing = [f"--{name}" for name in ("model_name_or_path", "data_path") if not given.get(name)]
     if missing:
         raise InputError(f"{' and '.join(missing)} must be given; --help lists the flags")
-    return TrainConfig(**{**RECIPES[recipe], **given})
+    values = {**RECIPES[recipe], **given}
+    if values.get("method", "full") != "full" and "learning_rate" not in given:
+        values["learning_rate"] = ADAPTER_LEARNING_RATE
+    if "val_set_size" not in given and (given.get("eval_fraction") or given.get("eval_data_path")):
+        values["val_set_size"] = 0  # a recipe's gives way
+    return TrainConfig(**values)
 
 
 def _parse(arguments: list[str]) -> dict[str, object]:
@@ -272,6 +334,7 @@ def resolve(config: TrainConfig, *, num_processes: int, device: torch.device) ->
     Checks every value; drops bf16 and tf32 where the hardware has none. Raises InputError.
     """
     check_values(config)
+    config = _resolve_method(config, num_processes)
     config = _resolve_batch(config, num_processes)
     config = _resolve_hardware(config, device)
     if config.loss_average == "micro_batch" and config.padding_free:
@@ -287,6 +350,13 @@ def resolve(config: TrainConfig, *, num_processes: int, device: torch.device) ->
 def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run."""
     return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def count_held_out(config: TrainConfig, num_examples: int) -> int:
+    """Examples of data_path that are held out: `--val_set_size`, or `--eval_fraction` of them, at least one."""
+    if not config.eval_fraction:
+        return config.val_set_size
+    return max(1, round(config.eval_fraction * num_examples))
 
 
 def count_warmup_steps(config: TrainConfig, num_steps: int) -> int:
@@ -332,6 +402,7 @@ def check_values(config: TrainConfig) -> None:
     if config.max_steps == 0 or config.max_steps < -1:
         raise InputError(f"--max_steps: expected a number above 0 (or -1 for none), found {config.max_steps}")
     parse_fsdp(config.fsdp)
+    _check_method(config)
     _check_evaluation(config)
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
         source = getattr(config, name)
@@ -343,7 +414,7 @@ _LEAST = {
     "model_max_length": 2, "val_set_size": 0, "global_batch_size": 1, "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 1,
     "save_steps": 1, "save_total_limit": 1, "save_minutes": 0, "warmup_steps": 0, "weight_decay": 0,
-    "max_grad_norm": 0, "learning_rate": 0, "seed": 0,
+    "max_grad_norm": 0, "learning_rate": 0, "seed": 0, "num_samples": 0, "plan_gpus": 1, "lora_r": 1, "lora_dropout": 0,
 }  # fmt: skip
 _POSITIVE = ("num_train_epochs", "adam_epsilon")
 
@@ -362,24 +433,87 @@ def _check_types(config: TrainConfig) -> None:
 
 
 def _check_evaluation(config: TrainConfig) -> None:
-    if config.eval_strategy != "no" and not (config.val_set_size or config.eval_data_path):
+    given = [name for name in ("val_set_size", "eval_fraction", "eval_data_path") if getattr(config, name)]
+    if config.eval_strategy != "no" and not given:
         raise InputError(
-            f"--eval_strategy {config.eval_strategy} needs examples to evaluate on: "
-            "hold some out with --val_set_size N, or name a file with --eval_data_path"
+            f"--eval_strategy {config.eval_strategy} needs examples to evaluate on: hold some out with "
+            "--val_set_size N or --eval_fraction 0.02, or name a file with --eval_data_path"
         )
-    if config.val_set_size and config.eval_data_path:
-        raise InputError("--val_set_size and --eval_data_path both say what to evaluate on; give one of them")
+    if len(given) > 1:
+        raise InputError(f"--{' and --'.join(given)} both say what to evaluate on; give one of them")
+    if not 0 <= config.eval_fraction < 1:
+        raise InputError(
+            f"--eval_fraction: expected a number from 0 up to (not including) 1, found {config.eval_fraction}"
+        )
 
 
-_SHARDINGS = {"full_shard": True, "shard_grad_op": False}
+_ADAPTER_FLAGS = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "base_quantization",
+)  # fmt: skip
+
+
+def _check_method(config: TrainConfig) -> None:
+    """Refuse flags of another method than the one asked for, and numbers that no adapter can have."""
+    for name in _ADAPTER_FLAGS if config.method == "full" else ():
+        if getattr(config, name) not in (None, False, "none"):
+            raise InputError(
+                f"--{name} {getattr(config, name)} is for adapters, and --method full trains every weight: add "
+                "--method lora or qlora, or leave it out"
+            )
+    if config.method == "qlora" and config.base_quantization == "none":
+        raise InputError("--method qlora --base_quantization none contradict each other; --method lora is that")
+    if config.use_dora and config.base_quantization == "int8":
+        raise InputError(
+            "--use_dora True does not go with --base_quantization int8 (PEFT loses the scales of bitsandbytes' 8-bit "
+            "layers when it measures them); use --base_quantization nf4 or none"
+        )
+    if config.lora_alpha is not None and not config.lora_alpha > 0:
+        raise InputError(f"--lora_alpha: expected a number above 0, found {config.lora_alpha}")
+    if config.lora_dropout is not None and not config.lora_dropout < 1:
+        raise InputError(
+            f"--lora_dropout: expected a number from 0 up to (not including) 1, found {config.lora_dropout}"
+        )
+    if config.lora_target_modules is not None and not target_names(config.lora_target_modules):
+        raise InputError(
+            f'--lora_target_modules: expected names such as "q_proj,v_proj", or "{ALL_LINEAR}"; '
+            f"found {config.lora_target_modules!r}"
+        )
+
+
+def target_names(text: str) -> list[str]:
+    """The names in `--lora_target_modules`, separated by commas or spaces."""
+    return text.replace(",", " ").split()
+
+
+def _resolve_method(config: TrainConfig, num_processes: int) -> TrainConfig:
+    """Fill in an adapter's numbers and its base's precision. Raises InputError for an 8-bit base that is sharded."""
+    if config.method == "full":
+        return dataclasses.replace(config, base_quantization="none")
+    if config.base_quantization == "int8" and (num_processes > 1 or parse_fsdp(config.fsdp).offload):
+        raise InputError(
+            "--base_quantization int8 cannot be sharded over processes or offloaded (the scales of bitsandbytes' "
+            "8-bit layers do not travel); use --base_quantization nf4 or none, or one process"
+        )
+    given = {name: getattr(config, name) for name in ADAPTER_DEFAULTS if getattr(config, name) is not None}
+    quantization = config.base_quantization or ("nf4" if config.method == "qlora" else "none")
+    return dataclasses.replace(config, **{**ADAPTER_DEFAULTS, **given}, base_quantization=quantization)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """What the words of `--fsdp` ask for."""
+    """What the words of `--fsdp` ask for. hybrid: over the processes of one machine, with a copy on each machine."""
 
     reshard_after_forward: bool = True
+    hybrid: bool = False
     offload: bool = False
+
+
+_SHARDINGS = {
+    "full_shard": Sharding(),
+    "shard_grad_op": Sharding(reshard_after_forward=False),
+    "hybrid_shard": Sharding(hybrid=True),
+    "hybrid_shard_zero2": Sharding(hybrid=True, reshard_after_forward=False),
+}
 
 
 def parse_fsdp(text: str) -> Sharding:
@@ -389,10 +523,9 @@ def parse_fsdp(text: str) -> Sharding:
     kinds = [word for word in words if word in _SHARDINGS]
     if unknown or len(kinds) > 1:
         raise InputError(
-            f'--fsdp: expected "full_shard auto_wrap" or "shard_grad_op auto_wrap", with "offload" added or not; '
-            f"found {text!r}"
+            f"--fsdp: expected one of {', '.join(_SHARDINGS)}, with auto_wrap and offload added or not; found {text!r}"
         )
-    return Sharding(reshard_after_forward=_SHARDINGS[kinds[0]] if kinds else True, offload="offload" in words)
+    return dataclasses.replace(_SHARDINGS[kinds[0] if kinds else "full_shard"], offload="offload" in words)
 
 
 def _resolve_batch(config: TrainConfig, num_processes: int) -> TrainConfig:

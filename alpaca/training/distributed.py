@@ -7,20 +7,26 @@ requests) always travel through gloo on the CPU; only gradients and parameters u
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from alpaca.errors import InputError
+from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
 from alpaca.training.config import Sharding
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+_GRADIENT_BYTES = 4  # float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,26 @@ class World:
 
     def wait_for_all(self) -> None:
         self.sum([0.0])
+
+    def gather(self, value: Result) -> list[Result]:
+        """Every process's value, by rank."""
+        if self.num_processes == 1:
+            return [value]
+        values: list[Result | None] = [None] * self.num_processes
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do `work` in every process; an AlpacaError in one is raised in all, so that none waits for it for ever."""
+        result, error = None, None
+        try:
+            result = work()
+        except AlpacaError as caught:
+            error = caught
+        errors = [other for other in self.gather(error) if other]
+        if errors:
+            raise min(errors, key=lambda other: not isinstance(other, NotEnoughSpace)) from error
+        return result
 
 
 def join_world() -> World:
@@ -93,17 +119,24 @@ def needs_sharding(world: World, sharding: Sharding) -> bool:
 
 
 def shard_model(
-    model: nn.Module, layer_class: str, weights: dict[str, Tensor], *, world: World, sharding: Sharding, bf16: bool
+    model: nn.Module,
+    layer_class: str,
+    weights: dict[str, Tensor] | None,
+    *,
+    world: World,
+    sharding: Sharding,
+    bf16: bool,
 ) -> None:
     """Shard a model whose parameters are on the meta device, and fill it from rank 0's `weights`.
 
+    With None for `weights` the parameters are real already, in every process, and each keeps its shards of them.
     Each decoder layer is gathered by itself, the rest (embeddings, head, last norm) as one. `weights` is emptied.
     Buffers are real already and stay what they are.
     """
     offload = sharding.offload and world.device.type == "cuda"
     if not dist.is_initialized():  # one process that offloads
         dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(world.device.type, (world.num_processes,))
+    mesh = make_mesh(world, sharding)
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in [module for module in model.modules() if type(module).__name__ == layer_class] + [model]:
         fully_shard(
@@ -113,10 +146,30 @@ def shard_model(
             mp_policy=low if bf16 else MixedPrecisionPolicy(),
             offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
         )
+    if weights is None:
+        return
     _make_real(model, torch.device("cpu") if offload else world.device, world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
     set_model_state_dict(model, weights, options=options)
     weights.clear()
+
+
+def make_mesh(world: World, sharding: Sharding) -> DeviceMesh:
+    """The processes in one row, or for a hybrid sharding in rows of one machine's; raises InputError.
+
+    Rows hold equal copies of the model, each sharded along its row: only gradients then travel between machines.
+    """
+    if not sharding.hybrid:
+        return init_device_mesh(world.device.type, (world.num_processes,))
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world.num_processes))  # torchrun's
+    if world.num_processes % on_machine:
+        raise InputError(
+            f"--fsdp hybrid_shard: expected as many processes on every machine, found {on_machine} on this one and "
+            f"{world.num_processes} in all; start as many on each, or use full_shard"
+        )
+    shape = (world.num_processes // on_machine, on_machine)
+    logger.info("hybrid shard: %d copies of the model, each sharded over the %d processes of a machine", *shape)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("machines", "processes"))
 
 
 def _make_real(model: nn.Module, parameters_on: torch.device, buffers_on: torch.device) -> None:
@@ -128,10 +181,63 @@ def _make_real(model: nn.Module, parameters_on: torch.device, buffers_on: torch.
         setattr(owner, name.rpartition(".")[2], buffer.to(buffers_on))
 
 
-def sync_gradients(model: nn.Module, sync: bool) -> None:
-    """Whether the next backward pass reduces gradients over the processes, or only adds them up here."""
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the parameters that the last forward pass left gathered; what is sharded is then so to the last."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def keeps_gradients_whole(num_trained: int, free_bytes: int) -> bool:
+    """Whether a process adds up whole float32 gradients until the step's last micro-batch, and reduces them once.
+
+    free_bytes: of the device's memory with the model and the optimizer's moments in it. Activations need some, too, so
+    gradients get half. Otherwise they are reduced after every micro-batch and each process keeps its shard: the sum is
+    the same, the network is used more.
+    """
+    return num_trained * _GRADIENT_BYTES <= free_bytes // 2
+
+
+def decide_gradient_sync(model: nn.Module, world: World) -> bool:
+    """`keeps_gradients_whole` for a model before its first step, the same in all processes that call it together."""
+    if not is_sharded(model):
+        return True
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shards = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained)
+    num_trained, on_device = sum(p.numel() for p in trained), any(p.device == world.device for p in trained)
+    moments = 2 * _GRADIENT_BYTES * shards * on_device  # AdamW's, still to come
+    free_bytes = free_memory(world.device) - moments
+    whole = all(world.gather(keeps_gradients_whole(num_trained, free_bytes)))
+    kept = "kept whole until the step's last micro-batch" if whole else "reduced after every micro-batch"
+    logger.info(
+        "gradients are %s: whole they take %.2f GB of the %.2f GB that are free",
+        kept, num_trained * _GRADIENT_BYTES / 1e9, free_bytes / 1e9,
+    )  # fmt: skip
+    return whole
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device's memory that this process may still take; of a machine's main memory its share."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def sync_gradients(model: nn.Module, *, last: bool, whole: bool) -> None:
+    """Whether the next backward pass reduces gradients over the processes, or only adds them up here.
+
+    last: it is the step's last.    whole: as `decide_gradient_sync` has it. Where models are copies of each other over
+    several machines, gradients travel between these only after the last.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(sync)
+        model.set_requires_gradient_sync(last or not whole)
+        model.set_requires_all_reduce(last)
 
 
 def whole_tensor(tensor: Tensor, world: World) -> Tensor:

@@ -35,41 +35,59 @@ from alpaca.data.batching import (
 )
 from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples, read_examples, split_examples
 from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
-from alpaca.hf_files import FLOAT_DTYPES, locked, write_json
+from alpaca.hf_files import locked, write_json
 from alpaca.tokenizer import Tokenizer
 from alpaca.training import padding_free
+from alpaca.training.answers import Sample, answer_after, answer_before, choose_samples
 from alpaca.training.checkpoint import (
     Progress,
     Trainee,
     check_output,
+    checkpoint_bytes,
     clear_output,
     find_checkpoint,
     load_checkpoint,
     require_room,
+    require_shared_folder,
     save_checkpoint,
     save_final,
 )
 from alpaca.training.config import (
     TrainConfig,
     config_json,
+    count_held_out,
     count_steps,
     count_warmup_steps,
     learning_rate_factor,
     parse_fsdp,
     resolve,
 )
-from alpaca.training.distributed import World, clip_gradients, join_world, sync_gradients
-from alpaca.training.model import Base, count_parameters, group_parameters, load_model, open_base
+from alpaca.training.distributed import (
+    World,
+    clip_gradients,
+    decide_gradient_sync,
+    is_sharded,
+    join_world,
+    sync_gradients,
+)
+from alpaca.training.guards import LossWatch, SaveClock, describe_not_finite
+from alpaca.training.model import Base, choose_save_dtype, count_parameters, group_parameters, load_model, open_base
+from alpaca.training.plan import Plan, check_plan, print_plan, share_of_peak
 from alpaca.training.report import (
     Entry,
+    MemoryMeter,
     NoRecorder,
     check_recorder,
+    describe_progress,
     describe_summary,
     draw_losses,
+    evaluation_entry,
+    mean_rate,
     open_recorder,
     summarize,
     write_trainer_state,
 )
+from alpaca.training.report_page import Record, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +112,14 @@ def train(
     TrainingStopped after SIGTERM, SIGINT or should_stop, once a checkpoint is saved, and AlpacaErrors for what the
     user can mend.
     """
+    if config.plan_only:
+        print_plan(config)
+        return Path(config.output_dir)
     world = join_world()
     config = resolve(config, num_processes=world.num_processes, device=world.device)
-    with locked(Path(config.output_dir)) if world.is_main else contextlib.nullcontext():
+    require_shared_folder(Path(config.output_dir), world)
+    with contextlib.ExitStack() as stack:
+        world.together(lambda: stack.enter_context(locked(Path(config.output_dir))) if world.is_main else None)
         return _train_alone(config, world, on_step=on_step, should_stop=should_stop)
 
 
@@ -109,7 +132,7 @@ def _train_alone(
 ) -> Path:
     """`train`, once no other run can write to its output. `config` is resolved."""
     output_dir = Path(config.output_dir)
-    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint, world=world)
     check_output(
         output_dir,
         resume=config.resume_from_checkpoint is not None,
@@ -120,23 +143,22 @@ def _train_alone(
     run = prepare(config, world)
     if checkpoint:
         load_checkpoint(run.trainee, checkpoint)
-    if world.is_main:
-        dtype, saves = choose_save_dtype(config, run.base), config.save_strategy != "no"
-        require_room(run.trainee.model, output_dir, dtype=dtype, checkpoints=saves)
-        clear_output(output_dir, old_checkpoints=checkpoint is None)
-        write_json(output_dir / "train_config.json", config_json(config))
-    world.wait_for_all()
+    world.together(lambda: _prepare_output(run, resumed=checkpoint is not None) if world.is_main else None)
+    samples = _answer_before(run, resumed=checkpoint is not None)
     try:
         seconds = run_steps(run, on_step=on_step, should_stop=should_stop)
     except torch.OutOfMemoryError as error:
         raise NotEnoughSpace(_out_of_memory(run, error)) from error
-    finish(run, seconds=seconds)
+    finish(run, seconds=seconds, samples=samples)
     return output_dir
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything the loop works with, made by `prepare`. held_out: None where nothing is evaluated."""
+    """Everything the loop works with, made by `prepare`.
+
+    held_out: None where nothing is evaluated.    keeps_gradients: see `decide_gradient_sync`.
+    """
 
     config: TrainConfig
     base: Base
@@ -145,6 +167,9 @@ class Run:
     trainee: Trainee
     num_steps: int
     steps_per_epoch: int
+    keeps_gradients: bool
+    plan: Plan | None = None  # for a model of a kind that can be planned
+    memory: MemoryMeter
 
     @property
     def world(self) -> World:
@@ -164,6 +189,9 @@ def prepare(config: TrainConfig, world: World) -> Run:
     data, held_out = _encode_data(config, base.tokenizer, progress=world.is_main)
     steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=config.global_batch_size)
     num_steps = count_steps(config, steps_per_epoch)
+    memory = MemoryMeter(world.device)
+    sizes = {"num_processes": world.num_processes, "device": world.device}
+    plan = world.together(lambda: check_plan(config, base, data, **sizes))
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     trainee = _make_trainee(load_model(base, config, world), config, data, num_steps=num_steps, world=world)
@@ -176,7 +204,18 @@ def prepare(config: TrainConfig, world: World) -> Run:
         trainee=trainee,
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
+        keeps_gradients=decide_gradient_sync(trainee.model, world),
+        plan=plan,
+        memory=memory,
     )
+
+
+def _prepare_output(run: Run, *, resumed: bool) -> None:
+    config, output_dir = run.config, Path(run.config.output_dir)
+    dtype, saves = choose_save_dtype(config, run.base), config.save_strategy != "no"
+    require_room(run.trainee.model, output_dir, dtype=dtype, checkpoints=saves)
+    clear_output(output_dir, old_checkpoints=not resumed)
+    write_json(output_dir / "train_config.json", config_json(config))
 
 
 def _make_trainee(
@@ -187,7 +226,8 @@ def _make_trainee(
     factor = functools.partial(
         learning_rate_factor, schedule=config.lr_scheduler_type, num_warmup_steps=warmup, num_steps=num_steps
     )
-    logger.info("%s steps, %s of warm-up; %.1f M parameters", f"{num_steps:,}", f"{warmup:,}", num_parameters / 1e6)
+    millions = (count_parameters(model, trained_only=True) / 1e6, num_parameters / 1e6)
+    logger.info("%s steps, %s of warm-up; %.1f of %.1f M parameters are trained", f"{num_steps:,}", warmup, *millions)
     return Trainee(
         model=model,
         optimizer=optimizer,
@@ -203,12 +243,20 @@ def _encode_data(
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """The examples to train on, and those to evaluate on."""
     examples, held_out = read_examples(config.data_path), []
-    if config.val_set_size:
-        examples, held_out = split_examples(examples, num_held_out=config.val_set_size, seed=config.seed)
+    if num_held_out := count_held_out(config, len(examples)):
+        examples, held_out = split_examples(examples, num_held_out=num_held_out, seed=config.seed)
     elif config.eval_data_path:
         held_out = read_examples(config.eval_data_path)
     encoded = [
-        encode_examples(part, tokenizer, max_length=config.model_max_length, progress=progress) if part else None
+        encode_examples(
+            part,
+            tokenizer,
+            max_length=config.model_max_length,
+            train_on_inputs=config.train_on_inputs,
+            progress=progress,
+        )
+        if part
+        else None
         for part in (examples, held_out)
     ]
     for name, part in zip(("training data", "held-out data"), encoded, strict=True):
@@ -229,8 +277,9 @@ def _make_optimizer(model: nn.Module, config: TrainConfig, world: World) -> torc
 
 
 _IDENTITY_FIELDS = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "global_batch_size", "learning_rate", "loss_average",
-    "lr_scheduler_type", "max_grad_norm", "seed", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "base_quantization", "global_batch_size", "learning_rate", "lora_alpha",
+    "lora_dropout", "lora_r", "lora_target_modules", "loss_average", "lr_scheduler_type", "max_grad_norm", "method",
+    "seed", "use_dora", "use_rslora", "weight_decay",
 )  # fmt: skip
 
 
@@ -260,20 +309,23 @@ def run_steps(
 ) -> float:
     """Train from where `run` stands to its last step; returns the seconds spent in training steps."""
     config, progress = run.config, run.progress
-    meter, saved_at = _Meter(), time.monotonic()
+    meter, watch = _Meter(), LossWatch([entry["loss"] for entry in progress.log_history if "loss" in entry])
+    clock = SaveClock(limit_s=config.save_minutes * 60, num_bytes=checkpoint_bytes(run.trainee))
     with _stop_signals() as signals, _open_log(run) as log, _progress_bar(run) as bar:
         if progress.step == 0 and config.eval_strategy != "no":
-            log({"eval_loss": evaluate(run)})
+            log(evaluation_entry(evaluate(run)))
         while progress.step < run.num_steps:
             with meter.measure():
-                entry, requests = take_step(run, functools.partial(_own_requests, run, signals, should_stop, saved_at))
-            meter.num_tokens += entry.pop("tokens")
+                entry, requests = take_step(run, functools.partial(_own_requests, signals, should_stop, clock))
+            meter.count(entry.pop("tokens"))
+            if warning := watch.add(entry["loss"]):
+                logger.warning("step %d: %s", progress.step, warning)
             _tell(run, entry, meter, log=log, bar=bar, on_step=on_step)
             if _is_due(run, config.eval_strategy, config.eval_steps, at_end=True):
-                log({"eval_loss": evaluate(run)})
+                log(evaluation_entry(evaluate(run)))
             if _wants_checkpoint(run, requests):
-                save_checkpoint(run.trainee, Path(config.output_dir), keep=config.save_total_limit)
-                saved_at = time.monotonic()
+                with clock.saving():
+                    save_checkpoint(run.trainee, Path(config.output_dir), keep=config.save_total_limit)
             if requests.stop:
                 raise TrainingStopped(_stop_text(run), signal=signals[0] if signals else 0)
     return meter.total_seconds
@@ -287,12 +339,9 @@ class _Requests:
     save: bool
 
 
-def _own_requests(run: Run, signals: list[int], should_stop: Callable[[], bool] | None, saved_at: float) -> _Requests:
+def _own_requests(signals: list[int], should_stop: Callable[[], bool] | None, clock: SaveClock) -> _Requests:
     """What this process asks for now."""
-    return _Requests(
-        stop=bool(signals) or bool(should_stop and should_stop()),
-        save=0 < run.config.save_minutes * 60 <= time.monotonic() - saved_at,
-    )
+    return _Requests(stop=bool(signals) or bool(should_stop and should_stop()), save=clock.is_due())
 
 
 def take_step(run: Run, ask: Callable[[], _Requests]) -> tuple[Entry, _Requests]:
@@ -305,7 +354,8 @@ def take_step(run: Run, ask: Callable[[], _Requests]) -> tuple[Entry, _Requests]
     grad_norm = clip_gradients(trainee.model, config.max_grad_norm)
     own = ask()
     loss, stop, save = run.world.sum([own_loss, float(own.stop), float(own.save)])
-    _check_finite(loss, grad_norm, step=progress.step + 1)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise InputError(_explain_not_finite(run, indices, loss, grad_norm))
     learning_rate = trainee.scheduler.get_last_lr()[0]
     trainee.optimizer.step()
     trainee.scheduler.step()
@@ -322,7 +372,7 @@ def accumulate_gradients(run: Run, indices: Tensor) -> float:
     micro_batches = _micro_batches(run, indices)
     total = torch.zeros((), dtype=torch.float32, device=run.world.device)
     for number, micro_batch in enumerate(micro_batches, start=1):
-        sync_gradients(run.trainee.model, number == len(micro_batches))
+        sync_gradients(run.trainee.model, last=number == len(micro_batches), whole=run.keeps_gradients)
         loss = sum_losses(run, run.data, micro_batch) / loss_divisor(run, indices, micro_batch)
         (loss * run.world.num_processes).backward()  # FSDP takes the mean over the processes, the sum is wanted
         total += loss.detach()
@@ -351,7 +401,7 @@ def loss_divisor(run: Run, indices: Tensor, micro_batch: Tensor) -> int:
 
 def sum_losses(run: Run, data: EncodedDataset, indices: Tensor) -> Tensor:
     """The summed cross entropy (float32 scalar) of the target tokens of some examples of `data`."""
-    model, pad_id = run.trainee.model, run.base.tokenizer.pad_id
+    model, pad_id = run.trainee.model, run.base.pad_id
     examples = [data.example(index) for index in indices.tolist()]
     if padding_free.is_enabled(model):
         batch = pack(examples, pad_id=pad_id).to(run.world.device)
@@ -367,13 +417,27 @@ def _sum_padded_losses(model: nn.Module, batch: MicroBatch, *, bf16: bool) -> Te
     )
 
 
-def _check_finite(loss: float, grad_norm: float, *, step: int) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise InputError(
-            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; training stops before the weights are "
-            "touched, and nothing was saved over the last checkpoint. Lower --learning_rate, train with --bf16 False, "
-            "or look for what is odd in the data and the base model"
-        )
+@torch.no_grad()
+def _explain_not_finite(run: Run, indices: Tensor, loss: float, grad_norm: float) -> str:
+    """Why training stops. The step's examples are gone through one by one, which all processes do together."""
+    layout = {"rank": run.world.rank, "num_processes": run.world.num_processes}
+    alone = [(own, sum_losses(run, run.data, own).item()) for own in split_step(indices, micro_batch_size=1, **layout)]
+    broken = [index for own, value in alone if not math.isfinite(value) for index in own.tolist()]
+    return describe_not_finite(
+        loss,
+        grad_norm,
+        step=run.progress.step + 1,
+        indices=indices.tolist(),
+        broken=sorted(index for part in run.world.gather(broken) for index in part),
+        name=functools.partial(_name_example, run),
+    )
+
+
+def _name_example(run: Run, index: int) -> str:
+    """An example's number and the first words of its instruction."""
+    text = run.base.tokenizer.decode(run.data.example(index)[0].tolist())
+    words = text.partition("### Instruction:")[2].partition("\n###")[0].split()
+    return f'number {index} ("{" ".join(words[:8])}{" …" if len(words) > 8 else ""}")'
 
 
 # Evaluation ---------------------------------------------------------------------------------------------------
@@ -402,13 +466,20 @@ class _Meter:
 
     def __init__(self) -> None:
         self.num_tokens, self._seconds, self.total_seconds = 0, 0.0, 0.0
+        self._step_seconds, self.last_rate = 0.0, 0.0  # last_rate: of the last step alone
 
     @contextmanager
     def measure(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._seconds += time.perf_counter() - start
-        self.total_seconds += time.perf_counter() - start
+        self._step_seconds = time.perf_counter() - start
+        self._seconds += self._step_seconds
+        self.total_seconds += self._step_seconds
+
+    def count(self, num_tokens: int) -> None:
+        """Take the useful tokens of the step just measured."""
+        self.num_tokens += num_tokens
+        self.last_rate = num_tokens / self._step_seconds
 
     def rate(self) -> float:
         """Tokens per second since the last call."""
@@ -428,7 +499,8 @@ def _open_log(run: Run) -> Iterator[Callable[[Entry], None]]:
         progress.log_history.append(entry)
         recorder.record(entry)
         if "eval_loss" in entry:
-            logger.info("step %d: held-out loss %.4f", progress.step, entry["eval_loss"])
+            values = (progress.step, entry["eval_loss"], entry["eval_perplexity"])
+            logger.info("step %d: held-out loss %.4f, perplexity %.2f", *values)
 
     try:
         yield log
@@ -447,7 +519,9 @@ def _tell(
 ) -> None:
     """Say what a step did: to the bar, to the caller, and every `logging_steps` to the log (its loss a mean)."""
     progress = run.progress
-    bar.set_postfix_str(f"loss {entry['loss']:.4f}", refresh=False)
+    rate = meter.last_rate
+    share = share_of_peak(run.plan, rate) if run.plan else None
+    bar.set_postfix_str(describe_progress(entry["loss"], rate, run.memory.current_bytes(), share), refresh=False)
     bar.update()
     if on_step and run.world.is_main:
         on_step({**entry, "max_steps": run.num_steps})
@@ -513,11 +587,21 @@ def _out_of_memory(run: Run, error: torch.OutOfMemoryError) -> str:
     )
 
 
-def finish(run: Run, *, seconds: float) -> None:
+def _answer_before(run: Run, *, resumed: bool) -> list[Sample]:
+    """The report's samples with the base model's answers; none on other processes."""
+    model, tokenizer, folder = run.trainee.model, run.base.tokenizer, Path(run.config.output_dir)
+    if not run.config.num_samples or not run.world.is_main or is_sharded(model):
+        return []
+    samples = choose_samples(run.held_out or run.data, tokenizer, run.config.num_samples)
+    return answer_before(samples, model, tokenizer, folder=folder, device=run.world.device, resumed=resumed)
+
+
+def finish(run: Run, *, seconds: float, samples: list[Sample]) -> None:
     """Write and verify the final model and the run's report."""
     config, output_dir = run.config, Path(run.config.output_dir)
     dtype = choose_save_dtype(config, run.base)
-    save_final(run.trainee.model, run.base, output_dir, dtype=dtype, world=run.world)
+    learned = any(entry.get("learning_rate", 0) > 0 for entry in run.progress.log_history)
+    save_final(run.trainee.model, run.base, output_dir, dtype=dtype, learned=learned, world=run.world)
     if run.world.is_main:
         history = run.progress.log_history
         summary = summarize(history, seconds=seconds)
@@ -530,10 +614,29 @@ def finish(run: Run, *, seconds: float) -> None:
             summary=summary,
         )
         draw_losses(output_dir / "loss.png", history)
+        write_report(output_dir, _record(run, summary, samples))
         logger.info("done: %s (%s), verified; %s", output_dir, str(dtype)[6:], describe_summary(summary))
     run.world.wait_for_all()
 
 
-def choose_save_dtype(config: TrainConfig, base: Base) -> torch.dtype:
-    """The dtype of the final weights: the one asked for, else that of the base model's."""
-    return FLOAT_DTYPES[config.save_dtype] if config.save_dtype else base.dtype
+def _record(run: Run, summary: dict[str, object], samples: list[Sample]) -> Record:
+    """What report.html shows. Memory is read before the last answers are given."""
+    model, peak_bytes, rate = run.trainee.model, run.memory.peak_bytes(), mean_rate(run.progress.log_history)
+    if samples:
+        where = {"folder": Path(run.config.output_dir), "device": run.world.device}
+        samples = answer_after(samples, model, run.base.tokenizer, **where)
+    return Record(
+        config=run.config,
+        plan=run.plan,
+        history=run.progress.log_history,
+        summary=summary,
+        data=run.data.report,
+        held_out=run.held_out.report if run.held_out else None,
+        num_processes=run.world.num_processes,
+        device=run.world.device,
+        peak_bytes=peak_bytes,
+        tokens_per_second=rate,
+        share_of_peak=share_of_peak(run.plan, rate) if run.plan else None,
+        samples=samples,
+        no_samples="The model was sharded: none were asked for." if is_sharded(model) else "None were asked for.",
+    )

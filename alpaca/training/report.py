@@ -1,10 +1,14 @@
 """What a run leaves to look at: TensorBoard or W&B while it runs; trainer_state.json, a loss curve, a summary after."""
 
+import contextlib
 import importlib
 import io
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from alpaca.errors import MissingPackage
 from alpaca.hf_files import write_bytes, write_json
@@ -177,3 +181,65 @@ def _series(log_history: Sequence[Entry], key: str) -> list[tuple[float, float]]
 def _columns(log_history: Sequence[Entry], key: str) -> tuple[list[float], list[float]]:
     series = _series(log_history, key)
     return [step for step, _ in series], [value for _, value in series]
+
+
+# Memory and rates ---------------------------------------------------------------------------------------------
+
+
+class MemoryMeter:
+    """The most memory that this process held since the meter was made, as a plan counts it.
+
+    On a GPU what torch allocated there, CUDA's context apart; on a CPU anonymous memory beyond what was held at first
+    (the interpreter with its imports).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._first = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        with contextlib.suppress(OSError):  # where the kernel does not let the mark be reset, it is the process's
+            Path("/proc/self/clear_refs").write_text("5")
+        self._first = _status_bytes("RssAnon")
+
+    def peak_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return max(0, _status_bytes("VmHWM") - _status_bytes("RssFile") - self._first)
+
+    def current_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return max(0, _status_bytes("RssAnon") - self._first)
+
+
+def _status_bytes(name: str) -> int:
+    """A size of /proc/self/status; 0 where there is none."""
+    path = Path("/proc/self/status")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def evaluation_entry(loss: float) -> Entry:
+    """What an evaluation adds to the log; perplexity is the exponential of the mean loss."""
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
+def describe_progress(loss: float, rate: float, memory_bytes: int, share: float | None) -> str:
+    """The progress bar's last words (tqdm itself says the time that is left)."""
+    text = f"loss {loss:.4f}, {rate:,.0f} tok/s"
+    if share is not None:
+        text += f" ({share:.0%} of peak)"
+    return f"{text}, {memory_bytes / 1e9:.1f} GB"
+
+
+def mean_rate(log_history: Sequence[Entry]) -> float:
+    """Useful tokens per second over a whole run, each entry for the steps since the one before it."""
+    entries, tokens, seconds, before = [entry for entry in log_history if "tokens_per_second" in entry], 0.0, 0.0, 0
+    for entry in entries:
+        num_steps, before = entry["step"] - before, entry["step"]
+        tokens, seconds = tokens + num_steps, seconds + num_steps / max(entry["tokens_per_second"], 1e-9)
+    return tokens / seconds if seconds else 0.0

@@ -202,6 +202,18 @@ def test_targets_are_the_labels_left_after_the_shift(tokenizer: SentencePieceTok
     assert unmasked.target_counts.tolist() == [len(labels) - 1 for _, labels in to_lists(dataset)]
 
 
+def test_training_on_inputs_masks_nothing(
+    tokenizer: SentencePieceTokenizer, model_file: Path, records: list[dict[str, str]]
+):
+    """alpaca-lora's `train_on_inputs`: the same ids, all of them labels; a prompt that fills the cut teaches, too."""
+    originals = original_pairs(model_file, records, max_length=120)
+    masked, whole = (
+        encode_examples(to_examples(records), tokenizer, max_length=120, train_on_inputs=on) for on in (False, True)
+    )
+    assert to_lists(whole) == [(ids, ids) for ids, _ in originals]
+    assert len(masked) < len(whole) == len(records)
+
+
 def test_subset_holds_the_chosen_examples(tokenizer: SentencePieceTokenizer, records: list[dict[str, str]]):
     dataset = encode_examples(to_examples(records), tokenizer)
     pairs, chosen = to_lists(dataset), [5, 0, len(dataset) - 1, 5]

@@ -19,6 +19,7 @@ SETTINGS = {  # float32, no files but what a test looks at
     "bf16": False,
     "tf32": False,
     "report_to": "none",
+    "num_samples": 0,
     "learning_rate": 1e-3,
     "global_batch_size": 8,
     "model_max_length": 256,

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,18 +17,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from alpaca import hf_files
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace, OutputExists
 from alpaca.hf_files import locked
 from alpaca.tokenizer import load_tokenizer
-from alpaca.training import checkpoint, loop
+from alpaca.training import checkpoint, digests, loop
 from alpaca.training.checkpoint import find_checkpoint, list_checkpoints
-from alpaca.training.config import TrainConfig
+from alpaca.training.config import TrainConfig, make_config
+from alpaca.training.distributed import World
 from alpaca.training.loop import TrainingStopped, train
 from tests.conftest import ROOT
-from tests.training.conftest import command, flags
+from tests.training.conftest import SETTINGS, command, flags
 from tests.training.test_loop import history
+from tests.training.worker import fill_disk
 
 Configure = Callable[..., TrainConfig]
+ALONE = World(rank=0, num_processes=1, device=torch.device("cpu"))
 
 
 class Crash(Exception):
@@ -117,8 +122,9 @@ def test_killed_then_terminated_then_finished(configure: Configure, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(configure: Configure, tmp_path: Path):
-    values = {"num_train_epochs": 40, "save_steps": 7}
+@pytest.mark.parametrize("save_steps", [7, 1])  # 1: it is killed while it saves
+def test_killed_at_any_moment(save_steps: int, configure: Configure, tmp_path: Path):
+    values = {"num_train_epochs": 40 if save_steps > 1 else 16, "save_steps": save_steps}
     whole = train(configure(output_dir=str(tmp_path / "whole"), **values))
     config = configure(output_dir=str(tmp_path / "killed"), resume_from_checkpoint="auto", **values)
     for delay_s in torch.rand(12, generator=torch.Generator().manual_seed(0)).tolist():
@@ -182,15 +188,177 @@ def test_half_written_and_damaged_checkpoints_are_passed_over(configure: Configu
     (folder / "checkpoint-14" / "trainer_state.json").unlink()
     shard = folder / "checkpoint-12" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert find_checkpoint(folder, "auto") == folder / "checkpoint-8"
+    assert find_checkpoint(folder, "auto", world=ALONE) == folder / "checkpoint-8"
     assert "skipped a damaged checkpoint" in caplog.text
     assert "expected" in caplog.text
     with pytest.raises(InputError, match=r"__0_0.distcp: expected \d+ bytes, found \d+"):
-        find_checkpoint(folder, str(folder / "checkpoint-12"))
+        find_checkpoint(folder, str(folder / "checkpoint-12"), world=ALONE)
     with pytest.raises(MissingInput, match=r"no checkpoint at .*checkpoint-99; in .*checkpoint-4"):
-        find_checkpoint(folder, str(folder / "checkpoint-99"))
+        find_checkpoint(folder, str(folder / "checkpoint-99"), world=ALONE)
     train(dataclasses.replace(config, resume_from_checkpoint="auto"))
     assert not list(folder.glob(".checkpoint*"))
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_llama: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
+    """A run of 9 steps with its checkpoints 4 and 8: the configuration, and the folder."""
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    values = {"model_name_or_path": str(tiny_llama), "data_path": str(records), "output_dir": str(folder)}
+    config = make_config({**values, **SETTINGS, "max_steps": 9, "save_steps": 4, "save_total_limit": 9})
+    return config, train(config)
+
+
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << position % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "random-0.pt", "trainer_state.json"])
+@pytest.mark.parametrize("damage", ["first bit", "a bit in the middle", "last bit", "truncated", "empty", "missing"])
+def test_a_damaged_checkpoint_is_skipped_with_the_file_named(
+    name: str, damage: str, saved: tuple[TrainConfig, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out = tmp_path / "out"
+    for folder in list_checkpoints(saved[1]):
+        shutil.copytree(folder, out / folder.name)
+    assert find_checkpoint(out, "auto", world=ALONE) == out / "checkpoint-8"
+    path = out / "checkpoint-8" / name
+    size = path.stat().st_size
+    if damage in ("truncated", "empty"):
+        os.truncate(path, size - 1 if damage == "truncated" else 0)
+        if (name, damage) == ("trainer_state.json", "truncated"):  # of a final newline nothing depends
+            os.truncate(path, size - 2)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        flip_bit(path, {"f": 0, "a": size // 2, "l": size - 3}[damage[0]])
+    assert find_checkpoint(out, "auto", world=ALONE) == out / "checkpoint-4"
+    assert f"skipped a damaged checkpoint: {path}" in caplog.text
+    with pytest.raises((InputError, MissingInput), match=re.escape(str(path))):
+        find_checkpoint(out, str(path.parent), world=ALONE)
+
+
+def test_no_flipped_bit_in_the_state_goes_unnoticed(saved: tuple[TrainConfig, Path], tmp_path: Path):
+    path = tmp_path / "trainer_state.json"
+    shutil.copy(saved[1] / "checkpoint-4" / path.name, path)
+    before, content = checkpoint._read_state(tmp_path), path.read_bytes()
+    noticed = 0
+    for position in range(0, len(content), 7):
+        flip_bit(path, position)
+        try:
+            assert checkpoint._read_state(tmp_path) == before  # white space, or a letter of the digest's own name
+        except InputError:
+            noticed += 1
+        path.write_bytes(content)
+    assert noticed > len(content) // 7 // 2
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(saved: tuple[TrainConfig, Path], tmp_path: Path):
+    """And the damaged one neither counts among those kept nor stays."""
+    out = tmp_path / "out"
+    for folder in list_checkpoints(saved[1]):
+        shutil.copytree(folder, out / folder.name)
+    flip_bit(out / "checkpoint-8" / "__0_0.distcp", 5000)
+    again = dataclasses.replace(saved[0], output_dir=str(out), resume_from_checkpoint="auto")
+    seen: list[list[str]] = []
+    again = dataclasses.replace(again, save_steps=3, save_total_limit=2)
+    train(again, on_step=lambda entry: seen.append([folder.name for folder in list_checkpoints(out)]))
+    assert seen == [["checkpoint-8", "checkpoint-4"]] * 2 + [["checkpoint-6", "checkpoint-4"]] * 3
+    assert_same_run(out, saved[1])
+
+
+def test_what_the_disk_does_not_give_back_is_no_checkpoint(configure: Configure, monkeypatch: pytest.MonkeyPatch):
+    config, real = configure(save_steps=4), checkpoint._read_back
+
+    def read_back(folder: Path, files: dict) -> None:
+        if folder.name == ".checkpoint-8.partial":
+            flip_bit(folder / "__0_0.distcp", 5000)
+        real(folder, files)
+
+    monkeypatch.setattr(checkpoint, "_read_back", read_back)
+    with pytest.raises(InputError, match=r"__0_0.distcp: expected SHA-256 .*: the disk does not give back what was"):
+        train(config)
+    assert [path.name for path in Path(config.output_dir).glob("*checkpoint*")] == ["checkpoint-4"]
+
+
+STAGES = (
+    (checkpoint, "_open_aside"), (checkpoint, "_read_back"), (checkpoint, "_write_state"), (digests, "_digest_file"),
+    (checkpoint, "_remove_oldest"), (hf_files, "fsync"),
+)  # fmt: skip
+
+
+def test_killed_at_any_stage_of_saving(saved: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch):
+    """What a kill would leave at each stage, between the renames too, is copied; each copy goes on to the same end."""
+    config = dataclasses.replace(saved[0], output_dir=str(tmp_path / "out"), save_total_limit=1)
+    left: list[Path] = []
+
+    def leave(stage: str) -> None:
+        if list_checkpoints(tmp_path / "out"):
+            left.append(shutil.copytree(tmp_path / "out", tmp_path / f"{len(left)}-{stage}"))
+
+    def watch(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: (leave(name), real(*given, **named))[1])
+
+    for owner, name in STAGES:
+        watch(owner, name)
+    watch(Path, "rename")
+    train(config)
+    monkeypatch.undo()
+    stages = {folder.name.partition("-")[2] for folder in left}
+    assert stages == {name for _, name in STAGES} | {"rename"}
+    newest = [int(list_checkpoints(folder)[0].name.partition("-")[2]) for folder in left]
+    assert set(newest) == {4, 8}
+    for stage in sorted(stages):  # one of each goes on
+        folder = next(folder for folder in left if folder.name.endswith(stage))
+        again = dataclasses.replace(saved[0], output_dir=str(folder), resume_from_checkpoint="auto")
+        assert_same_run(train(again), saved[1])
+    for folder in left:  # all could
+        shutil.rmtree(folder / ".checkpoint-8.partial", ignore_errors=True)
+        assert find_checkpoint(folder, "auto", world=ALONE)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2000k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs more rights")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("seen_coming", [True, False])
+def test_a_disk_that_runs_full_costs_nothing(seen_coming: bool, configure: Configure, small_disk: Path, monkeypatch):
+    """Room for one checkpoint, not for two. Before any of it is written, or in the middle of a file."""
+    if not seen_coming:
+        monkeypatch.setattr(checkpoint, "require_free_space", lambda folder, num_bytes: None)
+    config = configure(save_steps=4, output_dir=str(small_disk / "out"))
+    text = "needs 0.00 GB and its disk" if seen_coming else "ran full .* checkpoint-4 is untouched: --resume_from"
+    with pytest.raises(NotEnoughSpace, match=text):
+        train(config)
+    assert [path.name for path in Path(config.output_dir).glob("*checkpoint*")] == ["checkpoint-4"]
+    assert find_checkpoint(Path(config.output_dir), "auto", world=ALONE)
+
+
+def test_a_disk_that_runs_full_late_in_a_file(configure: Configure, monkeypatch: pytest.MonkeyPatch):
+    """The same without a mount, late in a file."""
+    config, real = configure(save_steps=4, max_steps=9), digests._HashedStream.write
+    monkeypatch.setattr(digests._HashedStream, "write", fill_disk(real, after_bytes=500_000))
+    with pytest.raises(NotEnoughSpace, match=r"ran full while .*checkpoint-8 was written; free some space\. "):
+        train(config)
+    assert [path.name for path in Path(config.output_dir).glob("*checkpoint*")] == ["checkpoint-4"]
+    monkeypatch.undo()
+    assert history(train(dataclasses.replace(config, resume_from_checkpoint="auto")), "step") == list(range(1, 10))
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_the_model_is_loaded(configure: Configure, monkeypatch):
+    monkeypatch.setattr(loop, "load_model", lambda *arguments: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=r"--output_dir /proc/alpaca cannot be written to: .*; choose another folder"):
+        train(configure(output_dir="/proc/alpaca"))
 
 
 def test_nothing_to_resume_starts_anew_and_says_so(configure: Configure, caplog: pytest.LogCaptureFixture):
@@ -202,16 +370,16 @@ def test_nothing_to_resume_starts_anew_and_says_so(configure: Configure, caplog:
 def test_a_failed_save_leaves_the_old_checkpoint(configure: Configure, monkeypatch: pytest.MonkeyPatch):
     config, real = configure(save_steps=4), checkpoint._write_state
 
-    def fail(trainee, folder):
+    def fail(trainee, folder, files):
         if trainee.progress.step == 8:
             raise OSError("disk on fire")
-        real(trainee, folder)
+        real(trainee, folder, files)
 
     monkeypatch.setattr(checkpoint, "_write_state", fail)
-    with pytest.raises(OSError, match="disk on fire"):
+    with pytest.raises(InputError, match=r"could not be written: disk on fire; mend that\. checkpoint-4 is untouched"):
         train(config)
     assert [path.name for path in Path(config.output_dir).iterdir() if "checkpoint" in path.name] == ["checkpoint-4"]
-    assert find_checkpoint(Path(config.output_dir), "auto").name == "checkpoint-4"
+    assert find_checkpoint(Path(config.output_dir), "auto", world=ALONE).name == "checkpoint-4"
 
 
 @pytest.mark.parametrize(
@@ -315,7 +483,7 @@ def test_the_final_folder_is_what_was_trained(configure: Configure, tiny_llama: 
     LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).save_pretrained(half)
     kept = {}
     monkeypatch.setattr(
-        loop, "finish", lambda run, *, seconds, real=loop.finish: (kept.update(run=run), real(run, seconds=seconds))
+        loop, "finish", lambda run, *, real=loop.finish, **given: (kept.update(run=run), real(run, **given))
     )
     folder = train(configure(model_name_or_path=str(half), max_steps=3, save_steps=2))
     exact = train(

@@ -117,7 +117,7 @@ def test_spellings(arguments: list[str], field: str, value: object):
     [
         (["--learning_rat", "1"], "unknown flag --learning_rat; the nearest known one is --learning_rate"),
         (["--epochs", "3"], "unknown flag --epochs"),
-        (["--lora_r=8"], "unknown flag --lora_r"),
+        (["--lora_rank=8"], "unknown flag --lora_rank"),
         (["stray"], "unexpected argument 'stray'"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--bf16", "maybe"], "expected True or False, found 'maybe'"),
@@ -169,7 +169,7 @@ def test_no_flag_is_in_two_tables():
         (["--max_steps", "0"], "--max_steps: expected a number above 0"),
         (["--warmup_ratio", "1.5"], "--warmup_ratio: expected a number from 0"),
         (["--seed", "-1"], "--seed: expected at least 0"),
-        (["--fsdp", "hybrid_shard"], '--fsdp: expected "full_shard auto_wrap"'),
+        (["--fsdp", "half_shard"], "--fsdp: expected one of full_shard, shard_grad_op, hybrid_shard, hybrid_"),
         (["--fsdp", "full_shard shard_grad_op"], "--fsdp: expected"),
         (["--eval_strategy", "steps"], "needs examples to evaluate on: hold some out with --val_set_size"),
         (["--val_set_size", "5", "--eval_data_path", "x"], "give one of them"),
@@ -242,18 +242,20 @@ def test_epochs_and_steps():
 
 
 @pytest.mark.parametrize(
-    ("text", "reshard", "offload"),
+    ("text", "reshard", "offload", "hybrid"),
     [
-        ("", True, False),
-        ("True", True, False),
-        ("full_shard auto_wrap", True, False),
-        ("full_shard auto_wrap offload", True, True),
-        ("shard_grad_op,auto_wrap", False, False),
+        ("", True, False, False),
+        ("True", True, False, False),
+        ("full_shard auto_wrap", True, False, False),
+        ("full_shard auto_wrap offload", True, True, False),
+        ("shard_grad_op,auto_wrap", False, False, False),
+        ("hybrid_shard auto_wrap", True, False, True),
+        ("hybrid_shard_zero2 auto_wrap offload", False, True, True),
     ],
 )
-def test_fsdp_words(text: str, reshard: bool, offload: bool):
+def test_fsdp_words(text: str, reshard: bool, offload: bool, hybrid: bool):
     sharding = parse_fsdp(text)
-    assert (sharding.reshard_after_forward, sharding.offload) == (reshard, offload)
+    assert (sharding.reshard_after_forward, sharding.offload, sharding.hybrid) == (reshard, offload, hybrid)
 
 
 def test_the_configuration_as_json_gives_the_same_configuration():

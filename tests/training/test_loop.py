@@ -57,7 +57,9 @@ def plain_examples(records: Path, model_file: Path, max_length: int) -> list[tup
     return examples
 
 
-def plain_training(model, examples, batches, *, micro: int, lr: float, num_steps: int, average: str) -> list[float]:
+def plain_training(
+    model, examples, batches, *, micro: int, lr: float, num_steps: int, average: str, pad_id: int = 480
+) -> list[float]:
     """Losses of the original's padded recipe; `average` "micro_batch" is the mean of transformers' own losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     warmup, losses = math.ceil(0.03 * num_steps), []
@@ -71,9 +73,9 @@ def plain_training(model, examples, batches, *, micro: int, lr: float, num_steps
         total = 0.0
         for part in parts:
             longest = max(len(examples[index][0]) for index in part)
-            ids = torch.tensor([examples[i][0] + [480] * (longest - len(examples[i][0])) for i in part])
+            ids = torch.tensor([examples[i][0] + [pad_id] * (longest - len(examples[i][0])) for i in part])
             labels = torch.tensor([examples[i][1] + [-100] * (longest - len(examples[i][1])) for i in part])
-            output = model(input_ids=ids, labels=labels, attention_mask=ids.ne(480).long())
+            output = model(input_ids=ids, labels=labels, attention_mask=ids.ne(pad_id).long())
             own = (labels[:, 1:] != -100).sum()
             loss = output.loss * own / num_targets if average == "token" else output.loss / len(parts)
             loss.backward()

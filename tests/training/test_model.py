@@ -80,7 +80,7 @@ def test_the_empty_model_has_the_whole_ones_shapes_buffers_and_ties(
     for folder in (tiny_llama, tiny_opt):
         config = configure(model_name_or_path=str(folder))
         base = open_base(config)
-        whole, empty = load_model(base, config, ALONE), _make_empty(base)
+        whole, empty = load_model(base, config, ALONE), _make_empty(base, config)
         assert {n: p.shape for n, p in whole.named_parameters()} == {n: p.shape for n, p in empty.named_parameters()}
         assert all(parameter.is_meta for parameter in empty.parameters())
         buffers = dict(empty.named_buffers())

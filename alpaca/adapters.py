@@ -1,0 +1,116 @@
+"""Adapter folders in PEFT's format: what one says of itself, read and checked without PEFT and without its base model.
+
+A LoRA adapter changes a base's linear layer W [O, I] to W + s B A, where A [r, I] and B [O, r]. B starts at zero, so an
+adapter whose B are all zero is its base (PEFT's file names: https://huggingface.co/docs/peft).
+"""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from alpaca.errors import InputError, MissingInput
+from alpaca.hf_files import list_folder, read_json
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_STEM = "adapter_model"
+_WEIGHTS_NAMES = (f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.bin")  # the second: PEFT's until 2023
+_PREFIX = "base_model.model."
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter, rather than a whole model."""
+    return (Path(folder) / CONFIG_NAME).is_file()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdapterFolder:
+    """A LoRA adapter that was read and found whole.
+
+    base_name: the base model, as adapter_config.json names it.    rank, alpha: of the layers without a pattern.
+    targets: the base's modules it changes, by their full names.   tensors: as the file names them.
+    """
+
+    path: Path
+    base_name: str
+    rank: int
+    alpha: float
+    uses_dora: bool
+    uses_rslora: bool
+    targets: tuple[str, ...]
+    tensors: dict[str, torch.Tensor]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it changes nothing: every B is zero."""
+        return not any(bool(tensor.any()) for name, tensor in self.tensors.items() if ".lora_B." in name)
+
+    def describe(self) -> str:
+        """One line for a log."""
+        kind = "".join(word for word, used in ((" DoRA", self.uses_dora), (" rsLoRA", self.uses_rslora)) if used)
+        layers = ", ".join(sorted({target.rpartition(".")[2] for target in self.targets}))
+        numbers = f"rank {self.rank}, alpha {self.alpha:g}, {len(self.targets)} layers ({layers})"
+        return f"{kind.strip() or 'LoRA'} adapter of {self.base_name}: {numbers}"
+
+
+def open_adapter(folder: str | Path) -> AdapterFolder:
+    """Read and check an adapter folder. Raises MissingInput, InputError for what is no LoRA adapter or is damaged."""
+    folder = Path(folder)
+    config = read_json(folder / CONFIG_NAME)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{folder / CONFIG_NAME}: expected the peft_type LORA, found {config.get('peft_type')!r}")
+    numbers = (config.get("r"), config.get("lora_alpha"))
+    if not all(isinstance(number, int | float) for number in numbers):
+        found = " and ".join(map(str, numbers))
+        raise InputError(f"{folder / CONFIG_NAME}: expected numbers r and lora_alpha, found {found}")
+    tensors = _read_tensors(folder)
+    adapter = AdapterFolder(
+        path=folder,
+        base_name=str(config.get("base_model_name_or_path") or ""),
+        rank=int(numbers[0]),
+        alpha=float(numbers[1]),
+        uses_dora=bool(config.get("use_dora")),
+        uses_rslora=bool(config.get("use_rslora")),
+        targets=tuple(_module_of(name) for name in tensors if ".lora_A." in name),
+        tensors=tensors,
+    )
+    _check_tensors(adapter, patterns=bool(config.get("rank_pattern")))
+    return adapter
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    file = next((folder / name for name in _WEIGHTS_NAMES if (folder / name).is_file()), None)
+    if file is None:
+        raise MissingInput(f"no {' or '.join(_WEIGHTS_NAMES)} in {folder}; found: {list_folder(folder)}")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise InputError(f"{file} is damaged: {error}; copy or train it again") from error
+
+
+def _module_of(name: str) -> str:
+    return name.removeprefix(_PREFIX).rpartition(".lora_A.")[0]
+
+
+def _check_tensors(adapter: AdapterFolder, *, patterns: bool) -> None:
+    """Every A has its B, and their shapes are the config's rank."""
+    if not adapter.targets:
+        found = f"{len(adapter.tensors)} tensors, none of them lora_A"
+        raise InputError(
+            f"{adapter.path} holds an empty adapter ({found}): it was saved without its weights. Train it again"
+        )
+    for name, a in adapter.tensors.items():
+        if ".lora_A." not in name:
+            continue
+        b = adapter.tensors.get(name.replace(".lora_A.", ".lora_B."))
+        if b is None or b.shape[1] != a.shape[0] or (a.shape[0] != adapter.rank and not patterns):
+            found = f"A {list(a.shape)}, B {'missing' if b is None else list(b.shape)}"
+            raise InputError(f"{adapter.path}: expected rank {adapter.rank} for {_module_of(name)}, found {found}")

@@ -1,0 +1,326 @@
+"""The plan against what it is about: autograd's saved tensors, real models' sizes, the peak of real processes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from alpaca.data.batching import pack
+from alpaca.errors import InputError, NotEnoughSpace
+from alpaca.tokenizer import write_llama_tokenizer
+from alpaca.training import padding_free, plan
+from alpaca.training.config import TrainConfig, resolve
+from alpaca.training.loop import train
+from alpaca.training.plan import Hardware, Setup, Work, format_table, make_setup, plan_memory, read_shape, saved_bytes
+from tests.conftest import ROOT
+from tests.training.conftest import SAMPLE, SETTINGS, flags, run_train
+
+Configure = Callable[..., TrainConfig]
+CPU = torch.device("cpu")
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LLAMA_7B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "vocab_size": 32000, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+def make_llama(num_kv_heads: int = 4) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=num_kv_heads, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def make_opt() -> OPTForCausalLM:
+    config = OPTConfig(
+        vocab_size=100, hidden_size=64, word_embed_proj_dim=64, ffn_dim=176, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, dropout=0.0, use_cache=False,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
+
+
+def shape_of(model, folder: Path) -> plan.Shape:
+    model.config.save_pretrained(folder)
+    return read_shape(folder)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [make_llama(), make_llama(2), make_opt(), BloomForCausalLM(BloomConfig(vocab_size=100, hidden_size=64, n_head=4))],
+    ids=["llama", "grouped", "opt", "bloom"],
+)
+def test_parameters_are_counted(model, tmp_path: Path):
+    assert shape_of(model, tmp_path).num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_grown_vocabulary_is_counted(tmp_path: Path):
+    model = make_llama()
+    model.config.save_pretrained(tmp_path)
+    grown = read_shape(tmp_path, num_tokens=101)
+    assert grown.num_parameters == read_shape(tmp_path).num_parameters + 2 * 64
+
+
+def test_an_unknown_kind_is_named(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "vocab_size": 9}')
+    with pytest.raises(InputError, match="no plan for model_type 'mamba'"):
+        read_shape(tmp_path)
+
+
+# What autograd keeps --------------------------------------------------------------------------------------------
+
+
+def kept_by_autograd(model, *, bf16: bool) -> tuple[int, int, int]:
+    """Bytes of the storages that a forward pass leaves to the backward pass, parameters apart; N and R."""
+    examples = []
+    for length in (100, 60, 40, 56):
+        ids = torch.randint(0, 100, (length,))
+        examples.append((ids, torch.cat([torch.full((length // 2,), -100), ids[length // 2 :]])))
+    batch = pack(examples, pad_id=0)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        padding_free.sum_packed_losses(model, batch, bf16=bf16)
+    return sum(t.untyped_storage().nbytes() for t in kept.values()), len(batch.input_ids), len(batch.target_ids)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "tolerance"),
+    [
+        (make_llama, {}, 0.002),
+        (lambda: make_llama(2), {}, 0.002),
+        (make_llama, {"bf16": True}, 0.002),
+        (make_llama, {"lora_targets": ("q_proj", "v_proj")}, 0.04),
+        (make_llama, {"lora_targets": ("q_proj", "v_proj"), "lora_dropout": 0.05}, 0.04),
+        (make_llama, {"lora_targets": ("q_proj", "v_proj"), "lora_dropout": 0.05, "bf16": True}, 0.04),
+        (make_llama, {"lora_targets": ALL}, 0.04),
+        (make_llama, {"lora_targets": ALL, "bf16": True}, 0.04),
+        (make_opt, {}, 0.03),
+    ],
+)
+def test_saved_tensors_are_counted(make, settings: dict, tolerance: float, tmp_path: Path):
+    model, targets = make(), settings.get("lora_targets", ())
+    shape = shape_of(model, tmp_path)
+    setup = Setup(
+        **{"bf16": False, "on_gpu": False, "method": "lora" if targets else "full", "lora_rank": 8, **settings}
+    )
+    if targets and setup.bf16:
+        model.to(torch.bfloat16)  # a frozen base
+    padding_free.enable(model)
+    if targets:
+        model = add_lora(model, targets, setup.lora_dropout)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert plan.count_trained(shape, setup) == trained
+    kept, num_tokens, num_targets = kept_by_autograd(model.train(), bf16=setup.bf16)
+    if setup.bf16 and not targets:
+        kept -= 2 * shape.num_linear  # autocast's copies of weights, which the plan has apart
+    expected = saved_bytes(shape, setup, work(max_tokens=num_tokens, max_targets=num_targets))
+    assert expected == pytest.approx(kept, rel=tolerance)
+
+
+def add_lora(model, targets: tuple[str, ...], dropout: float):
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=dropout, target_modules=list(targets))
+    return get_peft_model(model, settings)
+
+
+def test_checkpointing_leaves_the_inputs_of_layers(tmp_path: Path):
+    model = make_llama()
+    shape, setup = shape_of(model, tmp_path), Setup(bf16=False, on_gpu=False, gradient_checkpointing=True)
+    padding_free.enable(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kept, num_tokens, num_targets = kept_by_autograd(model.train(), bf16=False)
+    expected = saved_bytes(shape, setup, work(max_tokens=num_tokens, max_targets=num_targets))
+    # The plan counts the last norm's input twice: as the layers' output nothing else keeps it.
+    assert kept <= expected <= kept + 2 * num_tokens * 64 * 4
+
+
+def work(**values: int) -> Work:
+    defaults = {"num_examples": 4, "num_tokens": 256, "num_targets": 128, "num_steps": 1, "num_micro_batches": 1}
+    return Work(**{**defaults, "max_tokens": 2048, "max_targets": 1024, "max_length": 100, **values})
+
+
+# The peak of real processes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sized_llama(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) -> Callable[..., Path]:
+    """Folders of LLaMAs of a given size, with the tests' tokenizer."""
+
+    def make(width: int, num_layers: int, vocab_size: int) -> Path:
+        folder = tmp_path_factory.mktemp("sized") / "llama"
+        config = LlamaConfig(
+            vocab_size=vocab_size, hidden_size=width, intermediate_size=8 * width // 3 // 16 * 16,
+            num_hidden_layers=num_layers, num_attention_heads=width // 64, max_position_embeddings=512,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+        write_llama_tokenizer(sentencepiece_model, folder)
+        return folder
+
+    return make
+
+
+def compare_peak(folder: Path, tmp_path: Path, *, returns_blocks: bool, **values: object) -> float:
+    """Planned over measured, of a training in a process of its own. returns_blocks: glibc keeps nothing it frees."""
+    texts = json.loads(SAMPLE.read_text())
+    long = [{**a, "output": " ".join(r["output"] for r in texts[i : i + 6])} for i, a in enumerate(texts)]
+    (tmp_path / "data.json").write_text(json.dumps(long))
+    settings = {
+        **SETTINGS, "model_name_or_path": str(folder), "data_path": str(tmp_path / "data.json"), "max_steps": 3,
+        "output_dir": str(tmp_path / "out"), "save_strategy": "no", "global_batch_size": 16, "model_max_length": 512,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**settings, **values}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("MALLOC_MMAP_THRESHOLD_", None)
+    if returns_blocks:
+        environment["MALLOC_MMAP_THRESHOLD_"] = "131072"
+    command = [sys.executable, str(Path(__file__).with_name("memory_worker.py")), str(tmp_path / "config.json")]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    sizes = json.loads(finished.stdout.splitlines()[-1])
+    print(values, returns_blocks, {key: f"{size / 1e6:.0f} MB" for key, size in sizes.items()})
+    return sizes["planned"] / sizes["measured"]
+
+
+def test_planned_peak_is_the_measured_one(sized_llama: Callable[..., Path], tmp_path: Path):
+    ratio = compare_peak(sized_llama(256, 4, 4000), tmp_path, returns_blocks=True, max_steps=2, global_batch_size=8)
+    assert ratio == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("returns_blocks", [True, False], ids=["blocks returned", "glibc as it is"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("size", [(256, 4, 4000), (512, 4, 8000), (384, 8, 8000)], ids=["5M", "20M", "20M deep"])
+def test_planned_peak_of_larger_ones(size, micro_batch, checkpointing, returns_blocks, sized_llama, tmp_path: Path):
+    ratio = compare_peak(
+        sized_llama(*size),
+        tmp_path,
+        returns_blocks=returns_blocks,
+        per_device_train_batch_size=micro_batch,
+        gradient_checkpointing=checkpointing,
+    )
+    assert ratio == pytest.approx(1, abs=0.15)
+
+
+# Fitting, refusing, showing ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama_7b(tmp_path: Path, sentencepiece_model: Path) -> Path:
+    """LLaMA-7B's config.json and a tokenizer: no weights."""
+    folder = tmp_path / "llama-7b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_7B))
+    write_llama_tokenizer(sentencepiece_model, folder)
+    return folder
+
+
+def test_parts_of_a_known_model(llama_7b: Path):
+    shape = read_shape(llama_7b)
+    memory = plan_memory(shape, Setup(), work(num_micro_batches=16))
+    assert shape.num_parameters == 6_738_415_616
+    assert memory.weights_bytes == memory.gradients_bytes == 4 * shape.num_parameters
+    assert memory.optimizer_bytes == 8 * shape.num_parameters
+    parts = plan.memory_parts(memory)
+    assert max(parts.values()) < memory.peak_bytes <= sum(parts.values())
+    sharded = plan_memory(shape, Setup(num_processes=4), work(num_micro_batches=4))
+    assert sharded.weights_bytes == shape.num_parameters
+    offloaded = plan_memory(shape, Setup(offload=True), work(num_micro_batches=16))
+    assert offloaded.host_bytes == 16 * shape.num_parameters
+    assert offloaded.weights_bytes == offloaded.optimizer_bytes == 0
+    lower = dataclasses.replace(Setup(), gradient_checkpointing=True)
+    assert (
+        plan_memory(shape, lower, work()).activations_bytes
+        < 0.2 * plan_memory(shape, Setup(), work()).activations_bytes
+    )
+
+
+def test_quantized_bases_are_smaller(llama_7b: Path):
+    shape, adapter = read_shape(llama_7b), {"lora_rank": 8, "lora_targets": ("q_proj", "v_proj")}
+    lora, int8, nf4 = (
+        plan_memory(shape, Setup(method=method, base_quantization=kind, **adapter), work()).weights_bytes / 1e9
+        for method, kind in (("lora", "none"), ("lora", "int8"), ("qlora", "nf4"))
+    )
+    assert (lora, int8, nf4) == pytest.approx((13.5, 7.0, 3.9), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("card", "arguments", "fits", "would"),
+    [
+        ("80GB", {}, False, "--method lora"),
+        ("24GB", {"method": "lora", "per_device_train_batch_size": 16}, False, "--gradient_checkpointing True"),
+        ("24GB", {"method": "qlora", "per_device_train_batch_size": 1}, True, None),
+        ("80GB", {"plan_gpus": 4, "fsdp": "full_shard auto_wrap"}, True, None),
+        ("24GB", {}, False, "offload"),
+    ],
+)
+def test_what_fits_and_what_would(card, arguments, fits, would, llama_7b: Path, records: Path, tmp_path: Path):
+    config = TrainConfig(
+        model_name_or_path=str(llama_7b), data_path=str(records), output_dir=str(tmp_path / "out"),
+        plan_only=True, plan_memory=card, **arguments,
+    )  # fmt: skip
+    shown: list[str] = []
+    if fits:
+        plan.print_plan(config, show=shown.append)
+    else:
+        with pytest.raises(NotEnoughSpace, match="GB on each device"):
+            plan.print_plan(config, show=shown.append)
+    found = json.loads(shown[-1])
+    assert found["fits"] == fits
+    assert {"parameters", "trained", "work", "memory", "disk", "seconds", "cards"} <= found.keys()
+    assert not would or any(would in text for text in found["would_fit"])
+    assert "peak of a device" in shown[0]
+    assert all(card in shown[0] for card in ("24GB", "40GB", "80GB", "141GB"))
+
+
+def test_plan_only_is_a_command_that_ends(configure: Configure, tmp_path: Path):
+    finished = run_train([*flags(configure()), "--plan_only"])
+    lines = finished.stdout.splitlines()
+    assert json.loads(lines[-1])["work"]["num_steps"] == 15
+    assert "steps" in finished.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_too_small_is_refused_and_a_cpu_is_warned_of(configure: Configure, monkeypatch, caplog):
+    def tiny(on_gpu: bool) -> Hardware:
+        return Hardware(name="a toy", memory_bytes=1000, on_gpu=on_gpu, peak_flops=None, flops=1e9, flops_are="assumed")
+
+    monkeypatch.setattr(plan, "find_hardware", lambda device: tiny(True))
+    with pytest.raises(NotEnoughSpace, match=r"a toy has 0\.00 GB to use; no setting of one machine would fit"):
+        train(configure(max_steps=1))
+    monkeypatch.setattr(plan, "find_hardware", lambda device: tiny(False))
+    assert (train(configure(max_steps=1)) / "config.json").is_file()
+    assert "a toy has 0.00 GB to use" in caplog.text
+
+
+def test_the_plan_is_what_training_does(configure: Configure, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="alpaca")
+    config = configure(num_train_epochs=2)
+    train(config)
+    assert "plan: 0.1 M parameters, 0.1 M trained; 10 steps" in caplog.text
+    assert "10 steps, 1 of warm-up; 0.1 of 0.1 M parameters are trained" in caplog.text
+
+
+def test_table_names_every_part(configure: Configure):
+    config = resolve(configure(), num_processes=1, device=CPU)
+    planner = plan._open_planner(config)
+    own = planner.plan(make_setup(config, planner.shape, num_processes=1, on_gpu=False), plan.find_hardware(CPU))
+    table = format_table(own, [])
+    for name in ("weights", "gradients", "optimizer states", "activations", "logits", "checkpoint", "time"):
+        assert name in table
+    assert own.checkpoint_bytes == 12 * own.shape.num_parameters
