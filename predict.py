@@ -20,6 +20,8 @@ from cog import BaseRunner, CancelationException, Input, concurrent, streaming
 # slices, and a step of 5 ms takes 95. This short, it is as quick on an idle machine and 14 on a busy one (2 cores).
 # Read when torch is imported, hence here.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# oneDNN keeps a kernel for every number of rows it has met; unbounded, they come to hundreds of MB.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 from alpaca.archives import open_weights
 from alpaca.errors import AlpacaError

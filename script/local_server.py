@@ -33,8 +33,12 @@ class LocalServer:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        try:
+            self._reader = threading.Thread(target=self._read, daemon=True)
+            self._reader.start()
+        except BaseException:  # nobody else knows of the child yet
+            self.process.kill()
+            raise
 
     def wait_until(self, status: str = "READY", *, timeout_s: float = 120) -> dict[str, Any]:
         """The health report once it has `status`. Raises ServerFailedError when it cannot come any more."""
