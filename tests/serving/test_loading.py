@@ -364,9 +364,10 @@ def have_free(monkeypatch, num_bytes: int) -> None:
     monkeypatch.setattr(loading, "free_memory", lambda device: num_bytes)
 
 
-def test_too_little_memory_names_the_sizes(load, monkeypatch):
-    have_free(monkeypatch, 9_000_000)
-    sizes = r"0\.01 GB are free after the weights, .* a step takes 0\.01 GB and .* 0\.001 MB a token"
+def test_too_little_memory_names_the_sizes(load, llama_folder, monkeypatch):
+    config, running = loading.LlamaConfig.read(llama_folder), max_running(ServerSettings())
+    have_free(monkeypatch, working_bytes(config, torch.float32, num_tokens=running + 128, num_sampled=running))
+    sizes = r"0\.0\d GB are free after the weights, .* a step takes 0\.0\d GB and .* 0\.001 MB a token"
     with pytest.raises(NotEnoughSpace, match=rf"{sizes}: no request fits"):
         load()
 
