@@ -17,7 +17,6 @@ JSON object.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,7 +25,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as predict.py; read when torch is imported
+from alpaca import cpu_threads
+
+cpu_threads.set_defaults()  # as predict.py
 
 import torch
 

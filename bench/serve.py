@@ -30,6 +30,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alpaca import cpu_threads
+
+cpu_threads.set_defaults()  # as predict.py
+
 import torch
 from transformers.utils import logging as transformers_logging
 
