@@ -259,12 +259,12 @@ def thresholds(weights: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     top_k keeps so many; top_p the fewest whose probabilities, among those top_k left, reach it; min_p those at least
     so likely as that share of the most likely. Tokens that weigh the same as the last one kept are kept, too.
     """
-    falling, is_all = _falling(weights, batch)
+    falling, is_enough = _falling(weights, batch)
     rank = torch.arange(falling.shape[1], device=weights.device)
     has_top_k = batch.top_k[:, None] > 0
     left = falling.masked_fill(has_top_k & (rank >= batch.top_k[:, None]), 0.0)
     whole = left.sum(dim=-1, keepdim=True)
-    if not is_all:
+    if not is_enough:
         whole = torch.where(has_top_k, whole, weights.sum(dim=-1, keepdim=True))
     before = left.cumsum(dim=-1) - left
     is_kept = (left > 0) & ((before < batch.top_p[:, None] * whole) | (batch.top_p >= 1)[:, None])
@@ -275,7 +275,10 @@ def thresholds(weights: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
 
 def _falling(weights: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, bool]:
-    """Each row's weights in falling order [R, K], and whether these are all; on the CPU as few as decide every row."""
+    """Each row's weights in falling order [R, K], and whether their sums are all that is wanted.
+
+    On the CPU these are as few as decide every row.
+    """
     if weights.device.type != "cpu":  # a look at the values would make the host wait for the device
         return weights.sort(dim=-1, descending=True).values, True
     most = max(batch.top_k.tolist())
@@ -284,12 +287,21 @@ def _falling(weights: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor,
         wanted = torch.where(has_top_p, batch.top_p * weights.sum(dim=-1), 0.0)
         for few in _FEW_TOKENS:
             if most <= few < weights.shape[1]:
-                highest = weights.topk(few, dim=-1).values
+                highest = _highest(weights, few)
                 if bool((highest.sum(dim=-1) >= wanted).all()):
                     return highest, False
     elif most < weights.shape[1]:
-        return weights.topk(max(most, 1), dim=-1).values, False
+        return _highest(weights, max(most, 1)), True
     return weights.sort(dim=-1, descending=True).values, True
+
+
+def _highest(weights: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` highest of each row [R, V], in falling order [R, count]: they are in the chunks with the highest."""
+    chunks = weights.view(len(weights), -1, _CHUNK)
+    if count < chunks.shape[1]:
+        best = chunks.amax(dim=-1).topk(count, dim=-1, sorted=False).indices
+        weights = chunks.gather(1, best[:, :, None].expand(-1, -1, _CHUNK)).flatten(1)
+    return weights.topk(count, dim=-1).values
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
