@@ -11,7 +11,7 @@ _DEFAULTS = {
     # the main one, and are woken for each of a step's parallel parts.
     "OMP_WAIT_POLICY": "active",
     # oneDNN keeps a kernel for every number of rows it has met; unbounded, they come to hundreds of MB.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
 }
 
 
