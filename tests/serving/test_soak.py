@@ -190,11 +190,11 @@ def ask_many(server: LocalServer, count: int) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_thousand_requests_leave_the_servers_memory_flat(llama_folder, dtype):
-    """float16 is multiplied without oneDNN on a CPU, so that what is measured is the engine and the runtime."""
+    """float16 is multiplied without oneDNN on a CPU: what is measured is the engine and the runtime alone."""
     with serve(llama_folder, "--dtype", dtype) as server:
         (worker,) = psutil.Process(server.process.pid).children()
         found = []
-        for count in (600, 800):
+        for count in (1200, 1200):
             ask_many(server, count)
             found.append((resident(worker), worker.num_threads(), worker.num_fds()))
         (resident_early, threads_early, fds_early), (resident_late, threads_late, fds_late) = found
