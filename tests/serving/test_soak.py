@@ -188,9 +188,13 @@ def ask_many(server: LocalServer, count: int) -> list[str]:
     return ids
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_thousand_requests_leave_the_servers_memory_flat(llama_folder, dtype):
-    """float16 is multiplied without oneDNN on a CPU: what is measured is the engine and the runtime alone."""
+@pytest.mark.parametrize(("dtype", "most_mb"), [("float16", 6), ("float32", 30)])
+def test_a_thousand_requests_leave_the_servers_memory_flat(llama_folder, dtype, most_mb):
+    """float16 is multiplied without oneDNN on a CPU: what is measured is the engine and the runtime alone.
+
+    oneDNN makes a kernel for every number of rows it meets and keeps 16; what their coming and going leaves in the
+    allocator levels off slowly.
+    """
     with serve(llama_folder, "--dtype", dtype) as server:
         (worker,) = psutil.Process(server.process.pid).children()
         found = []
@@ -200,7 +204,7 @@ def test_a_thousand_requests_leave_the_servers_memory_flat(llama_folder, dtype):
         (resident_early, threads_early, fds_early), (resident_late, threads_late, fds_late) = found
         assert threads_late <= threads_early + 2
         assert fds_late <= fds_early + 2
-        assert resident_late - resident_early < 12  # with oneDNN its kernels for a few numbers of rows come and go
+        assert resident_late - resident_early < most_mb
         assert server.request("/health-check")["status"] == "READY"
 
 
