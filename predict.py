@@ -16,10 +16,9 @@ from typing import Iterator  # noqa: UP035  the name as Cog's documentation has 
 
 from cog import BaseRunner, CancelationException, Input, concurrent, streaming
 
-# OpenMP's threads wait for each other by spinning; where something else needs their cores they spin for whole time
-# slices, and a step of 5 ms takes 95. This short, it is as quick on an idle machine and 14 on a busy one (2 cores).
-# Read when torch is imported, hence here.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+from alpaca import cpu_threads
+
+cpu_threads.set_defaults()  # before anything below imports torch
 
 from alpaca.archives import open_weights
 from alpaca.errors import AlpacaError

@@ -15,6 +15,10 @@ from pathlib import Path as LocalPath
 
 from cog import Input, Path, current_scope
 
+from alpaca import cpu_threads
+
+cpu_threads.set_defaults()  # before anything below imports torch
+
 from alpaca.archives import open_weights, pack
 from alpaca.errors import AlpacaError, InputError, run_command
 

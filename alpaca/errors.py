@@ -7,6 +7,7 @@
     ├── OutputExists(FileExistsError)      would overwrite; a flag allows it
     ├── NotEnoughSpace(OSError)            disk or memory, both sizes named
     ├── MissingPackage(ImportError)        an optional package; the command that installs it
+    ├── NumbersOverflow(ArithmeticError)   a precision too narrow for the model
     └── EngineClosed(RuntimeError)         the serving engine cannot take or finish requests
 
 Whatever is not an `AlpacaError` is a bug and keeps its traceback.
@@ -42,6 +43,10 @@ class NotEnoughSpace(AlpacaError, OSError):
 
 class MissingPackage(AlpacaError, ImportError):
     """An optional package is needed for what was asked."""
+
+
+class NumbersOverflow(AlpacaError, ArithmeticError):
+    """The model computes what is no number: its weights are damaged, or the precision is too narrow."""
 
 
 class EngineClosed(AlpacaError, RuntimeError):

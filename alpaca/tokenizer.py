@@ -141,7 +141,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer in {folder} names no eos_token; add it to its tokenizer_config.json")
         self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        self.pad_id, self.size = self._tokenizer.pad_token_id, len(self._tokenizer)
+        self.pad_id, self.size = self._tokenizer.pad_token_id, self._count_ids()
         self.base_size = self._tokenizer.vocab_size
         self.special_ids = frozenset(self._tokenizer.all_special_ids)
         around = self._tokenizer("")["input_ids"]
@@ -159,15 +159,33 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.pad_id is not None:
             return False
         self._tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-        self.pad_id, self.size = self._tokenizer.pad_token_id, len(self._tokenizer)
+        self.pad_id, self.size = self._tokenizer.pad_token_id, self._count_ids()
         self.special_ids |= {self.pad_id}
         return True
 
     def save(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(folder)
 
+    def _count_ids(self) -> int:
+        """One more than the highest id: a vocabulary may leave some out."""
+        return max(self._tokenizer.get_vocab().values()) + 1
+
 
 # Loading ------------------------------------------------------------------------------------------------------
+
+
+def read_eos_ids(folder: Path, tokenizer: Tokenizer, *, vocab_size: int) -> frozenset[int]:
+    """EOS by the tokenizer, and by the folder's configs unless their ids are known not to be trusted.
+
+    Ids that the model has no row for are left out.
+    """
+    named = {tokenizer.eos_id}
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        for name in ("config.json", "generation_config.json"):
+            if (folder / name).is_file():
+                ids = read_json(folder / name).get("eos_token_id")
+                named |= {ids} if isinstance(ids, int) else set(ids or ())
+    return frozenset(token_id for token_id in named if 0 <= token_id < vocab_size)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -17,12 +17,12 @@ def describe_device() -> dict[str, object]:
     return {"threads": torch.get_num_threads(), "load_average_before": round(os.getloadavg()[0], 2)}
 
 
-def measure_bandwidth() -> float:
+def measure_bandwidth(device: str = DEVICE) -> float:
     """Bytes a second: of a GPU copying within its memory (read and written), of a CPU reading, or copying if faster."""
-    source = torch.ones(_COPIED_BYTES // 4, device=DEVICE)
+    source = torch.ones(_COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     copying = 2 * _COPIED_BYTES / _fastest(lambda: target.copy_(source))
-    return copying if DEVICE == "cuda" else max(copying, _COPIED_BYTES / _fastest(source.sum))
+    return copying if device == "cuda" else max(copying, _COPIED_BYTES / _fastest(source.sum))
 
 
 def _fastest(call: Callable[[], object], *, repeats: int = 6) -> float:

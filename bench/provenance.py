@@ -43,9 +43,11 @@ def gpu_driver(version_file: Path = Path("/proc/driver/nvidia/version")) -> str:
 
 
 def commit() -> str:
-    """HEAD, marked where the tree differs from it; "unknown" without git or outside of a repository."""
+    """HEAD, marked where the tree differs from it; without git or outside of a repository what ALPACA_COMMIT says."""
     head = git("rev-parse", "HEAD")
-    return head + ("-dirty" if git("status", "--porcelain") else "") if head else "unknown"
+    if not head:
+        return os.environ.get("ALPACA_COMMIT") or "unknown"
+    return head + ("-dirty" if git("status", "--porcelain") else "")
 
 
 def git(*arguments: str) -> str:

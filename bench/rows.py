@@ -105,7 +105,7 @@ def _row(quick: bool, way: str, clients: int, *, name: str = "", num_requests: i
 
 def _rows_of_one(quick: bool, compiled: bool) -> list[Row]:
     few = 2 if DEVICE == "cpu" else 4
-    rows = [_row(quick, "generate", 1, name="generate", num_requests=2 if quick else 8)]
+    rows = [_row(quick, "generate", 1, name="generate", num_requests=2 if quick else 8 if DEVICE == "cpu" else 4)]
     if compiled:
         rows.append(_row(quick, "compiled", 1, name="generate compiled", num_requests=few))
     rows += [_row(quick, way, 1, num_requests=few) for way in ("engine", *OVER_HTTP)]

@@ -30,6 +30,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alpaca import cpu_threads
+
+cpu_threads.set_defaults()  # as predict.py
+
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -55,7 +59,7 @@ from bench.ways import (
     load_model,
     make_requests,
 )
-from script.local_server import running_server
+from script.local_server import running_server, stop_children_on_sigterm
 
 PACKAGES = ("torch", "transformers")
 _LOADING_LIMIT_S = 300.0
@@ -83,6 +87,7 @@ class BenchConfig:
 
 def main() -> None:
     config = parse_flags()
+    stop_children_on_sigterm()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     origin = {**provenance("serve", PACKAGES), "device": describe_device()}  # before the work, of the sources it ran
@@ -90,8 +95,10 @@ def main() -> None:
     with model_folder(config.weights, config.shape, config.dtype) as folder:
         print(f"{folder} ready after {time.monotonic() - start:.0f} s", file=sys.stderr)
         bench = Bench(config, folder, deadline=start + config.budget_s)
-        bench.run()
-        report(bench, origin, seconds=time.monotonic() - start)
+        try:
+            bench.run()
+        finally:  # whoever is told to end tells what there is
+            report(bench, origin, seconds=time.monotonic() - start)
 
 
 def parse_flags(arguments: Sequence[str] | None = None) -> BenchConfig:
@@ -103,7 +110,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> BenchConfig:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--quantization", default="none", help="of the engine and the server; the baselines have none")
     parser.add_argument("--rounds", type=int, default=3, help="a quick run has one")
-    parser.add_argument("--budget_s", type=float, default=440, help="no round starts that would end after this")
+    parser.add_argument("--budget_s", type=float, default=440, help="no round that would end later, no row after it")
     parser.add_argument("--compiled", action="store_true", help="also `generate` with static cache and torch.compile")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
@@ -160,6 +167,9 @@ class Bench:
                 return
             bandwidth = measure_bandwidth()
             for row in rows:
+                if time.monotonic() > deadline:
+                    self.results.failures.setdefault(row.name, "no time was left")
+                    continue
                 self._guarded(row, self._take_sample, number, bandwidth)
             longest = max(longest, time.monotonic() - start)
             self.results.rounds = max(self.results.rounds, number + 1)

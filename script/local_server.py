@@ -33,8 +33,12 @@ class LocalServer:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        try:
+            self._reader = threading.Thread(target=self._read, daemon=True)
+            self._reader.start()
+        except BaseException:  # nobody else knows of the child yet
+            self.process.kill()
+            raise
 
     def wait_until(self, status: str = "READY", *, timeout_s: float = 120) -> dict[str, Any]:
         """The health report once it has `status`. Raises ServerFailedError when it cannot come any more."""
@@ -97,6 +101,22 @@ class LocalServer:
         return {}
 
 
+@contextlib.contextmanager
+def _sigterm_deferred() -> Iterator[None]:
+    """A SIGTERM meanwhile counts at the end: an exception out of Popen would leave the child without an owner."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set, and none runs
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if received:
+        signal.raise_signal(signal.SIGTERM)
+
+
 def stop_children_on_sigterm() -> None:
     """Let SIGTERM end this program as an exception does, so that the server it runs is stopped, too."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -107,12 +127,15 @@ def running_server(
     flags: list[str], *, env: dict[str, str] | None = None, on_failure: Callable[[str], object] = lambda logs: None
 ) -> Iterator[LocalServer]:
     """A server that is ready, stopped at the end of the block."""
-    server = LocalServer(flags, env=env)
+    server: LocalServer | None = None
     try:
+        with _sigterm_deferred():
+            server = LocalServer(flags, env=env)
         server.wait_until("READY")
         yield server
     except BaseException:
-        on_failure(server.log_text())
+        on_failure(server.log_text() if server else "")
         raise
     finally:
-        server.stop()
+        if server is not None:
+            server.stop()

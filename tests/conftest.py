@@ -5,9 +5,12 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as predict.py
 
 import pytest
+
+from alpaca import cpu_threads
+
+cpu_threads.set_defaults()
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -44,12 +44,12 @@ class ScarceServer:
         waiting = self.context - 100
         running = max(200, self.room - waiting + 64)
         assert self.context - running > 500, "time enough to cancel"
-        # BOS and a token a letter: neither "x" nor "y" is part of a longer piece.
+        # BOS, the space put in front, and a token a letter: neither "x" nor "y" is part of a longer piece.
         self.running = {
-            **RAW, "prompt": "x" * (running - 1), "max_new_tokens": 2048, "min_new_tokens": 2048, "stream": True,
+            **RAW, "prompt": "x" * (running - 2), "max_new_tokens": 2048, "min_new_tokens": 2048, "stream": True,
             "temperature": 0,
         }  # fmt: skip
-        self.waiting = {**RAW, "prompt": "y" * (waiting - 1), "max_new_tokens": 1}
+        self.waiting = {**RAW, "prompt": "y" * (waiting - 2), "max_new_tokens": 1}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def scarce(llama_folder) -> Iterator[ScarceServer]:
     settings, config = ServerSettings(concurrency=4), LlamaConfig.read(llama_folder)
     rows = max_running(settings)
     wanted = working_bytes(config, torch.float32, num_tokens=rows + 128, num_sampled=rows)
-    wanted += 145 * BLOCK_SIZE * config.kv_bytes_per_token(torch.float32)
-    fraction = 4 * wanted / free_memory(torch.device("cpu"))  # of a CPU's memory the plan takes a quarter
+    wanted += 4 * 145 * BLOCK_SIZE * config.kv_bytes_per_token(torch.float32)  # of which the cache gets a quarter
+    fraction = wanted / free_memory(torch.device("cpu"))
     flags = ["--weights", str(llama_folder), "--concurrency", "4", "--memory_fraction", str(fraction)]
     with running_server(flags, on_failure=print) as server:
         yield ScarceServer(server)
@@ -182,16 +182,15 @@ def test_mixed_loads_get_what_they_get_alone(server):
         {**base, "prompt": "word " * 3000},
         {**base, "prompt": "x", "stream": True, "n": 2},
         {**base, "prompt": "penalised", "repetition_penalty": 1.3},
-        {**base, "prompt": "short", "total_tokens": 90},
+        {**base, "prompt": "short", "total_tokens": 150},
     ]
 
-    def outcome(asked: dict) -> tuple[str, str, int]:
+    def outcome(asked: dict) -> tuple[str, str]:
         prediction = server.predict(asked)
-        text = "".join(prediction.get("output") or [])
-        return prediction["status"], text, (prediction.get("metrics") or {}).get("output_tokens", 0)
+        return prediction["status"], "".join(prediction.get("output") or [])
 
     alone = [outcome(asked) for asked in kinds]
-    assert [status for status, _, _ in alone] == ["succeeded"] * 4 + ["failed"] * 2 + ["succeeded"] * 2
+    assert [status for status, _ in alone] == ["succeeded"] * 4 + ["failed"] * 2 + ["succeeded"] * 2
     for _ in range(3):
         assert in_threads(16, lambda i: outcome(kinds[i % 8])) == alone * 2
 
@@ -213,7 +212,7 @@ def test_beam_search_says_which_engine_it_is(server, llama_folder):
     asked = {**RAW, "prompt": "The capital of", "num_beams": 3, "n": 2, "max_new_tokens": 8, "min_new_tokens": 8}
     prediction = server.predict(asked)
     assert prediction["status"] == "succeeded"
-    assert "beam search runs in transformers" in prediction["logs"]
+    assert "num_beams 3: beam search, by the transformers engine" in prediction["logs"]
     tokenizer = load_tokenizer(llama_folder)
     prompt = torch.tensor([[1, *tokenizer.encode("The capital of")]])
     model = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
@@ -231,11 +230,11 @@ def test_beam_search_says_which_engine_it_is(server, llama_folder):
 
 def test_room_is_scarce(scarce):
     """What the next two tests rest on: one waits for the other's pages, and runs to its end if nobody cancels."""
-    took = running_time(scarce)
     events, waited = run_with_one_waiting(scarce, lambda: None)
     assert events[-1][2]["status"] == "succeeded"
     assert waited["status"] == "succeeded"
-    assert waited["metrics"]["queue_s"] > took / 2
+    ran_s = next(at for at, name, _ in events if name == "completed") - events[0][0]
+    assert 0.5 * ran_s < waited["metrics"]["queue_s"] < 1.5 * ran_s
 
 
 def test_cancel_frees_slot_and_pages(scarce):
@@ -247,11 +246,11 @@ def test_cancel_frees_slot_and_pages(scarce):
 
 
 def test_disconnect_frees_slot_and_pages(scarce):
-    took = running_time(scarce)
-    sse_events(scarce.server.url, scarce.running, stop_after=2)
-    waited = scarce.server.predict(scarce.waiting)
-    assert waited["status"] == "succeeded"
-    assert waited["metrics"]["queue_s"] < took / 2
+    address, headers = f"{scarce.server.url}/predictions/to-leave", {"Accept": "text/event-stream"}
+    with httpx.stream("PUT", address, json={"input": scarce.running}, headers=headers, timeout=60) as reply:
+        assert chunks(list(read_events(reply, stop_after=2)))
+    assert scarce.server.predict(scarce.waiting)["status"] == "succeeded"
+    assert re.search(r"Prediction cancelled.*to-leave", scarce.server.log_text())  # it had not come to its end
 
 
 def test_a_cancelled_request_that_waits_never_runs(scarce):
@@ -275,7 +274,7 @@ def test_what_can_never_fit_fails_at_once_naming_the_sizes(scarce):
     running = threading.Thread(target=lambda: stream_until_end(scarce, first))
     running.start()
     assert first.wait(timeout=20)
-    refused = scarce.server.predict({**RAW, "prompt": "y" * scarce.context})
+    refused = scarce.server.predict({**RAW, "prompt": "y" * (scarce.context - 1)})
     assert running.is_alive()  # it did not wait for the other
     running.join()
     assert refused["status"] == "failed"
@@ -283,15 +282,7 @@ def test_what_can_never_fit_fails_at_once_naming_the_sizes(scarce):
         f"the prompt is {scarce.context + 1} tokens long and the model's context is {scarce.context}"
         in refused["error"]
     )
-    assert "refused: the prompt is" in refused["logs"]
-
-
-def running_time(scarce: ScarceServer) -> float:
-    """Seconds that the long request takes when nobody disturbs it."""
-    start = time.monotonic()
-    events = sse_events(scarce.server.url, scarce.running)
-    assert events[-1][2]["status"] == "succeeded"
-    return time.monotonic() - start
+    assert f"refused: the prompt is {scarce.context + 1} tokens" in scarce.server.log_text()
 
 
 def stream_until_end(scarce: ScarceServer, first: threading.Event) -> list[tuple[float, str, dict]]:
@@ -375,7 +366,7 @@ def test_with_the_hook_the_future_cancels_the_generation(predictor, caplog):
     pieces = future.result(timeout=10)
     seen = [next(pieces)]
     assert future.cancel() is True
-    with pytest.raises(BaseException, match="^$") as ended:  # Cog's exception has no text
+    with pytest.raises(BaseException, match=r"^$") as ended:  # Cog's exception has no text
         seen += pieces
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
@@ -427,7 +418,7 @@ def test_the_log_says_what_was_loaded_and_how_long_it_took(server, llama_folder)
         r"\d+ pages of 16 tokens \(\d\.\d\d GB\), up to 80 sequences a step; no graphs",
         log,
     )
-    names = ["imports", "tokenizer", "weights", "cache", "kernels and graphs", "first request"]
+    names = ["start and imports", "tokenizer", "weights", "cache", "kernels and graphs", "first request"]
     assert re.search("ready: " + ", ".join(rf"{name} \d+\.\d s" for name in names), log)
     assert "no hook for cancellation" not in log  # on the Cog version that is pinned
 
@@ -445,17 +436,9 @@ def test_setup_without_weights_says_which_step_is_missing(tmp_path):
     server.stop()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--engine", "llama", "--memory_fraction", "0.00001"], r"GB are free after the weights; a step takes 0\.0"),
-        (["--max_context", "1"], r"ALPACA_MAX_CONTEXT"),
-    ],
-    ids=["memory", "context"],
-)
-def test_setup_that_cannot_work_fails_in_a_sentence(llama_folder, flags, message):
-    server = LocalServer(["--weights", str(llama_folder), *flags])
-    with pytest.raises(ServerFailedError, match=message):
+def test_setup_without_memory_fails_in_a_sentence(llama_folder):
+    server = LocalServer(["--weights", str(llama_folder), "--memory_fraction", "0.00001"])
+    with pytest.raises(ServerFailedError, match=r"GB are free after the weights, .* no request fits"):
         server.wait_until("READY", timeout_s=60)
     server.stop()
 
@@ -494,6 +477,29 @@ def test_script_predict_ended_by_a_signal_leaves_no_server(llama_folder):
     _, alive = psutil.wait_procs(children, timeout=10)
     assert children
     assert not alive
+
+
+def test_a_signal_while_the_server_is_being_started_leaves_none(monkeypatch):
+    """What the test above meets now and then on a busy machine, made to happen."""
+    popen, started = subprocess.Popen, []
+
+    def start_sleep(command: list[str], **options) -> subprocess.Popen:
+        started.append(popen(["sleep", "60"], **options))
+        return started[-1]
+
+    def end_by_signal(*args, **options):
+        sys.exit(143)  # as stop_children_on_sigterm has it
+
+    monkeypatch.setattr("local_server.subprocess.Popen", start_sleep)
+    monkeypatch.setattr("local_server.threading.Thread", end_by_signal)
+    with pytest.raises(SystemExit, match="143"), running_server([]):
+        pass
+    try:
+        assert started[0].wait(timeout=1) is not None
+    finally:
+        started[0].kill()
+        started[0].wait()
+        started[0].stdout.close()
 
 
 def test_script_predict_prints_what_cog_predict_does(llama_folder):

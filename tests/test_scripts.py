@@ -27,9 +27,14 @@ PROPERTIES = {
 def test_every_setting_is_a_flag():
     flags = []
     for item in dataclasses.fields(ServerSettings):
-        value = {"dtype": "float32", "quantization": "nf4", "engine": "transformers", "weights": "/w"}.get(
-            item.name, "1"
-        )
+        named = {
+            "dtype": "float32",
+            "quantization": "nf4",
+            "engine": "transformers",
+            "weights": "/w",
+            "max_context": "9",
+        }
+        value = named.get(item.name, "1")
         flags += [f"--{item.name}", value]
     made = serve.runtime_environment(serve.parse_arguments(flags), {})
     for item in dataclasses.fields(ServerSettings):
@@ -92,7 +97,7 @@ def test_scripts_are_executable_and_ci_runs_the_tests():
 
 def test_readme_says_what_is_there():
     readme = (ROOT / "README.md").read_text()
-    for command in re.findall(r"\bscript/[a-z_]+", readme):
+    for command in re.findall(r"\bscript/[a-z_]+(?:\.py)?", readme):
         assert (ROOT / command).exists(), command
     first = next(i for i, line in enumerate(readme.splitlines()) if line.startswith("script/demo"))
     assert first < 30

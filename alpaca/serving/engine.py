@@ -55,6 +55,7 @@ class Generation:
         self._submitted_at = time.monotonic()
         self._started_at = self._first_token_at = self._last_token_at = self._flushed_at = 0.0
         self._num_tokens = 0
+        self._num_surplus = 0
 
     # The engine's side
 
@@ -81,9 +82,10 @@ class Generation:
         if not self._unsent:
             return
         has_ended = self._num_finished == self.request.n
-        is_due = self.request.reads_along and self._last_token_at >= self._flushed_at + interval_s
+        now = time.monotonic()
+        is_due = self.request.reads_along and now >= self._flushed_at + interval_s
         if has_ended or is_due:
-            self._flushed_at = self._last_token_at
+            self._flushed_at = now
             events, self._unsent = self._unsent, []
             self._sent.put(events)
 
@@ -124,6 +126,10 @@ class Generation:
         """The reader wants no more of one completion; its end event still comes."""
         self._stopped.add(completion)
 
+    def leave_out(self) -> None:
+        """The reader got a token of a completion that it had stopped: it is no part of the answer."""
+        self._num_surplus += 1
+
     def cancel(self) -> None:
         """The engine drops the request before its next token; the reader is woken at once."""
         self._cancelled.set()
@@ -136,7 +142,7 @@ class Generation:
         return {
             "prompt_tokens": len(self.request.prompt_ids),
             "cached_tokens": self.cached_tokens,
-            "output_tokens": self._num_tokens,
+            "output_tokens": self._num_tokens - self._num_surplus,
             "queue_s": self._started_at - self._submitted_at,
             "time_to_first_token_s": (self._first_token_at or end) - self._submitted_at,
             "tokens_per_second": self._num_tokens / seconds,
@@ -187,15 +193,20 @@ def complete_texts(generation: Generation, texts: list[CompletionText]) -> Itera
 def _advance(generation: Generation, text: CompletionText, event: Event) -> str:
     if isinstance(event, FinishedEvent):
         return text.finish()
+    if text.stopped:
+        generation.leave_out()
+        return ""
     piece = text.push(event.token_id)
     if text.stopped:
         generation.stop(event.completion)
     return piece
 
 
-_DEVICE_ERRORS = ("CUDA error", "device-side assert", "NCCL")
+_DEVICE_ERRORS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "device-side assert", "NCCL")
+_MEMORY_ERRORS = ("out of memory", "ALLOC_FAILED")
 
 
 def is_device_lost(error: BaseException) -> bool:
     """Whether an error means that the device is of no more use to this process. Out of memory passes."""
-    return any(sign in str(error) for sign in _DEVICE_ERRORS) and type(error).__name__ != "OutOfMemoryError"
+    text = str(error)
+    return any(sign in text for sign in _DEVICE_ERRORS) and not any(sign in text for sign in _MEMORY_ERRORS)

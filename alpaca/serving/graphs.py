@@ -41,9 +41,10 @@ class CudaReplayer:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # one for all: libraries keep a workspace for each
 
     def __call__(self, function: Callable[[], None]) -> Replayable:
-        stream = torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function()  # compiles kernels and lets libraries allocate, which a capture must not
@@ -141,7 +142,7 @@ class DecodeGraphs:
         # Copied, as sampling changes its scores in place and a replay must find the logits as they were.
         ids = sample(at_least_float32(self._logits[size]).clone(), batch)
         self._ids[:size].copy_(ids)
-        self._runner.last_ids.index_copy_(0, inputs["state_rows"], ids)
+        self._runner.last_ids.index_copy_(0, inputs["state_rows"], ids.clamp(min=0))
 
 
 class _Staging:

@@ -16,10 +16,14 @@ import torch.nn.functional as F  # noqa: N812
 
 from alpaca.errors import InputError
 from alpaca.hf_files import read_json
-from alpaca.serving.linear import Linear
+from alpaca.serving.linear import Linear, PlainLinear
 from alpaca.serving.ops import AttentionBatch
 
-_OWN_ROPE_TYPES = ("default", "linear", "llama3")
+_ROPE_NUMBERS = {  # the types this engine knows, and what each needs beside rope_theta
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 class UnsupportedModelError(InputError):
@@ -99,8 +103,11 @@ def _rope_of(values: dict[str, Any]) -> dict[str, Any]:
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    if rope["rope_type"] not in _OWN_ROPE_TYPES:
-        raise UnsupportedModelError(f"rope type {rope['rope_type']!r} is not one of {', '.join(_OWN_ROPE_TYPES)}")
+    if rope["rope_type"] not in _ROPE_NUMBERS:
+        raise UnsupportedModelError(f"rope type {rope['rope_type']!r} is not one of {', '.join(_ROPE_NUMBERS)}")
+    for name in ("rope_theta", *_ROPE_NUMBERS[rope["rope_type"]]):
+        if not isinstance(rope.get(name), (int, float)):
+            raise InputError(f"rope type {rope['rope_type']!r} needs a number {name!r} in config.json; found {rope}")
     return rope
 
 
@@ -207,7 +214,9 @@ class LlamaModel:
         """Of all weights."""
         linears = [self.head, *(p for layer in self.layers for p in (layer.qkv, layer.attention_out, layer.gate_up, layer.down))]  # fmt: skip  # noqa: E501
         norms = (2 * len(self.layers) + 1) * self.norm.nbytes
-        return self.embedding.nbytes + norms + sum(linear.num_bytes for linear in linears)
+        is_shared = isinstance(self.head, PlainLinear) and self.head.weight.data_ptr() == self.embedding.data_ptr()
+        table = 0 if is_shared else self.embedding.nbytes
+        return table + norms + sum(linear.num_bytes for linear in linears)
 
     def forward(self, inputs: StepInputs, cache: KeyValueCache) -> torch.Tensor:
         """Hidden states [N, D] after the last norm; the cache gets the step's keys and values."""

@@ -16,11 +16,11 @@ from queue import Empty, SimpleQueue
 
 import torch
 
-from alpaca.errors import EngineClosed, InputError, PromptTooLong
+from alpaca.errors import EngineClosed, InputError, NumbersOverflow, PromptTooLong
 from alpaca.serving.engine import Engine, Generation, is_device_lost
 from alpaca.serving.request import Request
 from alpaca.serving.runner import Launched, Runner
-from alpaca.serving.sampling import Choices
+from alpaca.serving.sampling import Choices, require_finite
 from alpaca.serving.scheduler import Scheduler, Sequence, Work
 from alpaca.tokenizer import Tokenizer
 
@@ -73,14 +73,19 @@ class LlamaEngine(Engine):
 
     def submit(self, request: Request) -> Generation:
         if request.num_beams > 1:
+            self._require_open()
+            logger.info("num_beams %d: beam search, by the transformers engine", request.num_beams)
             return self._beams.get().submit(request)
         self._check(request)
         generation = Generation(request)
         with self._closing:
-            if self._is_closed or self._lost is not None:
-                raise EngineClosed(f"the engine takes no requests: {self._lost or 'it is shut down'}")
+            self._require_open()
             self._arrivals.put(generation)
         return generation
+
+    def _require_open(self) -> None:
+        if self._is_closed or self._lost is not None:
+            raise EngineClosed(f"the engine takes no requests: {self._lost or 'it is shut down'}")
 
     def is_healthy(self) -> bool:
         return self._thread.is_alive() and self._lost is None and not self._is_closed
@@ -94,9 +99,10 @@ class LlamaEngine(Engine):
 
     def _check(self, request: Request) -> None:
         """Refuse at once what could never run."""
-        last = max(request.prompt_ids)
-        if min(request.prompt_ids) < 0 or last >= self._runner.model.config.vocab_size:
-            raise InputError(f"token id {last} is outside of the model's {self._runner.model.config.vocab_size} rows")
+        num_rows = self._runner.model.config.vocab_size
+        outside = [token_id for token_id in request.prompt_ids if not 0 <= token_id < num_rows]
+        if outside:
+            raise InputError(f"token id {outside[0]} is outside of the model's {num_rows} rows")
         length = len(request.prompt_ids) + request.max_new_tokens
         fits = self._scheduler.fits(Sequence(request.prompt_ids, max_new_tokens=request.max_new_tokens))
         if length > self.max_context or not fits:
@@ -141,19 +147,14 @@ class LlamaEngine(Engine):
 
     def _enqueue(self, generation: Generation) -> None:
         request = generation.request
-        sequences: list[Sequence] = []
+        sequences = self._sequences[generation] = []
         for index in range(request.n):
-            choices = Choices(
-                request, index, vocab_size=self._runner.vocab_size, eos_ids=self._runner.eos_ids,
-                device=self._runner.model.device,
-            )  # fmt: skip
-            owner = Completion(generation, index, choices)
+            owner = Completion(generation, index, Choices(request, index, eos_ids=self._runner.eos_ids))
             leader = sequences[0] if sequences else None
             sequences.append(
                 Sequence(request.prompt_ids, max_new_tokens=request.max_new_tokens, leader=leader, owner=owner)
             )
             self._scheduler.add(sequences[-1])
-        self._sequences[generation] = sequences
 
     def _drop_cancelled(self) -> None:
         for generation in [generation for generation in self._sequences if generation.is_cancelled]:
@@ -205,12 +206,12 @@ class LlamaEngine(Engine):
                 self._fail(work.sequence.owner.generation, own_error)
 
     def _note_loss(self, error: Exception) -> None:
-        """Out of memory passes; a lost device stays lost in this process."""
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        elif is_device_lost(error):
+        """A lost device stays lost in this process. Out of memory passes."""
+        if is_device_lost(error):
             with self._closing:
                 self._lost = error
+        elif torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _fail(self, generation: Generation, error: Exception) -> None:
         self._drop(generation)
@@ -235,7 +236,7 @@ class LlamaEngine(Engine):
             for work in launched.works:
                 self._fail(work.sequence.owner.generation, error)
             return
-        for work, token_id in zip(launched.works, ids, strict=True):
+        for work, token_id in zip(launched.sampled, ids, strict=True):
             if not work.sequence.is_finished:
                 self._scheduler.append(work.sequence, token_id)
                 self._advance(work.sequence, token_id)
@@ -248,6 +249,11 @@ class LlamaEngine(Engine):
         """One more token of a completion, which may be its last."""
         completion: Completion = sequence.owner
         generation = completion.generation
+        try:
+            require_finite(token_id)
+        except NumbersOverflow as error:
+            self._fail(generation, error)
+            return
         is_eos, is_stopped = token_id in self._runner.eos_ids, generation.is_stopped(completion.index)
         if not (is_eos or is_stopped):
             generation.put_token(completion.index, token_id)
@@ -269,16 +275,20 @@ class _Lazily:
     def __init__(self, make: Callable[[], Engine]) -> None:
         self._make = make
         self._engine: Engine | None = None
+        self._is_closed = False
         self._lock = threading.Lock()
 
     def get(self) -> Engine:
         with self._lock:
+            if self._is_closed:
+                raise EngineClosed("the engine takes no requests: it is shut down")
             if self._engine is None:
                 self._engine = self._make()
             return self._engine
 
     def close(self) -> None:
         with self._lock:
+            self._is_closed = True
             if self._engine is not None:
                 self._engine.close()
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from alpaca.errors import MissingInput, NotEnoughSpace
-from alpaca.hf_files import WeightsFolder, list_folder, read_json
+from alpaca.errors import InputError, MissingInput, NotEnoughSpace
+from alpaca.hf_files import WeightsFolder, list_folder
 from alpaca.prompts import RAW_TEMPLATE
 from alpaca.serving.cache import BlockPool
 from alpaca.serving.detokenize import CompletionText
@@ -17,13 +17,13 @@ from alpaca.serving.graphs import DecodeGraphs
 from alpaca.serving.housekeeping import Phases
 from alpaca.serving.llama import KeyValueCache, LlamaConfig, LlamaModel, UnsupportedModelError
 from alpaca.serving.llama_engine import LlamaEngine
-from alpaca.serving.plan import BLOCK_SIZE, PREFILL_TOKENS, MemoryPlan, plan_memory
+from alpaca.serving.plan import BLOCK_SIZE, PREFILL_TOKENS, MemoryPlan, advice, plan_memory
 from alpaca.serving.request import PredictionInputs, make_request
 from alpaca.serving.runner import Runner
 from alpaca.serving.scheduler import Scheduler
 from alpaca.serving.settings import ServerSettings
 from alpaca.serving.weights import load_llama, reading_size
-from alpaca.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from alpaca.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,14 @@ def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = 
     Raises the errors of `alpaca.errors`.
     """
     phases = phases or Phases()
-    engine = _choose_engine(folder, settings, phases)
-    answer_one_request(engine)
+    try:
+        engine = _choose_engine(folder, settings, phases)
+        answer_one_request(engine)
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughSpace(
+            f"the GPU's memory does not suffice for {folder}, quantization {settings.quantization}: "
+            f"{str(error).splitlines()[0]} {advice(settings)}; a lower ALPACA_MEMORY_FRACTION leaves more for a step"
+        ) from error
     phases.end("first request")
     return engine
 
@@ -63,6 +69,9 @@ def _choose_engine(folder: Path, settings: ServerSettings, phases: Phases) -> En
             raise
         logger.info("served by transformers: %s", error)
         return _load_transformers(folder, settings, phases)
+    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        logger.info("served by transformers: %s has no safetensors", folder)
+        return _load_transformers(folder, settings, phases)
     return _load_llama(folder, config, settings, phases)
 
 
@@ -78,7 +87,7 @@ def _load_transformers(folder: Path, settings: ServerSettings, phases: Phases) -
 def _load_llama(folder: Path, config: LlamaConfig, settings: ServerSettings, phases: Phases) -> LlamaEngine:
     """A LLaMA engine on the GPU, or the CPU where there is none."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = choose_dtype(settings, device)
     if settings.max_context is not None and settings.max_context > config.max_context:
         logger.warning(
             "ALPACA_MAX_CONTEXT %d is cut to the model's context of %d tokens", settings.max_context, config.max_context
@@ -89,9 +98,9 @@ def _load_llama(folder: Path, config: LlamaConfig, settings: ServerSettings, pha
     model = _load_model(folder, config, settings, device=device, dtype=dtype)
     phases.end("weights")
     plan = plan_memory(config, settings, free_bytes=free_memory(device), device=device.type, dtype=dtype)
-    runner, scheduler = _make_runner(
-        model, plan, vocab_size=min(config.vocab_size, tokenizer.size), eos_ids=eos_ids(folder, tokenizer)
-    )
+    vocab_size = min(config.vocab_size, tokenizer.size)
+    eos_ids = read_eos_ids(folder, tokenizer, vocab_size=vocab_size)
+    runner, scheduler = _make_runner(model, plan, vocab_size=vocab_size, eos_ids=eos_ids)
     phases.end("cache")
     _warm_up(runner, plan)
     phases.end("kernels and graphs")
@@ -108,7 +117,7 @@ def _load_llama(folder: Path, config: LlamaConfig, settings: ServerSettings, pha
         scheduler,
         tokenizer,
         max_context=plan.max_context,
-        beams=_beams(folder, settings, model, tokenizer, plan.max_context),
+        beams=_beams(folder, settings, runner, tokenizer, plan.max_context),
         launches_ahead=device.type == "cuda",
     )
 
@@ -120,23 +129,25 @@ def _load_model(
 
     weights = WeightsFolder(folder)
     total = reading_size(config, weights)
-    try:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None, file=sys.stderr) as bar:
-            return load_llama(
-                weights,
-                config,
-                device=device,
-                dtype=dtype,
-                quantization=settings.quantization,
-                num_positions=config.max_context,
-                ops=choose_ops(device),
-                progress=bar.update,
-            )
-    except torch.OutOfMemoryError as error:
-        raise NotEnoughSpace(
-            f"{folder} does not fit the GPU as {dtype}, quantization {settings.quantization}: "
-            f"set ALPACA_QUANTIZATION to int8 or nf4 ({error})"
-        ) from error
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None, file=sys.stderr) as bar:
+        return load_llama(
+            weights,
+            config,
+            device=device,
+            dtype=dtype,
+            quantization=settings.quantization,
+            num_positions=config.max_context,
+            ops=choose_ops(device),
+            progress=bar.update,
+        )
+
+
+def choose_dtype(settings: ServerSettings, device: torch.device) -> torch.dtype:
+    """The precision asked for, else bfloat16 on a GPU and float32 on a CPU. Raises InputError where there is none."""
+    wanted = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if wanted == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError("this GPU has no bfloat16 (Ampere and later have): set ALPACA_DTYPE to float16")
+    return getattr(torch, wanted)
 
 
 def choose_ops(device: torch.device):
@@ -190,30 +201,22 @@ def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
         runner.graphs = graphs
 
 
-def eos_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """EOS by the tokenizer, and by the folder's configs unless their ids are known not to be trusted."""
-    named = {tokenizer.eos_id}
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return frozenset(named)
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            ids = read_json(folder / name).get("eos_token_id")
-            named |= {ids} if isinstance(ids, int) else set(ids or ())
-    return frozenset(named)
-
-
 def _beams(
-    folder: Path, settings: ServerSettings, model: LlamaModel, tokenizer: Tokenizer, max_context: int
+    folder: Path, settings: ServerSettings, runner: Runner, tokenizer: Tokenizer, max_context: int
 ) -> Callable[[], Engine]:
     def load() -> Engine:
         from alpaca.serving.shared_weights import as_transformers
         from alpaca.serving.transformers_engine import TransformersEngine
 
-        twin = as_transformers(model, folder)
+        twin = as_transformers(runner.model, folder)
         if twin is not None:
-            logger.info("num_beams > 1: beam search runs in transformers, on the same weights")
-            return TransformersEngine(twin, tokenizer, max_context=max_context)
-        logger.info("num_beams > 1: beam search runs in transformers, which loads the model a second time now")
+            return TransformersEngine(twin, tokenizer, max_context=max_context, eos_ids=runner.eos_ids)
+        if runner.model.device.type == "cuda":
+            raise InputError(
+                "beam search on quantized weights needs the model a second time, for which this engine leaves no "
+                "memory: leave num_beams at 1, or start the server with ALPACA_ENGINE=transformers"
+            )
+        logger.info("beam search: transformers loads the model a second time now")
         return _load_transformers(folder, settings, Phases())
 
     return load

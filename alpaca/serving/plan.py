@@ -85,17 +85,19 @@ def plan_memory(
     context = min(settings.max_context or config.max_context, config.max_context)
     working = working_bytes(config, dtype, num_tokens=running + PREFILL_TOKENS[device], num_sampled=running)
     per_token = config.kv_bytes_per_token(dtype)
-    room = settings.memory_fraction * free_bytes
+    # A GPU holds the working memory twice: for the graphs, in a pool of their own, and for steps with prompts.
+    working *= 2 if device == "cuda" else 1
+    room = settings.memory_fraction * free_bytes - working
     if device == "cpu":
         room = min(_CPU_SHARE * room, max(_CPU_BYTES, _CPU_REQUESTS * context * per_token))
     per_block = BLOCK_SIZE * per_token
     useful = 1 + running * -(-context // BLOCK_SIZE)  # every running sequence as long as can be
-    num_blocks = min(useful, int(room - working) // per_block)
+    num_blocks = min(useful, int(room) // per_block)
     if num_blocks < 1 + min(4, -(-context // BLOCK_SIZE)):
         raise NotEnoughSpace(
-            f"{free_bytes / 1e9:.2f} GB are free after the weights; a step takes {working / 1e9:.2f} GB and the "
-            f"key/value cache {per_token / 1e6:.3f} MB a token: no request fits. Quantize the weights "
-            "(ALPACA_QUANTIZATION int8 or nf4), lower COG_MAX_CONCURRENCY, or use a larger card"
+            f"{free_bytes / 1e9:.2f} GB are free after the weights, of which ALPACA_MEMORY_FRACTION "
+            f"({settings.memory_fraction}) may be used; a step takes {working / 1e9:.2f} GB and the key/value cache "
+            f"{per_token / 1e6:.3f} MB a token: no request fits. {advice(settings)}"
         )
     return MemoryPlan(
         weights_bytes=weights_bytes(config, dtype, settings.quantization),
@@ -105,6 +107,13 @@ def plan_memory(
         max_context=min(context, (num_blocks - 1) * BLOCK_SIZE),
         max_running=running,
     )
+
+
+def advice(settings: ServerSettings) -> str:
+    """What makes more fit, of what was not done yet."""
+    smaller = {"none": "set ALPACA_QUANTIZATION to int8 or nf4", "int8": "set ALPACA_QUANTIZATION to nf4"}
+    steps = [smaller.get(settings.quantization), "lower COG_MAX_CONCURRENCY and ALPACA_MAX_CONTEXT"]
+    return f"To make room {', '.join(filter(None, steps))}, or use a machine with more memory"
 
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -126,7 +135,7 @@ def main() -> None:
     if free <= 0:
         raise NotEnoughSpace(
             f"the weights take {weights / 1e9:.1f} GB as {options.dtype}, {options.quantization}; "
-            f"{options.memory} is too small for them: quantize (--quantization nf4) or use a larger card"
+            f"{options.memory} is too small for them. {advice(settings)}"
         )
     plan = plan_memory(config, settings, free_bytes=free, device="cuda", dtype=dtype)
     print(describe(plan, memory_bytes=memory))

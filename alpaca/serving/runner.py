@@ -6,6 +6,7 @@ A step is launched without waiting for the one before: a token that is not known
 Legend: N packed tokens of a step, S sequences, R rows that are sampled, V vocabulary.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,22 +16,23 @@ import torch
 from alpaca.serving.graphs import DecodeGraphs
 from alpaca.serving.llama import KeyValueCache, LlamaModel, StepInputs
 from alpaca.serving.ops import AttentionBatch
-from alpaca.serving.sampling import Choices, choose, send
+from alpaca.serving.sampling import Choices, choose, note, send
 from alpaca.serving.scheduler import Work
 
 UNKNOWN = -1  # in place of a token id: sampled by the step before, to be found in last_ids
 
 
 class Launched:
-    """A step on its way: the works whose sequences get a token, and these tokens once the device has them."""
+    """A step on its way: its works, those of them that get a token, and these tokens once the device has them."""
 
     def __init__(self, works: list[Work], ids: torch.Tensor, ready: "torch.cuda.Event | None" = None) -> None:
         self.works = works
+        self.sampled = [work for work in works if work.samples]
         self._ids = ids
         self._ready = ready
 
     def ids(self) -> list[int]:
-        """One token for each of `works`. Waits for the device."""
+        """One token for each of `sampled`. Waits for the device."""
         if self._ready is not None:
             self._ready.synchronize()
         return self._ids.tolist()
@@ -86,41 +88,42 @@ class Runner:
             ids = self._launch_graph(step, tables, rows)
         else:
             hidden = self.model.forward(self._inputs(step, tables), self.cache)
-            if not sampled:
-                return Launched([], torch.empty(0, dtype=torch.int64))
-            ids = self._sample(self._logits(hidden, works, step), rows, sampled)
-        return self._deliver(sampled, ids)
+            ids = self._sample(hidden, works, step, rows)
+        launched = self._deliver(works, ids)
+        note(rows, ids)  # last: a step that failed before is tried again as if it had not been
+        return launched
 
     def _launch_graph(self, step: HostStep, tables: np.ndarray, rows: list[Choices]) -> torch.Tensor:
         logits = self.graphs.launch(step, tables, rows)
         if any(row.is_penalised for row in rows):
             ids = choose(logits.clone(), rows)
-            self.last_ids[self._tensor(step.state_rows)] = ids
+            self._keep_last(step.state_rows, ids)
             return ids
-        for row in rows:
-            row.num_chosen += 1
         return self.graphs.sample(len(rows))
 
-    def _logits(self, hidden: torch.Tensor, works: list[Work], step: HostStep) -> torch.Tensor:
-        """Of each sequence's last token, where it is sampled: [N, D] -> [R, V]."""
+    def _sample(self, hidden: torch.Tensor, works: list[Work], step: HostStep, rows: list[Choices]) -> torch.Tensor:
+        """The next token of each sequence whose last one is in the step, from hidden [N, D]: [R]."""
+        if not rows:
+            return torch.empty(0, dtype=torch.int64, device=hidden.device)
         last = [end - 1 for work, end in zip(works, step.query_starts[1:], strict=True) if work.samples]
         if len(last) < len(hidden):
             hidden = hidden.index_select(0, self._tensor(last))
-        return self.model.logits(hidden)[:, : self.vocab_size]
-
-    def _sample(self, logits: torch.Tensor, rows: list[Choices], sampled: list[Work]) -> torch.Tensor:
-        ids = choose(logits, rows)
-        self.last_ids[self._tensor([work.sequence.slot for work in sampled])] = ids
+        ids = choose(self.model.logits(hidden)[:, : self.vocab_size], rows)
+        self._keep_last([work.sequence.slot for work in works if work.samples], ids)
         return ids
 
-    def _deliver(self, sampled: list[Work], ids: torch.Tensor) -> Launched:
+    def _keep_last(self, state_rows: list[int], ids: torch.Tensor) -> None:
+        """For the next step, which may start before the host knows them; what is no token must not be looked up."""
+        self.last_ids[self._tensor(state_rows)] = ids.clamp(min=0)
+
+    def _deliver(self, works: list[Work], ids: torch.Tensor) -> Launched:
         if ids.device.type == "cpu":
-            return Launched(sampled, ids.clone())  # a graph's next replay writes over them
+            return Launched(works, ids.clone())  # a graph's next replay writes over them
         on_host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
         on_host.copy_(ids, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Launched(sampled, on_host, ready)
+        return Launched(works, on_host, ready)
 
     @torch.inference_mode()
     def compile_prefill(self) -> None:
@@ -129,8 +132,9 @@ class Runner:
         All of it reads and writes block 0, which is nobody's.
         """
         device = self.model.device
-        longest = self.max_blocks * self.cache.block_size
-        for num_tokens, length in ((16, 16), (16, longest), (min(128, longest), longest)):
+        longest = min(self.max_blocks * self.cache.block_size, len(self.model.rotary))
+        for num_tokens, length in itertools.product((16, 32, 64, 128), (1, longest)):
+            num_tokens, length = min(num_tokens, longest), max(num_tokens, length)
             inputs = StepInputs(
                 ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
                 positions=torch.arange(num_tokens, device=device),

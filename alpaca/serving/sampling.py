@@ -8,34 +8,37 @@ Legend: R rows (completions), V vocabulary.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from alpaca.errors import NumbersOverflow
 from alpaca.serving.request import Request
 
 _LEAST_TEMPERATURE = 1e-6  # below it only the most likely token has a chance in float32
 _CHUNK = 128  # tokens whose probabilities are added up before the search for the one drawn
 _FEW_TOKENS = (64, 1024)  # top_p seldom needs more of them, and finding so many is quicker than sorting all
 _NEARLY_ONE = 1 - 1e-12
+_MOST_TOP_K = 2**31 - 1  # more than any vocabulary, and a number that tensors hold
+NOT_FINITE = -1
 
 
 class Choices:
-    """What one completion's choices depend on beside its logits: its request, its random numbers, what it chose."""
+    """What one completion's choices depend on beside its logits: its request, its random numbers, what it chose.
 
-    def __init__(
-        self, request: Request, completion: int, *, vocab_size: int, eos_ids: Sequence[int], device: torch.device
-    ) -> None:
+    A choice counts only once it is noted, so that a step that failed can be tried again with the same outcome.
+    """
+
+    def __init__(self, request: Request, completion: int, *, eos_ids: Iterable[int]) -> None:
         self.request = request
         self.num_chosen = 0
-        self.eos_ids = list(eos_ids)
+        self.eos_ids = sorted(eos_ids)
         self._generator = random.Random(f"{request.seed}:{completion}")
-        if self.is_penalised:
-            self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.in_prompt[list(request.prompt_ids)] = True
-            self.counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+        self._uniforms: list[float] = []
+        self._in_prompt: torch.Tensor | None = None  # bool [V]
+        self._counts: torch.Tensor | None = None  # int32 [V]: how often each token was chosen
 
     @property
     def is_penalised(self) -> bool:
@@ -51,47 +54,57 @@ class Choices:
         """Whether EOS may not be chosen yet."""
         return self.num_chosen < self.request.min_new_tokens
 
-    def next_uniform(self) -> float:
-        """The number in [0, 1) that decides the next choice."""
-        return self._generator.random()
+    def uniform(self) -> float:
+        """The number in [0, 1) that decides the next choice: the same until that is noted."""
+        while len(self._uniforms) <= self.num_chosen:
+            self._uniforms.append(self._generator.random())
+        return self._uniforms[self.num_chosen]
+
+    def penalise(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [V] with the request's penalties."""
+        if self._counts is None:
+            self._in_prompt = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+            ids = [token_id for token_id in self.request.prompt_ids if token_id < len(scores)]
+            self._in_prompt.index_fill_(0, send(ids, torch.int64, scores.device), True)
+            self._counts = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
+        request, occurred = self.request, self._counts > 0
+        if request.repetition_penalty != 1:
+            less = torch.where(scores < 0, scores * request.repetition_penalty, scores / request.repetition_penalty)
+            scores = torch.where(self._in_prompt | occurred, less, scores)
+        return scores - request.presence_penalty * occurred - request.frequency_penalty * self._counts
+
+    def note(self, token_id: torch.Tensor) -> None:
+        """A token [1] was chosen."""
+        self.num_chosen += 1
+        if self._counts is not None:
+            self._counts.index_add_(0, token_id.clamp(min=0), self._counts.new_ones(1))
 
 
 def choose(logits: torch.Tensor, rows: Sequence[Choices]) -> torch.Tensor:
-    """The next token of each completion: logits [R, V] -> ids [R], counted in `rows`. Does not wait for the device."""
-    batch = SamplingBatch.of(rows, logits.device)
-    scores = penalise(at_least_float32(logits), rows)
-    ids = sample(scores, batch)
-    count(rows, ids)
-    return ids
+    """The next token of each completion: logits [R, V] (changed) -> ids [R]. Does not wait for the device.
 
-
-# Penalties: for the few completions that ask for them, row by row ---------------------------------------------------
-
-
-def penalise(scores: torch.Tensor, rows: Sequence[Choices]) -> torch.Tensor:
-    """Apply repetition, presence and frequency penalties to the rows that have them. [R, V] -> [R, V]."""
-    penalised = [index for index, row in enumerate(rows) if row.is_penalised]
-    if penalised:
-        scores = scores.clone()
-        for index in penalised:
-            scores[index] = _penalise_row(scores[index], rows[index])
-    return scores
-
-
-def _penalise_row(scores: torch.Tensor, row: Choices) -> torch.Tensor:
-    request, occurred = row.request, row.counts > 0
-    if request.repetition_penalty != 1:
-        less = torch.where(scores < 0, scores * request.repetition_penalty, scores / request.repetition_penalty)
-        scores = torch.where(row.in_prompt | occurred, less, scores)
-    return scores - request.presence_penalty * occurred - request.frequency_penalty * row.counts
-
-
-def count(rows: Sequence[Choices], ids: torch.Tensor) -> None:
-    """Note what was chosen."""
+    NOT_FINITE stands for the token of a row whose logits are not finite. `note` them when they are to count.
+    """
+    scores = at_least_float32(logits)
     for index, row in enumerate(rows):
-        row.num_chosen += 1
         if row.is_penalised:
-            row.counts.index_add_(0, ids[index : index + 1], row.counts.new_ones(1))
+            scores[index] = row.penalise(scores[index])
+    return sample(scores, SamplingBatch.of(rows, logits.device))
+
+
+def note(rows: Sequence[Choices], ids: torch.Tensor) -> None:
+    """These tokens [R] were chosen: the next choices follow them."""
+    for index, row in enumerate(rows):
+        row.note(ids[index : index + 1])
+
+
+def require_finite(token_id: int) -> None:
+    """Raise NumbersOverflow for what `choose` gives where there is nothing to choose from."""
+    if token_id == NOT_FINITE:
+        raise NumbersOverflow(
+            "the model's logits are not finite numbers: its weights are damaged or too large for the precision; "
+            "set ALPACA_DTYPE to bfloat16 or float32"
+        )
 
 
 # All rows at once, without a look at the values: this can be captured in a CUDA graph -------------------------------
@@ -151,10 +164,10 @@ class SamplingColumns:
         requests = [row.request for row in rows]
         return cls(
             temperature=[request.temperature for request in requests],
-            top_k=[request.top_k for request in requests],
+            top_k=[min(request.top_k, _MOST_TOP_K) for request in requests],
             top_p=[request.top_p for request in requests],
             min_p=[request.min_p for request in requests],
-            uniform=[0.0 if row.is_greedy else row.next_uniform() for row in rows],
+            uniform=[0.0 if row.is_greedy else row.uniform() for row in rows],
             must_go_on=[row.must_go_on for row in rows],
         )
 
@@ -183,6 +196,12 @@ def sample(scores: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         scores.index_add_(1, batch.eos_ids, banned[:, None].expand(-1, len(batch.eos_ids)))
     chunks = in_chunks(scores)
     highest = chunks.amax(dim=-1)
+    is_finite = highest.amax(dim=-1).isfinite()  # one NaN or infinity shows in the highest
+    return torch.where(is_finite, _choose_in_chunks(chunks, highest, batch), NOT_FINITE)
+
+
+def _choose_in_chunks(chunks: torch.Tensor, highest: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """`sample`, of scores in chunks [R, C, chunk] whose highest are [R, C]. Where they are no numbers, any token."""
     if not batch.any_sampled:
         return _most_likely(chunks, highest)
     greedy = _most_likely(chunks, highest) if batch.any_greedy else None
@@ -216,12 +235,14 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """
     cumulative = weights.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:] * _NEARLY_ONE
-    chunk = torch.searchsorted(cumulative, target, right=True)
+    # (clamped, since a row of NaN is past every end)
+    chunk = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)
     before = torch.where(chunk > 0, cumulative.gather(1, (chunk - 1).clamp(min=0)), 0.0)
     inside = _chunk_of_each_row(weights, chunk[:, 0]).cumsum(dim=-1, dtype=torch.float64)
     # Rounding may put the target past the chunk's end; a token without weight is never reached.
     within = torch.minimum(target - before, inside[:, -1:] * _NEARLY_ONE)
-    return (chunk * _CHUNK + torch.searchsorted(inside, within, right=True))[:, 0]
+    place = torch.searchsorted(inside, within, right=True).clamp(max=_CHUNK - 1)
+    return (chunk * _CHUNK + place)[:, 0]
 
 
 def _chunk_of_each_row(chunks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -238,12 +259,12 @@ def thresholds(weights: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     top_k keeps so many; top_p the fewest whose probabilities, among those top_k left, reach it; min_p those at least
     so likely as that share of the most likely. Tokens that weigh the same as the last one kept are kept, too.
     """
-    falling, is_all = _falling(weights, batch)
+    falling, is_enough = _falling(weights, batch)
     rank = torch.arange(falling.shape[1], device=weights.device)
     has_top_k = batch.top_k[:, None] > 0
     left = falling.masked_fill(has_top_k & (rank >= batch.top_k[:, None]), 0.0)
     whole = left.sum(dim=-1, keepdim=True)
-    if not is_all:
+    if not is_enough:
         whole = torch.where(has_top_k, whole, weights.sum(dim=-1, keepdim=True))
     before = left.cumsum(dim=-1) - left
     is_kept = (left > 0) & ((before < batch.top_p[:, None] * whole) | (batch.top_p >= 1)[:, None])
@@ -254,7 +275,10 @@ def thresholds(weights: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
 
 def _falling(weights: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, bool]:
-    """Each row's weights in falling order [R, K], and whether these are all; on the CPU as few as decide every row."""
+    """Each row's weights in falling order [R, K], and whether their sums are all that is wanted.
+
+    On the CPU these are as few as decide every row.
+    """
     if weights.device.type != "cpu":  # a look at the values would make the host wait for the device
         return weights.sort(dim=-1, descending=True).values, True
     most = max(batch.top_k.tolist())
@@ -263,12 +287,21 @@ def _falling(weights: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor,
         wanted = torch.where(has_top_p, batch.top_p * weights.sum(dim=-1), 0.0)
         for few in _FEW_TOKENS:
             if most <= few < weights.shape[1]:
-                highest = weights.topk(few, dim=-1).values
+                highest = _highest(weights, few)
                 if bool((highest.sum(dim=-1) >= wanted).all()):
                     return highest, False
     elif most < weights.shape[1]:
-        return weights.topk(max(most, 1), dim=-1).values, False
+        return _highest(weights, max(most, 1)), True
     return weights.sort(dim=-1, descending=True).values, True
+
+
+def _highest(weights: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` highest of each row [R, V], in falling order [R, count]: they are in the chunks with the highest."""
+    chunks = weights.view(len(weights), -1, _CHUNK)
+    if count < chunks.shape[1]:
+        best = chunks.amax(dim=-1).topk(count, dim=-1, sorted=False).indices
+        weights = chunks.gather(1, best[:, :, None].expand(-1, -1, _CHUNK)).flatten(1)
+    return weights.topk(count, dim=-1).values
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:

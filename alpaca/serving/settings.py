@@ -9,6 +9,7 @@ from alpaca.errors import InputError
 
 ENGINES = ("auto", "llama", "transformers")
 DTYPES = ("float32", "bfloat16", "float16")
+_LEAST_CONTEXT = 8  # tokens: a word and an answer
 QUANTIZATIONS = ("none", "int8", "nf4")
 
 
@@ -37,10 +38,11 @@ class ServerSettings:
                 raise InputError(f"{item.metadata['variable']} must be one of {', '.join(choices)}; found {value!r}")
         if not 0 < self.memory_fraction <= 1:
             raise InputError(f"ALPACA_MEMORY_FRACTION must be above 0 and at most 1; found {self.memory_fraction}")
-        for name in ("max_context", "concurrency"):
+        for name, least in (("max_context", _LEAST_CONTEXT), ("concurrency", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1; found {value}")
+            if value is not None and value < least:
+                variable = {item.name: item.metadata["variable"] for item in dataclasses.fields(self)}[name]
+                raise InputError(f"{variable} must be at least {least}; found {value}")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "ServerSettings":

@@ -25,9 +25,9 @@ from alpaca.hf_files import list_folder, require_all_weights
 from alpaca.quantization import allow_any_width_on_cpu, bitsandbytes_config
 from alpaca.serving.engine import Engine, Generation, is_device_lost
 from alpaca.serving.request import Request
-from alpaca.serving.sampling import Choices, choose
+from alpaca.serving.sampling import Choices, choose, note, require_finite
 from alpaca.serving.settings import ServerSettings
-from alpaca.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from alpaca.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,18 @@ _DEFAULT_CONTEXT = 2048  # for models that name none (BLOOM)
 class TransformersEngine(Engine):
     """Runs requests one after the other on a transformers model."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, *, max_context: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        max_context: int,
+        eos_ids: frozenset[int] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_context = max_context
         self._model = model.eval()
-        self._eos_ids = _eos_ids(model, tokenizer)
+        self._eos_ids = eos_ids or frozenset([tokenizer.eos_id])
         self._waiting: deque[Generation] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -125,13 +132,15 @@ class TransformersEngine(Engine):
         """Generate token after token for the completions still running, as one batch."""
         request = generation.request
         vocab_size = min(logits.shape[-1], self.tokenizer.size)  # an embedding may be padded beyond the tokenizer
-        choices = [
-            Choices(request, i, vocab_size=vocab_size, eos_ids=self._eos_ids, device=logits.device)
-            for i in range(request.n)
-        ]
+        choices = [Choices(request, i, eos_ids=self._eos_ids) for i in range(request.n)]
         running = list(range(request.n))
         for num_generated in range(1, request.max_new_tokens + 1):
-            chosen = choose(logits[:, :vocab_size], [choices[i] for i in running]).tolist()
+            rows = [choices[i] for i in running]
+            ids = choose(logits[:, :vocab_size], rows)
+            note(rows, ids)
+            chosen = ids.tolist()
+            for token_id in chosen:
+                require_finite(token_id)
             is_last = num_generated == request.max_new_tokens
             kept = [row for row in range(len(running)) if self._publish(generation, running[row], chosen[row], is_last)]
             generation.flush()
@@ -196,14 +205,6 @@ def _beam_config(request: Request, eos_ids: list[int]) -> GenerationConfig:
     )
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """EOS by the tokenizer, and by the generation config unless the folder's ids are known not to be trusted."""
-    named = model.generation_config.eos_token_id
-    if named is None or isinstance(tokenizer, SentencePieceTokenizer):
-        return frozenset([tokenizer.eos_id])
-    return frozenset([tokenizer.eos_id, *([named] if isinstance(named, int) else named)])
-
-
 # Loading ------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +224,8 @@ def load_transformers_engine(folder: Path, settings: ServerSettings) -> Transfor
         folder, time.monotonic() - start, model.num_parameters() / 1e6, str(model.dtype).removeprefix("torch."),
         model.device, settings.quantization, max_context,
     )  # fmt: skip
-    return TransformersEngine(model, tokenizer, max_context=max_context)
+    eos_ids = read_eos_ids(folder, tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
+    return TransformersEngine(model, tokenizer, max_context=max_context, eos_ids=eos_ids)
 
 
 def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:

@@ -188,7 +188,7 @@ def paged_attention(
     num_rows, num_heads, width = q.shape
     page, num_kv_heads = key_cache.shape[1:3]
     group, num_sequences, one_query = num_heads // num_kv_heads, batch.seq_lens.shape[0], batch.max_query_len == 1
-    block_rows, block_keys, num_warps = _choose_blocks(width, q.element_size(), one_query=one_query)
+    block_rows, block_keys, num_warps = _choose_blocks(width, q.element_size(), group, one_query=one_query)
     tile_tokens = 1 if one_query else block_rows // group
     num_tiles = num_sequences if one_query else num_rows // tile_tokens + num_sequences
     splits = num_splits or choose_num_splits(num_tiles * num_kv_heads, batch.max_seq_len, _count_sms(q.device))
@@ -212,14 +212,17 @@ def paged_attention(
     return attended
 
 
-def _choose_blocks(width: int, element_size: int, *, one_query: bool) -> tuple[int, int, int]:
+def _choose_blocks(width: int, element_size: int, group: int, *, one_query: bool) -> tuple[int, int, int]:
     """Rows of a tile, keys of a step, warps: as large as Triton 3.6 compiles for sm_90 without spilling registers.
 
-    Three stages keep one step's keys and values under way while the one before is used: page numbers are a stage ahead.
+    A tile has the rows of one whole group at least (beyond 64 heads to a group some registers may be spilled). Three
+    stages keep one step's keys and values under way while the one before is used: page numbers are a stage ahead.
     """
+    least = max(triton.next_power_of_2(group), 16)
     if element_size == 4:  # no tensor cores: float32 is multiplied as float32
-        return (16 if one_query else 64 if width <= 64 else 32), 16, 8
-    return (16 if one_query else 64), (64 if width <= 128 else 32), (8 if width > 128 and not one_query else 4)
+        return (least if one_query else max(64 if width <= 64 else 32, least)), 16, 8
+    rows = least if one_query else max(64, least)
+    return rows, (64 if width <= 128 else 32), (8 if width > 128 and not one_query else 4)
 
 
 def choose_num_splits(num_programs: int, max_seq_len: int, num_sms: int) -> int:
@@ -241,7 +244,7 @@ def _pad_width(width: int) -> int:
 
 
 # Numbers that vary from step to step are not specialised: each special case would be a compilation while serving.
-@triton.jit(do_not_specialize=["num_sequences", "num_rows"])
+@triton.jit(do_not_specialize=["num_sequences", "num_rows", "table_stride"])
 def _attention_kernel(
     q, key_cache, value_cache, block_tables, seq_lens, query_starts, partials, lses,
     num_sequences, num_rows, q_stride, table_stride, scale_log2,

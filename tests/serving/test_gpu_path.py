@@ -96,7 +96,7 @@ def test_every_bucket_gives_the_twins_logits_while_lengths_change(tmp_path, trit
     lengths = [5, 70, 16, 31, 100, 1, 47, 15, 64]
     for step, num_rows in enumerate([9, 1, 2, 3, 5, 8, 9]):
         made, tables = decode_step(lengths[:num_rows], step)
-        rows = [Choices(request(), 0, vocab_size=120, eos_ids=[2], device=runner.model.device)] * num_rows
+        rows = [Choices(request(), 0, eos_ids=[2])] * num_rows
         with torch.inference_mode():
             found = graphs.launch(made, tables.numpy(), rows)
             hidden = twin.model.forward(twin._inputs(made, tables.numpy()), twin.cache)

@@ -1,6 +1,7 @@
 """The batching engine gives each request what naive decoding gives it alone, whatever happens around it."""
 
 import dataclasses
+import itertools
 import random
 import threading
 import time
@@ -10,10 +11,18 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from alpaca.errors import EngineClosed, InputError, PromptTooLong
+from alpaca.errors import EngineClosed, InputError, NumbersOverflow, PromptTooLong
 from alpaca.serving.cache import BlockPool
 from alpaca.serving.detokenize import CompletionText
-from alpaca.serving.engine import FinishedEvent, Generation, GenerationCancelledError, TokenEvent, complete_texts
+from alpaca.serving.engine import (
+    FinishedEvent,
+    Generation,
+    GenerationCancelledError,
+    TokenEvent,
+    complete_texts,
+    is_device_lost,
+    stream_text,
+)
 from alpaca.serving.graphs import DecodeGraphs
 from alpaca.serving.linear import PackedLinear
 from alpaca.serving.llama import KeyValueCache, LlamaModel
@@ -21,7 +30,7 @@ from alpaca.serving.llama_engine import LlamaEngine
 from alpaca.serving.loading import load_engine
 from alpaca.serving.request import Request
 from alpaca.serving.runner import Runner
-from alpaca.serving.sampling import Choices, choose
+from alpaca.serving.sampling import Choices, choose, note
 from alpaca.serving.scheduler import Scheduler
 from alpaca.serving.settings import ServerSettings
 from alpaca.serving.shared_weights import as_transformers
@@ -97,11 +106,13 @@ def naive(model: LlamaForCausalLM, request: Request) -> list[list[int]]:
     """Decode without batch or cache: all tokens again for each one."""
     answers = []
     for completion in range(request.n):
-        row = Choices(request, completion, vocab_size=120, eos_ids=[2], device=torch.device("cpu"))
+        row = Choices(request, completion, eos_ids=[2])
         ids = list(request.prompt_ids)
         while len(ids) < len(request.prompt_ids) + request.max_new_tokens:
             logits = model(torch.tensor([ids]), use_cache=False).logits[:, -1]
-            ids.append(choose(logits, [row]).item())
+            chosen = choose(logits, [row])
+            note([row], chosen)
+            ids.append(chosen.item())
             if ids[-1] == 2:
                 break
         answers.append([token_id for token_id in ids[len(request.prompt_ids) :] if token_id != 2])
@@ -289,6 +300,91 @@ def test_a_failing_step_fails_the_requests_concerned_and_no_other(models, caplog
     assert engine.is_healthy()
     engine.close()
     assert engine._scheduler.pool.num_free == engine._scheduler.pool.capacity
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fails", ["before", "after"])
+def test_a_step_that_failed_and_is_tried_again_changes_no_answer(models, caplog, mode, fails):
+    """Every third step fails, before or after its tokens were chosen; every request is then run alone."""
+    reference, model = models
+    engine = make_engine(model, mode=mode)
+    launch, steps = engine._runner.launch, []
+
+    def fail_now_and_then(works):
+        steps.append(len(works))
+        is_third = len(works) > 1 and len(steps) % 3 == 0
+        if is_third and fails == "before":
+            raise ValueError("now and then")
+        if is_third:
+            deliver, engine._runner._deliver = engine._runner._deliver, None
+            try:
+                return launch(works)
+            finally:
+                engine._runner._deliver = deliver
+        return launch(works)
+
+    engine._runner.launch = fail_now_and_then
+    chance = random.Random(5)
+    generations = [engine.submit(random_request(chance)) for _ in range(12)]
+    assert [tokens(generation) for generation in generations] == [naive(reference, g.request) for g in generations]
+    assert "a step of" in caplog.text
+    engine.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_that_are_no_numbers_fail_their_request_alone(models, mode):
+    reference, model = models
+    engine = make_engine(model, mode=mode)
+    embedding = model.embedding.clone()
+    try:
+        model.embedding[55] = float("nan")
+        sick = engine.submit(request(prompt_ids=(1, 55, 60), temperature=1.0))
+        healthy = [request(prompt_ids=(1, 60 + i), temperature=1.0, seed=i, min_new_tokens=12) for i in range(3)]
+        generations = [engine.submit(asked) for asked in healthy]
+        with pytest.raises(NumbersOverflow, match="not finite"):
+            tokens(sick)
+        found = [tokens(generation) for generation in generations]
+    finally:
+        model.embedding.copy_(embedding)
+    assert all(55 not in rows[0] for rows in found)
+    assert found == [naive(reference, asked) for asked in healthy]
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "is_lost"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("CUDA driver error: unspecified launch failure", True),
+        ("CUDA error: out of memory", False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
+        ("index 5 is out of bounds", False),
+    ],
+)
+def test_what_means_that_the_device_is_lost(message, is_lost):
+    assert is_device_lost(RuntimeError(message)) == is_lost
+
+
+def test_tokens_after_a_stop_string_are_not_counted(engine):
+    """They depend on how quick the reader was."""
+    generation = engine.submit(request(max_new_tokens=60, min_new_tokens=60))
+    text = CompletionText(Letters(), (1,), stop=["c"])
+    assert "".join(stream_text(generation, text)) == "ab"
+    assert generation.metrics()["output_tokens"] == 3
+
+
+class Letters:
+    """Stands for a tokenizer: whatever the tokens, they read a, b, c …"""
+
+    special_ids = frozenset([1])
+    eos_id = 2
+
+    def __init__(self) -> None:
+        self._letters = itertools.cycle("abcdefgh")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id in (1, 2) else next(self._letters).encode()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), "a bug"])

@@ -11,8 +11,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from alpaca.errors import NumbersOverflow
+from alpaca.serving import sampling
 from alpaca.serving.request import Request
-from alpaca.serving.sampling import Choices, SamplingBatch, choose, draw, in_chunks, thresholds
+from alpaca.serving.sampling import Choices, SamplingBatch, draw, in_chunks, thresholds
 
 DEFAULTS = dict(
     prompt_ids=(1, 5, 7), n=1, max_new_tokens=10, min_new_tokens=0, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
@@ -25,9 +27,14 @@ FILTERS = [
 ]  # fmt: skip
 
 
-def choices(completion: int = 0, *, vocab_size: int = 50, **changes) -> Choices:
-    request = Request(**{**DEFAULTS, **changes})
-    return Choices(request, completion, vocab_size=vocab_size, eos_ids=[2], device=CPU)
+def choices(completion: int = 0, **changes) -> Choices:
+    return Choices(Request(**{**DEFAULTS, **changes}), completion, eos_ids=[2])
+
+
+def choose(logits: torch.Tensor, rows: list[Choices]) -> torch.Tensor:
+    ids = sampling.choose(logits, rows)
+    sampling.note(rows, ids)
+    return ids
 
 
 def batch_of(*rows: Choices) -> SamplingBatch:
@@ -71,8 +78,8 @@ def test_only_kept_tokens_are_chosen_and_all_of_them(scores, temperature):
 def test_many_candidates_of_a_large_vocabulary(options):
     """Beyond the few highest scores that usually suffice, everything is sorted."""
     scores = torch.randn(1, 8000, generator=torch.Generator().manual_seed(1))
-    row = choices(vocab_size=8000, seed=5, **options)
-    uniform = choices(seed=5).next_uniform()
+    row = choices(seed=5, **options)
+    uniform = choices(seed=5).uniform()
     dropped = set(range(8000)) - transformers_keeps(scores[0], **options)
     weights = (scores[0] / options.get("temperature", 1.0)).double().softmax(-1)
     weights[list(dropped)] = 0
@@ -102,7 +109,7 @@ def test_repetition_penalty_is_transformers_over_prompt_and_answer(scores):
 def test_presence_and_frequency_count_generated_tokens_only():
     flat = torch.zeros(1, 8)
     flat[0, 5] = 1.0  # in the prompt: not penalised
-    row = choices(vocab_size=8, temperature=0, presence_penalty=0.4, frequency_penalty=0.25)
+    row = choices(temperature=0, presence_penalty=0.4, frequency_penalty=0.25)
     assert [choose(flat.clone(), [row]).item() for _ in range(4)] == [5, 5, 5, 0]  # 1, 0.35, 0.1, then below 0
 
 
@@ -110,7 +117,7 @@ def test_eos_is_not_chosen_before_min_new_tokens():
     certain = torch.zeros(1, 8)
     certain[0, 2] = 100.0
     for temperature in (0, 1.0):
-        row = choices(vocab_size=8, temperature=temperature, min_new_tokens=2)
+        row = choices(temperature=temperature, min_new_tokens=2)
         chosen = [choose(certain.clone(), [row]).item() for _ in range(3)]
         assert 2 not in chosen[:2]
         assert chosen[2] == 2
@@ -164,6 +171,28 @@ def test_completions_have_their_own_streams(scores):
 
 def test_bfloat16_logits_are_sampled_in_float32():
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
-    rows = [choices(vocab_size=300, seed=row, top_p=0.8) for row in range(4)]
-    again = [choices(vocab_size=300, seed=row, top_p=0.8) for row in range(4)]
+    rows = [choices(seed=row, top_p=0.8) for row in range(4)]
+    again = [choices(seed=row, top_p=0.8) for row in range(4)]
     assert torch.equal(choose(logits, rows), choose(logits.float(), again))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.5}, {"top_k": 3}])
+def test_a_row_that_is_no_number_is_told_and_harms_no_other(scores, odd, options):
+    three = scores[:3].clone()
+    alone = choose(three.clone(), [choices(seed=row, **options) for row in range(3)])
+    three[1, 7] = odd
+    found = choose(three, [choices(seed=row, **options) for row in range(3)])
+    assert found.tolist() == [alone[0], sampling.NOT_FINITE, alone[2]]
+    with pytest.raises(NumbersOverflow, match=r"logits are not finite numbers.* bfloat16 or float32"):
+        sampling.require_finite(sampling.NOT_FINITE)
+
+
+def test_a_choice_that_was_not_noted_is_made_again(scores):
+    row = choices(frequency_penalty=0.5)
+    first = sampling.choose(scores[:1].clone(), [row])
+    assert torch.equal(sampling.choose(scores[:1].clone(), [row]), first)
+    sampling.note([row], first)
+    after = choices(frequency_penalty=0.5)
+    choose(scores[:1].clone(), [after])
+    assert choose(scores[1:2].clone(), [row]).tolist() == choose(scores[1:2].clone(), [after]).tolist()

@@ -18,7 +18,7 @@ def test_environment_is_read_and_typed():
     [
         ("ALPACA_DTYPE", "int4", "ALPACA_DTYPE must be one of float32, bfloat16, float16; found 'int4'"),
         ("ALPACA_MAX_CONTEXT", "long", r"ALPACA_MAX_CONTEXT must be a number \(int\); found 'long'"),
-        ("ALPACA_MAX_CONTEXT", "0", "max_context must be at least 1"),
+        ("ALPACA_MAX_CONTEXT", "0", "ALPACA_MAX_CONTEXT must be at least 8; found 0"),
         ("ALPACA_MEMORY_FRACTION", "1.5", "above 0 and at most 1; found 1.5"),
         ("ALPACA_ENGINE", "vllm", "ALPACA_ENGINE must be one of auto, llama, transformers"),
     ],

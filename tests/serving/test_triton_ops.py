@@ -236,7 +236,7 @@ def test_attention_of_any_head_width(kernels, width):
         check_attention(kernels, step, scale=width**-0.5)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (3, 1), (16, 1), (10, 2)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (3, 1), (16, 1), (10, 2), (24, 1), (48, 2), (71, 1)], ids=str)
 def test_attention_of_any_group(kernels, heads):
     for queries in ([1, 1], [1, 9]):
         step = build_step([20, 33], queries, heads=heads, dtype=torch.float32)
