@@ -117,6 +117,7 @@ def train(
         return Path(config.output_dir)
     world = join_world()
     config = resolve(config, num_processes=world.num_processes, device=world.device)
+    check_recorder(config)
     require_shared_folder(Path(config.output_dir), world)
     with contextlib.ExitStack() as stack:
         world.together(lambda: stack.enter_context(locked(Path(config.output_dir))) if world.is_main else None)
@@ -139,7 +140,6 @@ def _train_alone(
         checkpoint=checkpoint,
         overwrite=config.overwrite_output_dir,
     )
-    check_recorder(config)
     run = prepare(config, world)
     if checkpoint:
         load_checkpoint(run.trainee, checkpoint)

@@ -503,7 +503,7 @@ def test_the_final_folder_is_what_was_trained(configure: Configure, tiny_llama: 
         assert not model.generation_config.do_sample
         assert len(AutoTokenizer.from_pretrained(output)) == load_tokenizer(output).size == 481
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoint-2", "config.json", "generation_config.json", "loss.png", "model.safetensors",
+        "checkpoint-2", "config.json", "generation_config.json", "loss.png", "model.safetensors", "report.html",
         "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "train_config.json",
         "trainer_state.json",
     }  # fmt: skip
