@@ -204,8 +204,8 @@ def test_planned_peak_is_the_measured_one(sized_llama: Callable[..., Path], tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("returns_blocks", [True, False], ids=["blocks returned", "glibc as it is"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
-@pytest.mark.parametrize("micro_batch", [1, 4])
-@pytest.mark.parametrize("size", [(256, 4, 4000), (512, 4, 8000), (384, 8, 8000)], ids=["5M", "20M", "20M deep"])
+@pytest.mark.parametrize("micro_batch", [4])
+@pytest.mark.parametrize("size", [(256, 4, 4000), (384, 8, 8000)], ids=["5M", "20M deep"])
 def test_planned_peak_of_larger_ones(size, micro_batch, checkpointing, returns_blocks, sized_llama, tmp_path: Path):
     ratio = compare_peak(
         sized_llama(*size),
