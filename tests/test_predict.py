@@ -16,9 +16,10 @@ import torch
 from local_server import LocalServer, ServerFailedError, running_server
 
 from alpaca.errors import InputError
+from alpaca.memory import free_memory
 from alpaca.serving.housekeeping import PredictionFolders
 from alpaca.serving.llama import LlamaConfig
-from alpaca.serving.loading import free_memory, load_engine
+from alpaca.serving.loading import load_engine
 from alpaca.serving.plan import BLOCK_SIZE, max_running, working_bytes
 from alpaca.serving.request import PredictionInputs
 from alpaca.serving.settings import ServerSettings

@@ -9,6 +9,7 @@ import torch
 
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace
 from alpaca.hf_files import WeightsFolder, list_folder
+from alpaca.memory import free_memory
 from alpaca.prompts import RAW_TEMPLATE
 from alpaca.serving.cache import BlockPool
 from alpaca.serving.detokenize import CompletionText
@@ -159,15 +160,6 @@ def choose_ops(device: torch.device):
     from alpaca.serving import ops
 
     return ops
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device now."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(meminfo["MemAvailable"].split()[0]) * 1024
 
 
 def _make_runner(

@@ -15,13 +15,13 @@ import torch
 
 from alpaca.errors import NotEnoughSpace, run_command
 from alpaca.hf_files import FLOAT_DTYPES, parse_size
+from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.serving.llama import LlamaConfig
 from alpaca.serving.settings import DTYPES, QUANTIZATIONS, ServerSettings
 
 BLOCK_SIZE = 16  # tokens; small, so that the Alpaca preamble (about 35) is shared
 MOST_RUNNING = 256  # sequences in one step
 PREFILL_TOKENS = {"cuda": 1024, "cpu": 128}  # of a step: what a running stream waits for at most
-_CUDA_CONTEXT_BYTES = 600 << 20  # what a process takes before it holds one tensor: context, kernels, cuBLAS' workspace
 # On a CPU the cache shares the memory with everything else: a part of what is free, and no more than serves a few
 # requests of full length.
 _CPU_SHARE, _CPU_BYTES, _CPU_REQUESTS = 0.25, 1 << 30, 8
@@ -131,7 +131,7 @@ def main() -> None:
     dtype = FLOAT_DTYPES[options.dtype]
     memory = parse_size(options.memory)
     weights = weights_bytes(config, dtype, options.quantization)
-    free = memory - weights - _CUDA_CONTEXT_BYTES
+    free = memory - weights - CUDA_CONTEXT_BYTES
     if free <= 0:
         raise NotEnoughSpace(
             f"the weights take {weights / 1e9:.1f} GB as {options.dtype}, {options.quantization}; "

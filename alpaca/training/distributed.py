@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -21,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
+from alpaca.memory import free_memory
 from alpaca.training.config import Sharding
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def decide_gradient_sync(model: nn.Module, world: World) -> bool:
     shards = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained)
     num_trained, on_device = sum(p.numel() for p in trained), any(p.device == world.device for p in trained)
     moments = 2 * _GRADIENT_BYTES * shards * on_device  # AdamW's, still to come
-    free_bytes = free_memory(world.device) - moments
+    free_bytes = _own_share(world.device) - moments
     whole = all(world.gather(keeps_gradients_whole(num_trained, free_bytes)))
     kept = "kept whole until the step's last micro-batch" if whole else "reduced after every micro-batch"
     logger.info(
@@ -220,13 +220,10 @@ def decide_gradient_sync(model: nn.Module, world: World) -> bool:
     return whole
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes of a device's memory that this process may still take; of a machine's main memory its share."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def _own_share(device: torch.device) -> int:
+    """Bytes this process may still take: of a machine's main memory its share, a GPU is its own."""
+    sharers = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_memory(device) // sharers
 
 
 def sync_gradients(model: nn.Module, *, last: bool, whole: bool) -> None:

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from alpaca.data.batching import PackedBatch
 
 ATTENTION = "alpaca_packed"
-_CHUNK_LOGITS = 32 << 20  # elements of logits that exist at a time: 128 MB in float32
+CHUNK_LOGITS = 32 << 20  # elements of logits that exist at a time: 128 MB in float32
 
 
 def enable(model: PreTrainedModel) -> bool:
@@ -66,7 +66,7 @@ class TargetHead(nn.Linear):
         """[1, R, D] -> [1, R, 1] losses in float32, or [..., V] logits."""
         if self.target_ids is None:
             return super().forward(hidden)
-        num_rows = max(1, _CHUNK_LOGITS // self.out_features)
+        num_rows = max(1, CHUNK_LOGITS // self.out_features)
         losses = [
             checkpoint(_losses, rows, self.weight, self.bias, ids, use_reentrant=False)
             for rows, ids in zip(hidden[0].split(num_rows), self.target_ids.split(num_rows), strict=True)

@@ -29,6 +29,7 @@ from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_b
 from alpaca.data.examples import EncodedDataset, encode_examples, read_examples
 from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.hf_files import parse_size, read_json
+from alpaca.memory import CUDA_CONTEXT_BYTES, free_memory
 from alpaca.training.config import (
     ADAPTER_DEFAULTS,
     ALL_LINEAR,
@@ -40,6 +41,7 @@ from alpaca.training.config import (
     target_names,
 )
 from alpaca.training.model import Base, choose_save_dtype, open_base
+from alpaca.training.padding_free import CHUNK_LOGITS
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +55,9 @@ DEVICE_PEAKS = {  # dense bf16 FLOP/s by a word of the device's name, from NVIDI
     "L4": 121e12, "A10G": 70e12, "A10": 125e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12,
 }  # fmt: skip
 # Empirical, and assumptions.
-_CUDA_CONTEXT_BYTES = 600 << 20  # context, kernels, cuBLAS' workspace before the first tensor; as serving counts it
 _GPU_RESERVE = 0.03  # of a card, lost to the allocator's fragments; assumed
 _ASSUMED_SHARE = 0.4  # of a device's peak that training reaches; published runs: 0.14 (Stanford) to 0.68 (fms-fsdp)
 _MOST_SIMULATED = 500  # steps whose micro-batches are laid out to find the largest
-_CHUNK_LOGITS = 32 << 20  # as in padding_free.py
 # On a CPU glibc gives freed blocks back to the system only from 32 MiB on; smaller ones stay in a heap with holes. Held
 # besides what lives is about once what comes and goes in a backward pass (0.8 to 1.1 times, measured on models of 5 and
 # 20 M parameters). With MALLOC_MMAP_THRESHOLD_=131072 in the environment it is nothing, and steps may take longer.
@@ -367,7 +367,7 @@ def gradient_bytes(shape: Shape, setup: Setup) -> int:
 def overhead_bytes(shape: Shape, setup: Setup, work: Work, *, transient_bytes: int) -> int:
     """What the tensors' sizes do not explain: CUDA's context; on a CPU the heap's holes, where blocks are small."""
     if setup.on_gpu:
-        return _CUDA_CONTEXT_BYTES
+        return CUDA_CONTEXT_BYTES
     block = work.max_tokens * shape.ffn_width * setup.compute_bytes
     limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _HEAP_BLOCK))
     imports = _PROCESS_BYTES + (_PEFT_BYTES if setup.method != "full" else 0)
@@ -456,7 +456,7 @@ def logits_bytes(shape: Shape, setup: Setup, work: Work) -> int:
     """
     rows = work.max_targets
     if setup.padding_free:
-        rows = min(rows, max(1, _CHUNK_LOGITS // shape.vocab_size))
+        rows = min(rows, max(1, CHUNK_LOGITS // shape.vocab_size))
     scores = 3 * 4 * rows * shape.vocab_size + (setup.compute_bytes * rows * shape.vocab_size if setup.bf16 else 0)
     if setup.method != "full":
         return scores
@@ -763,15 +763,14 @@ def refusal(plan: Plan, planner: Planner) -> str:
 def find_hardware(device: torch.device) -> Hardware:
     """The device there is, with the memory that is free on it now."""
     if device.type != "cuda":
-        memory = available_memory()
         return Hardware(
-            name="this CPU", memory_bytes=memory, on_gpu=False, peak_flops=None, flops=measure_cpu_flops() / 2,
+            name="this CPU", memory_bytes=free_memory(device), on_gpu=False, peak_flops=None,
+            flops=measure_cpu_flops() / 2,
             flops_are="half of what float32 matrix products reach here now",
         )  # fmt: skip
-    free, _ = torch.cuda.mem_get_info(device)
     name = torch.cuda.get_device_name(device)
     # The context is taken already, so the plan's must not be asked for twice.
-    return _gpu(name, free + _CUDA_CONTEXT_BYTES, find_device_peak(name))
+    return _gpu(name, free_memory(device) + CUDA_CONTEXT_BYTES, find_device_peak(name))
 
 
 def _gpu(name: str, memory_bytes: int, peak: float | None) -> Hardware:
@@ -780,14 +779,6 @@ def _gpu(name: str, memory_bytes: int, peak: float | None) -> Hardware:
     return Hardware(
         name=name, memory_bytes=memory_bytes, on_gpu=True, peak_flops=peak, flops=flops, flops_are=f"assumed: {known}"
     )
-
-
-def available_memory() -> int:
-    """Bytes of main memory a new program can have (MemAvailable)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # --plan_only ----------------------------------------------------------------------------------------------------

@@ -191,14 +191,14 @@ def test_cards_of_24_to_141_gb(tmp_path, monkeypatch, capsys, name, quantization
     before = 0
     for memory in (24, 40, 80, 141):
         flags = ("--memory", f"{memory}GB", "--quantization", quantization)
-        if weights > memory * 10**9 - plan_module._CUDA_CONTEXT_BYTES:
+        if weights > memory * 10**9 - plan_module.CUDA_CONTEXT_BYTES:
             assert (name, quantization, memory) == ("13b", "none", 24)
             with pytest.raises(NotEnoughSpace, match=r"take 26\.0 GB as bfloat16, none; 24GB is too small"):
                 run_main(monkeypatch, capsys, tmp_path, *flags)
             continue
         _, found = run_main(monkeypatch, capsys, tmp_path, *flags)
         kv_bytes = found["num_blocks"] * BLOCK_SIZE * found["kv_bytes_per_token"]
-        free = memory * 10**9 - weights - plan_module._CUDA_CONTEXT_BYTES
+        free = memory * 10**9 - weights - plan_module.CUDA_CONTEXT_BYTES
         assert found["weights_bytes"] == weights
         assert found["working_bytes"] + kv_bytes <= 0.9 * free
         assert found["requests_at_once"]["2048"] == min(256, (found["num_blocks"] - 1) // (2048 // BLOCK_SIZE))

@@ -1,0 +1,17 @@
+"""How much memory there is, for those who plan with it."""
+
+from pathlib import Path
+
+import torch
+
+# What a process takes on a GPU before it holds one tensor: context, kernels, cuBLAS' workspace. Assumed, not measured.
+CUDA_CONTEXT_BYTES = 600 << 20
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: on a GPU with what its allocator holds unused, else MemAvailable."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
