@@ -67,6 +67,7 @@ class WeightsFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._open_files: dict[str, object] = {}
+        self._specs: list[TensorSpec] | None = None
         self._file_of = self._read_index()
 
     @property
@@ -74,8 +75,10 @@ class WeightsFolder:
         return list(self._file_of)
 
     def specs(self) -> list[TensorSpec]:
-        """Every tensor's name, shape and dtype, from the headers alone."""
-        return [self._spec(name) for name in self._file_of]
+        """Every tensor's name, shape and dtype, from the headers alone, which are gone through once."""
+        if self._specs is None:
+            self._specs = [self._spec(name) for name in self._file_of]
+        return self._specs
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, read from its file now."""

@@ -1,6 +1,7 @@
 """What all tests share: no model hub, and the real inputs where they are."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -25,6 +26,17 @@ def real() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real inputs at {folder} (ALPACA_REAL names another folder)")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors on a busy machine: threads would mostly wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

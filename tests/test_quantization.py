@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from alpaca.quantization import (
     quantize_parts,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((64, 64), (96, 256), (1, 1), (1, 64), (5, 63), (3, 65), (33, 17), (7, 80), (300, 192), (210, 1376))
@@ -32,15 +33,6 @@ def make_weight(shape: tuple[int, int], dtype: torch.dtype, kind: str = "plain")
     if kind == "outliers":
         weight.view(-1)[::97] *= 1000
     return (weight * {"huge": 5e5, "tiny": 1e-5}.get(kind, 1)).to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors on a busy machine: threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

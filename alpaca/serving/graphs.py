@@ -17,7 +17,7 @@ import torch
 
 from alpaca.serving.llama import StepInputs
 from alpaca.serving.ops import AttentionBatch
-from alpaca.serving.sampling import Choices, SamplingBatch, SamplingColumns, at_least_float32, sample
+from alpaca.serving.sampling import Choices, SamplingBatch, at_least_float32, columns_of, flags_of, sample
 
 if TYPE_CHECKING:
     from alpaca.serving.runner import HostStep, Runner
@@ -87,24 +87,26 @@ class DecodeGraphs:
             progress(size)
 
     def launch(self, step: "HostStep", tables: np.ndarray, rows: Sequence[Choices]) -> torch.Tensor:
-        """Queue a step that gives every sequence one token. The logits [S, V], for `sample` or for `choose`."""
+        """Queue a step that gives every sequence one token. The logits [S, V], for `choose`.
+
+        Where `rows` are given, none of them penalised, they are for `sample`.
+        """
         num_rows = len(step.ids)
         size = next(size for size in self.buckets if size >= num_rows)
         staging = self._staging[0]
         self._staging.reverse()
         staging.fill(step, tables, size, padding_row=self._padding_row)
         self._size, self._kind = size, (False, False)
-        if not any(row.is_penalised for row in rows):
-            columns = SamplingColumns.of(rows)
-            staging.fill_sampling(columns, size)
-            flags = columns.flags()
+        if rows:
+            staging.fill_sampling(columns_of(rows), size)
+            flags = flags_of(rows)
             self._kind = (flags["any_sampled"], flags["any_filtered"])
         staging.send(self._memory, self._tables, size)
         self._forward[size].replay()
         return self._logits[size][:num_rows]
 
     def sample(self, num_rows: int) -> torch.Tensor:
-        """Queue the sampling of the step just launched, none of whose rows is penalised. Its ids [S]."""
+        """Queue the sampling of the step just launched with its rows. Its ids [S]."""
         self._sampling[self._size, self._kind].replay()
         return self._ids[:num_rows]
 
@@ -166,9 +168,9 @@ class _Staging:
             self._put(name, values, size, padding)
         self._table_rows[: len(tables), : tables.shape[1]] = tables
 
-    def fill_sampling(self, columns: SamplingColumns, size: int) -> None:
+    def fill_sampling(self, columns: dict[str, list], size: int) -> None:
         """The same for the rows' sampling; padding rows are greedy."""
-        for name, values in columns.values():
+        for name, values in columns.items():
             self._put(name, values, size, 0)
 
     def send(self, inputs: torch.Tensor, tables: torch.Tensor, size: int) -> None:

@@ -104,8 +104,7 @@ class LlamaEngine(Engine):
         if outside:
             raise InputError(f"token id {outside[0]} is outside of the model's {num_rows} rows")
         length = len(request.prompt_ids) + request.max_new_tokens
-        fits = self._scheduler.fits(Sequence(request.prompt_ids, max_new_tokens=request.max_new_tokens))
-        if length > self.max_context or not fits:
+        if length > self.max_context or not self._scheduler.fits(length):
             raise PromptTooLong(
                 f"prompt ({len(request.prompt_ids)} tokens) and answer (up to {request.max_new_tokens}) need {length} "
                 f"tokens; this server has room for {self.max_context}: shorten them or give the server more memory"

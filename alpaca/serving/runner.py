@@ -94,8 +94,9 @@ class Runner:
         return launched
 
     def _launch_graph(self, step: HostStep, tables: np.ndarray, rows: list[Choices]) -> torch.Tensor:
-        logits = self.graphs.launch(step, tables, rows)
-        if any(row.is_penalised for row in rows):
+        penalised = any(row.is_penalised for row in rows)
+        logits = self.graphs.launch(step, tables, [] if penalised else rows)
+        if penalised:
             ids = choose(logits.clone(), rows)
             self._keep_last(step.state_rows, ids)
             return ids

@@ -35,30 +35,18 @@ class Choices:
         self.request = request
         self.num_chosen = 0
         self.eos_ids = sorted(eos_ids)
+        self.is_penalised = bool(
+            request.repetition_penalty != 1 or request.presence_penalty or request.frequency_penalty
+        )
         self._generator = random.Random(f"{request.seed}:{completion}")
-        self._uniforms: list[float] = []
+        self.uniform = self._generator.random()  # in [0, 1): decides the next choice
         self._in_prompt: torch.Tensor | None = None  # bool [V]
         self._counts: torch.Tensor | None = None  # int32 [V]: how often each token was chosen
-
-    @property
-    def is_penalised(self) -> bool:
-        request = self.request
-        return bool(request.repetition_penalty != 1 or request.presence_penalty or request.frequency_penalty)
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.request.temperature == 0
 
     @property
     def must_go_on(self) -> bool:
         """Whether EOS may not be chosen yet."""
         return self.num_chosen < self.request.min_new_tokens
-
-    def uniform(self) -> float:
-        """The number in [0, 1) that decides the next choice: the same until that is noted."""
-        while len(self._uniforms) <= self.num_chosen:
-            self._uniforms.append(self._generator.random())
-        return self._uniforms[self.num_chosen]
 
     def penalise(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores [V] with the request's penalties."""
@@ -73,11 +61,14 @@ class Choices:
             scores = torch.where(self._in_prompt | occurred, less, scores)
         return scores - request.presence_penalty * occurred - request.frequency_penalty * self._counts
 
-    def note(self, token_id: torch.Tensor) -> None:
-        """A token [1] was chosen."""
+    def count(self, token_id: torch.Tensor) -> None:
+        """The penalties' part of a choice: a token [1] was chosen once more."""
+        self._counts.index_add_(0, token_id.clamp(min=0), self._counts.new_ones(1))
+
+    def step(self) -> None:
+        """A choice is made: the next one is decided by another number."""
         self.num_chosen += 1
-        if self._counts is not None:
-            self._counts.index_add_(0, token_id.clamp(min=0), self._counts.new_ones(1))
+        self.uniform = self._generator.random()
 
 
 def choose(logits: torch.Tensor, rows: Sequence[Choices]) -> torch.Tensor:
@@ -95,7 +86,9 @@ def choose(logits: torch.Tensor, rows: Sequence[Choices]) -> torch.Tensor:
 def note(rows: Sequence[Choices], ids: torch.Tensor) -> None:
     """These tokens [R] were chosen: the next choices follow them."""
     for index, row in enumerate(rows):
-        row.note(ids[index : index + 1])
+        if row.is_penalised:
+            row.count(ids[index : index + 1])
+        row.step()
 
 
 def require_finite(token_id: int) -> None:
@@ -128,11 +121,10 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, rows: Sequence[Choices], device: torch.device) -> "SamplingBatch":
-        """Draw each row's number and lay the parameters out."""
-        columns = SamplingColumns.of(rows)
-        tensors = {name: send(values, DTYPES[name], device) for name, values in columns.values()}
+        columns = columns_of(rows)
+        tensors = {name: send(values, DTYPES[name], device) for name, values in columns.items()}
         eos_ids = send(rows[0].eos_ids, torch.int64, device)
-        return cls(**tensors, eos_ids=eos_ids, **columns.flags())
+        return cls(**tensors, eos_ids=eos_ids, **flags_of(rows))
 
 
 def send(values: Sequence | np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -148,45 +140,28 @@ DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingColumns:
-    """A `SamplingBatch` as lists on the host."""
+def columns_of(rows: Sequence[Choices]) -> dict[str, list]:
+    """The tensors of a `SamplingBatch` as lists on the host, but for the EOS ids."""
+    requests = [row.request for row in rows]
+    return {
+        "temperature": [request.temperature for request in requests],
+        "top_k": [min(request.top_k, _MOST_TOP_K) for request in requests],
+        "top_p": [request.top_p for request in requests],
+        "min_p": [request.min_p for request in requests],
+        "uniform": [row.uniform for row in rows],
+        "must_go_on": [row.must_go_on for row in rows],
+    }
 
-    temperature: list[float]
-    top_k: list[int]
-    top_p: list[float]
-    min_p: list[float]
-    uniform: list[float]
-    must_go_on: list[bool]
 
-    @classmethod
-    def of(cls, rows: Sequence[Choices]) -> "SamplingColumns":
-        requests = [row.request for row in rows]
-        return cls(
-            temperature=[request.temperature for request in requests],
-            top_k=[min(request.top_k, _MOST_TOP_K) for request in requests],
-            top_p=[request.top_p for request in requests],
-            min_p=[request.min_p for request in requests],
-            uniform=[0.0 if row.is_greedy else row.uniform() for row in rows],
-            must_go_on=[row.must_go_on for row in rows],
-        )
-
-    def values(self) -> list[tuple[str, list]]:
-        return [(name, getattr(self, name)) for name in DTYPES]
-
-    def flags(self) -> dict[str, bool]:
-        filtered = (
-            temperature and (top_k or top_p < 1 or min_p)
-            for temperature, top_k, top_p, min_p in zip(
-                self.temperature, self.top_k, self.top_p, self.min_p, strict=True
-            )
-        )
-        return {
-            "any_greedy": not all(self.temperature),
-            "any_sampled": any(self.temperature),
-            "any_filtered": any(filtered),
-            "any_must_go_on": any(self.must_go_on),
-        }
+def flags_of(rows: Sequence[Choices]) -> dict[str, bool]:
+    """The flags of a `SamplingBatch`."""
+    sampled = [row.request for row in rows if row.request.temperature]
+    return {
+        "any_greedy": len(sampled) < len(rows),
+        "any_sampled": bool(sampled),
+        "any_filtered": any(request.top_k or request.top_p < 1 or request.min_p for request in sampled),
+        "any_must_go_on": any(row.must_go_on for row in rows),
+    }
 
 
 def sample(scores: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:

@@ -92,13 +92,13 @@ class Scheduler:
         self._free_slots = list(reversed(range(max_running)))
         self._num_arrived = 0
 
-    def fits(self, sequence: Sequence) -> bool:
-        """Whether the sequence could ever run to its end. The last token is never an input."""
-        return self._num_blocks(sequence.num_prompt + sequence.max_new_tokens - 1) <= self.pool.capacity
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens in the end could ever run. The last one is never an input."""
+        return self._num_blocks(num_tokens - 1) <= self.pool.capacity
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence in the queue, behind all that came before."""
-        assert self.fits(sequence), "refused when it was submitted"
+        assert self.fits(sequence.num_prompt + sequence.max_new_tokens), "refused when it was submitted"
         sequence.order = self._num_arrived
         self._num_arrived += 1
         self.waiting.append(sequence)

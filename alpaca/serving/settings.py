@@ -13,8 +13,10 @@ _LEAST_CONTEXT = 8  # tokens: a word and an answer
 QUANTIZATIONS = ("none", "int8", "nf4")
 
 
-def _setting(variable: str, default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"variable": variable, "help": help, "choices": choices})
+def _setting(
+    variable: str, default: Any, help: str, choices: tuple[str, ...] | None = None, *, least: int | None = None
+) -> Any:
+    return field(default=default, metadata={"variable": variable, "help": help, "choices": choices, "least": least})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,25 +26,25 @@ class ServerSettings:
     weights: str | None = _setting("COG_WEIGHTS", None, "model folder (default: alpaca_out)")
     dtype: str | None = _setting("ALPACA_DTYPE", None, "bfloat16 on a GPU, float32 on a CPU by default", DTYPES)
     quantization: str = _setting("ALPACA_QUANTIZATION", "none", "of the linear layers' weights", QUANTIZATIONS)
-    max_context: int | None = _setting("ALPACA_MAX_CONTEXT", None, "tokens of prompt and answer (default: the model's)")
+    max_context: int | None = _setting(
+        "ALPACA_MAX_CONTEXT", None, "tokens of prompt and answer (default: the model's)", least=_LEAST_CONTEXT
+    )
     memory_fraction: float = _setting(
         "ALPACA_MEMORY_FRACTION", 0.9, "share of what is free after the weights for the cache"
     )
     engine: str = _setting("ALPACA_ENGINE", "auto", "auto: llama for LLaMA models, else transformers", ENGINES)
-    concurrency: int = _setting("COG_MAX_CONCURRENCY", 64, "requests in flight")
+    concurrency: int = _setting("COG_MAX_CONCURRENCY", 64, "requests in flight", least=1)
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            value, choices = getattr(self, item.name), item.metadata["choices"]
+            value, variable = getattr(self, item.name), item.metadata["variable"]
+            choices, least = item.metadata["choices"], item.metadata["least"]
             if choices and value is not None and value not in choices:
-                raise InputError(f"{item.metadata['variable']} must be one of {', '.join(choices)}; found {value!r}")
+                raise InputError(f"{variable} must be one of {', '.join(choices)}; found {value!r}")
+            if least is not None and value is not None and value < least:
+                raise InputError(f"{variable} must be at least {least}; found {value}")
         if not 0 < self.memory_fraction <= 1:
             raise InputError(f"ALPACA_MEMORY_FRACTION must be above 0 and at most 1; found {self.memory_fraction}")
-        for name, least in (("max_context", _LEAST_CONTEXT), ("concurrency", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                variable = {item.name: item.metadata["variable"] for item in dataclasses.fields(self)}[name]
-                raise InputError(f"{variable} must be at least {least}; found {value}")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "ServerSettings":

@@ -79,7 +79,7 @@ def test_many_candidates_of_a_large_vocabulary(options):
     """Beyond the few highest scores that usually suffice, everything is sorted."""
     scores = torch.randn(1, 8000, generator=torch.Generator().manual_seed(1))
     row = choices(seed=5, **options)
-    uniform = choices(seed=5).uniform()
+    uniform = choices(seed=5).uniform
     dropped = set(range(8000)) - transformers_keeps(scores[0], **options)
     weights = (scores[0] / options.get("temperature", 1.0)).double().softmax(-1)
     weights[list(dropped)] = 0

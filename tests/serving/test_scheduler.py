@@ -154,8 +154,8 @@ def test_the_youngest_makes_room_and_goes_on_later():
 
 def test_what_can_never_fit_is_known_beforehand():
     it = scheduler(1 + 4)
-    assert it.fits(Sequence([1] * 10, max_new_tokens=7))  # the 17th token is never an input
-    assert not it.fits(Sequence([1] * 10, max_new_tokens=8))
+    assert it.fits(17)  # the last token is never an input
+    assert not it.fits(18)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -201,7 +201,7 @@ def add_some(it: Scheduler, alive: list[Sequence], chance: random.Random) -> Non
     prompt = [chance.randrange(3) for _ in range(chance.randint(1, 20))]
     for _ in range(chance.choice([1, 1, 1, 3])):
         sequence = Sequence(prompt, max_new_tokens=chance.randint(1, 12), leader=leader)
-        if it.fits(sequence):
+        if it.fits(sequence.num_prompt + sequence.max_new_tokens):
             it.add(sequence)
             alive.append(sequence)
             leader = leader or sequence

@@ -76,8 +76,10 @@ def test_kernels_in_the_interpreter():
 class Compiled:
     """Stands for a kernel: what would be launched is compiled for an H100, down to machine code."""
 
-    def __init__(self, kernel) -> None:
+    def __init__(self, kernel, name: str, compiled: list[str]) -> None:
         self.kernel = kernel
+        self.name = name
+        self.compiled = compiled
 
     def __getitem__(self, grid: tuple[int, ...]):
         return self.compile
@@ -104,19 +106,21 @@ class Compiled:
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= 227 * 1024
+        self.compiled.append(self.name)
 
 
 @pytest.fixture
 def compiling(monkeypatch, tmp_path):
-    """The module with launches that compile only: the interpreter knows no types, this needs no GPU."""
+    """The module with launches that compile only, and the names of the kernels that did: this needs no GPU."""
     if INTERPRETED:
         pytest.skip("run outside the interpreter")
     from alpaca.serving import triton_ops
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled: list[str] = []
     for name in [name for name in vars(triton_ops) if name.endswith("_kernel")]:
-        monkeypatch.setattr(triton_ops, name, Compiled(getattr(triton_ops, name)))
-    return triton_ops
+        monkeypatch.setattr(triton_ops, name, Compiled(getattr(triton_ops, name), name, compiled))
+    return triton_ops, compiled
 
 
 @pytest.mark.parametrize("queries", [[1, 1], [1, 9]], ids=["decode", "mixed"])
@@ -126,18 +130,22 @@ def compiling(monkeypatch, tmp_path):
      ((2, 2), 256, torch.bfloat16, 1), ((2, 1), 8, torch.float32, 2)],
 )  # fmt: skip
 def test_attention_compiles_for_an_h100(compiling, queries, heads, width, dtype, num_splits):
+    kernels, compiled = compiling
     step = build_step([20, 33], queries, heads=heads, width=width, dtype=dtype)
-    compiling.paged_attention(step.q, step.key_cache, step.value_cache, step.batch, 0.3, num_splits=num_splits)
+    kernels.paged_attention(step.q, step.key_cache, step.value_cache, step.batch, 0.3, num_splits=num_splits)
+    assert compiled == ["_attention_kernel", *["_combine_kernel"] * (num_splits > 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_kernels_compile_for_an_h100(compiling, dtype):
+    kernels, compiled = compiling
     x, weight = torch.zeros(2, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
-    compiling.rms_norm(x, weight, EPS)
-    compiling.add_rms_norm(x, x, weight, EPS)
-    compiling.silu_mul(x)
+    kernels.rms_norm(x, weight, EPS)
+    kernels.add_rms_norm(x, x, weight, EPS)
+    kernels.silu_mul(x)
     caches, places = torch.zeros(2, 2, 16, 2, 80, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    compiling.rotate_and_store(torch.zeros(2, 8 * 80, dtype=dtype), torch.zeros(9, 80), places, places, *caches)
+    kernels.rotate_and_store(torch.zeros(2, 8 * 80, dtype=dtype), torch.zeros(9, 80), places, places, *caches)
+    assert compiled == ["_rms_norm_kernel"] * 2 + ["_silu_mul_kernel", "_rotate_and_store_kernel"]
 
 
 # Norms and activation
