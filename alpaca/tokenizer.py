@@ -55,6 +55,11 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Write files that `load_tokenizer` and AutoTokenizer read back to the same ids."""
 
+    @property
+    def fill_id(self) -> int:
+        """What fills rows up, masked and without loss: the padding token, or EOS where there is none."""
+        return self.eos_id if self.pad_id is None else self.pad_id
+
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 

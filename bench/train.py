@@ -63,7 +63,8 @@ def main() -> None:
             found[name].append(in_own_process(name, Path(made)))
     results = {name: summarize(samples) for name, samples in found.items()}
     print(describe(results))
-    print(json.dumps({"results": results, "config": vars(config), **provenance("train", PACKAGES)}))
+    flags = {**vars(config), "data_path": Path(config.data_path).name}  # where it lies says nothing elsewhere
+    print(json.dumps({"results": results, "config": flags, **provenance("train", PACKAGES)}))
 
 
 # One row, in a process of its own

@@ -77,28 +77,30 @@ def write_samples(folder: Path, samples: list[Sample]) -> None:
 def generate(samples: list[Sample], model: nn.Module, tokenizer: Tokenizer, device: torch.device) -> list[str]:
     """Greedy answers of the model in memory, one prompt at a time. Draws no random numbers.
 
-    Empty for a sharded model, whose parameters are nowhere whole. A failure to answer ends no training: it is said, and
-    the report goes without.
+    Empty for a sharded model, whose parameters are nowhere whole. Too little memory, and a model that cannot generate,
+    end no training: it is said, and the report goes without.
     """
     if is_sharded(model):
         return [""] * len(samples)
     with _answering(model):
         try:
             return [_generate_one(sample.prompt, model, tokenizer, device) for sample in samples]
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # memory, or what a model lacks
-            logger.warning("no sample answers in the report: %s", str(error).splitlines()[0])
-            return [""] * len(samples)
+        except (torch.OutOfMemoryError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+    if device.type == "cuda":  # out here, where the error no longer holds the tensors of its frames
+        torch.cuda.empty_cache()
+    logger.warning("no sample answers in the report: %s", reason)
+    return [""] * len(samples)
 
 
 def _generate_one(prompt: str, model: nn.Module, tokenizer: Tokenizer, device: torch.device) -> str:
     ids = torch.tensor([[*tokenizer.prefix_ids, *tokenizer.encode(prompt)]], device=device)
-    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
     # Frozen weights in bfloat16 meet an adapter in float32; the casts are not cached, so that no copy of all stays.
     low = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False):
         output = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
-            use_cache=True, eos_token_id=tokenizer.eos_id, pad_token_id=pad_id,
+            use_cache=True, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.fill_id,
         )  # fmt: skip
     return tokenizer.decode(output[0, ids.shape[1] :].tolist()).strip()
 

@@ -8,7 +8,6 @@ every process knows from the data; so the layout of processes and micro-batches 
 
 import contextlib
 import functools
-import hashlib
 import logging
 import math
 import signal
@@ -24,24 +23,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from alpaca.data.batching import (
-    MicroBatch,
-    collate,
-    count_steps_per_epoch,
-    pack,
-    split_step,
-    split_step_by_tokens,
-    step_examples,
-)
-from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples, read_examples, split_examples
+from alpaca.data.batching import MicroBatch, collate, pack, split_step, split_step_by_tokens, step_examples
+from alpaca.data.examples import MASKED_LABEL, EncodedDataset
 from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
 from alpaca.hf_files import locked, write_json
-from alpaca.tokenizer import Tokenizer
 from alpaca.training import padding_free
 from alpaca.training.answers import Sample, answer_after, answer_before, choose_samples
 from alpaca.training.checkpoint import (
-    Progress,
-    Trainee,
     check_output,
     checkpoint_bytes,
     clear_output,
@@ -52,30 +40,14 @@ from alpaca.training.checkpoint import (
     save_checkpoint,
     save_final,
 )
-from alpaca.training.config import (
-    TrainConfig,
-    config_json,
-    count_held_out,
-    count_steps,
-    count_warmup_steps,
-    learning_rate_factor,
-    parse_fsdp,
-    resolve,
-)
-from alpaca.training.distributed import (
-    World,
-    clip_gradients,
-    decide_gradient_sync,
-    is_sharded,
-    join_world,
-    sync_gradients,
-)
+from alpaca.training.config import TrainConfig, config_json, resolve
+from alpaca.training.distributed import World, clip_gradients, is_sharded, join_world, sync_gradients
 from alpaca.training.guards import LossWatch, SaveClock, describe_not_finite
-from alpaca.training.model import Base, choose_save_dtype, count_parameters, group_parameters, load_model, open_base
-from alpaca.training.plan import Plan, check_plan, print_plan, share_of_peak
+from alpaca.training.model import choose_save_dtype
+from alpaca.training.plan import share_of_peak
+from alpaca.training.plan_command import print_plan
 from alpaca.training.report import (
     Entry,
-    MemoryMeter,
     NoRecorder,
     check_recorder,
     describe_progress,
@@ -88,6 +60,7 @@ from alpaca.training.report import (
     write_trainer_state,
 )
 from alpaca.training.report_page import Record, write_report
+from alpaca.training.run import Run, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -153,152 +126,12 @@ def _train_alone(
     return output_dir
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything the loop works with, made by `prepare`.
-
-    held_out: None where nothing is evaluated.    keeps_gradients: see `decide_gradient_sync`.
-    """
-
-    config: TrainConfig
-    base: Base
-    data: EncodedDataset
-    held_out: EncodedDataset | None
-    trainee: Trainee
-    num_steps: int
-    steps_per_epoch: int
-    keeps_gradients: bool
-    plan: Plan | None = None  # for a model of a kind that can be planned
-    memory: MemoryMeter
-
-    @property
-    def world(self) -> World:
-        return self.trainee.world
-
-    @property
-    def progress(self) -> Progress:
-        return self.trainee.progress
-
-
-# Before the first step ----------------------------------------------------------------------------------------
-
-
-def prepare(config: TrainConfig, world: World) -> Run:
-    """Read the data, load the model, make optimizer and schedule. `config` is resolved."""
-    base = open_base(config)
-    data, held_out = _encode_data(config, base.tokenizer, progress=world.is_main)
-    steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=config.global_batch_size)
-    num_steps = count_steps(config, steps_per_epoch)
-    memory = MemoryMeter(world.device)
-    sizes = {"num_processes": world.num_processes, "device": world.device}
-    plan = world.together(lambda: check_plan(config, base, data, **sizes))
-    if config.tf32:
-        torch.set_float32_matmul_precision("high")
-    trainee = _make_trainee(load_model(base, config, world), config, data, num_steps=num_steps, world=world)
-    torch.manual_seed(config.seed + world.rank)  # dropout; each process draws its own
-    return Run(
-        config=config,
-        base=base,
-        data=data,
-        held_out=held_out,
-        trainee=trainee,
-        num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
-        keeps_gradients=decide_gradient_sync(trainee.model, world),
-        plan=plan,
-        memory=memory,
-    )
-
-
 def _prepare_output(run: Run, *, resumed: bool) -> None:
     config, output_dir = run.config, Path(run.config.output_dir)
     dtype, saves = choose_save_dtype(config, run.base), config.save_strategy != "no"
     require_room(run.trainee.model, output_dir, dtype=dtype, checkpoints=saves)
     clear_output(output_dir, old_checkpoints=not resumed)
     write_json(output_dir / "train_config.json", config_json(config))
-
-
-def _make_trainee(
-    model: nn.Module, config: TrainConfig, data: EncodedDataset, *, num_steps: int, world: World
-) -> Trainee:
-    optimizer = _make_optimizer(model, config, world)
-    warmup, num_parameters = count_warmup_steps(config, num_steps), count_parameters(model)
-    factor = functools.partial(
-        learning_rate_factor, schedule=config.lr_scheduler_type, num_warmup_steps=warmup, num_steps=num_steps
-    )
-    millions = (count_parameters(model, trained_only=True) / 1e6, num_parameters / 1e6)
-    logger.info("%s steps, %s of warm-up; %.1f of %.1f M parameters are trained", f"{num_steps:,}", warmup, *millions)
-    return Trainee(
-        model=model,
-        optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-        progress=Progress(),
-        identity=_identify(config, data, num_parameters=num_parameters, num_steps=num_steps, warmup=warmup),
-        world=world,
-    )
-
-
-def _encode_data(
-    config: TrainConfig, tokenizer: Tokenizer, *, progress: bool
-) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """The examples to train on, and those to evaluate on."""
-    examples, held_out = read_examples(config.data_path), []
-    if num_held_out := count_held_out(config, len(examples)):
-        examples, held_out = split_examples(examples, num_held_out=num_held_out, seed=config.seed)
-    elif config.eval_data_path:
-        held_out = read_examples(config.eval_data_path)
-    encoded = [
-        encode_examples(
-            part,
-            tokenizer,
-            max_length=config.model_max_length,
-            train_on_inputs=config.train_on_inputs,
-            progress=progress,
-        )
-        if part
-        else None
-        for part in (examples, held_out)
-    ]
-    for name, part in zip(("training data", "held-out data"), encoded, strict=True):
-        for line in part.report.lines() if part else ():
-            logger.info("%s: %s", name, line)
-    return encoded[0], encoded[1]
-
-
-def _make_optimizer(model: nn.Module, config: TrainConfig, world: World) -> torch.optim.AdamW:
-    on_gpu = world.device.type == "cuda" and not parse_fsdp(config.fsdp).offload
-    return torch.optim.AdamW(
-        group_parameters(model, weight_decay=config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=on_gpu or None,
-    )
-
-
-_IDENTITY_FIELDS = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "base_quantization", "global_batch_size", "learning_rate", "lora_alpha",
-    "lora_dropout", "lora_r", "lora_target_modules", "loss_average", "lr_scheduler_type", "max_grad_norm", "method",
-    "seed", "use_dora", "use_rslora", "weight_decay",
-)  # fmt: skip
-
-
-def _identify(
-    config: TrainConfig, data: EncodedDataset, *, num_parameters: int, num_steps: int, warmup: int
-) -> dict[str, object]:
-    """What a checkpoint must share with a run that resumes it; the layout of processes is not among it."""
-    digest = hashlib.sha256()
-    for tensor in (data.ids, data.offsets, data.prompt_lengths):
-        digest.update(tensor.numpy())
-    by_micro_batch = config.loss_average == "micro_batch"
-    return {
-        "data": f"{len(data)} examples, sha256 {digest.hexdigest()[:16]}",
-        "micro_batch_size": config.per_device_train_batch_size if by_micro_batch else "any",
-        "parameters": num_parameters,
-        "steps": num_steps,
-        "warmup_steps": warmup,
-        **{name: getattr(config, name) for name in _IDENTITY_FIELDS},
-    }
 
 
 # The loop -----------------------------------------------------------------------------------------------------
@@ -401,7 +234,7 @@ def loss_divisor(run: Run, indices: Tensor, micro_batch: Tensor) -> int:
 
 def sum_losses(run: Run, data: EncodedDataset, indices: Tensor) -> Tensor:
     """The summed cross entropy (float32 scalar) of the target tokens of some examples of `data`."""
-    model, pad_id = run.trainee.model, run.base.pad_id
+    model, pad_id = run.trainee.model, run.base.tokenizer.fill_id
     examples = [data.example(index) for index in indices.tolist()]
     if padding_free.is_enabled(model):
         batch = pack(examples, pad_id=pad_id).to(run.world.device)

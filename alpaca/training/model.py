@@ -42,11 +42,6 @@ class Base:
     tokenizer: Tokenizer
     dtype: torch.dtype
 
-    @property
-    def pad_id(self) -> int:
-        """What fills rows up, masked and without loss: EOS where the tokenizer has no padding token."""
-        return self.tokenizer.eos_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
-
 
 def open_base(config: TrainConfig) -> Base:
     """Find the base model and its tokenizer, without reading weights. Raises MissingInput, InputError."""
@@ -292,7 +287,8 @@ def describe_final(model: nn.Module, base: Base, dtype: torch.dtype) -> Final:
     """The whole model with its configs, or the adapter with PEFT's. `dtype`: of the weights that will be written."""
     if _is_adapted(model):
         return Final(tensors=final_tensors(model), stem=WEIGHTS_STEM, configs={CONFIG_NAME: _adapter_config(model)})
-    ids = {"bos_token_id": base.tokenizer.bos_id, "eos_token_id": base.tokenizer.eos_id, "pad_token_id": base.pad_id}
+    tokenizer = base.tokenizer
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.fill_id}
     dtype_name = str(dtype).removeprefix("torch.")
     config = {
         **read_json(base.folder / "config.json"),

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from alpaca.training import loop
 from alpaca.training.config import make_config
+from alpaca.training.run import Run
 
 
 def main() -> None:
     runs = []
     prepare = loop.prepare
 
-    def keep(*arguments: object) -> loop.Run:
+    def keep(*arguments: object) -> Run:
         runs.append(prepare(*arguments))
         return runs[0]
 

@@ -356,7 +356,7 @@ def test_a_disk_that_runs_full_late_in_a_file(configure: Configure, monkeypatch:
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_the_model_is_loaded(configure: Configure, monkeypatch):
-    monkeypatch.setattr(loop, "load_model", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr("alpaca.training.run.load_model", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(InputError, match=r"--output_dir /proc/alpaca cannot be written to: .*; choose another folder"):
         train(configure(output_dir="/proc/alpaca"))
 

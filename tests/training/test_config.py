@@ -1,11 +1,10 @@
-"""The command line: the seeds' commands, the recipe's defaults, and every flag that is ignored, refused or unknown."""
+"""What a run is: the recipe's defaults, what is worked out from them, and values that cannot be meant."""
 
 import dataclasses
 import functools
 import json
 import logging
 import math
-import shlex
 
 import pytest
 import torch
@@ -14,43 +13,20 @@ from transformers import get_scheduler
 from alpaca.data.batching import count_steps_per_epoch
 from alpaca.errors import InputError
 from alpaca.training.config import (
-    IGNORED,
     RECIPES,
-    REFUSED,
-    RENAMED,
     SCHEDULES,
     TrainConfig,
     config_json,
     count_steps,
     count_warmup_steps,
     learning_rate_factor,
-    parse_flags,
     parse_fsdp,
     resolve,
 )
+from alpaca.training.flags import parse_flags
 
 NEEDED = ["--model_name_or_path", "weights/llama-7b", "--data_path", "data.json"]
 CPU = torch.device("cpu")
-ISSUE_COMMAND = """--model_name_or_path weights/llama-7b --tokenizer_name_or_path weights/tokenizer --data_path
-data.json --bf16 True --output_dir alpaca_out --num_train_epochs 3 --per_device_train_batch_size 4
---per_device_eval_batch_size 4 --gradient_accumulation_steps 8 --evaluation_strategy "no" --save_strategy "steps"
---save_steps 2000 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type "cosine"
---logging_steps 1 --fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap 'LlamaDecoderLayer' --tf32 True"""
-COG_COMMAND = ISSUE_COMMAND.replace("LlamaDecoderLayer", "LLaMADecoderLayer").replace("weights/", "/src/weights/")
-
-
-@pytest.mark.parametrize("command", [ISSUE_COMMAND, COG_COMMAND], ids=["issue", "cog"])
-def test_the_seeds_commands_parse_to_the_recipe(command: str):
-    config = parse_flags(shlex.split(command))
-    recipe = parse_flags(NEEDED)
-    changed = {
-        item.name for item in dataclasses.fields(config) if getattr(config, item.name) != getattr(recipe, item.name)
-    }
-    assert changed - {"model_name_or_path"} == {
-        "tokenizer_name_or_path", "per_device_train_batch_size", "gradient_accumulation_steps", "fsdp",
-        "fsdp_transformer_layer_cls_to_wrap",
-    }  # fmt: skip
-    assert resolve(config, num_processes=4, device=CPU).global_batch_size == 128
 
 
 def test_the_recipes_defaults():
@@ -90,73 +66,6 @@ def test_a_recipe_fills_only_what_is_not_given():
         parse_flags([*NEEDED, "--recipe", "alpaca-70b"])
     fields = {item.name for item in dataclasses.fields(TrainConfig)}
     assert all(set(values) <= fields for values in RECIPES.values())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "field", "value"),
-    [
-        (["--bf16"], "bf16", True),
-        (["--bf16", "False"], "bf16", False),
-        (["--bf16=false"], "bf16", False),
-        (["--overwrite-output-dir", "--bf16"], "overwrite_output_dir", True),
-        (["--eval-strategy=steps"], "eval_strategy", "steps"),
-        (["--evaluation_strategy", "epoch"], "eval_strategy", "epoch"),
-        (["--per_gpu_train_batch_size", "2"], "per_device_train_batch_size", 2),
-        (["--max_steps", "-1"], "max_steps", -1),
-        (["--weight_decay", "0."], "weight_decay", 0.0),
-        (["--output-dir=a--b=c"], "output_dir", "a--b=c"),
-        (["--run_name", "a_b-c"], "run_name", "a_b-c"),
-    ],
-)
-def test_spellings(arguments: list[str], field: str, value: object):
-    assert getattr(parse_flags([*NEEDED, *arguments]), field) == value
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--learning_rat", "1"], "unknown flag --learning_rat; the nearest known one is --learning_rate"),
-        (["--epochs", "3"], "unknown flag --epochs"),
-        (["--lora_rank=8"], "unknown flag --lora_rank"),
-        (["stray"], "unexpected argument 'stray'"),
-        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
-        (["--bf16", "maybe"], "expected True or False, found 'maybe'"),
-        (["--save_steps"], "expected one argument"),
-        (["--lr_scheduler_type", "sine"], "invalid choice: 'sine'"),
-        (["--optim", "sgd"], "invalid choice: 'sgd'"),
-    ],
-)
-def test_mistakes_are_named(arguments: list[str], text: str):
-    with pytest.raises(InputError, match=text):
-        parse_flags([*NEEDED, *arguments])
-
-
-def test_what_must_be_given():
-    with pytest.raises(InputError, match="--model_name_or_path and --data_path must be given"):
-        parse_flags(["--bf16"])
-
-
-@pytest.mark.parametrize("name", [*IGNORED, "ddp_find_unused_parameters", "ddp_timeout"])
-def test_ignored_flags_warn_in_one_line(name: str, caplog: pytest.LogCaptureFixture):
-    assert parse_flags([*NEEDED, f"--{name}", "4"]) == parse_flags(NEEDED)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert caplog.messages[0].startswith(f"--{name} is ignored: ")
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_flags_name_what_to_use(name: str):
-    with pytest.raises(InputError, match=f"--{name} is not supported: .{{9}}"):
-        parse_flags([*NEEDED, f"--{name}", "something"])
-    with pytest.raises(InputError, match=f"--{name} is not supported"):
-        parse_flags([*NEEDED, f"--{name}"])
-    assert parse_flags([*NEEDED, f"--{name}", "False"]) == parse_flags(NEEDED)
-
-
-def test_no_flag_is_in_two_tables():
-    fields = {item.name for item in dataclasses.fields(TrainConfig)}
-    assert set(RENAMED.values()) <= fields
-    names = [*fields, *RENAMED, *IGNORED, *REFUSED]
-    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(
@@ -261,14 +170,6 @@ def test_fsdp_words(text: str, reshard: bool, offload: bool, hybrid: bool):
 def test_the_configuration_as_json_gives_the_same_configuration():
     config = resolve(parse_flags(NEEDED), num_processes=2, device=CPU)
     assert TrainConfig(**json.loads(json.dumps(config_json(config)))) == config
-
-
-def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit, match="0"):
-        parse_flags(["--help"])
-    said = capsys.readouterr().out
-    assert all(f"--{item.name}" in said for item in dataclasses.fields(TrainConfig))
-    assert "--deepspeed" not in said
 
 
 @pytest.mark.parametrize(("asked", "meant"), [("True", "auto"), ("auto", "auto"), ("False", None), ("a/b", "a/b")])

@@ -14,6 +14,7 @@ from alpaca.training import loop
 from alpaca.training.config import TrainConfig
 from alpaca.training.guards import LossWatch, SaveClock
 from alpaca.training.loop import train
+from alpaca.training.run import Run
 from tests.training.test_loop import history
 
 Configure = Callable[..., TrainConfig]
@@ -29,7 +30,7 @@ class Stage:
         real = loop.prepare
         monkeypatch.setattr(loop, "prepare", lambda *given: self.keep(real(*given)))
 
-    def keep(self, run: loop.Run) -> loop.Run:
+    def keep(self, run: Run) -> Run:
         self.run = run
         return run
 

@@ -21,10 +21,13 @@ from alpaca.adapters import open_adapter
 from alpaca.data.batching import pack, step_examples
 from alpaca.errors import InputError, MissingInput, OutputExists
 from alpaca.training import checkpoint, loop, padding_free
-from alpaca.training.config import TrainConfig, config_json, parse_flags, resolve
+from alpaca.training.config import TrainConfig, config_json, resolve
+from alpaca.training.dataset import encode_data
 from alpaca.training.distributed import World
+from alpaca.training.flags import parse_flags
 from alpaca.training.loop import train
 from alpaca.training.model import count_parameters, load_model, open_base, probe_logits
+from alpaca.training.run import Run
 from tests.training.test_checkpoint import Crash, crash_after, without_rates
 from tests.training.test_distributed import train_in_processes
 from tests.training.test_loop import history, plain_examples, plain_training
@@ -64,11 +67,11 @@ def load(config: TrainConfig) -> torch.nn.Module:
     return load_model(open_base(config), config, ALONE)
 
 
-def keep_run(monkeypatch: pytest.MonkeyPatch) -> dict[str, loop.Run]:
+def keep_run(monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
     """A dictionary that holds the run under "run" once it ended."""
     kept, real = {}, loop.finish
 
-    def finish(run: loop.Run, **values: object) -> None:
+    def finish(run: Run, **values: object) -> None:
         kept["run"] = run
         real(run, **values)
 
@@ -527,7 +530,7 @@ def test_alpaca_loras_recipe():
 def test_training_on_inputs_is_transformers_loss_over_everything(configure: Configure, tiny_llama: Path, records: Path):
     config = configure(**LORA, train_on_inputs=True, max_steps=1, loss_average="token")
     loss = history(train(config))[0]
-    data = loop._encode_data(config, open_base(config).tokenizer, progress=False)[0]
+    data = encode_data(config, open_base(config).tokenizer, progress=False)[0]
     assert data.target_counts.tolist() == (data.lengths - 1).tolist()
     batch = step_examples(len(data), global_batch_size=8, seed=42, step=0).tolist()
     model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)

@@ -32,7 +32,7 @@ def test_new_rows_are_the_mean_of_the_others(configure: Configure, tiny_llama: P
     config = configure()
     base = open_base(config)
     model, original = load_model(base, config, ALONE), LlamaForCausalLM.from_pretrained(tiny_llama)
-    assert base.tokenizer.pad_id == 480
+    assert base.tokenizer.pad_id == base.tokenizer.fill_id == 480
     assert model.config.vocab_size == 481
     for part in ("get_input_embeddings", "get_output_embeddings"):
         table, before = getattr(model, part)().weight, getattr(original, part)().weight

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from alpaca.errors import InputError, MissingPackage
 from alpaca.tokenizer import load_tokenizer
-from alpaca.training.config import RENAMED, TrainConfig, count_held_out, resolve
+from alpaca.training import answers
+from alpaca.training.config import TrainConfig, count_held_out, resolve
+from alpaca.training.flags import RENAMED
 from alpaca.training.loop import TrainingStopped, train
 from alpaca.training.report import MemoryMeter, evaluation_entry, mean_rate
 from alpaca.training.report_page import line_chart
@@ -160,6 +162,31 @@ def test_a_resumed_run_keeps_the_first_answers(configure: Configure):
     assert all(before)
     train(config)
     assert [sample["before"] for sample in json.loads(path.read_text())["samples"]] == before
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("too little\nmemory"), NotImplementedError()], ids=["memory", "no generate"]
+)
+def test_a_model_that_cannot_answer_is_trained_all_the_same(
+    error: Exception, configure: Configure, monkeypatch, caplog
+):
+    def fail(*arguments: object) -> str:
+        raise error
+
+    monkeypatch.setattr(answers, "_generate_one", fail)
+    folder = train(configure(max_steps=1, num_samples=1))
+    assert json.loads((folder / "samples.json").read_text())["samples"][0]["after"] == ""
+    said = f"no sample answers in the report: {str(error).partition(chr(10))[0] or 'NotImplementedError'}"
+    assert caplog.messages.count(said) == 2
+
+
+def test_a_mistake_of_ours_while_answering_is_not_hidden(configure: Configure, monkeypatch: pytest.MonkeyPatch):
+    def fail(*arguments: object) -> str:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(answers, "_generate_one", fail)
+    with pytest.raises(TypeError, match="a bug"):
+        train(configure(max_steps=1, num_samples=1))
 
 
 def test_held_out_share(configure: Configure):

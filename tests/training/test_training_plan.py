@@ -17,8 +17,11 @@ from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.tokenizer import write_llama_tokenizer
 from alpaca.training import padding_free, plan
 from alpaca.training.config import TrainConfig, resolve
+from alpaca.training.footprint import Setup, Work, count_trained, make_setup, plan_memory, saved_bytes
 from alpaca.training.loop import train
-from alpaca.training.plan import Hardware, Setup, Work, format_table, make_setup, plan_memory, read_shape, saved_bytes
+from alpaca.training.plan import Hardware
+from alpaca.training.plan_command import format_table, open_planner, print_plan
+from alpaca.training.shape import Shape, read_shape
 from tests.conftest import ROOT
 from tests.training.conftest import SAMPLE, SETTINGS, flags, run_train
 
@@ -47,7 +50,7 @@ def make_opt() -> OPTForCausalLM:
     return OPTForCausalLM(config)
 
 
-def shape_of(model, folder: Path) -> plan.Shape:
+def shape_of(model, folder: Path) -> Shape:
     model.config.save_pretrained(folder)
     return read_shape(folder)
 
@@ -123,7 +126,7 @@ def test_saved_tensors_are_counted(make, settings: dict, tolerance: float, tmp_p
     if targets:
         model = add_lora(model, targets, setup.lora_dropout)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert plan.count_trained(shape, setup) == trained
+        assert count_trained(shape, setup) == trained
     kept, num_tokens, num_targets = kept_by_autograd(model.train(), bf16=setup.bf16)
     if setup.bf16 and not targets:
         kept -= 2 * shape.num_linear  # autocast's copies of weights, which the plan has apart
@@ -276,10 +279,10 @@ def test_what_fits_and_what_would(card, arguments, fits, would, llama_7b: Path, 
     )  # fmt: skip
     shown: list[str] = []
     if fits:
-        plan.print_plan(config, show=shown.append)
+        print_plan(config, show=shown.append)
     else:
         with pytest.raises(NotEnoughSpace, match="GB on each device"):
-            plan.print_plan(config, show=shown.append)
+            print_plan(config, show=shown.append)
     found = json.loads(shown[-1])
     assert found["fits"] == fits
     assert {"parameters", "trained", "work", "memory", "disk", "seconds", "cards"} <= found.keys()
@@ -318,7 +321,7 @@ def test_the_plan_is_what_training_does(configure: Configure, caplog: pytest.Log
 
 def test_table_names_every_part(configure: Configure):
     config = resolve(configure(), num_processes=1, device=CPU)
-    planner = plan._open_planner(config)
+    planner = open_planner(config)
     own = planner.plan(make_setup(config, planner.shape, num_processes=1, on_gpu=False), plan.find_hardware(CPU))
     table = format_table(own, [])
     for name in ("weights", "gradients", "optimizer states", "activations", "logits", "checkpoint", "time"):

@@ -1,0 +1,39 @@
+"""The examples of a run, as its configuration names them: read, held out, encoded."""
+
+import logging
+
+from alpaca.data.examples import EncodedDataset, encode_examples, read_examples, split_examples
+from alpaca.tokenizer import Tokenizer
+from alpaca.training.config import TrainConfig, count_held_out
+
+logger = logging.getLogger(__name__)
+
+
+def encode_data(
+    config: TrainConfig, tokenizer: Tokenizer, *, progress: bool
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """Read and encode the examples to train on, and those to evaluate on (None where there are none).
+
+    Raises MissingInput, MissingPackage, InputError.
+    """
+    examples, held_out = read_examples(config.data_path), []
+    if num_held_out := count_held_out(config, len(examples)):
+        examples, held_out = split_examples(examples, num_held_out=num_held_out, seed=config.seed)
+    elif config.eval_data_path:
+        held_out = read_examples(config.eval_data_path)
+    encoded = [
+        encode_examples(
+            part,
+            tokenizer,
+            max_length=config.model_max_length,
+            train_on_inputs=config.train_on_inputs,
+            progress=progress,
+        )
+        if part
+        else None
+        for part in (examples, held_out)
+    ]
+    for name, part in zip(("training data", "held-out data"), encoded, strict=True):
+        for line in part.report.lines() if part else ():
+            logger.info("%s: %s", name, line)
+    return encoded[0], encoded[1]

@@ -1,0 +1,355 @@
+"""The bytes that a training run takes, by part and at its largest moment, and those of its checkpoints.
+
+Memory is counted, not guessed: the tensors that autograd keeps for a decoder layer follow from its operations
+(transformers' LlamaDecoderLayer), and the tests hold that count against the tensors that autograd does keep, byte for
+byte. What is not derived is a constant below, and named as one.
+
+Legend: N packed tokens of a micro-batch, R target positions, D width, F width of the feed-forward layer, V vocabulary,
+Q = heads * head width, K = key/value heads * head width, L layers; all bytes are of one process.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_by_tokens, step_examples
+from alpaca.data.examples import EncodedDataset
+from alpaca.memory import CUDA_CONTEXT_BYTES
+from alpaca.training.config import ALL_LINEAR, TrainConfig, parse_fsdp, target_names
+from alpaca.training.padding_free import CHUNK_LOGITS
+from alpaca.training.shape import Shape
+
+# Empirical.
+_MOST_SIMULATED = 500  # steps whose micro-batches are laid out to find the largest
+# On a CPU glibc gives freed blocks back to the system only from 32 MiB on; smaller ones stay in a heap with holes. Held
+# besides what lives is about once what comes and goes in a backward pass (0.8 to 1.1 times, measured on models of 5 and
+# 20 M parameters). With MALLOC_MMAP_THRESHOLD_=131072 in the environment it is nothing, and steps may take longer.
+_HEAP_BLOCK = 32 << 20
+_PROCESS_BYTES = 6 << 20  # Python objects and late imports; measured too
+_PEFT_BYTES = 50 << 20  # what importing PEFT, with bitsandbytes, adds to the process; measured too
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, an 8-bit scale for 64, a float32 scale for 256 of those
+
+
+# The run ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What of a configuration decides memory and time."""
+
+    method: str = "full"
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
+    dora: bool = False
+    base_quantization: str = "none"
+    micro_batch_size: int = 4
+    global_batch_size: int = 128
+    max_length: int = 512
+    gradient_checkpointing: bool = False
+    padding_free: bool = True
+    offload: bool = False
+    reshard: bool = True
+    bf16: bool = True
+    num_processes: int = 1
+    on_gpu: bool = True
+
+    @property
+    def sharded(self) -> bool:
+        return self.num_processes > 1 or (self.offload and self.on_gpu)
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of an element in matrix products."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def stream_bytes(self) -> int:
+        """Of an element of the residual stream: it has the embeddings' dtype, float32 under autocast alone."""
+        return 2 if self.bf16 and (self.sharded or self.method != "full") else 4
+
+    def trains(self, linear: str) -> bool:
+        """Whether a gradient of this matrix, or of an adapter on it, needs the matrix's input."""
+        return self.method == "full" or linear in self.lora_targets
+
+
+def make_setup(config: TrainConfig, shape: Shape, *, num_processes: int, on_gpu: bool) -> Setup:
+    """The setup of a resolved configuration."""
+    sharding, full = parse_fsdp(config.fsdp), config.method == "full"
+    return Setup(
+        method=config.method,
+        lora_rank=config.lora_r or 0,
+        lora_targets=() if full else _targets(config.lora_target_modules, shape),
+        lora_dropout=config.lora_dropout or 0.0,
+        dora=config.use_dora,
+        base_quantization=config.base_quantization or "none",
+        micro_batch_size=config.per_device_train_batch_size,
+        global_batch_size=config.global_batch_size,
+        max_length=config.model_max_length,
+        gradient_checkpointing=config.gradient_checkpointing,
+        padding_free=config.padding_free and not shape.eager_attention,
+        offload=sharding.offload,
+        reshard=sharding.reshard_after_forward,
+        bf16=config.bf16,
+        num_processes=num_processes,
+        on_gpu=on_gpu,
+    )
+
+
+def _targets(asked: str | None, shape: Shape) -> tuple[str, ...]:
+    """The layers' matrices that get an adapter; one that is not there is refused where the model is known."""
+    if asked == ALL_LINEAR:
+        return tuple(shape.linears)
+    wanted = target_names(asked) if asked else ["q_proj", "v_proj", "query_key_value"]
+    return tuple(name for name in shape.linears if name in wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What there is to do. The largest micro-batch is that of the steps that were laid out."""
+
+    num_examples: int
+    num_tokens: int  # of the whole run
+    num_targets: int
+    num_steps: int
+    num_micro_batches: int  # of a step and process, at the most
+    max_tokens: int  # N of the largest micro-batch, padding included
+    max_targets: int  # R; padded micro-batches make logits of all N
+    max_length: int  # of an example
+
+
+def measure_work(setup: Setup, data: EncodedDataset, *, num_steps: int, seed: int) -> Work:
+    """Lay out the micro-batches of the first steps as training does, and take the largest."""
+    largest, targets, most = 0, 0, 0
+    for step in range(min(num_steps, _MOST_SIMULATED)):
+        indices = step_examples(len(data), global_batch_size=setup.global_batch_size, seed=seed, step=step)
+        micro_batches = _lay_out(setup, data, indices)
+        most = max(most, len(micro_batches))
+        for own in micro_batches:
+            if len(own):
+                lengths = data.lengths[own]
+                size = int(lengths.sum()) if setup.padding_free else int(lengths.max()) * len(own)
+                largest = max(largest, size)
+                targets = max(targets, int(data.target_counts[own].sum()))
+    steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=setup.global_batch_size)
+    share = num_steps * min(setup.global_batch_size * steps_per_epoch, len(data)) / steps_per_epoch / len(data)
+    return Work(
+        num_examples=len(data),
+        num_tokens=round(share * int(data.lengths.sum())),
+        num_targets=round(share * int(data.target_counts.sum())),
+        num_steps=num_steps,
+        num_micro_batches=most,
+        max_tokens=largest,
+        max_targets=targets if setup.padding_free else largest,
+        max_length=int(data.lengths.max()),
+    )
+
+
+def _lay_out(setup: Setup, data: EncodedDataset, indices: torch.Tensor) -> list[torch.Tensor]:
+    layout = {"rank": 0, "num_processes": setup.num_processes}
+    if not setup.padding_free:
+        return split_step(indices, micro_batch_size=setup.micro_batch_size, **layout)
+    max_tokens = setup.micro_batch_size * setup.max_length
+    return split_step_by_tokens(indices, data.lengths, max_tokens=max_tokens, **layout)
+
+
+# Memory -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device by part, and the most at a moment; host_bytes: in main memory instead, by offload."""
+
+    weights_bytes: int
+    copies_bytes: int  # of weights: autocast's in bfloat16, FSDP's gathered layers, a dequantized matrix
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+    working_bytes: int  # what one layer's backward pass or the optimizer adds for a moment
+    overhead_bytes: int  # CUDA's context, or on a CPU what the heap and Python hold besides; empirical
+    peak_bytes: int
+    peak_moment: str
+    host_bytes: int = 0
+
+
+def plan_memory(shape: Shape, setup: Setup, work: Work) -> Memory:
+    """The parts, and the largest of the moments that hold several of them.
+
+    Loss: everything saved by the forward pass, and the logits' chunk. Backward: gradients grow while activations go;
+    where micro-batches are accumulated the gradients of all are there from the second on. Step: AdamW.
+    """
+    weights, gradients = weights_bytes(shape, setup), gradient_bytes(shape, setup)
+    optimizer = 2 * 4 * count_trained(shape, setup) // setup.num_processes
+    saved, layer = saved_bytes(shape, setup, work), layer_bytes(shape, setup, work)
+    activations = saved + (layer if setup.gradient_checkpointing else 0)
+    logits, backward = logits_bytes(shape, setup, work), backward_bytes(shape, setup, work)
+    copies = copies_bytes(shape, setup)
+    overhead = overhead_bytes(shape, setup, work, transient_bytes=layer + logits + backward + gradients)
+    host = 0
+    if setup.offload and setup.on_gpu:
+        host, weights, optimizer, gradients = weights + optimizer + gradients, 0, 0, 0
+    kept = weights + optimizer + overhead
+    before = gradients if work.num_micro_batches > 1 else 0
+    moments = {
+        "loss": kept + before + copies + saved + logits,
+        "backward": kept + max(before + copies + activations + backward, gradients + backward),
+        "optimizer step": kept + gradients + step_bytes(shape, setup),
+    }
+    moment = max(moments, key=moments.__getitem__)
+    working = step_bytes(shape, setup) if moment == "optimizer step" else backward
+    return Memory(
+        weights_bytes=weights, copies_bytes=copies, gradients_bytes=gradients, optimizer_bytes=optimizer,
+        activations_bytes=activations, logits_bytes=logits, working_bytes=working, overhead_bytes=overhead,
+        peak_bytes=moments[moment], peak_moment=moment, host_bytes=host,
+    )  # fmt: skip
+
+
+def count_trained(shape: Shape, setup: Setup) -> int:
+    if setup.method == "full":
+        return shape.num_parameters
+    return shape.num_adapter(rank=setup.lora_rank, targets=setup.lora_targets, dora=setup.dora)
+
+
+def weights_bytes(shape: Shape, setup: Setup) -> int:
+    """A process's share of them: float32 where they are trained; a frozen base in the dtype it computes in."""
+    if setup.method == "full":
+        return 4 * shape.num_parameters // setup.num_processes
+    per_linear = {"none": setup.compute_bytes, "nf4": _NF4_BYTES, "int8": 1 + 4 / shape.width}[setup.base_quantization]
+    frozen = shape.num_linear * per_linear + (shape.num_parameters - shape.num_linear) * setup.compute_bytes
+    return int(frozen + 4 * count_trained(shape, setup)) // setup.num_processes
+
+
+def gradient_bytes(shape: Shape, setup: Setup) -> int:
+    """float32 gradients; of sharded ones the shard: they are kept whole only where there is room for it."""
+    return 4 * count_trained(shape, setup) // setup.num_processes
+
+
+def overhead_bytes(shape: Shape, setup: Setup, work: Work, *, transient_bytes: int) -> int:
+    """What the tensors' sizes do not explain: CUDA's context; on a CPU the heap's holes, where blocks are small."""
+    if setup.on_gpu:
+        return CUDA_CONTEXT_BYTES
+    block = work.max_tokens * shape.ffn_width * setup.compute_bytes
+    limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _HEAP_BLOCK))
+    imports = _PROCESS_BYTES + (_PEFT_BYTES if setup.method != "full" else 0)
+    return imports + (transient_bytes if block < limit else 0)
+
+
+def copies_bytes(shape: Shape, setup: Setup) -> int:
+    """Copies of weights beside the weights.
+
+    Autocast keeps a bfloat16 copy of each float32 matrix until the forward pass ends, and the graph keeps it on. FSDP
+    gathers embeddings and head for the whole pass, and two layers at a time, or all without resharding. A quantized
+    matrix is dequantized for its product.
+    """
+    largest = max(rows * columns for rows, columns in shape.linears.values())
+    dequantized = largest * setup.compute_bytes if setup.base_quantization != "none" else 0
+    if setup.sharded:
+        per_layer = shape.num_linear // shape.num_layers + shape.num_layer_vectors
+        num_gathered = min(2, shape.num_layers) if setup.reshard else shape.num_layers
+        return (shape.num_outside + num_gathered * per_layer) * setup.compute_bytes + dequantized
+    if setup.bf16 and setup.method == "full":
+        return (shape.num_linear + shape.num_head) * 2
+    return dequantized
+
+
+def layer_bytes_per_token(shape: Shape, setup: Setup) -> int:
+    """What autograd keeps of one decoder layer for each of N tokens, every operation in its order.
+
+    Each of two norms: its input in float32 (D), the reciprocal root, the normalized row where its scale is trained.
+    Inputs of q, k, v and of gate and up: one tensor where it has the products' dtype; under autocast from float32 each
+    matrix has a cast of its own. Attention: q, k, v, its output, a float32 log-sum per head, and o_proj's input, which
+    the CPU's kernel needs as a copy; on a GPU grouped keys and values are repeated. Feed-forward: gate, its
+    activation, up, and their product (down_proj's input). Inputs of frozen matrices are not kept; an adapter keeps
+    its input (with the mask of dropout) and its narrow product.
+    """
+    c, s, width = setup.compute_bytes, setup.stream_bytes, shape.width
+    full = setup.method == "full"
+    rms = shape.family == "llama"  # LayerNorm is one operation: its input, mean and deviation
+    total = 2 * (4 * width + 4 + (s * width if full else 0)) if rms else 2 * (s * width + 8)
+    for names in _INPUT_GROUPS[shape.family]:
+        trained = [name for name in names if setup.trains(name)]
+        columns = shape.linears[names[0]][1]
+        casts_each = s != c if full else (c == 2 or setup.lora_dropout > 0)
+        own_casts = casts_each and (not full or names[0] in _FROM_STREAM)
+        total += c * columns * (len(trained) if own_casts else min(1, len(trained)))
+        if not full:
+            total += len(trained) * (setup.lora_rank * c + columns * (setup.lora_dropout > 0))
+    keys = shape.query_width if setup.on_gpu else shape.kv_width
+    total += c * (2 * shape.query_width + 2 * keys) + 4 * shape.num_heads
+    if full and setup.on_gpu:
+        total -= c * shape.query_width  # o_proj's input is attention's output itself
+    inner = {"llama": 3, "opt": 0 if full else 1, "bloom": 1}[shape.family]  # ReLU's result is down_proj's input
+    return total + inner * c * shape.ffn_width
+
+
+_INPUT_GROUPS = {  # matrices that share an input
+    "llama": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)),
+    "opt": (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)),
+    "bloom": (("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)),
+}
+_FROM_STREAM = ("q_proj", "gate_proj", "fc1", "query_key_value", "dense_h_to_4h")  # others' inputs are products
+
+
+def layer_bytes(shape: Shape, setup: Setup, work: Work) -> int:
+    """What autograd keeps of one layer."""
+    scores = 3 * setup.compute_bytes * shape.num_heads * work.max_length if shape.eager_attention else 0
+    return work.max_tokens * (layer_bytes_per_token(shape, setup) + scores)
+
+
+def saved_bytes(shape: Shape, setup: Setup, work: Work) -> int:
+    """What the forward pass leaves: all layers, or with checkpointing their inputs; the last norm, the head's input."""
+    s, width = setup.stream_bytes, shape.width
+    full = setup.method == "full"
+    rotary = 8 * (shape.query_width // shape.num_heads)
+    per_token = 4 * width + 4 + (s * width if full and shape.family == "llama" else 0) + rotary + 16
+    outside = work.max_tokens * per_token + work.max_targets * (s * width + 16)
+    if setup.gradient_checkpointing:
+        return outside + shape.num_layers * work.max_tokens * s * width
+    return outside + shape.num_layers * layer_bytes(shape, setup, work)
+
+
+def logits_bytes(shape: Shape, setup: Setup, work: Work) -> int:
+    """The loss's largest moment: a chunk's logits (padding-free), or all of them.
+
+    log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
+    beside the gradient of the head's weight before it is added up.
+    """
+    rows = work.max_targets
+    if setup.padding_free:
+        rows = min(rows, max(1, CHUNK_LOGITS // shape.vocab_size))
+    scores = 3 * 4 * rows * shape.vocab_size + (setup.compute_bytes * rows * shape.vocab_size if setup.bf16 else 0)
+    if setup.method != "full":
+        return scores
+    weight_gradient = shape.num_head * (4 + (2 if setup.bf16 else 0))
+    return max(scores, setup.compute_bytes * rows * shape.vocab_size + weight_gradient)
+
+
+def backward_bytes(shape: Shape, setup: Setup, work: Work) -> int:
+    """Gradients alive inside one layer: two of feed-forward width, three of the stream, and one matrix's.
+
+    FSDP holds those of a layer, and of what stands outside the layers, whole before it reduces them.
+    """
+    per_token = 2 * setup.compute_bytes * shape.ffn_width + 3 * setup.stream_bytes * shape.width
+    whole = 0
+    if setup.method == "full" and setup.sharded:
+        whole = 4 * (shape.num_linear // shape.num_layers + shape.num_outside)
+    elif setup.method == "full":
+        whole = 4 * max(rows * columns for rows, columns in shape.linears.values())
+    return work.max_tokens * per_token + whole
+
+
+def step_bytes(shape: Shape, setup: Setup) -> int:
+    """AdamW's temporaries: none when fused, else two of its largest parameter."""
+    if (setup.on_gpu and not setup.offload) or setup.method != "full":
+        return 0
+    return 2 * 4 * shape.num_head // setup.num_processes
+
+
+# Disk --------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
+    """float32 weights that are trained and AdamW's two moments of them."""
+    return 3 * 4 * count_trained(shape, setup)

@@ -1,0 +1,131 @@
+"""A run before its first step: data, plan, model, optimizer and schedule, and what a checkpoint must share with it."""
+
+import functools
+import hashlib
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from alpaca.data.batching import count_steps_per_epoch
+from alpaca.data.examples import EncodedDataset
+from alpaca.training.checkpoint import Progress, Trainee
+from alpaca.training.config import TrainConfig, count_steps, count_warmup_steps, learning_rate_factor, parse_fsdp
+from alpaca.training.dataset import encode_data
+from alpaca.training.distributed import World, decide_gradient_sync
+from alpaca.training.model import Base, count_parameters, group_parameters, load_model, open_base
+from alpaca.training.plan import Plan, check_plan
+from alpaca.training.report import MemoryMeter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything the loop works with, made by `prepare`.
+
+    held_out: None where nothing is evaluated.    keeps_gradients: see `decide_gradient_sync`.
+    """
+
+    config: TrainConfig
+    base: Base
+    data: EncodedDataset
+    held_out: EncodedDataset | None
+    trainee: Trainee
+    num_steps: int
+    steps_per_epoch: int
+    keeps_gradients: bool
+    plan: Plan | None = None  # for a model of a kind that can be planned
+    memory: MemoryMeter
+
+    @property
+    def world(self) -> World:
+        return self.trainee.world
+
+    @property
+    def progress(self) -> Progress:
+        return self.trainee.progress
+
+
+def prepare(config: TrainConfig, world: World) -> Run:
+    """Read the data, load the model, make optimizer and schedule. `config` is resolved."""
+    base = open_base(config)
+    data, held_out = encode_data(config, base.tokenizer, progress=world.is_main)
+    steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=config.global_batch_size)
+    num_steps = count_steps(config, steps_per_epoch)
+    memory = MemoryMeter(world.device)
+    sizes = {"num_processes": world.num_processes, "device": world.device}
+    plan = world.together(lambda: check_plan(config, base, data, **sizes))
+    if config.tf32:
+        torch.set_float32_matmul_precision("high")
+    trainee = _make_trainee(load_model(base, config, world), config, data, num_steps=num_steps, world=world)
+    torch.manual_seed(config.seed + world.rank)  # dropout; each process draws its own
+    return Run(
+        config=config,
+        base=base,
+        data=data,
+        held_out=held_out,
+        trainee=trainee,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        keeps_gradients=decide_gradient_sync(trainee.model, world),
+        plan=plan,
+        memory=memory,
+    )
+
+
+def _make_trainee(
+    model: nn.Module, config: TrainConfig, data: EncodedDataset, *, num_steps: int, world: World
+) -> Trainee:
+    optimizer = _make_optimizer(model, config, world)
+    warmup, num_parameters = count_warmup_steps(config, num_steps), count_parameters(model)
+    factor = functools.partial(
+        learning_rate_factor, schedule=config.lr_scheduler_type, num_warmup_steps=warmup, num_steps=num_steps
+    )
+    millions = (count_parameters(model, trained_only=True) / 1e6, num_parameters / 1e6)
+    logger.info("%s steps, %s of warm-up; %.1f of %.1f M parameters are trained", f"{num_steps:,}", warmup, *millions)
+    return Trainee(
+        model=model,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        progress=Progress(),
+        identity=_identify(config, data, num_parameters=num_parameters, num_steps=num_steps, warmup=warmup),
+        world=world,
+    )
+
+
+def _make_optimizer(model: nn.Module, config: TrainConfig, world: World) -> torch.optim.AdamW:
+    on_gpu = world.device.type == "cuda" and not parse_fsdp(config.fsdp).offload
+    return torch.optim.AdamW(
+        group_parameters(model, weight_decay=config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=on_gpu or None,
+    )
+
+
+_IDENTITY_FIELDS = (
+    "adam_beta1", "adam_beta2", "adam_epsilon", "base_quantization", "global_batch_size", "learning_rate", "lora_alpha",
+    "lora_dropout", "lora_r", "lora_target_modules", "loss_average", "lr_scheduler_type", "max_grad_norm", "method",
+    "seed", "use_dora", "use_rslora", "weight_decay",
+)  # fmt: skip
+
+
+def _identify(
+    config: TrainConfig, data: EncodedDataset, *, num_parameters: int, num_steps: int, warmup: int
+) -> dict[str, object]:
+    """What a checkpoint must share with a run that resumes it; the layout of processes is not among it."""
+    digest = hashlib.sha256()
+    for tensor in (data.ids, data.offsets, data.prompt_lengths):
+        digest.update(tensor.numpy())
+    by_micro_batch = config.loss_average == "micro_batch"
+    return {
+        "data": f"{len(data)} examples, sha256 {digest.hexdigest()[:16]}",
+        "micro_batch_size": config.per_device_train_batch_size if by_micro_batch else "any",
+        "parameters": num_parameters,
+        "steps": num_steps,
+        "warmup_steps": warmup,
+        **{name: getattr(config, name) for name in _IDENTITY_FIELDS},
+    }
