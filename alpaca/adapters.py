@@ -4,7 +4,9 @@ A LoRA adapter changes a base's linear layer W [O, I] to W + s B A, where A [r, 
 adapter whose B are all zero is its base (PEFT's file names: https://huggingface.co/docs/peft).
 """
 
+import math
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +29,23 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class LowRank:
+    """What an adapter adds to one linear layer's weight W [O, I]: W + scale * b @ a.
+
+    a: [r, I].    b: [O, r].    magnitude: DoRA's [O], to which each row of the sum is then scaled in length; else None.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AdapterFolder:
     """A LoRA adapter that was read and found whole.
 
-    base_name: the base model, as adapter_config.json names it.    rank, alpha: of the layers without a pattern.
+    base_name: the base model, as adapter_config.json names it.    rank, alpha: of the layers without a pattern.    alphas: by PEFT's pattern of layer names.
     targets: the base's modules it changes, by their full names.   tensors: as the file names them.
     """
 
@@ -42,9 +57,24 @@ class AdapterFolder:
     uses_rslora: bool
     targets: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
+    alphas: dict[str, float]
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+    def low_rank(self, target: str) -> LowRank:
+        """The change of one of `targets`."""
+        name = f"{_PREFIX}{target}.lora_"
+        a = self.tensors[f"{name}A.weight"]
+        # PEFT's rule: a pattern is a regular expression for the end of a name, from a dot on.
+        matching = (alpha for key, alpha in self.alphas.items() if re.match(rf"(.*\.)?({key})$", target))
+        alpha, rank = next(matching, self.alpha), a.shape[0]
+        return LowRank(
+            a=a,
+            b=self.tensors[f"{name}B.weight"],
+            scale=alpha / (math.sqrt(rank) if self.uses_rslora else rank),
+            magnitude=self.tensors.get(f"{name}magnitude_vector"),
+        )
 
     @property
     def is_base(self) -> bool:
@@ -79,6 +109,7 @@ def open_adapter(folder: str | Path) -> AdapterFolder:
         uses_rslora=bool(config.get("use_rslora")),
         targets=tuple(_module_of(name) for name in tensors if ".lora_A." in name),
         tensors=tensors,
+        alphas=dict(config.get("alpha_pattern") or {}),
     )
     _check_tensors(adapter, patterns=bool(config.get("rank_pattern")))
     return adapter

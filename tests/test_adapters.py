@@ -53,6 +53,29 @@ def test_variants_are_read(tmp_path: Path):
     assert adapter.describe().startswith("DoRA rsLoRA adapter of ")
 
 
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_changed_weights_are_pefts_own_after_a_merge(kind: str, tmp_path: Path):
+    uses = {"use_rslora": kind == "rslora", "use_dora": kind == "dora"}
+    patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 3}}
+    model = peft_model(**uses, **patterns)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, mean=1.0)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    adapter = open_adapter(tmp_path)
+    before = {
+        name: model.get_submodule(f"base_model.model.{name}").base_layer.weight.clone() for name in adapter.targets
+    }
+    merged = model.merge_and_unload()
+    for name, weight in before.items():
+        change = adapter.low_rank(name)
+        changed = weight + change.scale * change.b @ change.a
+        assert (change.magnitude is not None) == (kind == "dora")
+        if change.magnitude is not None:
+            changed *= (change.magnitude / changed.norm(dim=1))[:, None]
+        assert torch.allclose(merged.get_submodule(name).weight, changed, atol=1e-5), name
+
+
 def test_older_folders_hold_a_bin_file(folder: Path):
     file = folder / "adapter_model.safetensors"
     torch.save(load_file(file), folder / "adapter_model.bin")
