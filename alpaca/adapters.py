@@ -45,7 +45,8 @@ class LowRank:
 class AdapterFolder:
     """A LoRA adapter that was read and found whole.
 
-    base_name: the base model, as adapter_config.json names it.    rank, alpha: of the layers without a pattern.    alphas: by PEFT's pattern of layer names.
+    base_name: the base model, as adapter_config.json names it.    rank, alpha: of the layers without a pattern.
+    alphas: by PEFT's patterns of layer names.
     targets: the base's modules it changes, by their full names.   tensors: as the file names them.
     """
 
