@@ -21,7 +21,6 @@ from alpaca.quantization import Int8Weight, Nf4Weight, quantize_parts
 from alpaca.serving import linear, ops
 from alpaca.serving.ops import AttentionBatch
 from alpaca.serving.plan import BLOCK_SIZE
-from alpaca.serving.sampling import SamplingBatch, at_least_float32, sample
 from bench.random_model import CONTEXT, SHAPES, VOCAB_SIZE, Shape
 from bench.stopwatch import Call
 
@@ -31,7 +30,6 @@ _KERNEL_ROWS = 64  # the most our quantised kernels take
 _ROTATED_BYTES = {"cuda": 240 << 20, "cpu": 64 << 20}  # several times a GPU's second-level cache (50 to 60 MB)
 _MOST_COPIES = 64
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest value
-SAMPLINGS = {"greedy": (0.0, 1.0), "sampled": (0.75, 1.0), "top_p": (0.75, 0.9)}  # temperature, top_p
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -482,79 +480,3 @@ def _rotate_and_store(plan: Plan, n: int, dtype: torch.dtype) -> Small:
         return module.rotate_and_store(qkv, table, positions, slots, *caches)
 
     return Small(call, (rotated(q), rotated(k), v), (flat_keys, flat_values))
-
-
-# Sampling ---------------------------------------------------------------------------------------------------------
-
-
-def sampling_cases(plan: Plan) -> Iterator[Case]:
-    """Ours as the decode graphs run it, and what a short script would write."""
-    dtype = plan.dtypes[0]
-    for kind in SAMPLINGS:
-        for n in plan.sampled_rows:
-            made = cache(partial(SamplingInputs, plan, n, kind, dtype))
-            for way in ("ours", "short"):
-                yield Case(
-                    operation="sample",
-                    way=way,
-                    setting={"kind": kind, "dtype": name_of(dtype), "rows": n},
-                    make=lambda made=made, way=way: [getattr(made(), way)],
-                    error_of=lambda found, made=made, way=way: made().error_of(found, is_ours=way == "ours"),
-                    tolerance=5e-3,  # where top_p cuts, equal scores of bfloat16 may fall on either side
-                    num_bytes=n * plan.vocab_size * dtype.itemsize,
-                    is_chosen=way == "ours",
-                )
-
-
-class SamplingInputs:
-    """Logits [R, V] of about a model's spread, and what each row asks for."""
-
-    def __init__(self, plan: Plan, n: int, kind: str, dtype: torch.dtype) -> None:
-        self.logits = random(plan, n, plan.vocab_size, dtype=dtype, scale=2.0)
-        self.temperature, self.top_p = SAMPLINGS[kind]
-        columns = {
-            "temperature": torch.full((n,), self.temperature), "top_k": torch.zeros(n, dtype=torch.int64),
-            "top_p": torch.full((n,), self.top_p), "min_p": torch.zeros(n),
-            "uniform": torch.rand(n, dtype=torch.float64), "must_go_on": torch.zeros(n, dtype=torch.bool),
-            "eos_ids": torch.tensor([2]),
-        }  # fmt: skip
-        self.batch = SamplingBatch(
-            **{name: values.to(plan.device) for name, values in columns.items()},
-            any_greedy=True, any_sampled=self.temperature > 0, any_filtered=self.top_p < 1, any_must_go_on=True,
-        )  # fmt: skip
-
-    def ours(self) -> torch.Tensor:
-        return sample(at_least_float32(self.logits).clone(), self.batch)
-
-    def short(self) -> torch.Tensor:
-        scores = self.logits.float()
-        if self.temperature == 0:
-            return scores.argmax(dim=-1)
-        weights = (scores / self.temperature).softmax(dim=-1)
-        if self.top_p < 1:
-            falling, ids = weights.sort(dim=-1, descending=True)
-            falling = falling.masked_fill(falling.cumsum(dim=-1) - falling >= self.top_p, 0.0)
-            chosen = falling.div_(torch.empty_like(falling).exponential_()).argmax(dim=-1, keepdim=True)
-            return ids.gather(1, chosen)[:, 0]
-        return weights.div_(torch.empty_like(weights).exponential_()).argmax(dim=-1)
-
-    def error_of(self, found: torch.Tensor, *, is_ours: bool) -> float:
-        """How far a row's number lies outside of the share of the probabilities its token stands for."""
-        scores = self.logits.double()
-        if self.temperature == 0:
-            return (scores.amax(dim=-1) - scores.gather(1, found[:, None])[:, 0]).max().item()
-        weights = (scores / self.temperature).softmax(dim=-1)
-        falling = weights.sort(dim=-1, descending=True).values
-        kept = (falling.cumsum(dim=-1) - falling < self.top_p).sum(dim=-1, keepdim=True)
-        weights = weights.where(weights >= falling.gather(1, kept - 1), 0.0)
-        above = weights.cumsum(dim=-1).gather(1, found[:, None])[:, 0] / weights.sum(dim=-1)
-        own = weights.gather(1, found[:, None])[:, 0] / weights.sum(dim=-1)
-        if not is_ours:  # draws numbers of its own: its tokens must only be possible ones
-            return float((own <= 0).any())
-        uniform = self.batch.uniform
-        return torch.maximum(uniform - above, above - own - uniform).clamp(min=0).max().item()
-
-
-FAMILIES: dict[str, Callable[[Plan], Iterator[Case]]] = {
-    "small": small_cases, "sampling": sampling_cases, "linear": linear_cases, "attention": attention_cases,
-}  # fmt: skip

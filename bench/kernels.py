@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from alpaca import cpu_threads
@@ -33,13 +33,17 @@ import torch
 
 from alpaca.errors import InputError, run_command
 from bench import machine
-from bench.kernel_cases import FAMILIES, HEAD_WIDTHS, Case, Plan, make_plan
+from bench.kernel_cases import HEAD_WIDTHS, Case, Plan, attention_cases, linear_cases, make_plan, small_cases
 from bench.provenance import ROOT, provenance
+from bench.sampling_cases import sampling_cases
 from bench.serve_report import rounded
 from bench.stopwatch import seconds_per_call
 
 Row = dict[str, object]
 
+FAMILIES: dict[str, Callable[[Plan], Iterator[Case]]] = {
+    "small": small_cases, "sampling": sampling_cases, "linear": linear_cases, "attention": attention_cases,
+}  # fmt: skip
 _BUDGETS_S = {"cuda": 90.0, "cpu": 48.0}
 _WAKE_S = 0.3
 

@@ -8,7 +8,8 @@ import torch
 
 from alpaca.serving import linear, ops
 from bench import kernels, machine
-from bench.kernel_cases import make_plan, sampling_cases, small_cases
+from bench.kernel_cases import make_plan, small_cases
+from bench.sampling_cases import sampling_cases
 
 
 @pytest.fixture
