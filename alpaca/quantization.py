@@ -18,7 +18,7 @@ def bitsandbytes_config(quantization: str, compute_dtype: torch.dtype, *, storag
     """transformers' config for loading a model's linear layers as "int8" or "nf4"; None for "none".
 
     storage_dtype: under which nf4's bytes go; FSDP shards them only under the float dtype it computes in.
-    Raises InputError for another name, MissingPackage without bitsandbytes.
+    Raises InputError for another name, MissingPackage without bitsandbytes or without its part for this GPU.
     """
     if quantization == "none":
         return None
@@ -26,6 +26,8 @@ def bitsandbytes_config(quantization: str, compute_dtype: torch.dtype, *, storag
         raise InputError(f"quantization must be none, int8 or nf4; found {quantization!r}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage(f"quantization {quantization} needs bitsandbytes: pip install bitsandbytes")
+    if torch.cuda.is_available():
+        _require_gpu_library()
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
@@ -37,6 +39,17 @@ def bitsandbytes_config(quantization: str, compute_dtype: torch.dtype, *, storag
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=storage_dtype,
     )
+
+
+def _require_gpu_library() -> None:
+    """bitsandbytes says only in its first call that it found no library for the GPU, or fails there without a word."""
+    from bitsandbytes.cextension import lib
+
+    if not lib.compiled_with_cuda:
+        raise MissingPackage(
+            f"bitsandbytes has no library for CUDA {torch.version.cuda} here and would load the CPU's: install a "
+            "version that has one (requirements.txt has the tested one), or use --method lora or no quantization"
+        )
 
 
 def allow_any_width_on_cpu(model: torch.nn.Module) -> None:

@@ -6,11 +6,12 @@ import itertools
 import pytest
 import torch
 
-from alpaca.errors import InputError
+from alpaca.errors import InputError, MissingPackage
 from alpaca.quantization import (
     NF4_VALUES,
     Int8Weight,
     Nf4Weight,
+    bitsandbytes_config,
     dynamic_map,
     quantize_int8,
     quantize_nf4,
@@ -177,3 +178,17 @@ def test_what_is_not_finite_is_refused():
     weight[2, 3] = float("nan")
     with pytest.raises(InputError, match="nf4 weights must be finite; found nan"):
         quantize_nf4(weight)
+
+
+@with_bitsandbytes
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU, whose library is there")
+def test_a_bitsandbytes_that_cannot_use_the_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(MissingPackage, match="no library for CUDA"):
+        bitsandbytes_config("nf4", torch.bfloat16)
+
+
+def test_a_missing_bitsandbytes_is_said(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match="pip install bitsandbytes"):
+        bitsandbytes_config("int8", torch.bfloat16)
