@@ -182,7 +182,7 @@ def test_what_is_not_finite_is_refused():
 
 @with_bitsandbytes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU, whose library is there")
-def test_a_bitsandbytes_that_cannot_use_the_gpu_is_said(monkeypatch):
+def test_a_bitsandbytes_that_cannot_use_the_gpu_is_said(bnb, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(MissingPackage, match="no library for CUDA"):
         bitsandbytes_config("nf4", torch.bfloat16)
