@@ -1,90 +1,258 @@
-"""Weights as a folder or as an archive of one: found, packed, and opened safely, for prediction and training alike."""
+"""Weights as a folder, an archive or an address of one: found, packed, and opened safely, for prediction and training.
 
+An archive may come from anywhere: what it holds is checked before anything of it is written.
+"""
+
+import contextlib
 import gzip
+import os
 import shutil
+import stat
 import tarfile
-import tempfile
+import zipfile
 import zlib
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
 
+from alpaca.adapters import is_adapter
+from alpaca.downloads import cache_folder, download, find_remote, is_address, waiting_lock
 from alpaca.errors import InputError, MissingInput
 from alpaca.hf_files import list_folder, replaced_folder, require_free_space
 
 TRAINED = Path("alpaca_out")
-_ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz")
-# What serving needs of a training's output: no checkpoints, logs or plots.
+BASE_FOLDERS = (Path("weights"), TRAINED)
+_ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
+# What serving needs of a training's output, a model's or an adapter's: no checkpoints, logs or plots.
 _MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "loss.png")
+_MODEL_CONFIGS = ("config.json", "adapter_config.json")
+# Limits on archives. Weights hardly compress, so what unpacks to much more than it was is no model.
+_MOST_FILES = 2_000
+_MOST_GROWTH = 20
+_ANY_GROWTH_BYTES = 100_000_000  # what any archive may come to, however small
+_MOST_HEADER_BYTES = 64 << 20
 
 
 def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS") -> Path:
-    """The model folder to use: `weights` when given (COG_WEIGHTS), else what train.py left in alpaca_out.
+    """The folder of the model or adapter to use: `weights` when given (COG_WEIGHTS), else what train.py left.
 
-    `named` is what the caller calls it in errors. An archive is unpacked once, into the temporary folder. Raises
-    MissingInput naming the step that makes the folder, InputError for what is no folder or archive, or an archive that
-    is damaged or unsafe.
+    weights: a folder, an archive (.tar, .tar.gz, .tgz, .zip), or the http(s) address of one. Archives are unpacked
+    once, and downloaded once, into `cache_folder()`. `named` is what the caller calls it in errors. Raises MissingInput
+    naming the step that makes the folder, InputError for what is no folder or archive, or an archive that is damaged
+    or unsafe.
     """
-    if weights and "://" in weights:
-        raise InputError(
-            f"weights must lie on this machine: download {weights} and give the path of the folder or .tar"
-        )
+    if weights and is_address(weights):
+        return _fetch(weights)
     path = Path(weights) if weights else TRAINED
     if path.is_file():
         path = unpack(path)
-    if not (path / "config.json").is_file():
+    if not is_weights(path):
         raise MissingInput(f"no model in {path} (found: {list_folder(path)}). {_next_step(weights, named)}")
     return path
 
 
+def is_weights(folder: Path) -> bool:
+    """Whether a folder has a model's config or an adapter's."""
+    return (folder / "config.json").is_file() or is_adapter(folder)
+
+
 def pack(folder: Path, archive: Path) -> Path:
-    """Write the model in `folder` as a .tar that `open_weights` takes."""
+    """Write the model or adapter in `folder`, its tokenizer with it, as a .tar that `open_weights` takes."""
     files = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
     require_free_space(archive.parent, sum(file.stat().st_size for file in files))
     partial = archive.with_name(f".{archive.name}.partial")
-    with tarfile.open(partial, "w") as tar:
-        for file in files:
-            tar.add(file, arcname=file.name)
-    partial.replace(archive)
+    try:
+        with tarfile.open(partial, "w") as tar:
+            for file in files:
+                tar.add(file, arcname=file.name)
+        partial.replace(archive)
+    finally:
+        partial.unlink(missing_ok=True)
     return archive
+
+
+def choose_base(model: str, *, allowed: str, root: Path) -> str:
+    """The folder, archive or address that a client's `model` stands for.
+
+    Clients choose names, not paths: else any of them could have files of this machine read, or addresses fetched, in
+    its name. They may name what lies in weights/ and alpaca_out/ below `root`, and what the operator lists in `allowed`
+    (ALPACA_BASE_MODELS), separated by commas: paths and addresses, as they are or as NAME=PATH. Raises InputError.
+    """
+    names = dict(_parse_listed(entry.strip()) for entry in allowed.split(",") if entry.strip())
+    if model in names:
+        return names[model]
+    place = Path(os.path.normpath(root / model))  # by the letters: links in there are the operator's own
+    if not is_address(model) and any(root / folder in place.parents for folder in BASE_FOLDERS):
+        return str(place)
+    known = ", ".join(name for name in names if _is_name(name)) or "none"
+    raise InputError(
+        f"model: expected a folder or archive in weights/ or alpaca_out/, or a name the operator listed in "
+        f"ALPACA_BASE_MODELS (such names: {known}), found {model!r}. Clients may not choose other paths or addresses; "
+        "the operator allows one by starting the server with ALPACA_BASE_MODELS=NAME=PATH_OR_ADDRESS"
+    )
+
+
+def _parse_listed(entry: str) -> tuple[str, str]:
+    """The name a client uses, and what it stands for: of NAME=PATH, or of a path that is its own name."""
+    name, found, place = entry.partition("=")
+    return (name, place) if found and _is_name(name) else (entry, entry)
+
+
+def _is_name(text: str) -> bool:
+    return bool(text) and "/" not in text
+
+
+# Unpacking ------------------------------------------------------------------------------------------------------
 
 
 def unpack(archive: Path) -> Path:
     """The folder an archive's files are unpacked to; the same archive is unpacked once.
 
-    Only plain files at the archive's top or in one folder are taken. Raises InputError for links, devices and paths
-    that lead elsewhere, and for a damaged archive.
+    Only plain files are taken, all at the archive's top or all in one folder there. Raises InputError, before anything
+    is written, for links, devices, paths that lead elsewhere, files of one name, too much of it all, and for a damaged
+    archive; MissingInput for one without a model.
     """
     if not archive.name.endswith(_ARCHIVE_ENDINGS):
         raise InputError(f"{archive} is neither a folder nor an archive ({', '.join(_ARCHIVE_ENDINGS)})")
     state = archive.stat()
-    target = Path(tempfile.gettempdir()) / "alpaca-weights" / f"{archive.stem}-{state.st_size}-{state.st_mtime_ns}"
-    if (target / "config.json").is_file():
-        return target
-    try:
-        with tarfile.open(archive) as tar:
-            members = [_checked(member, archive) for member in tar if not member.isdir()]
-            require_free_space(target, sum(member.size for member in members))
-            with replaced_folder(target, overwrite=True) as folder:
-                for member in members:
-                    _extract(tar, member, folder)
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{archive} is damaged or no tar archive: {error}") from error
+    target = cache_folder() / f"{archive.stem}-{state.st_size}-{state.st_mtime_ns}"
+    with waiting_lock(target):
+        if not is_weights(target):
+            _unpack_to(target, archive)
     return target
 
 
-def _checked(member: tarfile.TarInfo, archive: Path) -> tarfile.TarInfo:
-    parts = Path(member.name).parts
-    if not member.isfile() or member.name.startswith("/") or ".." in parts or len(parts) > 2:
-        raise InputError(
-            f"{archive} holds {member.name!r}, which is no plain file of a model folder; nothing was unpacked"
-        )
-    return member
+def _fetch(url: str) -> Path:
+    """The folder of an archive at an address. The archive itself is deleted once it is unpacked."""
+    remote = find_remote(url)
+    with waiting_lock(cache_folder() / remote.name):
+        target = cache_folder() / remote.name
+        if remote.identity and is_weights(target):
+            return target
+        archive = download(remote, space_factor=2.0)  # itself, and what is in it
+        try:
+            target = cache_folder() / archive.name
+            _unpack_to(target, archive)
+        finally:
+            archive.unlink()
+    return target
 
 
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    source = tar.extractfile(member)
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """An entry of an archive; a folder's name ends in a slash. refused: what it is, where it is no plain file."""
+
+    name: str
+    num_bytes: int
+    refused: str
+    open: Callable[[], IO[bytes] | None]
+
+
+def _unpack_to(target: Path, archive: Path) -> None:
+    try:
+        with _open_members(archive) as members:
+            taken = _check_members(members, archive)
+            require_free_space(target, sum(member.num_bytes for member in taken))
+            with replaced_folder(target, overwrite=True) as folder:
+                for member in taken:
+                    _extract(member, folder)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{archive} is damaged or no archive: {error}") from error
+
+
+def _check_members(members: Iterator[_Member], archive: Path) -> list[_Member]:
+    """The files to unpack. Raises at the first that may not be: nothing more of the archive is read then."""
+    most_bytes = max(_ANY_GROWTH_BYTES, _MOST_GROWTH * archive.stat().st_size)
+    taken: dict[str, _Member] = {}
+    folders, total = set(), 0
+    for number, member in enumerate(members, start=1):
+        parts = PurePosixPath(member.name).parts
+        total += member.num_bytes
+        if number > _MOST_FILES or total > most_bytes:
+            raise _refusal(
+                archive, f"more than {_MOST_FILES:,} files or {most_bytes / 1e9:.1f} GB, {_MOST_GROWTH} times its size"
+            )
+        if _is_left_out(member.name):
+            continue
+        if member.refused or member.name.startswith("/") or ".." in parts or not 1 <= len(parts) <= 2:
+            kind = f" ({member.refused})" if member.refused else ""
+            raise _refusal(archive, f"{member.name!r}{kind}, which is no plain file of a model folder")
+        if parts[-1] in taken or folders - {parts[:-1]}:
+            raise _refusal(archive, f"{member.name!r} beside files of the same name or of another folder; expected one")
+        taken[parts[-1]] = member
+        folders.add(parts[:-1])
+    if not set(_MODEL_CONFIGS) & taken.keys():
+        found = ", ".join(sorted(taken)[:12]) or "nothing"
+        raise MissingInput(f"no model in {archive}: expected {' or '.join(_MODEL_CONFIGS)}, found {found}")
+    return list(taken.values())
+
+
+def _refusal(archive: Path, what: str) -> InputError:
+    return InputError(f"{archive} holds {what}; nothing was unpacked")
+
+
+def _extract(member: _Member, folder: Path) -> None:
+    source = member.open()
     assert source is not None  # a plain file
-    with source, open(folder / Path(member.name).name, "wb") as target:
+    with source, open(folder / PurePosixPath(member.name).name, "wb") as target:
         shutil.copyfileobj(source, target, 16 << 20)
+
+
+# Kinds of archives ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _open_members(archive: Path) -> Iterator[Iterator[_Member]]:
+    """An archive's entries. Its kind is read from its first bytes, since addresses need not end in it."""
+    with open(archive, "rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04":
+        with zipfile.ZipFile(archive) as opened:
+            yield (_zip_member(opened, info) for info in opened.infolist())
+        return
+    with (
+        gzip.open(archive) if start.startswith(b"\x1f\x8b") else open(archive, "rb") as stream,
+        tarfile.open(fileobj=_BoundedReads(stream), mode="r:") as tar,
+    ):
+        yield (_tar_member(tar, info) for info in tar)
+
+
+def _is_left_out(name: str) -> bool:
+    """Folders, and what macOS adds."""
+    last = PurePosixPath(name).name
+    return name.endswith("/") or name.startswith("__MACOSX/") or last.startswith("._") or last == ".DS_Store"
+
+
+def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
+    refused = "" if info.isfile() else "a link or device"
+    if info.issparse():
+        refused = "a file with holes"
+    name = info.name + "/" * info.isdir()
+    return _Member(name=name, num_bytes=info.size, refused=refused, open=lambda: tar.extractfile(info))
+
+
+def _zip_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    refused = "" if kind in (0, stat.S_IFREG) else "a link or device"
+    if info.flag_bits & 1:
+        refused = "encrypted"
+    elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        refused = "compressed otherwise than by deflate"
+    return _Member(name=info.filename, num_bytes=info.file_size, refused=refused, open=lambda: opened.open(info))
+
+
+class _BoundedReads:
+    """A stream for tarfile, which reads a header's long name into memory however long it claims to be."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.seek, self.tell, self.close = stream.seek, stream.tell, stream.close
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MOST_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._stream.read(size)
 
 
 def _next_step(weights: str | None, named: str) -> str:
