@@ -5,7 +5,9 @@
 
 padded:      the original's micro-batches: 4 random examples, padded on the right, logits for every position.
 packed all:  the same examples end to end, micro-batches balanced by tokens, logits for every position.
-packed:      and logits for target positions only: what train.py does.
+packed:      and logits for target positions only: what train.py does, in `--numerics stanford`.
+fast:        the same in `--numerics fast`; its losses are held against those of packed, step by step.
+compiled, fast compiled: packed and fast with --compile_layers; the first step, in which it compiles, is left out.
 lora, qlora: the same with adapters, where the base fits only so.
 
 Each row is a process of its own that runs `alpaca.training.loop.train`, all of them the same optimizer steps on the same
@@ -32,7 +34,8 @@ from bench.provenance import REAL, ROOT, provenance
 from bench.random_model import SHAPES, write_random_llama
 
 PACKAGES = ("torch", "transformers", "peft")
-FULL, ADAPTER = ("padded", "packed all", "packed"), ("lora", "qlora")
+FULL, ADAPTER = ("padded", "packed all", "packed", "fast"), ("lora", "qlora")
+ROWS = (*FULL, "compiled", "fast compiled", *ADAPTER)
 TERA = 1e12
 
 
@@ -47,6 +50,7 @@ class BenchConfig:
     batch: int
     data_path: str
     checkpointing: bool
+    memory_limit: str | None
     max_length: int
 
 
@@ -64,7 +68,11 @@ def main() -> None:
     results = {name: summarize(samples) for name, samples in found.items()}
     print(describe(results))
     flags = {**vars(config), "data_path": Path(config.data_path).name}  # where it lies says nothing elsewhere
-    print(json.dumps({"results": results, "config": flags, **provenance("train", PACKAGES)}))
+    compared = compare_numerics(results)
+    if compared:
+        print(describe_numerics(compared))
+    source = provenance("train", PACKAGES)
+    print(json.dumps({"results": results, "numerics": compared, "config": flags, **source}))
 
 
 # One row, in a process of its own
@@ -90,9 +98,14 @@ def run_row(config: BenchConfig, row: str, folder: Path) -> dict:
         flags = {
             "model_name_or_path": str(folder), "data_path": config.data_path, "output_dir": f"{out}/model",
             "max_steps": config.steps, "global_batch_size": config.batch, "padding_free": row != "padded",
-            "save_strategy": "no", "report_to": "none", "gradient_checkpointing": config.checkpointing,
+            "save_strategy": "no", "report_to": "none", "gradient_checkpointing": config.checkpointing or "auto",
+            "compile_layers": "compiled" in row,
             "model_max_length": config.max_length, "learning_rate": 1e-4,
         }  # fmt: skip
+        if row.startswith("fast"):
+            flags["numerics"] = "fast"
+        if config.memory_limit:
+            flags["memory_limit"] = config.memory_limit
         if row in ADAPTER:
             flags["method"] = row
         loop.train(make_config(flags))
@@ -139,6 +152,35 @@ def summarize(samples: list[dict]) -> dict:
     }
 
 
+def compare_numerics(results: dict[str, dict]) -> dict[str, object] | None:
+    """The losses of both numerics, step by step; None where a row was not run or failed."""
+    both = {"stanford": results.get("packed", {}).get("losses"), "fast": results.get("fast", {}).get("losses")}
+    if None in both.values():
+        return None
+    differences = [fast - stanford for stanford, fast in zip(both["stanford"], both["fast"], strict=True)]
+    quarter = differences[-max(1, len(differences) // 4) :]
+    return {
+        **both,
+        "largest_difference": max(differences, key=abs),
+        "mean_difference_of_last_quarter": statistics.mean(quarter),
+    }
+
+
+def describe_numerics(compared: dict[str, object]) -> str:
+    """Both runs' losses side by side, at ten steps at the most."""
+    both = list(zip(compared["stanford"], compared["fast"], strict=True))
+    stride = max(1, -(-len(both) // 10))
+    lines = [f"{'step':<12}{'stanford':>10}{'fast':>10}{'fast - stanford':>17}"]
+    for step in sorted({*range(0, len(both), stride), len(both) - 1}):
+        stanford, fast = both[step]
+        lines.append(f"{step + 1:<12}{stanford:>10.5f}{fast:>10.5f}{fast - stanford:>17.5f}")
+    lines.append(
+        f"largest difference {compared['largest_difference']:+.5f}; "
+        f"mean of the last quarter {compared['mean_difference_of_last_quarter']:+.5f}"
+    )
+    return "\n".join(lines)
+
+
 def describe(results: dict[str, dict]) -> str:
     """A table for people, each rate beside the padded recipe's."""
     base = results.get("padded", {}).get("tokens_per_second")
@@ -161,19 +203,20 @@ def parse_flags() -> tuple[BenchConfig, str | None, Path | None]:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="20m")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--rows", default=",".join(FULL), help=f"of {', '.join(FULL + ADAPTER)}")
+    parser.add_argument("--rows", default=",".join(FULL), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--batch", type=int, default=128, help="examples of an optimizer step")
     parser.add_argument("--data_path", default=str(real if real.is_file() else ROOT / "alpaca/data/sample.json"))
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute all activations, not just what must be")
+    parser.add_argument("--memory_limit", help='the most a row may take of the device ("80GB")')
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--row", choices=FULL + ADAPTER, help=argparse.SUPPRESS)
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
     row, folder = options.pop("row"), options.pop("folder")
     options["rows"] = tuple(name.strip() for name in options["rows"].split(","))
-    unknown = set(options["rows"]) - set(FULL + ADAPTER)
+    unknown = set(options["rows"]) - set(ROWS)
     if unknown:
-        raise InputError(f"--rows: unknown {', '.join(sorted(unknown))}; expected of {', '.join(FULL + ADAPTER)}")
+        raise InputError(f"--rows: unknown {', '.join(sorted(unknown))}; expected of {', '.join(ROWS)}")
     return BenchConfig(**options), row, folder
 
 

@@ -14,6 +14,7 @@ from alpaca.hf_files import read_json, write_json
 from alpaca.tokenizer import Tokenizer
 from alpaca.training import padding_free
 from alpaca.training.distributed import is_sharded
+from alpaca.training.layers import uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def _answering(model: nn.Module) -> Iterator[None]:
         model.eval()
         if packed:
             model.set_attn_implementation("sdpa")
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(model):
             yield
     finally:
         if packed:

@@ -1,8 +1,8 @@
 """Checkpoints that a run can be resumed from, and the final model folder.
 
-A checkpoint holds all a run consists of: the weights that are trained (float32), optimizer, schedule, random state of
-every process, and the log so far. It is written aside, read back from the disk and renamed, so a folder named
-`checkpoint-N` is whole; whether it still is, its digests say. Weights and optimizer are written by
+A checkpoint holds all a run consists of: the weights that are trained (in the dtype they are trained in), optimizer,
+schedule, random state of every process, and the log so far. It is written aside, read back from the disk and renamed,
+so a folder named `checkpoint-N` is whole; whether it still is, its digests say. Weights and optimizer are written by
 torch.distributed.checkpoint, each process its shards, and can be read by any number of processes.
 """
 
@@ -121,7 +121,11 @@ def _folders(trainee: Trainee, output_dir: Path) -> tuple[Path, Path]:
 
 def checkpoint_bytes(trainee: Trainee) -> int:
     """What a checkpoint takes on the disk, about: what is trained, and AdamW's two moments of it."""
-    return sum(math.prod(p.shape) * p.itemsize * 3 for p in trainee.model.parameters() if p.requires_grad)
+    return _state_bytes(trainee.model)
+
+
+def _state_bytes(model: nn.Module) -> int:
+    return sum(math.prod(p.shape) * p.itemsize * 3 for p in model.parameters() if p.requires_grad)
 
 
 def _open_aside(aside: contextlib.ExitStack, trainee: Trainee, folder: Path) -> None:
@@ -428,8 +432,7 @@ def save_final(
 def require_room(model: nn.Module, output_dir: Path, *, dtype: torch.dtype, checkpoints: bool) -> None:
     """Raise NotEnoughSpace now rather than after the training: for the final weights and, if wanted, a checkpoint."""
     specs = final_specs(model, dtype)
-    num_parameters = sum(math.prod(spec.shape) for spec in specs)
-    in_checkpoint = num_parameters * 4 * 3 if checkpoints else 0  # float32 weights and AdamW's two moments
+    in_checkpoint = _state_bytes(model) if checkpoints else 0
     require_free_space(output_dir, sum(spec.num_bytes for spec in specs) + in_checkpoint)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from alpaca.errors import InputError
-from alpaca.hf_files import FLOAT_DTYPES
+from alpaca.hf_files import FLOAT_DTYPES, parse_size
+from alpaca.training.layers import parse_checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ ADAPTER_DEFAULTS: dict[str, object] = {"lora_r": 8, "lora_alpha": 16.0, "lora_dr
 ALL_LINEAR = "all-linear"
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 METHODS = ("full", "lora", "qlora")
+NUMERICS = ("stanford", "fast")
 
 
 def _flag(help: str, *choices: str) -> dict[str, object]:
@@ -126,9 +128,30 @@ class TrainConfig:
     max_grad_norm: float = field(default=1.0, metadata=_flag("gradients are clipped to this norm; 0 does not clip"))
     seed: int = field(default=42, metadata=_flag("of the order of the data, held-out examples and dropout"))
 
+    numerics: str = field(
+        default="stanford",
+        metadata=_flag(
+            "stanford: float32 weights, gradients and moments; fast: all of them bfloat16, what the optimizer writes "
+            "rounded by chance: half the memory (--method full; computes in bfloat16 whatever --bf16 says)",
+            *NUMERICS,
+        ),
+    )
     bf16: bool = field(default=True, metadata=_flag("bfloat16 autocast over float32 weights, where the GPU has it"))
     tf32: bool = field(default=True, metadata=_flag("TF32 matrix products, where the GPU has them"))
-    gradient_checkpointing: bool = field(default=False, metadata=_flag("recompute activations: less memory, slower"))
+    gradient_checkpointing: bool | int | str = field(
+        default="auto",
+        metadata=_flag(
+            "decoder layers whose activations are recomputed in the backward pass (less memory, slower, the same "
+            "numbers): auto for the fewest with which the run fits, True for all, False for none, or how many"
+        ),
+    )
+    compile_layers: bool = field(
+        default=False, metadata=_flag("compile decoder layers by torch.compile (needs a C compiler): faster steps")
+    )
+    memory_limit: str | None = field(
+        default=None,
+        metadata=_flag('the most this run may take of each device ("80GB", "7.4GiB"): what is free there now'),
+    )
     fsdp: str = field(
         default="", metadata=_flag('"full_shard auto_wrap", shard_grad_op or hybrid_shard, with "offload" added')
     )
@@ -156,6 +179,16 @@ class TrainConfig:
     plan_memory: str | None = field(default=None, metadata=_flag('plan for GPUs of this memory ("80GB"): those here'))
     plan_gpus: int | None = field(default=None, metadata=_flag("plan for so many of them: torchrun's number"))
     plan_tflops: float | None = field(default=None, metadata=_flag("peak of each in TFLOP/s: a usual card's"))
+
+    @property
+    def computes_low(self) -> bool:
+        """Whether matrix products are bfloat16's."""
+        return self.bf16 or self.numerics == "fast"
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether that is by autocast, from weights in another dtype."""
+        return self.bf16 and self.numerics != "fast"
 
 
 def make_config(given: Mapping[str, object]) -> TrainConfig:
@@ -251,7 +284,11 @@ def check_values(config: TrainConfig) -> None:
     if config.max_steps == 0 or config.max_steps < -1:
         raise InputError(f"--max_steps: expected a number above 0 (or -1 for none), found {config.max_steps}")
     parse_fsdp(config.fsdp)
+    parse_checkpointing(config.gradient_checkpointing)
+    if config.memory_limit is not None:
+        parse_memory_limit(config.memory_limit)
     _check_method(config)
+    _check_numerics(config)
     _check_evaluation(config)
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
         source = getattr(config, name)
@@ -276,16 +313,24 @@ def _check_types(config: TrainConfig) -> None:
             raise InputError(f"--{item.name}: expected a number, found {value}")
         if choices and value is not None and value not in choices:
             raise InputError(f"--{item.name}: expected one of {', '.join(choices)}, found {value!r}")
-        kind = value_type(hints[item.name])
-        if value is not None and not isinstance(value, (float, int) if kind is float else kind):
-            raise InputError(f"--{item.name}: expected {kind.__name__}, found {value!r}")
+        kinds = value_types(hints[item.name])
+        if value is not None and not isinstance(value, (float, int) if kinds == (float,) else kinds):
+            raise InputError(f"--{item.name}: expected {' or '.join(k.__name__ for k in kinds)}, found {value!r}")
 
 
-def value_type(hint: object) -> type:
-    """The type of a field's values by its hint: int of `int | None`."""
+def value_types(hint: object) -> tuple[type, ...]:
+    """The types of a field's values by its hint: (int,) of `int | None`."""
     if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return hint
+        return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return (hint,)
+
+
+def parse_memory_limit(text: str) -> int:
+    """Bytes of `--memory_limit`. Raises InputError."""
+    try:
+        return parse_size(text)
+    except InputError as error:
+        raise InputError(f"--memory_limit: {error}") from error
 
 
 def _check_evaluation(config: TrainConfig) -> None:
@@ -318,6 +363,11 @@ def _check_method(config: TrainConfig) -> None:
             )
     if config.method == "qlora" and config.base_quantization == "none":
         raise InputError("--method qlora --base_quantization none contradict each other; --method lora is that")
+    if config.compile_layers and config.base_quantization == "int8":
+        raise InputError(
+            "--compile_layers True does not go with --base_quantization int8 (bitsandbytes' 8-bit layers keep state of "
+            "their own between calls); use --base_quantization nf4 or none, or leave --compile_layers out"
+        )
     if config.use_dora and config.base_quantization == "int8":
         raise InputError(
             "--use_dora True does not go with --base_quantization int8 (PEFT loses the scales of bitsandbytes' 8-bit "
@@ -333,6 +383,14 @@ def _check_method(config: TrainConfig) -> None:
         raise InputError(
             f'--lora_target_modules: expected names such as "q_proj,v_proj", or "{ALL_LINEAR}"; '
             f"found {config.lora_target_modules!r}"
+        )
+
+
+def _check_numerics(config: TrainConfig) -> None:
+    if config.numerics == "fast" and config.method != "full":
+        raise InputError(
+            f"--numerics fast is for --method full, found --method {config.method}: an adapter is a few float32 "
+            "matrices on a base that is frozen in bfloat16 or fewer bits already, so nothing would be won; leave it out"
         )
 
 
@@ -422,8 +480,16 @@ def _product(config: TrainConfig, num_processes: int) -> str:
 
 
 def _resolve_hardware(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """Drop what the hardware lacks, with one warning."""
-    has = {"bf16": _has_bf16(device), "tf32": _has_tf32(device)}
+    """Drop what the hardware lacks, with one warning. Raises InputError for fast numerics on a GPU without bfloat16.
+
+    A CPU computes in bfloat16 for fast numerics, if slowly; there is no autocast then that bf16 could ask for.
+    """
+    if config.numerics == "fast" and device.type == "cuda" and not _has_bf16(device):
+        raise InputError(
+            f"--numerics fast computes in bfloat16, and {torch.cuda.get_device_name(device)} has none; "
+            "use --numerics stanford"
+        )
+    has = {"bf16": _has_bf16(device) or config.numerics == "fast", "tf32": _has_tf32(device)}
     dropped = [name for name, there in has.items() if getattr(config, name) and not there]
     if dropped:
         logger.warning("%s dropped: this %s has none; float32 is used", " and ".join(dropped), device.type.upper())

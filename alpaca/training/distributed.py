@@ -26,7 +26,7 @@ from alpaca.training.config import Sharding
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-_GRADIENT_BYTES = 4  # float32
+_GRADIENT_BYTES = 4  # float32, also of bfloat16 parameters: sums over micro-batches and processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,14 +203,17 @@ def keeps_gradients_whole(num_trained: int, free_bytes: int) -> bool:
 
 
 def decide_gradient_sync(model: nn.Module, world: World) -> bool:
-    """`keeps_gradients_whole` for a model before its first step, the same in all processes that call it together."""
+    """`keeps_gradients_whole` for a model of a kind that has no plan, before its first step; the same in all processes.
+
+    They call it together.
+    """
     if not is_sharded(model):
         return True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    shards = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained)
+    shards = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in trained)
     num_trained, on_device = sum(p.numel() for p in trained), any(p.device == world.device for p in trained)
-    moments = 2 * _GRADIENT_BYTES * shards * on_device  # AdamW's, still to come
-    free_bytes = _own_share(world.device) - moments
+    moments = 2 * shards * on_device  # AdamW's, still to come
+    free_bytes = own_free_memory(world.device) - moments
     whole = all(world.gather(keeps_gradients_whole(num_trained, free_bytes)))
     kept = "kept whole until the step's last micro-batch" if whole else "reduced after every micro-batch"
     logger.info(
@@ -220,7 +223,7 @@ def decide_gradient_sync(model: nn.Module, world: World) -> bool:
     return whole
 
 
-def _own_share(device: torch.device) -> int:
+def own_free_memory(device: torch.device) -> int:
     """Bytes this process may still take: of a machine's main memory its share, a GPU is its own."""
     sharers = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return free_memory(device) // sharers
@@ -248,9 +251,22 @@ def whole_tensor(tensor: Tensor, world: World) -> Tensor:
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients down to `max_norm` (0: leave them) and return their norm before that, over all shards."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if any(parameter.grad.dtype == torch.bfloat16 for parameter in parameters):
+        return _clip_low([parameter.grad for parameter in parameters], max_norm)
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()
+
+
+def _clip_low(gradients: list[Tensor], max_norm: float) -> float:
+    """`clip_gradients` for bfloat16: torch's would round the norm, and the factor, to bfloat16's three digits."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+    factor = max_norm / (norm + 1e-6)
+    for gradient in gradients if 0 < factor < 1 else ():
+        gradient.mul_(factor)  # torch's _foreach_mul_ rounds the factor
+    return norm

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from alpaca.errors import InputError
-from alpaca.training.config import TrainConfig, make_config, value_type
+from alpaca.training.config import TrainConfig, make_config, value_types
+from alpaca.training.layers import parse_checkpointing
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ RENAMED = {  # older spellings in transformers and their present names
     "evaluation_strategy": "eval_strategy",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "torch_compile": "compile_layers",
 }
 IGNORED = {  # flags that make no difference here, and why
     "dataloader_num_workers": "the data is in memory",
@@ -60,7 +62,6 @@ REFUSED = {  # flags that would be disobeyed, and what to use
     "save_only_model": "the model alone cannot be resumed; use --save_strategy no",
     "label_smoothing_factor": "leave it out: the recipe has none",
     "neftune_noise_alpha": "leave it out: the recipe has none",
-    "torch_compile": "leave it out",
     "trust_remote_code": "use a model that transformers knows",
 }
 
@@ -103,11 +104,16 @@ def _make_parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 
 def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field, hint: object) -> None:
-    kind = value_type(hint)
+    kind, *others = value_types(hint)
     default = "required" if item.default is dataclasses.MISSING else item.default
     text = item.metadata["help"] + ("" if default in (None, "") else f" ({default})")
     choices = item.metadata["choices"] or None
-    if kind is bool:
+    if others:
+        metavar = "auto|True|False|N"
+        parser.add_argument(
+            f"--{item.name}", nargs="?", const=True, type=_parse_checkpointing, help=text, metavar=metavar
+        )
+    elif kind is bool:
         parser.add_argument(f"--{item.name}", nargs="?", const=True, type=_parse_bool, help=text, metavar="True|False")
     else:
         metavar = None if choices else kind.__name__.upper()
@@ -120,6 +126,13 @@ def _parse_bool(text: str) -> bool:
     if text.lower() in ("false", "0", "no", "n", "f", "off", "none"):
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+
+
+def _parse_checkpointing(text: str) -> bool | int | str:
+    try:
+        return parse_checkpointing(text)
+    except InputError as error:  # argparse would put words of its own in its place
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from error
 
 
 def _normal_spelling(argument: str) -> str:

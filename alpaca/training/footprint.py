@@ -17,7 +17,9 @@ from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_b
 from alpaca.data.examples import EncodedDataset
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.training.config import ALL_LINEAR, TrainConfig, parse_fsdp, target_names
-from alpaca.training.padding_free import CHUNK_LOGITS
+from alpaca.training.layers import count_checkpointed
+from alpaca.training.optimizer import CHUNK_ELEMENTS
+from alpaca.training.padding_free import chunk_rows
 from alpaca.training.shape import Shape
 
 # Empirical.
@@ -28,6 +30,7 @@ _MOST_SIMULATED = 500  # steps whose micro-batches are laid out to find the larg
 _HEAP_BLOCK = 32 << 20
 _PROCESS_BYTES = 6 << 20  # Python objects and late imports; measured too
 _PEFT_BYTES = 50 << 20  # what importing PEFT, with bitsandbytes, adds to the process; measured too
+_CHUNKS = 16  # of the stochastic AdamW's float32 and int32 temporaries, at the most
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, an 8-bit scale for 64, a float32 scale for 256 of those
 
 
@@ -47,11 +50,13 @@ class Setup:
     micro_batch_size: int = 4
     global_batch_size: int = 128
     max_length: int = 512
-    gradient_checkpointing: bool = False
+    num_checkpointed: int | None = 0  # the first layers, whose activations are recomputed; None: a planner chooses
+    whole_gradients: bool = False  # between micro-batches, where parameters are sharded
     padding_free: bool = True
     offload: bool = False
     reshard: bool = True
     bf16: bool = True
+    numerics: str = "stanford"
     num_processes: int = 1
     on_gpu: bool = True
 
@@ -60,14 +65,23 @@ class Setup:
         return self.num_processes > 1 or (self.offload and self.on_gpu)
 
     @property
+    def fast(self) -> bool:
+        return self.numerics == "fast"
+
+    @property
+    def state_bytes(self) -> int:
+        """Of an element that is trained, of its gradient and of either of its moments."""
+        return 2 if self.fast else 4
+
+    @property
     def compute_bytes(self) -> int:
         """Of an element in matrix products."""
-        return 2 if self.bf16 else 4
+        return 2 if self.bf16 or self.fast else 4
 
     @property
     def stream_bytes(self) -> int:
         """Of an element of the residual stream: it has the embeddings' dtype, float32 under autocast alone."""
-        return 2 if self.bf16 and (self.sharded or self.method != "full") else 4
+        return 2 if self.fast or (self.bf16 and (self.sharded or self.method != "full")) else 4
 
     def trains(self, linear: str) -> bool:
         """Whether a gradient of this matrix, or of an adapter on it, needs the matrix's input."""
@@ -87,11 +101,12 @@ def make_setup(config: TrainConfig, shape: Shape, *, num_processes: int, on_gpu:
         micro_batch_size=config.per_device_train_batch_size,
         global_batch_size=config.global_batch_size,
         max_length=config.model_max_length,
-        gradient_checkpointing=config.gradient_checkpointing,
+        num_checkpointed=count_checkpointed(config.gradient_checkpointing, shape.num_layers),
         padding_free=config.padding_free and not shape.eager_attention,
         offload=sharding.offload,
         reshard=sharding.reshard_after_forward,
         bf16=config.bf16,
+        numerics=config.numerics,
         num_processes=num_processes,
         on_gpu=on_gpu,
     )
@@ -178,30 +193,37 @@ def plan_memory(shape: Shape, setup: Setup, work: Work) -> Memory:
     """The parts, and the largest of the moments that hold several of them.
 
     Loss: everything saved by the forward pass, and the logits' chunk. Backward: gradients grow while activations go;
-    where micro-batches are accumulated the gradients of all are there from the second on. Step: AdamW.
+    where micro-batches are accumulated the gradients of all are there from the second on. The layers that are
+    recomputed are the first ones, so that those of the others are gone when one of them comes to life. Step: AdamW.
     """
     weights, gradients = weights_bytes(shape, setup), gradient_bytes(shape, setup)
-    optimizer = 2 * 4 * count_trained(shape, setup) // setup.num_processes
+    accumulated = accumulated_bytes(shape, setup) if work.num_micro_batches > 1 else 0
+    optimizer = 2 * setup.state_bytes * count_trained(shape, setup) // setup.num_processes
     saved, layer = saved_bytes(shape, setup, work), layer_bytes(shape, setup, work)
-    activations = saved + (layer if setup.gradient_checkpointing else 0)
+    recomputed = recomputed_bytes(shape, setup, work) + layer if setup.num_checkpointed else 0
     logits, backward = logits_bytes(shape, setup, work), backward_bytes(shape, setup, work)
     copies = copies_bytes(shape, setup)
     overhead = overhead_bytes(shape, setup, work, transient_bytes=layer + logits + backward + gradients)
     host = 0
     if setup.offload and setup.on_gpu:
         host, weights, optimizer, gradients = weights + optimizer + gradients, 0, 0, 0
-    kept = weights + optimizer + overhead
-    before = gradients if work.num_micro_batches > 1 else 0
+    kept, above = weights + optimizer + overhead, 1 - setup.num_checkpointed / shape.num_layers
+    passes = (
+        accumulated + copies + saved,  # before the last layer
+        max(accumulated, int(above * gradients)) + copies + recomputed,  # in the last of those recomputed
+        max(accumulated, gradients),  # in the first layer
+    )
     moments = {
-        "loss": kept + before + copies + saved + logits,
-        "backward": kept + max(before + copies + activations + backward, gradients + backward),
+        "loss": kept + accumulated + copies + saved + logits,
+        "backward": kept + max(passes) + backward,
         "optimizer step": kept + gradients + step_bytes(shape, setup),
     }
     moment = max(moments, key=moments.__getitem__)
     working = step_bytes(shape, setup) if moment == "optimizer step" else backward
     return Memory(
-        weights_bytes=weights, copies_bytes=copies, gradients_bytes=gradients, optimizer_bytes=optimizer,
-        activations_bytes=activations, logits_bytes=logits, working_bytes=working, overhead_bytes=overhead,
+        weights_bytes=weights, copies_bytes=copies, gradients_bytes=max(gradients, accumulated),
+        optimizer_bytes=optimizer, activations_bytes=max(saved, recomputed), logits_bytes=logits,
+        working_bytes=working, overhead_bytes=overhead,
         peak_bytes=moments[moment], peak_moment=moment, host_bytes=host,
     )  # fmt: skip
 
@@ -213,17 +235,32 @@ def count_trained(shape: Shape, setup: Setup) -> int:
 
 
 def weights_bytes(shape: Shape, setup: Setup) -> int:
-    """A process's share of them: float32 where they are trained; a frozen base in the dtype it computes in."""
+    """A process's share of them: float32 (fast: bfloat16) if trained; a frozen base in the dtype it computes in."""
     if setup.method == "full":
-        return 4 * shape.num_parameters // setup.num_processes
+        return setup.state_bytes * shape.num_parameters // setup.num_processes
     per_linear = {"none": setup.compute_bytes, "nf4": _NF4_BYTES, "int8": 1 + 4 / shape.width}[setup.base_quantization]
     frozen = shape.num_linear * per_linear + (shape.num_parameters - shape.num_linear) * setup.compute_bytes
     return int(frozen + 4 * count_trained(shape, setup)) // setup.num_processes
 
 
 def gradient_bytes(shape: Shape, setup: Setup) -> int:
-    """float32 gradients; of sharded ones the shard: they are kept whole only where there is room for it."""
-    return 4 * count_trained(shape, setup) // setup.num_processes
+    """Gradients, in their parameters' dtype; of sharded ones the shard, which is what the optimizer steps with."""
+    return setup.state_bytes * count_trained(shape, setup) // setup.num_processes
+
+
+def accumulated_bytes(shape: Shape, setup: Setup) -> int:
+    """Gradients on the device between micro-batches: sharded ones as shards, which offload moves away, or whole."""
+    if setup.sharded and setup.whole_gradients:
+        return 4 * count_trained(shape, setup)
+    return 0 if setup.offload and setup.on_gpu else gradient_bytes(shape, setup)
+
+
+def bytes_for_gradients(shape: Shape, setup: Setup, memory_bytes: int) -> int:
+    """What model, optimizer and CUDA's context leave of a device: that of which `keeps_gradients_whole` is asked."""
+    context = CUDA_CONTEXT_BYTES if setup.on_gpu else 0
+    if setup.offload and setup.on_gpu:
+        return memory_bytes - context
+    return memory_bytes - context - weights_bytes(shape, setup) - 2 * gradient_bytes(shape, setup)
 
 
 def overhead_bytes(shape: Shape, setup: Setup, work: Work, *, transient_bytes: int) -> int:
@@ -249,7 +286,7 @@ def copies_bytes(shape: Shape, setup: Setup) -> int:
         per_layer = shape.num_linear // shape.num_layers + shape.num_layer_vectors
         num_gathered = min(2, shape.num_layers) if setup.reshard else shape.num_layers
         return (shape.num_outside + num_gathered * per_layer) * setup.compute_bytes + dequantized
-    if setup.bf16 and setup.method == "full":
+    if setup.bf16 and setup.method == "full" and not setup.fast:
         return (shape.num_linear + shape.num_head) * 2
     return dequantized
 
@@ -277,7 +314,8 @@ def layer_bytes_per_token(shape: Shape, setup: Setup) -> int:
         if not full:
             total += len(trained) * (setup.lora_rank * c + columns * (setup.lora_dropout > 0))
     keys = shape.query_width if setup.on_gpu else shape.kv_width
-    total += c * (2 * shape.query_width + 2 * keys) + 4 * shape.num_heads
+    in_attention = 4 if setup.fast and not setup.on_gpu and setup.padding_free else c  # float32 on a CPU
+    total += in_attention * (2 * shape.query_width + 2 * keys) + 4 * shape.num_heads
     if full and setup.on_gpu:
         total -= c * shape.query_width  # o_proj's input is attention's output itself
     inner = {"llama": 3, "opt": 0 if full else 1, "bloom": 1}[shape.family]  # ReLU's result is down_proj's input
@@ -299,15 +337,19 @@ def layer_bytes(shape: Shape, setup: Setup, work: Work) -> int:
 
 
 def saved_bytes(shape: Shape, setup: Setup, work: Work) -> int:
-    """What the forward pass leaves: all layers, or with checkpointing their inputs; the last norm, the head's input."""
+    """What the forward pass leaves: the layers, of checkpointed ones the inputs; the last norm, the head's input."""
+    num_kept = shape.num_layers - setup.num_checkpointed
+    return recomputed_bytes(shape, setup, work) + num_kept * layer_bytes(shape, setup, work)
+
+
+def recomputed_bytes(shape: Shape, setup: Setup, work: Work) -> int:
+    """What is left of that when the first checkpointed layer is recomputed: the other layers are done with."""
     s, width = setup.stream_bytes, shape.width
     full = setup.method == "full"
-    rotary = 8 * (shape.query_width // shape.num_heads)
+    rotary = 2 * s * (shape.query_width // shape.num_heads)
     per_token = 4 * width + 4 + (s * width if full and shape.family == "llama" else 0) + rotary + 16
     outside = work.max_tokens * per_token + work.max_targets * (s * width + 16)
-    if setup.gradient_checkpointing:
-        return outside + shape.num_layers * work.max_tokens * s * width
-    return outside + shape.num_layers * layer_bytes(shape, setup, work)
+    return outside + setup.num_checkpointed * work.max_tokens * s * width
 
 
 def logits_bytes(shape: Shape, setup: Setup, work: Work) -> int:
@@ -318,11 +360,11 @@ def logits_bytes(shape: Shape, setup: Setup, work: Work) -> int:
     """
     rows = work.max_targets
     if setup.padding_free:
-        rows = min(rows, max(1, CHUNK_LOGITS // shape.vocab_size))
-    scores = 3 * 4 * rows * shape.vocab_size + (setup.compute_bytes * rows * shape.vocab_size if setup.bf16 else 0)
+        rows = min(rows, chunk_rows(shape.vocab_size, trained=setup.method == "full"))
+    scores = 3 * 4 * rows * shape.vocab_size + (2 * rows * shape.vocab_size if setup.compute_bytes == 2 else 0)
     if setup.method != "full":
         return scores
-    weight_gradient = shape.num_head * (4 + (2 if setup.bf16 else 0))
+    weight_gradient = shape.num_head * (setup.state_bytes + (2 if setup.bf16 and not setup.fast else 0))
     return max(scores, setup.compute_bytes * rows * shape.vocab_size + weight_gradient)
 
 
@@ -336,14 +378,19 @@ def backward_bytes(shape: Shape, setup: Setup, work: Work) -> int:
     if setup.method == "full" and setup.sharded:
         whole = 4 * (shape.num_linear // shape.num_layers + shape.num_outside)
     elif setup.method == "full":
-        whole = 4 * max(rows * columns for rows, columns in shape.linears.values())
+        whole = setup.state_bytes * max(rows * columns for rows, columns in shape.linears.values())
     return work.max_tokens * per_token + whole
 
 
 def step_bytes(shape: Shape, setup: Setup) -> int:
-    """AdamW's temporaries: none when fused, else two of its largest parameter."""
+    """AdamW's temporaries: none when fused, else two of its largest parameter.
+
+    Of fast numerics the float32 gradient that a CPU takes the norm of; AdamW itself goes through chunks.
+    """
     if (setup.on_gpu and not setup.offload) or setup.method != "full":
         return 0
+    if setup.fast:
+        return 4 * shape.num_head // setup.num_processes + _CHUNKS * 4 * CHUNK_ELEMENTS
     return 2 * 4 * shape.num_head // setup.num_processes
 
 
@@ -351,5 +398,5 @@ def step_bytes(shape: Shape, setup: Setup) -> int:
 
 
 def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
-    """float32 weights that are trained and AdamW's two moments of them."""
-    return 3 * 4 * count_trained(shape, setup)
+    """The weights that are trained and AdamW's two moments of them."""
+    return 3 * setup.state_bytes * count_trained(shape, setup)

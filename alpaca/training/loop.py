@@ -238,8 +238,8 @@ def sum_losses(run: Run, data: EncodedDataset, indices: Tensor) -> Tensor:
     examples = [data.example(index) for index in indices.tolist()]
     if padding_free.is_enabled(model):
         batch = pack(examples, pad_id=pad_id).to(run.world.device)
-        return padding_free.sum_packed_losses(model, batch, bf16=run.config.bf16)
-    return _sum_padded_losses(model, collate(examples, pad_id=pad_id).to(run.world.device), bf16=run.config.bf16)
+        return padding_free.sum_packed_losses(model, batch, bf16=run.config.autocasts)
+    return _sum_padded_losses(model, collate(examples, pad_id=pad_id).to(run.world.device), bf16=run.config.autocasts)
 
 
 def _sum_padded_losses(model: nn.Module, batch: MicroBatch, *, bf16: bool) -> Tensor:
@@ -416,7 +416,8 @@ def _out_of_memory(run: Run, error: torch.OutOfMemoryError) -> str:
     return (
         f"the device ran out of memory in step {run.progress.step + 1}: {str(error).splitlines()[0]}\n"
         f"lower --per_device_train_batch_size (now {run.config.per_device_train_batch_size}; the global batch stays), "
-        'or pass --gradient_checkpointing True or --fsdp "full_shard auto_wrap offload"'
+        f"or pass --gradient_checkpointing True (now {run.config.gradient_checkpointing}) "
+        'or --fsdp "full_shard auto_wrap offload"'
     )
 
 

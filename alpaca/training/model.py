@@ -1,6 +1,7 @@
 """The model that is trained: full fine-tuning, LoRA and QLoRA differ in this file and nowhere else.
 
-full: every weight in float32, the vocabulary grown to the tokenizer's, a whole model at the end.
+full: every weight in float32 (fast numerics: bfloat16), the vocabulary grown to the tokenizer's, a whole model at the
+end.
 lora, qlora: PEFT's float32 matrices on a frozen base (in the dtype it computes in, or in 8 or 4 bit), whose embeddings
 do not grow: `[PAD]` is not needed, since padding is masked by length. At the end there is an adapter folder.
 """
@@ -24,6 +25,7 @@ from alpaca.tokenizer import PAD_TOKEN, Tokenizer, load_tokenizer, tokenizer_sum
 from alpaca.training import padding_free
 from alpaca.training.config import ALL_LINEAR, TrainConfig, parse_fsdp, target_names
 from alpaca.training.distributed import World, is_sharded, needs_sharding, shard_model
+from alpaca.training.layers import checkpoint_layers, compile_layers, count_checkpointed, require_compiler, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,8 @@ def load_model(base: Base, config: TrainConfig, world: World) -> nn.Module:
     Where it is sharded, only rank 0 reads the weights, and no process but that one ever holds them whole; but a 4-bit
     base each process reads, since its scales are no parameters.
     """
+    if config.compile_layers:
+        require_compiler()
     sharding = parse_fsdp(config.fsdp)
     sharded, quantized = needs_sharding(world, sharding), _quantization(config) != "none"
     model = _make_empty(base, config) if sharded and not quantized else _load_whole(base, config, world)
@@ -118,14 +122,17 @@ def load_model(base: Base, config: TrainConfig, world: World) -> nn.Module:
     check_layer_class(config.fsdp_transformer_layer_cls_to_wrap, layer_class)
     if config.padding_free and not padding_free.enable(model):
         logger.info("micro-batches are padded: %s has attention of its own", type(model).__name__)
-    if config.gradient_checkpointing:  # not reentrant: so layers learn whose inputs, frozen embeddings, do not
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [module for module in model.modules() if type(module).__name__ == layer_class]
+    checkpoint_layers(layers, count_checkpointed(config.gradient_checkpointing, len(layers)) or 0)
     model = add_adapter(model, config)
+    if config.compile_layers:
+        padding_free.keep_out_of_graphs()
+        compile_layers(layers)
     if sharded:
         weights = None if quantized else {}
         if world.is_main and not quantized:
             weights = add_adapter(_load_whole(base, config, world), config).state_dict()
-        shard_model(model, layer_class, weights, world=world, sharding=sharding, bf16=config.bf16)
+        shard_model(model, layer_class, weights, world=world, sharding=sharding, bf16=config.computes_low)
     elif not quantized:
         model.to(world.device)
     return model.train()
@@ -136,8 +143,9 @@ def _quantization(config: TrainConfig) -> str:
 
 
 def _dtype(config: TrainConfig) -> torch.dtype:
-    """Of weights in memory: what is trained is float32, a frozen base has the dtype it computes in."""
-    return torch.bfloat16 if config.method != "full" and config.bf16 else torch.float32
+    """Of weights in memory: what is trained is float32 (fast: bfloat16); a frozen base has the dtype it computes in."""
+    low = config.bf16 if config.method != "full" else config.numerics == "fast"
+    return torch.bfloat16 if low else torch.float32
 
 
 def _load_whole(base: Base, config: TrainConfig, world: World) -> PreTrainedModel:
@@ -382,9 +390,11 @@ def probe_logits(model: nn.Module, ids: Sequence[int], device: torch.device) -> 
     was_training = model.training
     inputs: dict[str, object] = {}
     if padding_free.is_enabled(model):
-        inputs = {"position_ids": torch.arange(len(ids), device=device)[None], "example_lengths": [len(ids)]}
+        positions = torch.arange(len(ids), device=device)[None]
+        inputs = {"position_ids": positions, "packing": padding_free.Packing([len(ids)])}
     model.eval()
-    logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False, **inputs).logits
+    with uncompiled(model):
+        logits = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False, **inputs).logits
     model.train(was_training)
     return logits[0].float()
 

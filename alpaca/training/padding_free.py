@@ -16,6 +16,25 @@ from alpaca.data.batching import PackedBatch
 
 ATTENTION = "alpaca_packed"
 CHUNK_LOGITS = 32 << 20  # elements of logits that exist at a time: 128 MB in float32
+FROZEN_CHUNK_LOGITS = 8 << 20  # where the head is frozen: no gradient of its weight is added up for each chunk
+
+
+class Packing:
+    """Where packed examples begin and end, for all layers of a pass.
+
+    An object rather than the list of lengths: torch.compile would guard every length in it, and compile each layer anew
+    for each micro-batch; what it does not look into it does not guard.
+    """
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths, self.longest = lengths, max(lengths)
+        self._ends: Tensor | None = None
+
+    def ends_on(self, device: torch.device) -> Tensor:
+        """0 and the end of each example, int32 on the device; copied there once, not in every layer."""
+        if self._ends is None or self._ends.device != device:
+            self._ends = torch.tensor([0, *self.lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+        return self._ends
 
 
 def enable(model: PreTrainedModel) -> bool:
@@ -29,6 +48,16 @@ def enable(model: PreTrainedModel) -> bool:
     head.__class__ = TargetHead
     head.target_ids = None
     return True
+
+
+def keep_out_of_graphs() -> None:
+    """Have layers that are compiled call the attention as it is: it depends on the lengths, which always differ."""
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(attend_within_examples))
+
+
+def chunk_rows(vocab_size: int, *, trained: bool) -> int:
+    """Positions whose logits exist at a time."""
+    return max(1, (CHUNK_LOGITS if trained else FROZEN_CHUNK_LOGITS) // vocab_size)
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
@@ -46,7 +75,7 @@ def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool) -> Te
                 position_ids=batch.position_ids[None],
                 logits_to_keep=batch.target_positions,
                 use_cache=False,
-                example_lengths=batch.lengths,
+                packing=Packing(batch.lengths),
             )
     finally:
         head.target_ids = None
@@ -66,7 +95,7 @@ class TargetHead(nn.Linear):
         """[1, R, D] -> [1, R, 1] losses in float32, or [..., V] logits."""
         if self.target_ids is None:
             return super().forward(hidden)
-        num_rows = max(1, CHUNK_LOGITS // self.out_features)
+        num_rows = chunk_rows(self.out_features, trained=self.weight.requires_grad)
         losses = [
             checkpoint(_losses, rows, self.weight, self.bias, ids, use_reentrant=False)
             for rows, ids in zip(hidden[0].split(num_rows), self.target_ids.split(num_rows), strict=True)
@@ -85,7 +114,7 @@ def attend_within_examples(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    example_lengths: list[int],
+    packing: Packing,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: object,
@@ -96,18 +125,22 @@ def attend_within_examples(
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
     if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout:
-        return _attend_on_gpu(query, key, value, example_lengths, scaling), None
-    parts = [tensor.split(example_lengths, dim=2) for tensor in (query, key, value)]
+        return _attend_on_gpu(query, key, value, packing, scaling), None
+    dtype = value.dtype
+    if dtype == torch.bfloat16 and not query.is_cuda and not torch.is_autocast_enabled(query.device.type):
+        # A CPU's kernels for bfloat16 are kept for every length there has been, 1.6 MB each (torch 2.13).
+        query, key, value = query.float(), key.float(), value.float()
+    parts = [tensor.split(packing.lengths, dim=2) for tensor in (query, key, value)]
     mixed = [
         scaled_dot_product_attention(
             *one, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
         )
         for one in zip(*parts, strict=True)
     ]
-    return torch.cat(mixed, dim=2).transpose(1, 2), None
+    return torch.cat(mixed, dim=2).transpose(1, 2).to(dtype), None
 
 
-def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float) -> Tensor:
+def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
     """By torch's variable-length flash attention, as torch 2.11 has it: no grouped heads, causal as a window."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -115,8 +148,7 @@ def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if group > 1:
         k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(device=q.device, dtype=torch.int32)
-    longest = max(lengths)
+    ends, longest = packing.ends_on(q.device), packing.longest
     return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))[None]
 
 

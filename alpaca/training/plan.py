@@ -17,18 +17,21 @@ import torch
 from alpaca.data.batching import count_steps_per_epoch
 from alpaca.data.examples import EncodedDataset
 from alpaca.errors import InputError, NotEnoughSpace
-from alpaca.memory import CUDA_CONTEXT_BYTES, free_memory
-from alpaca.training.config import ADAPTER_DEFAULTS, TrainConfig, count_steps
+from alpaca.memory import CUDA_CONTEXT_BYTES
+from alpaca.training.config import ADAPTER_DEFAULTS, TrainConfig, count_steps, parse_memory_limit
+from alpaca.training.distributed import World, keeps_gradients_whole, own_free_memory
 from alpaca.training.footprint import (
     Memory,
     Setup,
     Work,
+    bytes_for_gradients,
     checkpoint_bytes,
     count_trained,
     make_setup,
     measure_work,
     plan_memory,
 )
+from alpaca.training.layers import count_checkpointed
 from alpaca.training.model import Base, choose_save_dtype
 from alpaca.training.shape import Shape, read_shape
 
@@ -51,10 +54,10 @@ def count_flops(shape: Shape, setup: Setup, work: Work) -> float:
     """Of the whole run: 2 a token and weight forward, 2 for the gradient of the input, 2 for that of the weight.
 
     The head works on targets alone; embeddings are looked up; attention's own products are left out (under 3 % at
-    512 tokens of a 7B model). Checkpointing repeats the layers' forward pass.
+    512 tokens of a 7B model). Checkpointing repeats its layers' forward pass.
     """
     adapter = count_trained(shape, setup) if setup.method != "full" else 0
-    per_weight = (6 if setup.method == "full" else 4) + (2 if setup.gradient_checkpointing else 0)
+    per_weight = (6 if setup.method == "full" else 4) + 2 * setup.num_checkpointed / shape.num_layers
     head_rows = work.num_targets if setup.padding_free else work.num_tokens
     return work.num_tokens * (per_weight * shape.num_linear + 6 * adapter) + 6 * head_rows * shape.num_head
 
@@ -79,7 +82,7 @@ def share_of_peak(plan: "Plan", tokens_per_second: float) -> float | None:
     """The part of the devices' peak that is put to use: of what the run needs, repeated work does not count."""
     if plan.hardware.peak_flops is None:
         return None
-    once = dataclasses.replace(plan.setup, gradient_checkpointing=False)
+    once = dataclasses.replace(plan.setup, num_checkpointed=0)
     per_token = count_flops(plan.shape, once, plan.work) / plan.work.num_tokens
     return per_token * tokens_per_second / (plan.hardware.peak_flops * plan.setup.num_processes)
 
@@ -89,7 +92,7 @@ def share_of_peak(plan: "Plan", tokens_per_second: float) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What a plan is for. memory_bytes: free on each device; peak_flops: None where unknown."""
+    """What a plan is for. memory_bytes: for the run on each device; peak_flops: None where unknown."""
 
     name: str
     memory_bytes: int
@@ -136,7 +139,30 @@ class Planner:
     num_steps: int
 
     def plan(self, setup: Setup, hardware: Hardware) -> Plan:
-        work, memory = self.measure(setup)
+        """The plan with the fewest recomputed layers that fits, where their number is open; else the leanest."""
+        numbers = [setup.num_checkpointed]
+        if setup.num_checkpointed is None:
+            numbers = range(self.shape.num_layers + 1)
+        plans: list[Plan] = []
+        for number in numbers:
+            plans.append(self._plan(dataclasses.replace(setup, num_checkpointed=number), hardware))
+            if plans[-1].fits:
+                return plans[-1]
+        return min(plans, key=lambda plan: plan.memory.peak_bytes)
+
+    def _plan(self, setup: Setup, hardware: Hardware) -> Plan:
+        """With gradients kept whole between micro-batches where training would, unless they are what does not fit."""
+        whole = dataclasses.replace(setup, whole_gradients=True)
+        if setup.sharded and keeps_gradients_whole(
+            count_trained(self.shape, setup), bytes_for_gradients(self.shape, setup, hardware.memory_bytes)
+        ):
+            plan = self._plan_exactly(whole, hardware)
+            if plan.fits:
+                return plan
+        return self._plan_exactly(setup, hardware)
+
+    def _plan_exactly(self, setup: Setup, hardware: Hardware) -> Plan:
+        work, memory = self._work(setup), self.memory(setup)
         trained, saves = count_trained(self.shape, setup), self.config.save_strategy != "no"
         return Plan(
             shape=self.shape,
@@ -151,10 +177,9 @@ class Planner:
             seconds=count_flops(self.shape, setup, work) / (hardware.flops * setup.num_processes),
         )
 
-    def measure(self, setup: Setup) -> tuple[Work, Memory]:
-        """What there is to do, and the memory it takes: all of a plan that no hardware decides."""
-        work = self._work(setup)
-        return work, plan_memory(self.shape, setup, work)
+    def memory(self, setup: Setup) -> Memory:
+        """What no hardware decides: the memory of a setup in which nothing is open."""
+        return plan_memory(self.shape, setup, self._work(setup))
 
     def _work(self, setup: Setup) -> Work:
         layout = (setup.micro_batch_size, setup.num_processes, setup.padding_free)
@@ -179,24 +204,25 @@ class Planner:
 def _changes(setup: Setup) -> Iterator[list[tuple[str, Setup]]]:
     """Groups of changes to try, each a text and the setup it makes."""
     change = functools.partial(dataclasses.replace, setup)
-    small = {"gradient_checkpointing": True, "micro_batch_size": 1}
-    single = [
-        ("--gradient_checkpointing True", {"gradient_checkpointing": True}),
-        ("--per_device_train_batch_size 1", {"micro_batch_size": 1}),
-    ]
+    recompute, micro = "--gradient_checkpointing auto", "--per_device_train_batch_size 1"
+    single = [(recompute, {"num_checkpointed": None}), (micro, {"micro_batch_size": 1})]
+    small, both = {"num_checkpointed": None, "micro_batch_size": 1}, f"{recompute} {micro}"
+    if setup.num_checkpointed is None:  # it is open, and is so in what follows
+        single, both = single[1:], micro
+    back = " --numerics stanford" if setup.fast else ""
     methods = [
-        ("--method lora", _adapted(setup, method="lora", quantization="none")),
-        ("--method qlora", _adapted(setup, method="qlora", quantization="nf4")),
+        (f"--method lora{back}", _adapted(setup, method="lora", quantization="none")),
+        (f"--method qlora{back}", _adapted(setup, method="qlora", quantization="nf4")),
     ]
+    fast = [("--numerics fast", {"numerics": "fast"})] if setup.method == "full" and not setup.fast else []
     if setup.method != "full":
         methods = methods[1:] if setup.base_quantization == "none" else []
     offload = [('--fsdp "full_shard auto_wrap offload"', {"offload": True})] if setup.on_gpu else []
     counts = [number for number in GPU_COUNTS if number > setup.num_processes] if setup.on_gpu else []
     more = [(f"{number} GPUs (torchrun --nproc_per_node={number})", {"num_processes": number}) for number in counts]
-    both = "--gradient_checkpointing True --per_device_train_batch_size 1"
-    yield [(text, change(**values)) for text, values in [*single, *offload, *more[:1], *methods]]
+    yield [(text, change(**values)) for text, values in [*single, *offload, *more[:1], *fast, *methods]]
     yield [(both, change(**small))]
-    yield [(f"{text}, with {both}", change(**values, **small)) for text, values in [*offload, *more, *methods]]
+    yield [(f"{text}, with {both}", change(**values, **small)) for text, values in [*offload, *more, *fast, *methods]]
     yield [(f"{text}, with offload and {both}", change(**values, **small, offload=True)) for text, values in more]
 
 
@@ -209,21 +235,35 @@ def _adapted(setup: Setup, *, quantization: str, method: str) -> dict[str, objec
             "lora_rank": ADAPTER_DEFAULTS["lora_r"],
             "lora_dropout": ADAPTER_DEFAULTS["lora_dropout"],
         }
-    return {**own, "method": method, "base_quantization": quantization}
+    return {**own, "method": method, "base_quantization": quantization, "numerics": "stanford"}
 
 
 def describe(plan: Plan) -> list[str]:
     """A few lines for the log."""
     memory, work = plan.memory, plan.work
+    gradients = "kept whole until the step's last one" if plan.setup.whole_gradients else "reduced after each"
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory_parts(memory).items() if size > 5e6)
     return [
         f"plan: {plan.shape.num_parameters / 1e6:,.1f} M parameters, {plan.num_trained / 1e6:,.1f} M trained; "
-        f"{work.num_steps:,} steps of up to {work.num_micro_batches} micro-batches of up to {work.max_tokens:,} tokens",
+        f"{work.num_steps:,} steps of up to {work.num_micro_batches} micro-batches of up to {work.max_tokens:,} tokens"
+        + (f"; gradients are {gradients}" if plan.setup.sharded else ""),
         f"plan: peak memory {memory.peak_bytes / 1e9:.2f} GB ({memory.peak_moment}) of "
         f"{plan.hardware.memory_bytes / 1e9:.2f} GB free on {plan.hardware.name}: {parts} GB",
         f"plan: disk {plan.disk_bytes / 1e9:.2f} GB; about {format_seconds(plan.seconds)} at "
         f"{plan.hardware.flops / 1e12:,.2f} TFLOP/s ({plan.hardware.flops_are})",
     ]
+
+
+def describe_checkpointing(plan: Plan) -> str:
+    """How many layers are recomputed, and how much work that adds; "" for none."""
+    number, total = plan.setup.num_checkpointed, plan.shape.num_layers
+    if not number:
+        return ""
+    once = count_flops(plan.shape, dataclasses.replace(plan.setup, num_checkpointed=0), plan.work)
+    more = count_flops(plan.shape, plan.setup, plan.work) / once - 1
+    head = plan.shape.num_head * (plan.work.num_targets / plan.work.num_tokens if plan.setup.padding_free else 1)
+    forward = number / total * plan.shape.num_linear / (plan.shape.num_linear + head)
+    return f"{number} of {total} layers recomputed: {forward:.0%} of the forward pass, {more:.0%} more arithmetic"
 
 
 def memory_parts(memory: Memory) -> dict[str, int]:
@@ -265,6 +305,7 @@ def plan_json(plan: Plan) -> dict[str, object]:
             "total_bytes": plan.disk_bytes,
         },
         "seconds": round(plan.seconds, 1),
+        "recomputed_layers": plan.setup.num_checkpointed,
         "tokens_per_second": round(plan.work.num_tokens / plan.seconds, 1),
         "fits": plan.fits,
     }
@@ -285,24 +326,44 @@ def make_planner(config: TrainConfig, base: Base, data: EncodedDataset) -> Plann
     )
 
 
+def survey(config: TrainConfig, world: World) -> Hardware:
+    """The device of a process that has the least for the run, the same in all of them; they call it together.
+
+    So all choose alike: which layers are recomputed, and when gradients are reduced.
+    """
+    hardware = find_hardware(world.device)
+    least = min(world.gather(hardware.memory_bytes))
+    return limit_hardware(dataclasses.replace(hardware, memory_bytes=least), config.memory_limit)
+
+
+def limit_hardware(hardware: Hardware, limit: str | None) -> Hardware:
+    """With no more than `--memory_limit`."""
+    if limit is None:
+        return hardware
+    memory = min(parse_memory_limit(limit), hardware.memory_bytes)
+    return dataclasses.replace(hardware, memory_bytes=memory, name=f"{hardware.name} (--memory_limit {limit})")
+
+
 def check_plan(
-    config: TrainConfig, base: Base, data: EncodedDataset, *, num_processes: int, device: torch.device
+    config: TrainConfig, base: Base, data: EncodedDataset, hardware: Hardware, *, num_processes: int
 ) -> Plan | None:
-    """Make the plan for this device and log it; None for a model of another kind than those known.
+    """Make the plan for this hardware and log it; None for a model of another kind than those known.
 
     A GPU's memory is what it is, so a run that cannot fit is refused: NotEnoughSpace. Main memory also holds what can
-    be dropped or swapped, and other processes come and go: there it is a warning.
+    be dropped or swapped, and other processes come and go: there it is a warning, but for a limit that was asked for.
     """
     try:
         planner = make_planner(config, base, data)
     except InputError as error:
         logger.warning("%s; training goes on without one", error)
         return None
-    setup = make_setup(config, planner.shape, num_processes=num_processes, on_gpu=device.type == "cuda")
-    plan = planner.plan(setup, find_hardware(device))
+    setup = make_setup(config, planner.shape, num_processes=num_processes, on_gpu=hardware.on_gpu)
+    plan = planner.plan(setup, hardware)
     for line in describe(plan):
         logger.info("%s", line)
-    if not plan.fits and plan.hardware.on_gpu:
+    if recomputed := describe_checkpointing(plan):
+        logger.info("--gradient_checkpointing %s: %s", config.gradient_checkpointing, recomputed)
+    if not plan.fits and (plan.hardware.on_gpu or config.memory_limit):
         raise NotEnoughSpace(refusal(plan, planner))
     if not plan.fits:
         logger.warning("%s", refusal(plan, planner))
@@ -311,25 +372,35 @@ def check_plan(
 
 def refusal(plan: Plan, planner: Planner) -> str:
     """That a plan does not fit, by how much, and what would."""
-    would = planner.suggest(plan.setup, plan.hardware)
+    would = suggest_for(plan, planner)
+    moment = plan.memory.peak_moment
+    if recomputed := describe_checkpointing(plan):
+        moment += f"; with {recomputed}"
     advice = f"these would fit: {'; or '.join(would)}" if would else "no setting of one machine would fit"
     return (
-        f"this run needs {plan.memory.peak_bytes / 1e9:.2f} GB on each device ({plan.memory.peak_moment}), and "
+        f"this run needs {plan.memory.peak_bytes / 1e9:.2f} GB on each device ({moment}), and "
         f"{plan.hardware.name} has {plan.hardware.usable_bytes / 1e9:.2f} GB to use; {advice}"
     )
+
+
+def suggest_for(plan: Plan, planner: Planner) -> list[str]:
+    """`Planner.suggest` for the setup that was asked for, in which the number of recomputed layers may be open."""
+    asked = count_checkpointed(planner.config.gradient_checkpointing, plan.shape.num_layers)
+    setup = dataclasses.replace(plan.setup, num_checkpointed=asked, whole_gradients=False)
+    return planner.suggest(setup, plan.hardware)
 
 
 def find_hardware(device: torch.device) -> Hardware:
     """The device there is, with the memory that is free on it now."""
     if device.type != "cuda":
         return Hardware(
-            name="this CPU", memory_bytes=free_memory(device), on_gpu=False, peak_flops=None,
+            name="this CPU", memory_bytes=own_free_memory(device), on_gpu=False, peak_flops=None,
             flops=measure_cpu_flops() / 2,
             flops_are="half of what float32 matrix products reach here now",
         )  # fmt: skip
     name = torch.cuda.get_device_name(device)
     # The context is taken already, so the plan's must not be asked for twice.
-    return assume_gpu(name, free_memory(device) + CUDA_CONTEXT_BYTES, find_device_peak(name))
+    return assume_gpu(name, own_free_memory(device) + CUDA_CONTEXT_BYTES, find_device_peak(name))
 
 
 def assume_gpu(name: str, memory_bytes: int, peak: float | None) -> Hardware:

@@ -24,8 +24,10 @@ from alpaca.training.plan import (
     Plan,
     Planner,
     assume_gpu,
+    describe_checkpointing,
     find_hardware,
     format_seconds,
+    limit_hardware,
     make_planner,
     memory_parts,
     plan_json,
@@ -51,12 +53,13 @@ def print_plan(config: TrainConfig, *, show: Callable[[str], object] = print) ->
     config = _resolve_for(config, num_processes=num_processes, on_gpu=on_gpu)
     planner = open_planner(config)
     setup = make_setup(config, planner.shape, num_processes=num_processes, on_gpu=on_gpu)
-    plan = planner.plan(setup, _named_hardware(config) if config.plan_memory else find_hardware(_device(on_gpu)))
+    hardware = _named_hardware(config) if config.plan_memory else find_hardware(_device(on_gpu))
+    plan = planner.plan(setup, limit_hardware(hardware, config.memory_limit))
     cards = _card_peaks(planner, setup)
     would = [] if plan.fits else planner.suggest(setup, plan.hardware)
     show(format_table(plan, cards))
     show(json.dumps({**plan_json(plan), "would_fit": would, "cards": cards}))
-    if not plan.fits and on_gpu:
+    if not plan.fits and (on_gpu or config.memory_limit):
         raise NotEnoughSpace(refusal(plan, planner))
 
 
@@ -92,13 +95,23 @@ def card_bytes(text: str) -> int:
 
 
 def _card_peaks(planner: Planner, setup: Setup) -> list[dict[str, object]]:
-    """For several numbers of GPUs: what each needs, and which of the usual cards have that."""
-    usable = {card: assume_gpu(card, card_bytes(card), peak).usable_bytes for card, peak in CARDS.items()}
+    """For several numbers of GPUs: on which of the usual cards the run fits, and with how many layers recomputed.
+
+    peak_bytes: with none recomputed where the plan chooses how many.
+    """
     rows = []
     for number in GPU_COUNTS:
-        _, memory = planner.measure(dataclasses.replace(setup, on_gpu=True, num_processes=number))
-        fits = {card: memory.peak_bytes <= size for card, size in usable.items()}
-        rows.append({"gpus": number, "peak_bytes": memory.peak_bytes, "fits": fits})
+        changed = dataclasses.replace(setup, on_gpu=True, num_processes=number)
+        plans = {card: planner.plan(changed, assume_gpu(card, card_bytes(card), peak)) for card, peak in CARDS.items()}
+        lean = dataclasses.replace(changed, num_checkpointed=changed.num_checkpointed or 0)
+        rows.append(
+            {
+                "gpus": number,
+                "peak_bytes": planner.memory(lean).peak_bytes,
+                "fits": {card: plan.fits for card, plan in plans.items()},
+                "recomputed_layers": {card: plan.setup.num_checkpointed for card, plan in plans.items()},
+            }
+        )
     return rows
 
 
@@ -119,6 +132,8 @@ def format_table(plan: Plan, cards: list[dict[str, object]]) -> str:
         f"parts at once); {hardware.name}: {hardware.usable_bytes / 1e9:,.2f} GB to use: "
         f"{'fits' if plan.fits else 'DOES NOT FIT'}",
     ]
+    if recomputed := describe_checkpointing(plan):
+        lines.append(f"{'recomputed activations':<34}{recomputed}")
     if plan.memory.host_bytes:
         lines.append(f"{'main memory, of each process':<34}{plan.memory.host_bytes / 1e9:14,.2f} GB")
     lines += [
@@ -131,6 +146,16 @@ def format_table(plan: Plan, cards: list[dict[str, object]]) -> str:
         f"{'GPUs':<8}{'peak of each':>16}{''.join(f'{card:>10}' for card in CARDS)}   (as planned, not measured yet)",
     ]
     for row in cards:
-        verdicts = "".join(f"{'fits' if fits else '-':>10}" for fits in row["fits"].values())
+        verdicts = "".join(f"{_verdict(row, card):>10}" for card in CARDS)
         lines.append(f"{row['gpus']:<8}{row['peak_bytes'] / 1e9:13,.2f} GB{verdicts}")
+    if any(any(row["recomputed_layers"].values()) for row in cards):
+        lines.append("(N layers: fits with the activations of so many recomputed)")
     return "\n".join(lines)
+
+
+def _verdict(row: dict[str, object], card: str) -> str:
+    """A cell of the table."""
+    if not row["fits"][card]:
+        return "-"
+    number = row["recomputed_layers"][card]
+    return f"{number} layers" if number else "fits"

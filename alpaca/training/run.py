@@ -1,5 +1,6 @@
 """A run before its first step: data, plan, model, optimizer and schedule, and what a checkpoint must share with it."""
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -10,12 +11,22 @@ from torch import nn
 
 from alpaca.data.batching import count_steps_per_epoch
 from alpaca.data.examples import EncodedDataset
+from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.training.checkpoint import Progress, Trainee
-from alpaca.training.config import TrainConfig, count_steps, count_warmup_steps, learning_rate_factor, parse_fsdp
+from alpaca.training.config import (
+    TrainConfig,
+    count_steps,
+    count_warmup_steps,
+    learning_rate_factor,
+    parse_fsdp,
+    parse_memory_limit,
+)
 from alpaca.training.dataset import encode_data
-from alpaca.training.distributed import World, decide_gradient_sync
+from alpaca.training.distributed import World, decide_gradient_sync, is_sharded
+from alpaca.training.layers import AUTO, parse_checkpointing
 from alpaca.training.model import Base, count_parameters, group_parameters, load_model, open_base
-from alpaca.training.plan import Plan, check_plan
+from alpaca.training.optimizer import StochasticAdamW
+from alpaca.training.plan import Plan, check_plan, survey
 from alpaca.training.report import MemoryMeter
 
 logger = logging.getLogger(__name__)
@@ -55,8 +66,10 @@ def prepare(config: TrainConfig, world: World) -> Run:
     steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=config.global_batch_size)
     num_steps = count_steps(config, steps_per_epoch)
     memory = MemoryMeter(world.device)
-    sizes = {"num_processes": world.num_processes, "device": world.device}
-    plan = world.together(lambda: check_plan(config, base, data, **sizes))
+    hardware = survey(config, world)
+    plan = world.together(lambda: check_plan(config, base, data, hardware, num_processes=world.num_processes))
+    config = _settle(config, plan)
+    _limit_memory(config, world.device)
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     trainee = _make_trainee(load_model(base, config, world), config, data, num_steps=num_steps, world=world)
@@ -69,10 +82,35 @@ def prepare(config: TrainConfig, world: World) -> Run:
         trainee=trainee,
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
-        keeps_gradients=decide_gradient_sync(trainee.model, world),
+        keeps_gradients=_keeps_gradients(trainee.model, plan, world),
         plan=plan,
         memory=memory,
     )
+
+
+def _settle(config: TrainConfig, plan: Plan | None) -> TrainConfig:
+    """With the number of recomputed layers that the plan has chosen; none where there is no plan."""
+    if parse_checkpointing(config.gradient_checkpointing) != AUTO:
+        return config
+    return dataclasses.replace(config, gradient_checkpointing=plan.setup.num_checkpointed if plan else False)
+
+
+def _limit_memory(config: TrainConfig, device: torch.device) -> None:
+    """Hold torch's allocator to `--memory_limit`, less CUDA's context. On a CPU the plan alone keeps to it."""
+    if device.type != "cuda":
+        return
+    share = 1.0  # also takes back what an earlier run of this process set
+    if config.memory_limit:
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = min(1.0, (parse_memory_limit(config.memory_limit) - CUDA_CONTEXT_BYTES) / total)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def _keeps_gradients(model: nn.Module, plan: Plan | None, world: World) -> bool:
+    """As planned, so that the planned peak is what happens."""
+    if plan and is_sharded(model):
+        return plan.setup.whole_gradients
+    return decide_gradient_sync(model, world)
 
 
 def _make_trainee(
@@ -95,21 +133,21 @@ def _make_trainee(
     )
 
 
-def _make_optimizer(model: nn.Module, config: TrainConfig, world: World) -> torch.optim.AdamW:
+def _make_optimizer(model: nn.Module, config: TrainConfig, world: World) -> torch.optim.Optimizer:
+    groups, betas = group_parameters(model, weight_decay=config.weight_decay), (config.adam_beta1, config.adam_beta2)
+    if config.numerics == "fast":
+        logger.info("numerics fast: weights, gradients and moments are bfloat16, updates rounded by chance")
+        return StochasticAdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, seed=config.seed)
     on_gpu = world.device.type == "cuda" and not parse_fsdp(config.fsdp).offload
     return torch.optim.AdamW(
-        group_parameters(model, weight_decay=config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=on_gpu or None,
+        groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=on_gpu or None
     )
 
 
 _IDENTITY_FIELDS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "base_quantization", "global_batch_size", "learning_rate", "lora_alpha",
     "lora_dropout", "lora_r", "lora_target_modules", "loss_average", "lr_scheduler_type", "max_grad_norm", "method",
-    "seed", "use_dora", "use_rslora", "weight_decay",
+    "numerics", "seed", "use_dora", "use_rslora", "weight_decay",
 )  # fmt: skip
 
 

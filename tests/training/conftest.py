@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,6 +86,18 @@ def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=256, dropout=0.1, init_std=0.1,
     )  # fmt: skip
     OPTForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom(tmp_path_factory: pytest.TempPathFactory, tiny_opt: Path) -> Path:
+    """A BLOOM folder: ALiBi, one fused layer for query, key and value, tied embeddings."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    folder = shutil.copytree(tiny_opt, tmp_path_factory.mktemp("base") / "bloom-tiny")
+    config = BloomConfig(vocab_size=408, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1)
+    BloomForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -78,6 +78,11 @@ def test_a_recipe_fills_only_what_is_not_given():
         (["--max_steps", "0"], "--max_steps: expected a number above 0"),
         (["--warmup_ratio", "1.5"], "--warmup_ratio: expected a number from 0"),
         (["--seed", "-1"], "--seed: expected at least 0"),
+        (["--memory_limit", "0GB"], "--memory_limit: expected a size such as"),
+        (
+            ["--method", "lora", "--base_quantization", "int8", "--torch_compile"],
+            "--compile_layers True does not go with",
+        ),
         (["--fsdp", "half_shard"], "--fsdp: expected one of full_shard, shard_grad_op, hybrid_shard, hybrid_"),
         (["--fsdp", "full_shard shard_grad_op"], "--fsdp: expected"),
         (["--eval_strategy", "steps"], "needs examples to evaluate on: hold some out with --val_set_size"),

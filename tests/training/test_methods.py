@@ -112,18 +112,6 @@ def test_our_loop_is_a_plain_loop_with_peft(
 # Bases and settings ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def tiny_bloom(tmp_path_factory: pytest.TempPathFactory, tiny_opt: Path) -> Path:
-    """A BLOOM folder: ALiBi, one fused layer for query, key and value, tied embeddings."""
-    from transformers import BloomConfig, BloomForCausalLM
-
-    torch.manual_seed(0)
-    folder = shutil.copytree(tiny_opt, tmp_path_factory.mktemp("base") / "bloom-tiny")
-    config = BloomConfig(vocab_size=408, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1)
-    BloomForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 ATTENTION = {"q_proj", "v_proj"}
 CASES = {  # base, flags, layers that get an adapter
     "llama": ("tiny_llama", {}, ATTENTION),
@@ -385,7 +373,7 @@ def test_the_trap_is_there_to_fall_into(configure: Configure, packable_llama: Pa
     model = load(configure(**QLORA, model_name_or_path=str(packable_llama)))
     probe_logits(model, IDS, CPU)
     loss = model(input_ids=torch.tensor([IDS]), labels=torch.tensor([IDS]), position_ids=torch.arange(8)[None],
-                 example_lengths=[8], use_cache=False).loss  # fmt: skip
+                 packing=padding_free.Packing([8]), use_cache=False).loss  # fmt: skip
     loss.backward()
     gradients = [p.grad for name, p in model.named_parameters() if "layers.0" in name and "lora_B" in name]
     assert not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
@@ -409,7 +397,7 @@ def test_a_quantized_base_is_what_bitsandbytes_makes_of_it(configure: Configure,
                 assert (module.weight.quant_state.quant_type, module.weight.quant_state.nested) == ("nf4", True)
                 assert not module.support_avx512bf16_for_cpu
         model(input_ids=torch.tensor([IDS]), labels=torch.tensor([IDS]), position_ids=torch.arange(8)[None],
-              example_lengths=[8]).loss.backward()  # fmt: skip
+              packing=padding_free.Packing([8])).loss.backward()  # fmt: skip
         with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
         assert with_gradient == {name for name, _ in model.named_parameters() if "lora_" in name}
     nf4 = load(configure(**QLORA, model_name_or_path=str(packable_llama))).get_submodule(
@@ -462,7 +450,8 @@ def test_packed_examples_do_not_see_each_other_through_an_adapter(configure: Con
         ids = torch.cat([torch.tensor(row) for row in rows])[None]
         lengths = [len(row) for row in rows]
         with torch.no_grad():
-            packed = model(input_ids=ids, position_ids=positions, use_cache=False, example_lengths=lengths).logits[0]
+            packing = padding_free.Packing(lengths)
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False, packing=packing).logits[0]
         alone = torch.cat([probe_logits(model, row, CPU) for row in rows])
         assert torch.allclose(packed, alone, atol=1e-4)
 
