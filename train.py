@@ -6,12 +6,9 @@
 import asyncio
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path as LocalPath
 
 from cog import Input, Path, current_scope
 
@@ -19,78 +16,49 @@ from alpaca import cpu_threads
 
 cpu_threads.set_defaults()  # before anything below imports torch
 
-from alpaca.archives import open_weights, pack
-from alpaca.errors import AlpacaError, InputError, run_command
-
-_one_training = threading.Lock()
-_last_output: tempfile.TemporaryDirectory | None = None  # the runtime reads it after `train` returned
-_STOPPING_S = 10  # how long a training waits for one that was cancelled to end its step
+from alpaca.errors import AlpacaError, run_command
 
 
 async def train(
     data: Path = Input(description="Examples: a JSON list or JSON lines of instruction, input (optional) and output"),
-    model: str = Input(default="weights/llama-7b", description="Folder or .tar of the base model, in the image or beside it"),
-    recipe: str = Input(default="alpaca-7b", choices=["alpaca-7b", "alpaca-13b"], description="Values of what is not given below"),
-    method: str = Input(default="full", choices=["full", "lora", "qlora"], description="Train every weight; or an adapter on a frozen base; or the same on a base in 4 bit"),
+    model: str = Input(default="weights/llama-7b", description="Base model: a folder or archive in weights/ or alpaca_out/, or a name the operator listed in ALPACA_BASE_MODELS"),
+    recipe: str = Input(default="alpaca-7b", choices=["alpaca-7b", "alpaca-13b", "alpaca-lora"], description="Values of what is not given below"),
+    method: str = Input(default="lora", choices=["full", "lora", "qlora"], description="An adapter on a frozen base; or the same on a base in 4 bit; or train every weight, for which the server mostly needs an upload address"),
     lora_r: int | None = Input(default=None, ge=1, description="Rank of an adapter: 8"),
     lora_alpha: float | None = Input(default=None, ge=0.01, description="Scale of an adapter, divided by its rank: 16"),
+    lora_dropout: float | None = Input(default=None, ge=0, le=0.99, description="Dropout before an adapter's matrices: 0.05"),
     lora_target_modules: str | None = Input(default=None, description="Layers that get an adapter: q_proj,v_proj (of BLOOM query_key_value), or all-linear"),
-    num_train_epochs: float | None = Input(default=None, ge=0.01, description="Passes over the data; the recipe has 3, for 13B 5"),
+    base_quantization: str | None = Input(default=None, choices=["none", "int8", "nf4"], description="Precision of an adapter's frozen base: none with lora, nf4 with qlora, int8 in the recipe alpaca-lora"),
+    num_train_epochs: float | None = Input(default=None, ge=0.01, description="Passes over the data; the recipes have 3, for 13B 5"),
     max_steps: int | None = Input(default=None, ge=1, description="Optimizer steps instead of epochs"),
-    learning_rate: float | None = Input(default=None, ge=0, description="Highest learning rate; the recipe has 2e-5, for 13B 1e-5; adapters have 3e-4"),
+    learning_rate: float | None = Input(default=None, ge=0, description="Highest learning rate: 3e-4 of adapters, 2e-5 of every weight, for 13B 1e-5"),
     global_batch_size: int = Input(default=128, ge=1, description="Examples of an optimizer step"),
     per_device_train_batch_size: int = Input(default=4, ge=1, description="Examples of a micro-batch: less takes less memory"),
-    model_max_length: int = Input(default=512, ge=2, description="Tokens an example is cut to"),
-    seed: int = Input(default=42, ge=0, description="Of the order of the examples"),
+    model_max_length: int | None = Input(default=None, ge=2, description="Tokens an example is cut to: 512, in the recipe alpaca-lora 256"),
+    train_on_inputs: bool | None = Input(default=None, description="Prompts carry loss too, as in the recipe alpaca-lora"),
+    eval_fraction: float | None = Input(default=None, ge=0, le=0.99, description="Share of the data held out and evaluated on after each epoch: none, in the recipe alpaca-lora 2,000 examples each 200 steps"),
+    gradient_checkpointing: str = Input(default="auto", description="Layers whose activations are recomputed, for less memory: auto, True for all, False for none, or how many"),
+    numerics: str = Input(default="stanford", choices=["stanford", "fast"], description="With method full: float32 weights as the original, or bfloat16 in half the memory"),
+    save_dtype: str | None = Input(default=None, choices=["float32", "float16", "bfloat16"], description="Of the weights returned: the base model's, of adapters float32"),
+    seed: int = Input(default=42, ge=0, description="Of the order of the examples, of those held out and of dropout"),
 ) -> Path:  # fmt: skip
-    """Fine-tune on one GPU and return a .tar that COG_WEIGHTS takes.
+    """Fine-tune on one GPU and return a .tar that COG_WEIGHTS takes: an adapter's, or with method full a model's.
 
     A coroutine because the image sets COG_MAX_CONCURRENCY for predictions, and the runtime then takes nothing else.
     """
     values = {name: value for name, value in locals().items() if value is not None}
-    stop = threading.Event()
-    work = asyncio.ensure_future(asyncio.to_thread(_train_to_archive, values, stop))
+    from alpaca.training.service import serve_training
+
+    stop, record = threading.Event(), current_scope().record_metric
+    work = asyncio.ensure_future(asyncio.to_thread(serve_training, values, stop=stop, record=record))
     try:
-        return Path(await asyncio.shield(work))
+        output = await asyncio.shield(work)
+        return output if isinstance(output, str) else Path(output)
     except asyncio.CancelledError:
         stop.set()  # the loop ends after its step
         await asyncio.wait([work])
         work.exception()  # that it was stopped is no news
         raise
-
-
-def _train_to_archive(values: dict[str, object], stop: threading.Event) -> LocalPath:
-    global _last_output
-    if not _one_training.acquire(timeout=_STOPPING_S):
-        raise InputError("a training is running already; wait for its end, or cancel it")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    try:
-        if _last_output is not None:
-            _last_output.cleanup()
-        _last_output = tempfile.TemporaryDirectory(prefix="alpaca-training-")
-        folder = LocalPath(_last_output.name)
-        archive = pack(_train_in(folder / "alpaca_out", values, stop), folder / "weights.tar")
-        shutil.rmtree(folder / "alpaca_out")
-        return archive
-    finally:
-        _one_training.release()
-
-
-def _train_in(output_dir: LocalPath, values: dict[str, object], stop: threading.Event) -> LocalPath:
-    from alpaca.training.config import make_config
-    from alpaca.training.loop import train as run_training
-
-    base = open_weights(values["model"], named="model")
-    flags = {**values, "data_path": str(values["data"]), "model_name_or_path": str(base)}
-    del flags["data"], flags["model"]
-    config = make_config({**flags, "output_dir": str(output_dir), "save_strategy": "no", "report_to": "none"})
-    return run_training(config, on_step=_report_step, should_stop=stop.is_set)
-
-
-def _report_step(entry: dict[str, float]) -> None:
-    for name in ("step", "max_steps", "loss", "learning_rate"):
-        current_scope().record_metric(name, entry[name])
-    print("step {step}/{max_steps}: loss {loss:.4f}".format(**entry))
 
 
 def main() -> None:

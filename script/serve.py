@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import schema  # noqa: E402
 
-from alpaca.errors import run_command  # noqa: E402
+from alpaca.errors import InputError, run_command  # noqa: E402
 from alpaca.serving.settings import ServerSettings, setting_type  # noqa: E402
 
 
@@ -24,6 +24,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=5000, help="0 picks a free one and prints it (default: 5000)")
     parser.add_argument("--train", action="store_true", help="serve /trainings instead of /predictions")
+    parser.add_argument(
+        "--upload_url",
+        help="http(s) address below which a training's archive is PUT, instead of returned in the answer",
+    )
     for item in dataclasses.fields(ServerSettings):
         text = f"{item.metadata['help']} [{item.metadata['variable']}]"
         parser.add_argument(f"--{item.name}", type=setting_type(item), choices=item.metadata["choices"], help=text)
@@ -40,12 +44,14 @@ def runtime_environment(options: argparse.Namespace, environment: dict[str, str]
     """The variables the runtime and the Predictor read. Raises InputError for a bad setting."""
     made = {"LOG_FORMAT": "console", "HF_HUB_OFFLINE": "1", **environment}
     made.setdefault("COG_MAX_CONCURRENCY", str(ServerSettings.concurrency))
-    if options.weights:
+    if options.weights and "://" not in options.weights:
         options.weights = str(Path(environment.get("ALPACA_CALLER", "."), options.weights).absolute())
     for item in dataclasses.fields(ServerSettings):
         if (value := getattr(options, item.name)) is not None:
             made[item.metadata["variable"]] = str(value)
     ServerSettings.from_environment(made)
+    if options.upload_url:
+        made["ALPACA_UPLOAD_URL"] = options.upload_url  # for train.py: the runtime keeps its own to itself
     made["PORT"] = str(options.port)
     made["COG_PREDICT_TYPE_STUB"] = schema.PREDICTOR
     made["COG_TRAIN_TYPE_STUB"] = schema.TRAINER
@@ -54,14 +60,27 @@ def runtime_environment(options: argparse.Namespace, environment: dict[str, str]
     return made
 
 
-def main() -> None:
-    options = parse_arguments()
-    environment = runtime_environment(options, dict(os.environ))
-    os.chdir(ROOT)
-    schema.write_schema()
+def runtime_command(options: argparse.Namespace) -> list[str]:
+    """What becomes the server. Raises InputError for an upload address that is none, or without trainings."""
     command = [sys.executable, "-m", "cog.server.http", "--host", options.host]
     if options.train:
         command += ["--x-mode", "train"]
+    if options.upload_url:
+        if not options.train or not options.upload_url.startswith(("http://", "https://")):
+            raise InputError(
+                "--upload_url: expected an http or https address, and --train beside it, found "
+                f"{'another scheme' if options.train else 'no --train'}; predictions return no files"
+            )
+        command += ["--upload-url", options.upload_url]
+    return command
+
+
+def main() -> None:
+    options = parse_arguments()
+    command = runtime_command(options)
+    environment = runtime_environment(options, dict(os.environ))
+    os.chdir(ROOT)
+    schema.write_schema()
     os.execve(sys.executable, command, environment)
 
 

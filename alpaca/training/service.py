@@ -1,0 +1,254 @@
+"""A training behind HTTP: one at a time, its archive returned or uploaded, its size known before it starts.
+
+Cog itself is known to train.py alone: metrics go through `record(name, value)`.
+"""
+
+import contextlib
+import gc
+import itertools
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alpaca.archives import choose_base, open_weights, pack
+from alpaca.downloads import upload
+from alpaca.errors import AlpacaError, InputError
+from alpaca.hf_files import read_json, require_free_space
+
+if TYPE_CHECKING:
+    from alpaca.training.config import TrainConfig
+
+_one_training = threading.Lock()
+_stop_of_last = threading.Event()  # of the training that runs, if one does
+_last_output: tempfile.TemporaryDirectory | None = None  # the runtime reads it after `train` returned
+_STOPPING_S = 10  # how long a training waits for one that was cancelled to end its step
+_TELL_S = 10.0  # between two lines of the log
+# The runtime returns a file in base64 inside its answer, and holds some 8 times the file in memory meanwhile: measured
+# with Cog 0.23.1, 64 MiB took 0.5 GB and 0.5 s, 256 MiB 2.2 GB and 4.6 s.
+_MOST_INLINE_BYTES = 256 << 20
+_OTHER_FILES_BYTES = 1 << 20  # what a training adds to the base's own JSON files and tokenizer
+
+
+def serve_training(
+    values: Mapping[str, object], *, stop: threading.Event, record: Callable[[str, float], None]
+) -> Path | str:
+    """Train as train.py's inputs `values` say; the archive's path, or where it was uploaded to.
+
+    One training at a time; what it printed and why it failed stand in its log. `stop` ends it after a step. Raises the
+    errors of `alpaca.errors`, and `TrainingStopped`.
+    """
+    global _stop_of_last
+    if not _one_training.acquire(timeout=_STOPPING_S if _stop_of_last.is_set() else 0):
+        raise InputError("a training is running already; wait for its end, or cancel it")
+    _stop_of_last = stop
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    archive: Path | None = None
+    try:
+        archive = _train_to_archive(values, stop, record)
+        return _deliver(archive, stop)
+    except Exception as error:
+        if archive is None or stop.is_set():
+            _remove_last_output()
+        if isinstance(error, AlpacaError):
+            print(f"ended: {error}")
+        else:
+            traceback.print_exc(file=sys.stdout)  # the runtime reports the message alone
+        traceback.clear_frames(error.__traceback__)  # they hold the model
+        raise
+    finally:
+        _free_memory()
+        _one_training.release()
+
+
+def _remove_last_output() -> None:
+    global _last_output
+    if _last_output is not None:
+        _last_output.cleanup()
+    _last_output = None
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()
+
+
+def _train_to_archive(
+    values: Mapping[str, object], stop: threading.Event, record: Callable[[str, float], None]
+) -> Path:
+    global _last_output
+    _remove_last_output()
+    from alpaca.training.loop import train as run_training
+
+    base = _open_base(str(values["model"]))
+    _last_output = tempfile.TemporaryDirectory(prefix="alpaca-training-")
+    folder = Path(_last_output.name)
+    config = _make_config(values, base=base, output_dir=folder / "alpaca_out")
+    _check_size(config, folder)
+    report = _Report(record)
+    trained = run_training(config, on_step=report.step, should_stop=stop.is_set)
+    report.end(read_json(trained / "trainer_state.json")["log_history"])
+    # Uploads go by the file's name, so no two trainings may have the same.
+    archive = pack(trained, folder / f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}.tar")
+    shutil.rmtree(trained)
+    print(f"packed: {archive.name}, {archive.stat().st_size / 1e6:,.1f} MB")
+    return archive
+
+
+def _open_base(model: str) -> Path:
+    allowed = os.environ.get("ALPACA_BASE_MODELS", "")
+    base = open_weights(choose_base(model, allowed=allowed, root=Path.cwd()), named="model")
+    if not (base / "config.json").is_file():
+        raise InputError(f"model: {model} is an adapter, and training starts from a whole model: name its base")
+    return base
+
+
+def _make_config(values: Mapping[str, object], *, base: Path, output_dir: Path) -> "TrainConfig":
+    """The run's configuration. An `eval_fraction` has it evaluated, too: by the recipe's steps, else each epoch."""
+    from alpaca.training.config import RECIPES, make_config
+
+    flags = {**values, "data_path": str(values["data"]), "model_name_or_path": str(base)}
+    del flags["data"], flags["model"]
+    if "eval_fraction" in flags:
+        often = RECIPES[str(flags["recipe"])].get("eval_strategy", "epoch")
+        flags |= {"val_set_size": 0, "eval_strategy": often if flags["eval_fraction"] else "no"}
+    for name in ("learning_rate", "num_train_epochs", "lora_alpha", "lora_dropout", "eval_fraction"):
+        if name in flags:
+            flags[name] = float(flags[name])  # JSON's 1 is an int
+    return make_config({**flags, "output_dir": str(output_dir), "save_strategy": "no", "report_to": "none"})
+
+
+# The size of what is returned -----------------------------------------------------------------------------------
+
+
+def _check_size(config: "TrainConfig", folder: Path) -> None:
+    """Refuse, before training, an archive that the runtime could not well return, or the disk not hold."""
+    num_bytes = _estimate_archive(config)
+    require_free_space(folder, 2 * num_bytes)  # the trained folder, and the archive of it
+    if num_bytes <= _MOST_INLINE_BYTES or _upload_address():
+        return
+    raise InputError(
+        f"expected an archive of at most {_MOST_INLINE_BYTES / 1e6:,.0f} MB, found that method {config.method} makes "
+        f"one of about {num_bytes / 1e6:,.0f} MB: without an upload address Cog's runtime returns a file inside its "
+        "JSON answer, and holds some 8 times its size in memory. Use method lora or qlora, which return an adapter; or "
+        "start the server with --upload-url ADDRESS (script/serve: --upload_url), for any size; or train by hand in "
+        "the image: python train.py --model_name_or_path … --data_path …"
+    )
+
+
+def _estimate_archive(config: "TrainConfig") -> int:
+    """Bytes of the archive a run will make, by the plan's own count of what is trained; no weight is read."""
+    import torch
+
+    from alpaca.training.config import resolve
+    from alpaca.training.footprint import count_trained, make_setup
+    from alpaca.training.model import choose_save_dtype, open_base
+    from alpaca.training.shape import read_shape
+
+    with _quiet():  # the run itself will say it all
+        config = resolve(config, num_processes=1, device=torch.device("cpu"))
+        base = open_base(config)
+    kept = [*base.folder.glob("*.json"), *base.folder.glob("tokenizer.model"), *base.folder.glob("*.txt")]
+    others = sum(file.stat().st_size for file in kept) + _OTHER_FILES_BYTES
+    try:
+        shape = read_shape(base.folder, num_tokens=base.tokenizer.size if config.method == "full" else 0)
+    except InputError:  # of a kind without a plan: a whole model is as large as it was
+        weights = [*base.folder.glob("*.safetensors"), *base.folder.glob("*.bin")]
+        return others + (sum(file.stat().st_size for file in weights) if config.method == "full" else 0)
+    setup = make_setup(config, shape, num_processes=1, on_gpu=False)
+    return others + count_trained(shape, setup) * choose_save_dtype(config, base).itemsize
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("alpaca")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _upload_address() -> str | None:
+    """Where the runtime was told to upload files: by its --upload-url, else by ALPACA_UPLOAD_URL.
+
+    This process is the runtime's worker, its parent the server: a detail of Cog 0.23, so the variable stands in.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        for word, following in itertools.pairwise(command):
+            if word == "--upload-url" or word.startswith("--upload-url="):
+                return word.partition("=")[2] or following
+    return os.environ.get("ALPACA_UPLOAD_URL") or None
+
+
+def _deliver(archive: Path, stop: threading.Event) -> Path | str:
+    """Upload an archive where there is an address for that, and return where it is then.
+
+    The runtime would, too, but gives up after 25 s (measured, Cog 0.23.1: "upload request timed out") and holds the
+    file twice in memory. Given an address instead of a file it passes that on. Where this fails the archive is kept.
+    """
+    place = _upload_address()
+    if place is None:
+        return archive
+
+    def end_if_stopped() -> None:
+        if stop.is_set():
+            raise InputError("stopped while uploading")
+
+    try:
+        return upload(archive, place, on_piece=end_if_stopped)
+    except AlpacaError as error:
+        if stop.is_set():
+            raise
+        raise InputError(
+            f"{error}; while this server runs, and until its next training, the archive stays here as {archive}"
+        ) from error
+
+
+# What is told meanwhile -----------------------------------------------------------------------------------------
+
+
+class _Report:
+    """Metrics of each step, and now and then a line in the log."""
+
+    def __init__(self, record: Callable[[str, float], None]) -> None:
+        self._record = record
+        self._start: tuple[int, float] | None = None  # the first step, and when it was done
+        self._told_at = 0.0
+
+    def step(self, entry: Mapping[str, float]) -> None:
+        """Record a step. A metric keeps the type of its first value, so numbers are always floats and steps ints."""
+        now, step, last = time.monotonic(), int(entry["step"]), int(entry["max_steps"])
+        self._start = self._start or (step, now)
+        rest_s = (last - step) * (now - self._start[1]) / max(1, step - self._start[0])
+        self._record("step", step)
+        self._record("max_steps", last)
+        if step > self._start[0]:
+            self._record("eta_s", round(float(rest_s), 1))
+        for name in ("loss", "learning_rate", "tokens_per_second", "eval_loss"):
+            if name in entry:
+                self._record(name, float(entry[name]))
+        if step in (1, last) or now - self._told_at >= _TELL_S:
+            self._told_at = now
+            rest = f", about {rest_s:,.0f} s to go" if self._start[0] < step < last else ""
+            print(f"step {step}/{last}: loss {entry['loss']:.4f}{rest}")
+
+    def end(self, history: list[dict[str, float]]) -> None:
+        """Record what the run's own log knows besides: the last held-out loss, and the mean rate."""
+        from alpaca.training.report import mean_rate
+
+        self._record("tokens_per_second", round(float(mean_rate(history)), 1))
+        if held_out := [entry["eval_loss"] for entry in history if "eval_loss" in entry]:
+            self._record("eval_loss", float(held_out[-1]))
