@@ -7,6 +7,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from alpaca.adapters import is_adapter
 from alpaca.errors import InputError, MissingInput
 from alpaca.hf_files import list_folder, replaced_folder, require_free_space
 
@@ -17,7 +18,7 @@ _MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "voc
 
 
 def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS") -> Path:
-    """The model folder to use: `weights` when given (COG_WEIGHTS), else what train.py left in alpaca_out.
+    """The folder of a model or an adapter to use: `weights` when given (COG_WEIGHTS), else what train.py left.
 
     `named` is what the caller calls it in errors. An archive is unpacked once, into the temporary folder. Raises
     MissingInput naming the step that makes the folder, InputError for what is no folder or archive, or an archive that
@@ -30,7 +31,7 @@ def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS") -> Path:
     path = Path(weights) if weights else TRAINED
     if path.is_file():
         path = unpack(path)
-    if not (path / "config.json").is_file():
+    if not ((path / "config.json").is_file() or is_adapter(path)):
         raise MissingInput(f"no model in {path} (found: {list_folder(path)}). {_next_step(weights, named)}")
     return path
 
@@ -57,7 +58,7 @@ def unpack(archive: Path) -> Path:
         raise InputError(f"{archive} is neither a folder nor an archive ({', '.join(_ARCHIVE_ENDINGS)})")
     state = archive.stat()
     target = Path(tempfile.gettempdir()) / "alpaca-weights" / f"{archive.stem}-{state.st_size}-{state.st_mtime_ns}"
-    if (target / "config.json").is_file():
+    if (target / "config.json").is_file() or is_adapter(target):
         return target
     try:
         with tarfile.open(archive) as tar:
