@@ -68,6 +68,7 @@ class Predictor(BaseRunner):
         seed: int | None = Input(default=None, ge=0, description="Repeats a random answer; drawn and reported in the metrics when absent"),
         num_beams: int = Input(default=1, ge=1, le=8, description="Above 1: beam search, without sampling"),
         stream: bool = Input(default=False, description="Send the pieces of one completion as they come; needs n = 1 and num_beams = 1"),
+        replicate_weights: str | None = Input(default=None, description="Name of an adapter that the server was started with; none is the base model without any; absent is the server's default"),
     ) -> Iterator[str]:  # fmt: skip
         """Completions, one item each; or with `stream` the pieces of one."""
         values = {name: value for name, value in locals().items() if name != "self"}
@@ -93,7 +94,9 @@ class Predictor(BaseRunner):
         from alpaca.serving.request import PredictionInputs, make_request, strips_leading_space
 
         inputs = PredictionInputs.from_mapping(values)
-        request = make_request(inputs, self.engine.tokenizer, max_context=self.engine.max_context)
+        request = make_request(
+            inputs, self.engine.tokenizer, max_context=self.engine.max_context, adapters=self.engine.adapters
+        )
         texts = [
             CompletionText(
                 self.engine.tokenizer,
@@ -114,11 +117,10 @@ class Predictor(BaseRunner):
         metrics = generation.metrics()
         for name, value in metrics.items():
             self.record_metric(name, value)
-        print(
-            "{output_tokens} tokens after {prompt_tokens}, {tokens_per_second:.1f} tokens/s, seed {seed}".format(
-                **metrics
-            )
-        )
+        if request.adapter:
+            self.record_metric("adapter", request.adapter)
+        line = "{output_tokens} tokens after {prompt_tokens}, {tokens_per_second:.1f} tokens/s, seed {seed}"
+        print(line.format(**metrics) + (f", adapter {request.adapter}" if request.adapter else ""))
 
 
 # What Cog 0.23 leaves undone for a coroutine that returns a generator -------------------------------------------

@@ -9,6 +9,7 @@ import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -46,7 +47,7 @@ class AdapterFolder:
     """A LoRA adapter that was read and found whole.
 
     base_name: the base model, as adapter_config.json names it.    rank, alpha: of the layers without a pattern.
-    alphas: by PEFT's patterns of layer names.
+    alphas: by PEFT's patterns of layer names.                     config: adapter_config.json, whole.
     targets: the base's modules it changes, by their full names.   tensors: as the file names them.
     """
 
@@ -59,6 +60,7 @@ class AdapterFolder:
     targets: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
     alphas: dict[str, float]
+    config: dict[str, Any]
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -76,6 +78,12 @@ class AdapterFolder:
             scale=alpha / (math.sqrt(rank) if self.uses_rslora else rank),
             magnitude=self.tensors.get(f"{name}magnitude_vector"),
         )
+
+    @property
+    def other_tensors(self) -> list[str]:
+        """What the file holds beside the targets' low-rank matrices: whole modules that were trained, biases."""
+        own = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+        return sorted(name.removeprefix(_PREFIX) for name in self.tensors if not name.endswith(own))
 
     @property
     def is_base(self) -> bool:
@@ -111,6 +119,7 @@ def open_adapter(folder: str | Path) -> AdapterFolder:
         targets=tuple(_module_of(name) for name in tensors if ".lora_A." in name),
         tensors=tensors,
         alphas=dict(config.get("alpha_pattern") or {}),
+        config=config,
     )
     _check_tensors(adapter, patterns=bool(config.get("rank_pattern")))
     return adapter

@@ -25,7 +25,7 @@ TRAINED = Path("alpaca_out")
 BASE_FOLDERS = (Path("weights"), TRAINED)
 _ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
 # What serving needs of a training's output, a model's or an adapter's: no checkpoints, logs or plots.
-_MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "loss.png")
+_MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "tokenizer.tiktoken", "*.jinja", "*.txt", "loss.png")
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")
 # Limits on archives. Weights hardly compress, so what unpacks to much more than it was is no model.
 _MOST_FILES = 2_000

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from alpaca.serving.engine import Engine, Generation, GenerationCancelledError, TokenEvent
-from alpaca.serving.request import PredictionInputs, Request, make_request
+from alpaca.serving.request import NO_ADAPTERS, AdapterNames, PredictionInputs, Request, make_request
 from alpaca.tokenizer import Tokenizer
 from bench.load import Load, Plan
 from bench.machine import DEVICE
@@ -136,7 +136,7 @@ class EngineWay(Way):
         self._engine = engine
 
     def run(self, row: Row, inputs: list[PredictionInputs]) -> Sample:
-        requests = make_requests(inputs, self._engine.tokenizer)
+        requests = make_requests(inputs, self._engine.tokenizer, self._engine.adapters)
         groups = [requests] if row.clients > 1 else [[request] for request in requests]
         start = time.perf_counter()
         generations = [generation for group in groups for generation in self._finish(group)]
@@ -234,8 +234,10 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     ).eval()
 
 
-def make_requests(inputs: list[PredictionInputs], tokenizer: Tokenizer) -> list[Request]:
-    return [make_request(values, tokenizer, max_context=CONTEXT) for values in inputs]
+def make_requests(
+    inputs: list[PredictionInputs], tokenizer: Tokenizer, adapters: AdapterNames = NO_ADAPTERS
+) -> list[Request]:
+    return [make_request(values, tokenizer, max_context=CONTEXT, adapters=adapters) for values in inputs]
 
 
 def call_within(limit_s: float, call: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import schema  # noqa: E402
 
 from alpaca.errors import InputError, run_command  # noqa: E402
-from alpaca.serving.settings import ServerSettings, setting_type  # noqa: E402
+from alpaca.serving.settings import ServerSettings, parse_adapters, setting_type  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,8 +44,11 @@ def runtime_environment(options: argparse.Namespace, environment: dict[str, str]
     """The variables the runtime and the Predictor read. Raises InputError for a bad setting."""
     made = {"LOG_FORMAT": "console", "HF_HUB_OFFLINE": "1", **environment}
     made.setdefault("COG_MAX_CONCURRENCY", str(ServerSettings.concurrency))
-    if options.weights and "://" not in options.weights:
-        options.weights = str(Path(environment.get("ALPACA_CALLER", "."), options.weights).absolute())
+    caller = Path(environment.get("ALPACA_CALLER", "."))
+    options.weights, options.base_model = (_seen_from(caller, path) for path in (options.weights, options.base_model))
+    if options.adapters:
+        places = parse_adapters(options.adapters).items()
+        options.adapters = ",".join(f"{name}={_seen_from(caller, place)}" for name, place in places)
     for item in dataclasses.fields(ServerSettings):
         if (value := getattr(options, item.name)) is not None:
             made[item.metadata["variable"]] = str(value)
@@ -58,6 +61,11 @@ def runtime_environment(options: argparse.Namespace, environment: dict[str, str]
     # The runtime starts its worker as `python`, which must be this environment's.
     made["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), made.get("PATH", os.defpath)])
     return made
+
+
+def _seen_from(caller: Path, path: str | None) -> str | None:
+    """A flag's path as the runtime, which works in another folder, finds it; an address as it stands."""
+    return path if not path or "://" in path else str((caller / path).absolute())
 
 
 def runtime_command(options: argparse.Namespace) -> list[str]:

@@ -32,6 +32,8 @@ def test_every_setting_is_a_flag():
             "quantization": "nf4",
             "engine": "transformers",
             "weights": "/w",
+            "base_model": "/b",
+            "adapters": "name=/a",
             "max_context": "9",
         }
         value = named.get(item.name, "1")

@@ -8,7 +8,7 @@ stays known after its last holder let it go, until its room is needed (least rec
 from collections import OrderedDict
 from collections.abc import Sequence
 
-NO_PREFIX = 0  # what stands before the first block
+NO_PREFIX = 0  # what stands before the first block; other numbers below 0 begin prefixes of their own
 
 
 class NoFreeBlocks(Exception):
@@ -40,10 +40,13 @@ class BlockPool:
     def num_used(self) -> int:
         return self.capacity - len(self._free)
 
-    def find_prefix(self, ids: Sequence[int]) -> tuple[list[int], int]:
-        """The known blocks that hold the beginning of `ids`, whole blocks only, and that prefix. Not held yet."""
+    def find_prefix(self, ids: Sequence[int], root: int = NO_PREFIX) -> tuple[list[int], int]:
+        """The known blocks that hold the beginning of `ids` after `root`, whole blocks only, and that prefix.
+
+        Not held yet.
+        """
         blocks: list[int] = []
-        prefix = NO_PREFIX
+        prefix = root
         for start in range(0, len(ids) - self.block_size + 1, self.block_size):
             block = self._block_of.get((prefix, tuple(ids[start : start + self.block_size])))
             if block is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 
 from alpaca.serving.detokenize import CompletionText
-from alpaca.serving.request import Request
+from alpaca.serving.request import NO_ADAPTERS, AdapterNames, Request
 from alpaca.tokenizer import Tokenizer
 
 
@@ -151,10 +151,14 @@ class Generation:
 
 
 class Engine(ABC):
-    """Runs generations. `max_context` is the most tokens prompt and answer may have together."""
+    """Runs generations. `max_context` is the most tokens prompt and answer may have together.
+
+    `adapters` are those that requests may ask for.
+    """
 
     tokenizer: Tokenizer
     max_context: int
+    adapters: AdapterNames = NO_ADAPTERS
 
     @abstractmethod
     def submit(self, request: Request) -> Generation:

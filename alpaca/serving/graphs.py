@@ -3,8 +3,9 @@
 A graph is bound to the memory it was captured with, so every step's inputs go into the same buffers, and a step of S
 sequences runs in the smallest bucket that holds them; the rows beyond S are padding: they write into block 0, which is
 nobody's, and their tokens are dropped. What varies from step to step (lengths, blocks, sampling) is read from these
-buffers on the device and never baked in. The network is captured once for each bucket, sampling once for each bucket
-and kind of sampling, so that a request with penalties (sampled outside of a graph) costs the others no graph.
+buffers on the device and never baked in. The network is captured once for each bucket, and where there are adapters
+once more with them, so that steps in which no row has one cost nothing more; sampling once for each bucket and kind of
+sampling, so that a request with penalties (sampled outside of a graph) costs the others no graph.
 
 `replayer` makes something with `replay()` of a function; tests pass one that simply calls it, on the CPU.
 """
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from alpaca.serving.llama import StepInputs
+from alpaca.serving.low_rank import AdapterRows
 from alpaca.serving.ops import AttentionBatch
 from alpaca.serving.sampling import Choices, SamplingBatch, at_least_float32, columns_of, flags_of, sample
 
@@ -27,7 +29,7 @@ _STAGING_SETS = 2  # a step is laid out while the device may still copy the one 
 _FIELDS = {
     "ids": torch.int64, "positions": torch.int64, "slots": torch.int64, "state_rows": torch.int64,
     "top_k": torch.int64, "uniform": torch.float64, "seq_lens": torch.int32, "temperature": torch.float32,
-    "top_p": torch.float32, "min_p": torch.float32, "must_go_on": torch.bool,
+    "top_p": torch.float32, "min_p": torch.float32, "must_go_on": torch.bool, "adapters": torch.int32,
 }  # fmt: skip
 _KINDS = ((False, False), (True, False), (True, True))  # any row sampled, any row filtered
 
@@ -74,14 +76,16 @@ class DecodeGraphs:
         self._ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._staging = [_Staging(num_rows, num_blocks, pin=device.type == "cuda") for _ in range(_STAGING_SETS)]
         self._logits: dict[int, torch.Tensor] = {}
-        self._forward: dict[int, Replayable] = {}
+        self._forward: dict[tuple[int, bool], Replayable] = {}
         self._sampling: dict[tuple[int, tuple[bool, bool]], Replayable] = {}
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int], object] = lambda size: None) -> None:
         """Capture everything, the largest bucket first, whose memory the others then share."""
         for size in reversed(self.buckets):
-            self._forward[size] = self._replayer(lambda size=size: self._run_forward(size))
+            self._forward[size, False] = self._replayer(lambda size=size: self._run_forward(size))
+            if self._runner.model.adapters is not None:
+                self._forward[size, True] = self._replayer(lambda size=size: self._run_with_adapters(size))
             for kind in _KINDS:
                 self._sampling[size, kind] = self._replayer(lambda size=size, kind=kind: self._run_sampling(size, kind))
             progress(size)
@@ -102,7 +106,7 @@ class DecodeGraphs:
             flags = flags_of(rows)
             self._kind = (flags["any_sampled"], flags["any_filtered"])
         staging.send(self._memory, self._tables, size)
-        self._forward[size].replay()
+        self._forward[size, step.uses_adapters].replay()
         return self._logits[size][:num_rows]
 
     def sample(self, num_rows: int) -> torch.Tensor:
@@ -113,6 +117,16 @@ class DecodeGraphs:
     # What is captured
 
     def _run_forward(self, size: int) -> None:
+        self._logits[size] = self._compute_logits(size, uses_adapters=False)
+
+    def _run_with_adapters(self, size: int) -> None:
+        """The same into the same memory, where the sampling's graphs look for it."""
+        logits = self._compute_logits(size, uses_adapters=True)
+        kept = self._logits.setdefault(size, logits)
+        if kept is not logits:
+            kept.copy_(logits)
+
+    def _compute_logits(self, size: int, *, uses_adapters: bool) -> torch.Tensor:
         inputs = {name: tensor[:size] for name, tensor in self._inputs.items()}
         runner = self._runner
         ids = torch.where(inputs["ids"] < 0, runner.last_ids[inputs["state_rows"]], inputs["ids"])
@@ -127,9 +141,10 @@ class DecodeGraphs:
                 max_query_len=1,
                 max_seq_len=self._tables.shape[1] * runner.cache.block_size,
             ),
+            adapters=AdapterRows(inputs["adapters"]) if uses_adapters else None,
         )
         hidden = runner.model.forward(step, runner.cache)
-        self._logits[size] = runner.model.logits(hidden)[:, : runner.vocab_size]
+        return runner.model.logits(hidden)[:, : runner.vocab_size]
 
     def _run_sampling(self, size: int, kind: tuple[bool, bool]) -> None:
         inputs = {name: tensor[:size] for name, tensor in self._inputs.items()}
@@ -164,6 +179,7 @@ class _Staging:
             ("slots", step.slots, 0),
             ("seq_lens", step.seq_lens, 0),
             ("state_rows", step.state_rows, padding_row),
+            ("adapters", step.adapters, 0),
         ):
             self._put(name, values, size, padding)
         self._table_rows[: len(tables), : tables.shape[1]] = tables

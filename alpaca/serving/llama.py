@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from alpaca.errors import InputError
 from alpaca.hf_files import read_json
 from alpaca.serving.linear import Linear, PlainLinear
+from alpaca.serving.low_rank import AdapterRows, LowRankStack
 from alpaca.serving.ops import AttentionBatch
 
 _ROPE_NUMBERS = {  # the types this engine knows, and what each needs beside rope_theta
@@ -187,6 +188,27 @@ class StepInputs:
     positions: torch.Tensor  # [N] int64
     slots: torch.Tensor  # [N] int64: where in the cache a token's keys and values go
     attention: AttentionBatch
+    adapters: AdapterRows | None = None  # None: no row has one
+
+
+PROJECTIONS = {  # a layer's linear layers, and what a checkpoint calls the parts that lie end to end in them
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention_out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Adapters over one model: their names, slot 1 first, and by layer what they change, by names of PROJECTIONS."""
+
+    names: tuple[str, ...]
+    layers: list[dict[str, LowRankStack]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(stack.num_bytes for layer in self.layers for stack in layer.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +222,7 @@ class LlamaModel:
     head: Linear  # D -> V
     rotary: torch.Tensor  # [positions, d]
     ops: ModuleType
+    adapters: Adapters | None = None
 
     @property
     def device(self) -> torch.device:
@@ -226,16 +249,25 @@ class LlamaModel:
         x = ops.rms_norm(residual, self.layers[0].input_norm, config.norm_eps)
         for index, layer in enumerate(self.layers):
             keys, values = cache.keys[index], cache.values[index]
-            q = ops.rotate_and_store(layer.qkv(x), self.rotary, inputs.positions, inputs.slots, keys, values)
+            qkv = self._project(index, "qkv", x, inputs)
+            q = ops.rotate_and_store(qkv, self.rotary, inputs.positions, inputs.slots, keys, values)
             mixed = ops.paged_attention(q, keys, values, inputs.attention, scale)
-            x, residual = ops.add_rms_norm(
-                layer.attention_out(mixed.flatten(1)), residual, layer.ffn_norm, config.norm_eps
-            )
-            x = layer.down(ops.silu_mul(layer.gate_up(x)))
+            x = self._project(index, "attention_out", mixed.flatten(1), inputs)
+            x, residual = ops.add_rms_norm(x, residual, layer.ffn_norm, config.norm_eps)
+            x = ops.silu_mul(self._project(index, "gate_up", x, inputs))
+            x = self._project(index, "down", x, inputs)
             is_last = index + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[index + 1].input_norm
             x, residual = ops.add_rms_norm(x, residual, next_norm, config.norm_eps)
         return x
+
+    def _project(self, index: int, name: str, x: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+        """One linear layer of layer `index`, as each row's adapter has it."""
+        y = getattr(self.layers[index], name)(x)
+        if inputs.adapters is None or self.adapters is None:
+            return y
+        stack = self.adapters.layers[index].get(name)
+        return y if stack is None else self.ops.add_low_rank(y, x, stack, inputs.adapters)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, D] -> [R, V]."""

@@ -18,7 +18,7 @@ import torch
 
 from alpaca.errors import EngineClosed, InputError, NumbersOverflow, PromptTooLong
 from alpaca.serving.engine import Engine, Generation, is_device_lost
-from alpaca.serving.request import Request
+from alpaca.serving.request import NO_ADAPTERS, AdapterNames, Request
 from alpaca.serving.runner import Launched, Runner
 from alpaca.serving.sampling import Choices, require_finite
 from alpaca.serving.scheduler import Scheduler, Sequence, Work
@@ -54,13 +54,17 @@ class LlamaEngine(Engine):
         max_context: int,
         beams: Callable[[], Engine],
         launches_ahead: bool,
+        adapters: AdapterNames = NO_ADAPTERS,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_context = max_context
+        self.adapters = adapters
         self._runner = runner
         self._scheduler = scheduler
         self._beams = _Lazily(beams)
         self._launches_ahead = launches_ahead
+        names = runner.model.adapters.names if runner.model.adapters else ()
+        self._slots = {name: slot for slot, name in enumerate((None, *names))}
         self._arrivals: SimpleQueue[Generation | None] = SimpleQueue()
         self._sequences: dict[Generation, list[Sequence]] = {}  # those that have not ended
         self._in_flight: Launched | None = None
@@ -99,6 +103,8 @@ class LlamaEngine(Engine):
 
     def _check(self, request: Request) -> None:
         """Refuse at once what could never run."""
+        if request.adapter not in self._slots:
+            raise InputError(f"this engine has no adapter {request.adapter!r}")
         num_rows = self._runner.model.config.vocab_size
         outside = [token_id for token_id in request.prompt_ids if not 0 <= token_id < num_rows]
         if outside:
@@ -146,13 +152,17 @@ class LlamaEngine(Engine):
 
     def _enqueue(self, generation: Generation) -> None:
         request = generation.request
+        adapter = self._slots[request.adapter]
         sequences = self._sequences[generation] = []
         for index in range(request.n):
             owner = Completion(generation, index, Choices(request, index, eos_ids=self._runner.eos_ids))
             leader = sequences[0] if sequences else None
             sequences.append(
-                Sequence(request.prompt_ids, max_new_tokens=request.max_new_tokens, leader=leader, owner=owner)
-            )
+                Sequence(
+                    request.prompt_ids, max_new_tokens=request.max_new_tokens, adapter=adapter, leader=leader,
+                    owner=owner,
+                )
+            )  # fmt: skip
             self._scheduler.add(sequences[-1])
 
     def _drop_cancelled(self) -> None:

@@ -7,10 +7,20 @@ from pathlib import Path
 
 import torch
 
+from alpaca.adapters import open_adapter
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace
 from alpaca.hf_files import WeightsFolder, list_folder
 from alpaca.memory import free_memory
 from alpaca.prompts import RAW_TEMPLATE
+from alpaca.serving.adapters import (
+    Served,
+    check_for_llama,
+    check_tokenizers,
+    largest_ranks,
+    names_of,
+    open_served,
+    with_adapters,
+)
 from alpaca.serving.cache import BlockPool
 from alpaca.serving.detokenize import CompletionText
 from alpaca.serving.engine import Engine, complete_texts
@@ -34,11 +44,15 @@ _TEMPLATE_TOKENS = 200  # more than the filled template has with any tokenizer
 def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = None) -> Engine:
     """The engine ALPACA_ENGINE names, warm; auto takes the LLaMA engine wherever it knows the model.
 
+    `folder` holds a model, or an adapter, whose base model is found by its config or the setting.
     Raises the errors of `alpaca.errors`.
     """
     phases = phases or Phases()
     try:
-        engine = _choose_engine(folder, settings, phases)
+        served = open_served(folder, settings)
+        for name, adapter in served.adapters.items():
+            logger.info("adapter %s: %s, from %s", name, adapter.describe(), adapter.path)
+        engine = _choose_engine(served, settings, phases)
         answer_one_request(engine)
     except torch.OutOfMemoryError as error:
         raise NotEnoughSpace(
@@ -53,40 +67,43 @@ def answer_one_request(engine: Engine) -> None:
     """A real request through everything; it also leaves the Alpaca preamble in the cache. Raises what it fails with."""
     template = "alpaca" if engine.max_context > _TEMPLATE_TOKENS else RAW_TEMPLATE
     asked = PredictionInputs(prompt="Hello", prompt_template=template, max_new_tokens=8, min_new_tokens=2)
-    request = make_request(asked, engine.tokenizer, max_context=engine.max_context)
+    request = make_request(asked, engine.tokenizer, max_context=engine.max_context, adapters=engine.adapters)
     generation = engine.submit(request)
     list(complete_texts(generation, [CompletionText(engine.tokenizer, request.prompt_ids)]))
 
 
-def _choose_engine(folder: Path, settings: ServerSettings, phases: Phases) -> Engine:
+def _choose_engine(served: Served, settings: ServerSettings, phases: Phases) -> Engine:
+    folder = served.base
     if not (folder / "config.json").is_file():
         raise MissingInput(f"{folder} holds no model: no config.json; found: {list_folder(folder)}")
     if settings.engine == "transformers":
-        return _load_transformers(folder, settings, phases)
+        return _load_transformers(served, settings, phases)
     try:
         config = LlamaConfig.read(folder)
     except UnsupportedModelError as error:
         if settings.engine == "llama":
             raise
         logger.info("served by transformers: %s", error)
-        return _load_transformers(folder, settings, phases)
+        return _load_transformers(served, settings, phases)
     if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
         logger.info("served by transformers: %s has no safetensors", folder)
-        return _load_transformers(folder, settings, phases)
-    return _load_llama(folder, config, settings, phases)
+        return _load_transformers(served, settings, phases)
+    return _load_llama(served, config, settings, phases)
 
 
-def _load_transformers(folder: Path, settings: ServerSettings, phases: Phases) -> Engine:
+def _load_transformers(served: Served, settings: ServerSettings, phases: Phases) -> Engine:
     from alpaca.serving.transformers_engine import load_transformers_engine  # importing transformers takes 2 s
 
     phases.end("importing transformers")
-    engine = load_transformers_engine(folder, settings)
+    engine = load_transformers_engine(served.base, settings, served.adapters)
     phases.end("weights")
     return engine
 
 
-def _load_llama(folder: Path, config: LlamaConfig, settings: ServerSettings, phases: Phases) -> LlamaEngine:
+def _load_llama(served: Served, config: LlamaConfig, settings: ServerSettings, phases: Phases) -> LlamaEngine:
     """A LLaMA engine on the GPU, or the CPU where there is none."""
+    folder = served.base
+    check_for_llama(served.adapters, config)  # before the weights are read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(settings, device)
     if settings.max_context is not None and settings.max_context > config.max_context:
@@ -95,10 +112,14 @@ def _load_llama(folder: Path, config: LlamaConfig, settings: ServerSettings, pha
         )
     tokenizer = load_tokenizer(folder)
     tokenizer.require_rows(config.vocab_size, folder)
+    check_tokenizers(served.adapters, tokenizer)
     phases.end("tokenizer")
-    model = _load_model(folder, config, settings, device=device, dtype=dtype)
+    model = with_adapters(_load_model(folder, config, settings, device=device, dtype=dtype), served.adapters)
     phases.end("weights")
-    plan = plan_memory(config, settings, free_bytes=free_memory(device), device=device.type, dtype=dtype)
+    plan = plan_memory(
+        config, settings, free_bytes=free_memory(device), device=device.type, dtype=dtype,
+        adapter_bytes=model.adapters.num_bytes if model.adapters else 0, num_ranks=largest_ranks(served.adapters),
+    )  # fmt: skip
     vocab_size = min(config.vocab_size, tokenizer.size)
     eos_ids = read_eos_ids(folder, tokenizer, vocab_size=vocab_size)
     runner, scheduler = _make_runner(model, plan, vocab_size=vocab_size, eos_ids=eos_ids)
@@ -107,19 +128,21 @@ def _load_llama(folder: Path, config: LlamaConfig, settings: ServerSettings, pha
     phases.end("kernels and graphs")
     logger.info(
         "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d pages of %d tokens (%.2f GB), "
-        "up to %d sequences a step; %s",
+        "up to %d sequences a step; %s%s",
         folder, (config.num_linear_weights + config.num_other_weights) / 1e6, str(dtype).removeprefix("torch."), device,
         settings.quantization, model.num_bytes / 1e9, plan.max_context, plan.num_blocks, BLOCK_SIZE,
         plan.kv_bytes / 1e9, plan.max_running,
         f"graphs for {runner.graphs.buckets} sequences" if runner.graphs else "no graphs",
+        f"; {len(served.adapters)} adapters, {plan.adapter_bytes / 1e9:.2f} GB" if served.adapters else "",
     )  # fmt: skip
     return LlamaEngine(
         runner,
         scheduler,
         tokenizer,
         max_context=plan.max_context,
-        beams=_beams(folder, settings, runner, tokenizer, plan.max_context),
+        beams=_beams(served, settings, runner, tokenizer, plan.max_context),
         launches_ahead=device.type == "cuda",
+        adapters=names_of(served.adapters),
     )
 
 
@@ -194,21 +217,29 @@ def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
 
 
 def _beams(
-    folder: Path, settings: ServerSettings, runner: Runner, tokenizer: Tokenizer, max_context: int
+    served: Served, settings: ServerSettings, runner: Runner, tokenizer: Tokenizer, max_context: int
 ) -> Callable[[], Engine]:
+    places = {
+        name: adapter.path for name, adapter in served.adapters.items()
+    }  # not the tensors: they are on the device
+    base = served.base
+
     def load() -> Engine:
         from alpaca.serving.shared_weights import as_transformers
         from alpaca.serving.transformers_engine import TransformersEngine
 
-        twin = as_transformers(runner.model, folder)
+        adapters = {name: open_adapter(place) for name, place in places.items()}
+        twin = as_transformers(runner.model, base)
         if twin is not None:
-            return TransformersEngine(twin, tokenizer, max_context=max_context, eos_ids=runner.eos_ids)
+            return TransformersEngine(
+                twin, tokenizer, max_context=max_context, eos_ids=runner.eos_ids, adapters=adapters
+            )
         if runner.model.device.type == "cuda":
             raise InputError(
                 "beam search on quantized weights needs the model a second time, for which this engine leaves no "
                 "memory: leave num_beams at 1, or start the server with ALPACA_ENGINE=transformers"
             )
         logger.info("beam search: transformers loads the model a second time now")
-        return _load_transformers(folder, settings, Phases())
+        return _load_transformers(Served(base=base, adapters=adapters), settings, Phases())
 
     return load

@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch.nn import functional
 
+from alpaca.serving.low_rank import add_low_rank as add_low_rank
+
 # Copied pages of one attention call. Larger buffers come from mmap, and its page faults cost more than the attention.
 _MOST_GATHERED_BYTES = 4 << 20
 _MOST_PADDING_BYTES = 1 << 20  # copying this much costs about as much as one more call

@@ -16,6 +16,7 @@ import torch
 from alpaca.errors import NotEnoughSpace, run_command
 from alpaca.hf_files import FLOAT_DTYPES, parse_size
 from alpaca.memory import CUDA_CONTEXT_BYTES
+from alpaca.serving.adapters import check_for_llama, largest_ranks, open_served, stacked_bytes
 from alpaca.serving.llama import LlamaConfig
 from alpaca.serving.settings import DTYPES, QUANTIZATIONS, ServerSettings
 
@@ -25,6 +26,7 @@ PREFILL_TOKENS = {"cuda": 1024, "cpu": 128}  # of a step: what a running stream 
 # On a CPU the cache shares the memory with everything else: a part of what is free, and no more than serves a few
 # requests of full length.
 _CPU_SHARE, _CPU_BYTES, _CPU_REQUESTS = 0.25, 1 << 30, 8
+_RANK_PARTS = 16  # triton_low_rank's splits, at most
 _BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: an absolute maximum in float32 for each 64
 
 
@@ -33,6 +35,7 @@ class MemoryPlan:
     """Bytes by use, and what they make possible."""
 
     weights_bytes: int
+    adapter_bytes: int
     working_bytes: int
     kv_bytes_per_token: int
     num_blocks: int
@@ -64,12 +67,18 @@ def weights_bytes(config: LlamaConfig, dtype: torch.dtype, quantization: str) ->
     return int(config.num_linear_weights * per_weight) + config.num_other_weights * dtype.itemsize
 
 
-def working_bytes(config: LlamaConfig, dtype: torch.dtype, *, num_tokens: int, num_sampled: int) -> int:
-    """An upper bound of what one step needs beside weights and cache: activations of a layer, logits, sampling."""
+def working_bytes(
+    config: LlamaConfig, dtype: torch.dtype, *, num_tokens: int, num_sampled: int, num_ranks: int = 0
+) -> int:
+    """An upper bound of what one step needs beside weights and cache: activations of a layer, logits, sampling.
+
+    num_ranks: of all adapters' in one layer, at most; their sums are kept in float32, in several parts.
+    """
     widths = 4 * config.width + 3 * config.ffn_width + 2 * config.head_width * (config.num_heads + config.num_kv_heads)
     # Logits, their float32, probabilities, and for top_p scores and ids in order, and cumulative sums.
     per_score = dtype.itemsize + 4 * 4 + 8 + 8
-    return num_tokens * widths * dtype.itemsize + num_sampled * config.vocab_size * per_score
+    ranks = num_tokens * num_ranks * _RANK_PARTS * 4
+    return num_tokens * widths * dtype.itemsize + num_sampled * config.vocab_size * per_score + ranks
 
 
 def plan_memory(
@@ -79,11 +88,15 @@ def plan_memory(
     free_bytes: int,
     device: str,
     dtype: torch.dtype,
+    adapter_bytes: int = 0,
+    num_ranks: int = 0,
 ) -> MemoryPlan:
-    """Divide `free_bytes`, free once the weights are loaded. Raises NotEnoughSpace when not one request fits."""
+    """Divide `free_bytes`, free once weights and adapters are loaded. Raises NotEnoughSpace when no request fits."""
     running = max_running(settings)
     context = min(settings.max_context or config.max_context, config.max_context)
-    working = working_bytes(config, dtype, num_tokens=running + PREFILL_TOKENS[device], num_sampled=running)
+    working = working_bytes(
+        config, dtype, num_tokens=running + PREFILL_TOKENS[device], num_sampled=running, num_ranks=num_ranks
+    )
     per_token = config.kv_bytes_per_token(dtype)
     # A GPU holds the working memory twice: for the graphs, in a pool of their own, and for steps with prompts.
     working *= 2 if device == "cuda" else 1
@@ -101,6 +114,7 @@ def plan_memory(
         )
     return MemoryPlan(
         weights_bytes=weights_bytes(config, dtype, settings.quantization),
+        adapter_bytes=adapter_bytes,
         working_bytes=working,
         kv_bytes_per_token=per_token,
         num_blocks=num_blocks,
@@ -121,23 +135,31 @@ def advice(settings: ServerSettings) -> str:
 
 def main() -> None:
     options = _parse_arguments()
-    config = LlamaConfig.read(options.weights)
     settings = ServerSettings(
         quantization=options.quantization,
         memory_fraction=options.memory_fraction,
         max_context=options.max_context,
         concurrency=options.concurrency,
+        adapters=options.adapters,
+        base_model=options.base_model,
     )
+    served = open_served(options.weights, settings)
+    config, adapters = LlamaConfig.read(served.base), served.adapters
+    check_for_llama(adapters, config)
     dtype = FLOAT_DTYPES[options.dtype]
     memory = parse_size(options.memory)
     weights = weights_bytes(config, dtype, options.quantization)
-    free = memory - weights - CUDA_CONTEXT_BYTES
+    adapter_bytes = stacked_bytes(adapters, config, dtype)
+    free = memory - weights - adapter_bytes - CUDA_CONTEXT_BYTES
     if free <= 0:
         raise NotEnoughSpace(
-            f"the weights take {weights / 1e9:.1f} GB as {options.dtype}, {options.quantization}; "
+            f"the weights take {(weights + adapter_bytes) / 1e9:.1f} GB as {options.dtype}, {options.quantization}; "
             f"{options.memory} is too small for them. {advice(settings)}"
         )
-    plan = plan_memory(config, settings, free_bytes=free, device="cuda", dtype=dtype)
+    plan = plan_memory(
+        config, settings, free_bytes=free, device="cuda", dtype=dtype, adapter_bytes=adapter_bytes,
+        num_ranks=largest_ranks(adapters),
+    )  # fmt: skip
     print(describe(plan, memory_bytes=memory))
     lengths = {length: plan.num_requests(length) for length in _lengths(plan)}
     print(json.dumps({**dataclasses.asdict(plan), "memory_bytes": memory, "requests_at_once": lengths}))
@@ -145,9 +167,10 @@ def main() -> None:
 
 def describe(plan: MemoryPlan, *, memory_bytes: int) -> str:
     """A table for people."""
-    reserved = memory_bytes - plan.weights_bytes - plan.working_bytes - plan.kv_bytes
+    reserved = memory_bytes - plan.weights_bytes - plan.adapter_bytes - plan.working_bytes - plan.kv_bytes
     lines = [
         f"{'weights':<28}{plan.weights_bytes / 1e9:8.2f} GB",
+        *([f"{'adapters':<28}{plan.adapter_bytes / 1e9:8.2f} GB"] if plan.adapter_bytes else []),
         f"{'one step':<28}{plan.working_bytes / 1e9:8.2f} GB",
         f"{'key/value cache':<28}{plan.kv_bytes / 1e9:8.2f} GB  {plan.num_blocks} blocks of {BLOCK_SIZE} tokens, "
         f"{plan.kv_bytes_per_token / 1e6:.3f} MB a token",
@@ -170,6 +193,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none")
     parser.add_argument("--memory_fraction", type=float, default=ServerSettings.memory_fraction)
     parser.add_argument("--max_context", type=int, help="default: the model's")
+    parser.add_argument("--base_model", help="folder with config.json, where --weights is an adapter")
+    parser.add_argument("--adapters", help="name=folder,name2=folder2")
     parser.add_argument("--concurrency", type=int, default=ServerSettings.concurrency)
     return parser.parse_args()
 

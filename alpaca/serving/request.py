@@ -8,9 +8,11 @@ from typing import Any
 
 from alpaca.errors import InputError, PromptTooLong
 from alpaca.prompts import RAW_TEMPLATE, format_prompt
+from alpaca.serving.settings import BARE_BASE, DEFAULT_ADAPTER
 from alpaca.tokenizer import Tokenizer
 
 _LARGEST_DRAWN_SEED = 2**31 - 1
+_SHOWN = 80  # characters of a wrong name in the error
 _LARGEST_SEED = 2**53  # the largest whole number that survives as a JSON number everywhere
 
 
@@ -40,6 +42,7 @@ class PredictionInputs:
     seed: int | None = _bounded(None, ge=0)
     num_beams: int = _bounded(1, ge=1, le=8)
     stream: bool = False
+    replicate_weights: str | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "PredictionInputs":
@@ -87,18 +90,55 @@ class Request:
     frequency_penalty: float
     seed: int
     num_beams: int
+    adapter: str | None = None  # by the name it was given at start; None: the base model as it is
     reads_along: bool = True  # the reader wants tokens as they come, not all at the end
 
 
-def make_request(inputs: PredictionInputs, tokenizer: Tokenizer, *, max_context: int) -> Request:
+@dataclass(frozen=True, kw_only=True)
+class AdapterNames:
+    """The adapters a request may ask for: those the operator named at start, and no path or address, ever.
+
+    default: of requests that ask for none; None: the base model as it is.
+    """
+
+    named: tuple[str, ...] = ()
+    default: str | None = None
+
+    def resolve(self, asked: str | None) -> str | None:
+        """The adapter that `replicate_weights` means; None for the base model. Raises InputError for another name."""
+        if not asked or asked == DEFAULT_ADAPTER:
+            return self.default
+        if asked == BARE_BASE:
+            return None
+        if asked not in self.named:
+            known = ", ".join([DEFAULT_ADAPTER, BARE_BASE, *(name for name in self.named if name != DEFAULT_ADAPTER)])
+            raise InputError(
+                f"replicate_weights names an adapter that this server was started with, never a path or an address: "
+                f"one of {known}; found {asked[:_SHOWN]!r}"
+            )
+        return asked
+
+
+NO_ADAPTERS = AdapterNames()
+
+
+def make_request(
+    inputs: PredictionInputs,
+    tokenizer: Tokenizer,
+    *,
+    max_context: int,
+    adapters: AdapterNames = NO_ADAPTERS,
+) -> Request:
     """Fill the template, tokenize, and cut `max_new_tokens` to what fits. Raises InputError, PromptTooLong."""
     inputs.check()
+    adapter = adapters.resolve(inputs.replicate_weights)
     text = format_prompt(inputs.prompt, inputs.input, inputs.prompt_template)
     prompt_ids = (*tokenizer.prefix_ids, *tokenizer.encode(text))
     if not prompt_ids:
         raise InputError("the prompt is empty and this model's tokenizer has no BOS token: give at least one character")
     return Request(
         prompt_ids=prompt_ids,
+        adapter=adapter,
         max_new_tokens=_room(inputs, len(prompt_ids), max_context),
         seed=random.SystemRandom().randint(0, _LARGEST_DRAWN_SEED) if inputs.seed is None else inputs.seed,
         reads_along=inputs.stream or inputs.n > 1 or bool(inputs.stop),

@@ -15,6 +15,7 @@ import torch
 
 from alpaca.serving.graphs import DecodeGraphs
 from alpaca.serving.llama import KeyValueCache, LlamaModel, StepInputs
+from alpaca.serving.low_rank import AdapterRows
 from alpaca.serving.ops import AttentionBatch
 from alpaca.serving.sampling import Choices, choose, note, send
 from alpaca.serving.scheduler import Work
@@ -48,6 +49,11 @@ class HostStep:
     seq_lens: list[int]
     query_starts: list[int]
     state_rows: list[int]  # of last_ids, one for each sequence
+    adapters: list[int]  # slots, one for each token
+
+    @property
+    def uses_adapters(self) -> bool:
+        return any(self.adapters)
 
     @property
     def is_decode(self) -> bool:
@@ -80,6 +86,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, works: list[Work]) -> Launched:
         """Start a step; what it wrote into the cache is there for every later one."""
+        if self.model.adapters is not None:
+            works = sorted(works, key=lambda work: work.sequence.adapter)  # rows of one adapter lie together
         step = self._lay_out(works)
         sampled = [work for work in works if work.samples]
         rows = [work.sequence.owner.choices for work in sampled]
@@ -132,28 +140,35 @@ class Runner:
 
         All of it reads and writes block 0, which is nobody's.
         """
-        device = self.model.device
         longest = min(self.max_blocks * self.cache.block_size, len(self.model.rotary))
         for num_tokens, length in itertools.product((16, 32, 64, 128), (1, longest)):
-            num_tokens, length = min(num_tokens, longest), max(num_tokens, length)
-            inputs = StepInputs(
-                ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
-                positions=torch.arange(num_tokens, device=device),
-                slots=torch.zeros(num_tokens, dtype=torch.int64, device=device),
-                attention=AttentionBatch(
-                    block_tables=torch.zeros(1, self.max_blocks, dtype=torch.int32, device=device),
-                    seq_lens=self._tensor([length], torch.int32),
-                    query_starts=self._tensor([0, num_tokens], torch.int32),
-                    max_query_len=num_tokens,
-                    max_seq_len=length,
-                ),
-            )
-            self.model.logits(self.model.forward(inputs, self.cache))
+            self._compute_nothing(min(num_tokens, longest), length, slot=0)
+        if self.model.adapters is not None:
+            for num_tokens in (16, 128):  # their kernels know few rows and many, and no lengths
+                self._compute_nothing(min(num_tokens, longest), 1, slot=1)
+
+    def _compute_nothing(self, num_tokens: int, length: int, *, slot: int) -> None:
+        """A step of one sequence with `num_tokens` tokens, its last at `length` or later, all with one adapter."""
+        device, length = self.model.device, max(num_tokens, length)
+        inputs = StepInputs(
+            ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+            positions=torch.arange(num_tokens, device=device),
+            slots=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+            attention=AttentionBatch(
+                block_tables=torch.zeros(1, self.max_blocks, dtype=torch.int32, device=device),
+                seq_lens=self._tensor([length], torch.int32),
+                query_starts=self._tensor([0, num_tokens], torch.int32),
+                max_query_len=num_tokens,
+                max_seq_len=length,
+            ),
+            adapters=AdapterRows(self._tensor([slot] * num_tokens, torch.int32)) if slot else None,
+        )
+        self.model.logits(self.model.forward(inputs, self.cache))
 
     # Laying out
 
     def _lay_out(self, works: list[Work]) -> HostStep:
-        step = HostStep([], [], [], [], [0], [])
+        step = HostStep([], [], [], [], [0], [], [])
         size = self.cache.block_size
         for work in works:
             sequence, start, end = work.sequence, work.start, work.start + work.num_tokens
@@ -165,6 +180,7 @@ class Runner:
             step.seq_lens.append(end)
             step.query_starts.append(step.query_starts[-1] + work.num_tokens)
             step.state_rows.append(sequence.slot)
+            step.adapters.extend([sequence.adapter] * work.num_tokens)
         return step
 
     def _tables(self, works: list[Work]) -> np.ndarray:
@@ -197,6 +213,7 @@ class Runner:
                 max_query_len=int(queries.max()),
                 max_seq_len=max(step.seq_lens),
             ),
+            adapters=AdapterRows(self._tensor(step.adapters, torch.int32)) if step.uses_adapters else None,
         )
 
     def _tensor(self, values: Sequence[int] | np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:

@@ -21,11 +21,18 @@ class Sequence:
     """One completion: its tokens, the blocks that hold their keys and values, and how far it has come."""
 
     def __init__(
-        self, prompt_ids: Iterable[int], *, max_new_tokens: int, leader: "Sequence | None" = None, owner: Any = None
+        self,
+        prompt_ids: Iterable[int],
+        *,
+        max_new_tokens: int,
+        adapter: int = 0,
+        leader: "Sequence | None" = None,
+        owner: Any = None,
     ) -> None:
         self.ids = list(prompt_ids)  # prompt and what is known of the answer
         self.num_prompt = len(self.ids)
         self.max_new_tokens = max_new_tokens
+        self.adapter = adapter  # its slot (low_rank.py); 0: none
         self.leader = leader  # the first completion of the same prompt, whose blocks this one shares
         self.owner = owner
         self.order = -1  # of arrival
@@ -37,7 +44,12 @@ class Sequence:
         self.num_admissions = 0
         self.is_finished = False
         self._num_remembered = 0
-        self._prefix = NO_PREFIX
+        self._prefix = self.root
+
+    @property
+    def root(self) -> int:
+        """What stands before its first block: an adapter's keys and values are no other's, whatever the tokens."""
+        return NO_PREFIX - self.adapter
 
     def __len__(self) -> int:
         """Tokens, those in flight included."""
@@ -53,7 +65,7 @@ class Sequence:
         pool.release(self.blocks)
         self.blocks = []
         self.num_computed = self._num_remembered = 0
-        self._prefix = NO_PREFIX
+        self._prefix = self.root
 
     def start(self, found: list[int], prefix: int, new: list[int], block_size: int) -> None:
         """Take blocks that were found in the cache to hold `prefix`, and new ones for what follows it."""
@@ -191,7 +203,7 @@ class Scheduler:
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Hold the blocks of the known prefix and new ones for the rest. The last token is computed in any case."""
-        found, prefix = self.pool.find_prefix(sequence.ids[:-1])
+        found, prefix = self.pool.find_prefix(sequence.ids[:-1], sequence.root)
         self.pool.hold(found)
         missing = self._num_blocks(len(sequence)) - len(found)
         # One block for each running sequence stays free: admitting now what is preempted at once would be work lost.

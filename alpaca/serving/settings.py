@@ -1,6 +1,7 @@
 """The server's settings: environment variables, read once. `script/serve` mirrors them as flags."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,9 @@ ENGINES = ("auto", "llama", "transformers")
 DTYPES = ("float32", "bfloat16", "float16")
 _LEAST_CONTEXT = 8  # tokens: a word and an answer
 QUANTIZATIONS = ("none", "int8", "nf4")
+BARE_BASE = "none"  # in place of an adapter's name: none at all
+DEFAULT_ADAPTER = "default"  # the one that COG_WEIGHTS is, where it is one
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def _setting(
@@ -23,7 +27,13 @@ def _setting(
 class ServerSettings:
     """One field per variable; None means: decided from the model and the hardware."""
 
-    weights: str | None = _setting("COG_WEIGHTS", None, "model folder (default: alpaca_out)")
+    weights: str | None = _setting("COG_WEIGHTS", None, "folder of a model or an adapter (default: alpaca_out)")
+    base_model: str | None = _setting(
+        "ALPACA_BASE_MODEL", None, "model folder under an adapter (default: the one its adapter_config.json names)"
+    )
+    adapters: str | None = _setting(
+        "ALPACA_ADAPTERS", None, "adapters that a request may name: name=folder,name2=folder2"
+    )
     dtype: str | None = _setting("ALPACA_DTYPE", None, "bfloat16 on a GPU, float32 on a CPU by default", DTYPES)
     quantization: str = _setting("ALPACA_QUANTIZATION", "none", "of the linear layers' weights", QUANTIZATIONS)
     max_context: int | None = _setting(
@@ -45,6 +55,7 @@ class ServerSettings:
                 raise InputError(f"{variable} must be at least {least}; found {value}")
         if not 0 < self.memory_fraction <= 1:
             raise InputError(f"ALPACA_MEMORY_FRACTION must be above 0 and at most 1; found {self.memory_fraction}")
+        parse_adapters(self.adapters or "")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "ServerSettings":
@@ -55,6 +66,24 @@ class ServerSettings:
             if environment.get(item.metadata["variable"])
         }
         return cls(**found)
+
+
+def parse_adapters(text: str) -> dict[str, str]:
+    """ "name=folder,name2=folder2" as a mapping. Raises InputError."""
+    places: dict[str, str] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, place = (part.strip() for part in pair.partition("="))
+        if not (equals and place):
+            raise InputError(f"ALPACA_ADAPTERS must be name=folder,name2=folder2; found {pair!r}")
+        if not _ADAPTER_NAME.fullmatch(name) or name in (BARE_BASE, DEFAULT_ADAPTER):
+            raise InputError(
+                f"ALPACA_ADAPTERS: a name is up to 64 letters, digits, _, - and ., and neither {BARE_BASE} nor "
+                f"{DEFAULT_ADAPTER}; found {name!r}"
+            )
+        if name in places:
+            raise InputError(f"ALPACA_ADAPTERS names {name} twice: {places[name]} and {place}")
+        places[name] = place
+    return places
 
 
 def setting_type(item: dataclasses.Field) -> type:

@@ -7,7 +7,9 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
@@ -20,9 +22,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from alpaca.adapters import AdapterFolder
 from alpaca.errors import EngineClosed, InputError, MissingInput, NotEnoughSpace
 from alpaca.hf_files import list_folder, require_all_weights
 from alpaca.quantization import allow_any_width_on_cpu, bitsandbytes_config
+from alpaca.serving.adapters import check_tokenizers, names_of
 from alpaca.serving.engine import Engine, Generation, is_device_lost
 from alpaca.serving.request import Request
 from alpaca.serving.sampling import Choices, choose, note, require_finite
@@ -45,9 +49,13 @@ class TransformersEngine(Engine):
         *,
         max_context: int,
         eos_ids: frozenset[int] | None = None,
+        adapters: Mapping[str, AdapterFolder] = MappingProxyType({}),
     ) -> None:
+        """Takes the model over: its layers are wrapped where `adapters` change them. Raises InputError."""
         self.tokenizer = tokenizer
         self.max_context = max_context
+        self.adapters = names_of(adapters)
+        self._use_adapter = _switch_of(model, adapters)
         self._model = model.eval()
         self._eos_ids = eos_ids or frozenset([tokenizer.eos_id])
         self._waiting: deque[Generation] = deque()
@@ -58,6 +66,8 @@ class TransformersEngine(Engine):
         self._thread.start()
 
     def submit(self, request: Request) -> Generation:
+        if request.adapter is not None and request.adapter not in self.adapters.named:
+            raise InputError(f"this engine has no adapter {request.adapter!r}")
         generation = Generation(request)
         with self._changed:
             if self._closed or self._lost is not None:
@@ -108,6 +118,7 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _run(self, generation: Generation) -> None:
+        self._use_adapter(generation.request.adapter)
         if generation.request.num_beams > 1:
             self._beam_search(generation)
             return
@@ -184,6 +195,15 @@ class TransformersEngine(Engine):
         generation.flush()
 
 
+def _switch_of(model: PreTrainedModel, adapters: Mapping[str, AdapterFolder]) -> Callable[[str | None], None]:
+    """What makes the model compute with an adapter, by its name."""
+    if not adapters:
+        return lambda name: None
+    from alpaca.serving.peft_adapters import PeftAdapters  # importing PEFT takes a second or two
+
+    return PeftAdapters(model, adapters).use
+
+
 class _StopWhenCancelled(StoppingCriteria):
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
@@ -208,12 +228,18 @@ def _beam_config(request: Request, eos_ids: list[int]) -> GenerationConfig:
 # Loading ------------------------------------------------------------------------------------------------------
 
 
-def load_transformers_engine(folder: Path, settings: ServerSettings) -> TransformersEngine:
-    """Load a model folder onto the GPU, or the CPU where there is none. Raises the errors of `alpaca.errors`."""
+def load_transformers_engine(
+    folder: Path, settings: ServerSettings, adapters: Mapping[str, AdapterFolder] = MappingProxyType({})
+) -> TransformersEngine:
+    """Load a model folder onto the GPU, or the CPU where there is none, and adapters of it.
+
+    Raises the errors of `alpaca.errors`.
+    """
     if not (folder / "config.json").is_file():
         raise MissingInput(f"{folder} holds no model: no config.json; found: {list_folder(folder)}")
     start = time.monotonic()
     tokenizer = load_tokenizer(folder)
+    check_tokenizers(adapters, tokenizer)
     model = _load_model(folder, settings)
     tokenizer.require_rows(model.get_input_embeddings().weight.shape[0], folder)
     if model.device.type == "cuda":
@@ -225,7 +251,7 @@ def load_transformers_engine(folder: Path, settings: ServerSettings) -> Transfor
         model.device, settings.quantization, max_context,
     )  # fmt: skip
     eos_ids = read_eos_ids(folder, tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
-    return TransformersEngine(model, tokenizer, max_context=max_context, eos_ids=eos_ids)
+    return TransformersEngine(model, tokenizer, max_context=max_context, eos_ids=eos_ids, adapters=adapters)
 
 
 def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:

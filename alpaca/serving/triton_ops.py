@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from alpaca.serving.ops import AttentionBatch
+from alpaca.serving.triton_low_rank import add_low_rank as add_low_rank
 
 _MAX_SPLITS = 32
 _LEAST_SPLIT_TOKENS = 128  # below it, the second launch costs more than idle multiprocessors

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from alpaca.errors import AlpacaError, EngineClosed, InputError, MissingInput, NotEnoughSpace, PromptTooLong
 from alpaca.serving import loading
+from alpaca.serving.adapters import Served
 from alpaca.serving.engine import Engine
 from alpaca.serving.housekeeping import Phases
 from alpaca.serving.llama import UnsupportedModelError
@@ -119,7 +120,7 @@ def test_llamas_it_does_not_know_are_transformers(copy, monkeypatch, caplog, cha
     caplog.set_level(logging.INFO)
     change_json(copy / "config.json", **change)
     monkeypatch.setattr(loading, "_load_transformers", lambda *args: "transformers")
-    assert loading._choose_engine(copy, ServerSettings(), Phases()) == "transformers"
+    assert loading._choose_engine(Served(base=copy, adapters={}), ServerSettings(), Phases()) == "transformers"
     assert any(re.search(rf"served by transformers: .*{reason}", message) for message in caplog.messages)
 
 

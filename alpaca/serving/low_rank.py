@@ -1,0 +1,92 @@
+"""What adapters add to the linear layers, unmerged and row by row: each row of a step has its own adapter, or none.
+
+    y = f (x W^T + s x A^T B^T), with A, B, s (and for DoRA f, else 1) of the row's adapter
+
+All adapters lie stacked on the device, so that one call serves rows of many. The functions here are plain torch, what
+a CPU runs, and the twin of `triton_low_rank`.
+
+Legend: N packed rows, I input width, O output width, K adapters, P parts of a layer that any of them changes (query,
+key and value lie end to end in one layer), r the largest rank. Slot 0 means no adapter, slot k the k-th.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterRows:
+    """Which adapter each packed row of a step has: `slots` [N] int32.
+
+    The functions here read it once and remember; who overwrites it in place, as a captured graph's owner does, calls
+    `triton_low_rank` or makes a new one. Rows of one adapter that lie together are computed together.
+    """
+
+    slots: torch.Tensor
+    _runs: list[tuple[int, int, int]] = field(default_factory=list, init=False, repr=False)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(slot, first row, row after the last) of neighbouring rows with one adapter. Waits for the device."""
+        if not self._runs:
+            slots = self.slots.tolist()
+            starts = [row for row, slot in enumerate(slots) if row == 0 or slot != slots[row - 1]]
+            ends = [*starts[1:], len(slots)]
+            self._runs.extend(
+                (slots[start], start, end) for start, end in zip(starts, ends, strict=True) if slots[start]
+            )
+        return self._runs
+
+
+class LowRankStack:
+    """The changes of all adapters to one linear layer.
+
+    a: [K, P r, I], a part's ranks together, zeros beyond an adapter's own rank.
+    b: [K, W, r], the parts' outputs (W together) end to end, with the scale multiplied in.
+    parts: of each the first of the layer's outputs, and how many.
+    factors: [K, W], DoRA's; ones for an adapter without; None where none has any.
+    """
+
+    def __init__(
+        self, a: torch.Tensor, b: torch.Tensor, parts: Sequence[tuple[int, int]], factors: torch.Tensor | None = None
+    ) -> None:
+        self.a, self.b, self.parts, self.factors = a, b, tuple(parts), factors
+        self.rank = b.shape[2]
+        self.num_bytes = a.nbytes + b.nbytes + (0 if factors is None else factors.nbytes)
+        self.pieces = [(a[k], list(self._pieces_of(k))) for k in range(len(a))]  # views, made once
+
+    def _pieces_of(self, k: int) -> Iterator["_Piece"]:
+        first = 0
+        for part, (column, width) in enumerate(self.parts):
+            outputs = slice(first, first + width)
+            ranks = slice(part * self.rank, (part + 1) * self.rank)
+            factors = None if self.factors is None else self.factors[k, outputs]
+            yield _Piece(slice(column, column + width), ranks, self.b[k, outputs].T, factors)
+            first += width
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Piece:
+    """One adapter's part: the outputs it adds to, the ranks it reads, B^T [r, outputs], DoRA's factors [outputs].
+
+    One product over all parts of a layer, with zeros between them, was no quicker than one for each.
+    """
+
+    columns: slice
+    ranks: slice
+    b: torch.Tensor
+    factors: torch.Tensor | None
+
+
+def add_low_rank(y: torch.Tensor, x: torch.Tensor, stack: LowRankStack, rows: AdapterRows) -> torch.Tensor:
+    """Change the layer's output y [N, O] for its input x [N, I] as each row's adapter does; in place, returned."""
+    for slot, start, end in rows.runs():
+        a, pieces = stack.pieces[slot - 1]
+        narrow, wide = functional.linear(x[start:end], a), y[start:end]
+        for piece in pieces:
+            own = wide[:, piece.columns]
+            own.addmm_(narrow[:, piece.ranks], piece.b)
+            if piece.factors is not None:
+                own.mul_(piece.factors)
+    return y
