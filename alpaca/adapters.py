@@ -21,6 +21,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_STEM = "adapter_model"
 _WEIGHTS_NAMES = (f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.bin")  # the second: PEFT's until 2023
 _PREFIX = "base_model.model."
+_LOW_RANK_ENDS = ("A.weight", "B.weight", "magnitude_vector")
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -48,6 +49,7 @@ class AdapterFolder:
     base_name: the base model, as adapter_config.json names it.    rank, alpha: of the layers without a pattern.
     alphas: by PEFT's patterns of layer names.
     targets: the base's modules it changes, by their full names.   tensors: as the file names them.
+    config: adapter_config.json.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class AdapterFolder:
     targets: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
     alphas: dict[str, float]
+    config: dict[str, object]
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -76,6 +79,19 @@ class AdapterFolder:
             scale=alpha / (math.sqrt(rank) if self.uses_rslora else rank),
             magnitude=self.tensors.get(f"{name}magnitude_vector"),
         )
+
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors that take the place of the base's own, by its names: trained embeddings, heads, biases and norms."""
+        return {
+            name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor
+            for name, tensor in self.tensors.items()
+            if ".lora_" not in name
+        }
+
+    def unknown_tensors(self) -> list[str]:
+        """Names of low-rank tensors that `low_rank` does not read: of adapted embeddings or convolutions, say."""
+        read = {f"{_PREFIX}{target}.lora_{end}" for target in self.targets for end in _LOW_RANK_ENDS}
+        return [name for name in self.tensors if ".lora_" in name and name not in read]
 
     @property
     def is_base(self) -> bool:
@@ -111,6 +127,7 @@ def open_adapter(folder: str | Path) -> AdapterFolder:
         targets=tuple(_module_of(name) for name in tensors if ".lora_A." in name),
         tensors=tensors,
         alphas=dict(config.get("alpha_pattern") or {}),
+        config=config,
     )
     _check_tensors(adapter, patterns=bool(config.get("rank_pattern")))
     return adapter
