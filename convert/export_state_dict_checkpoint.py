@@ -32,7 +32,7 @@ from alpaca.hf_files import (
     write_json,
 )
 from alpaca.merging import QUANTIZATIONS, MergedWeights, open_merged
-from alpaca.tiktoken_files import TiktokenModel, is_tiktoken
+from alpaca.tiktoken_files import TIKTOKEN_FILE, TiktokenModel, is_tiktoken
 from alpaca.tokenizer import SentencePieceTokenizer, is_sentencepiece
 from convert import layout, meta_files, meta_params
 from convert.export_hf_checkpoint import find_base
@@ -151,7 +151,8 @@ def _find_tokenizer(config: ExportConfig, folders: list[Path]) -> Path:
         if not config.tokenizer_model.is_file():
             raise MissingInput(f"no file {config.tokenizer_model}; --tokenizer_model names Meta's tokenizer.model")
         return config.tokenizer_model
-    found = next((folder / _TOKENIZER_FILE for folder in folders if (folder / _TOKENIZER_FILE).is_file()), None)
+    files = (folder / name for folder in folders for name in (_TOKENIZER_FILE, TIKTOKEN_FILE))
+    found = next((file for file in files if file.is_file()), None)
     if found is None:
         listed = "; ".join(f"in {folder}: {list_folder(folder)}" for folder in folders)
         raise MissingInput(f"no {_TOKENIZER_FILE} ({listed}): Meta's code reads no other; name it by --tokenizer_model")

@@ -382,13 +382,21 @@ def rotary_halves(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return weight.view(num_heads, rows // num_heads // 2, 2, width).transpose(1, 2)
 
 
+def rotary_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Hugging Face's q or k weight [H*d, ...] as a view [H, d/2, 2, ...]: the members of each rotated pair together.
+
+    Flattened these are Meta's rows, and llama.cpp's; the way back from `rotary_halves`.
+    """
+    half = weight.shape[0] // num_heads // 2
+    return weight.view(num_heads, 2, half, *weight.shape[1:]).transpose(1, 2)
+
+
 def metas_order(placement: Placement, whole: torch.Tensor) -> torch.Tensor:
     """A whole tensor in Hugging Face's order put into Meta's: the way back from `rotary_halves`; itself for most."""
     heads = placement.num_rotary_heads
     if heads is None:
         return whole
-    rows, width = whole.shape
-    return whole.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
+    return rotary_pairs(whole, heads).reshape(whole.shape)
 
 
 def shard_part(placement: Placement, whole: torch.Tensor, rank: int, num_shards: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ from alpaca.hf_files import (
 )
 from alpaca.memory import free_memory
 from alpaca.prompts import alpaca_prompt
+from alpaca.tiktoken_files import TIKTOKEN_FILE
 from alpaca.tokenizer import LLAMA_TOKENIZER_FILES, load_tokenizer
 from convert.diff_arithmetic import (
     Differences,
@@ -56,8 +57,8 @@ logger = logging.getLogger(__name__)
 _SPARE_BYTES = 16 << 20  # configs, tokenizer, manifest, file system
 _VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "spiece.model")  # one of them is a tokenizer
 _COPIED_FILES = (
-    *LLAMA_TOKENIZER_FILES, "added_tokens.json", "vocab.json", "merges.txt", "spiece.model", "chat_template.jinja",
-    "generation_config.json",
+    *LLAMA_TOKENIZER_FILES, TIKTOKEN_FILE, "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
+    "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 _TEST_INSTRUCTION = "List three technologies that make life easier."
 _TEST_TOKENS = 100

@@ -454,3 +454,11 @@ def test_memory_does_not_depend_on_the_models_size(num_shards: str, tokenizer_mo
         sum(spec.num_bytes for spec in WeightsFolder(base).specs())
         < sum(file.stat().st_size for file in (tmp_path / "ckpt").glob("*.pth")) + 10**6
     )
+
+
+def test_llama_3_goes_there_and_back_with_its_tokenizer(llama_3_1, tmp_path: Path):
+    meta, tensors, tokenizer = llama_3_1
+    hf = to_hf(meta, tmp_path / "hf")
+    back = run(hf, tmp_path / "ckpt")
+    assert (back / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    assert same_tensors(read_shards(back)[0], tensors)
