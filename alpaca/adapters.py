@@ -22,6 +22,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_STEM = "adapter_model"
 _WEIGHTS_NAMES = (f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.bin")  # the second: PEFT's until 2023
 _PREFIX = "base_model.model."
+_LOW_RANK_ENDS = ("A.weight", "B.weight", "magnitude_vector")
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -79,11 +80,18 @@ class AdapterFolder:
             magnitude=self.tensors.get(f"{name}magnitude_vector"),
         )
 
-    @property
-    def other_tensors(self) -> list[str]:
-        """What the file holds beside the targets' low-rank matrices: whole modules that were trained, biases."""
-        own = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-        return sorted(name.removeprefix(_PREFIX) for name in self.tensors if not name.endswith(own))
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors that take the place of the base's own, by its names: trained embeddings, heads, biases and norms."""
+        return {
+            name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor
+            for name, tensor in self.tensors.items()
+            if ".lora_" not in name
+        }
+
+    def unknown_tensors(self) -> list[str]:
+        """Names of low-rank tensors that `low_rank` does not read: of adapted embeddings or convolutions, say."""
+        read = {f"{_PREFIX}{target}.lora_{end}" for target in self.targets for end in _LOW_RANK_ENDS}
+        return [name for name in self.tensors if ".lora_" in name and name not in read]
 
     @property
     def is_base(self) -> bool:

@@ -74,6 +74,11 @@ class WeightsFolder:
     def names(self) -> list[str]:
         return list(self._file_of)
 
+    @property
+    def file_of(self) -> dict[str, str]:
+        """The file that holds each tensor, by the tensor's name."""
+        return dict(self._file_of)
+
     def specs(self) -> list[TensorSpec]:
         """Every tensor's name, shape and dtype, from the headers alone, which are gone through once."""
         if self._specs is None:
@@ -87,13 +92,21 @@ class WeightsFolder:
         return self._open(self._file_of[name]).get_tensor(name)
 
     def _spec(self, name: str) -> TensorSpec:
-        part = self._open(self._file_of[name]).get_slice(name)
+        file = self.path / self._file_of[name]
+        try:
+            part = self._open(self._file_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise InputError(f"{file} lacks {name!r}, which its index says it holds; get both again") from error
+        if part.get_dtype() not in _DTYPES:
+            raise InputError(f"{file}: {name!r} is {part.get_dtype()}; expected one of {', '.join(_DTYPES)}")
         return TensorSpec(name=name, shape=tuple(part.get_shape()), dtype=_DTYPES[part.get_dtype()])
 
     def _read_index(self) -> dict[str, str]:
         index = self.path / INDEX_NAME
         if index.is_file():
-            file_of = read_json(index)["weight_map"]
+            file_of = read_json(index).get("weight_map")
+            if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+                raise InputError(f"{index}: expected a weight_map of names and files; get it again")
             missing = sorted({file for file in file_of.values() if not (self.path / file).is_file()})
             if missing:
                 raise MissingInput(f"{index} names files that are not there: {', '.join(missing)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.hf_files import list_folder, read_json, write_json, write_text
+from alpaca.tiktoken_files import TIKTOKEN_FILE, is_tiktoken
 
 logger = logging.getLogger(__name__)
 
@@ -139,16 +140,17 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Any tokenizer of transformers (OPT, BLOOM, a LLaMA folder that lost its tokenizer.model)."""
+    """Any tokenizer of transformers (Llama 3, OPT, BLOOM, a LLaMA folder that lost its tokenizer.model)."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = _load_hugging_face(folder)
+        self._tokenizer, self._tiktoken_file = _load_hugging_face(folder), folder / TIKTOKEN_FILE
         if self._tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer in {folder} names no eos_token; add it to its tokenizer_config.json")
         self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         self.pad_id, self.size = self._tokenizer.pad_token_id, self._count_ids()
         self.base_size = self._tokenizer.vocab_size
-        self.special_ids = frozenset(self._tokenizer.all_special_ids)
+        listed = (i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special)
+        self.special_ids = frozenset([*self._tokenizer.all_special_ids, *listed])
         around = self._tokenizer("")["input_ids"]
         self.prefix_ids = around[:-1] if len(around) > 1 and around[-1] == self.eos_id else around
 
@@ -170,6 +172,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(folder)
+        if self._tiktoken_file.is_file() and self._tiktoken_file.absolute() != (folder / TIKTOKEN_FILE).absolute():
+            shutil.copyfile(self._tiktoken_file, folder / TIKTOKEN_FILE)
 
     def _count_ids(self) -> int:
         """One more than the highest id: a vocabulary may leave some out."""
@@ -205,6 +209,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     model_file = folder / "tokenizer.model"
     if model_file.is_file() and is_sentencepiece(model_file):
         return _load_sentencepiece(folder, model_file)
+    if model_file.is_file() and is_tiktoken(model_file) and not (folder / "tokenizer.json").is_file():
+        raise MissingInput(
+            f"{folder} has Llama 3's tokenizer.model but no tokenizer.json; convert.convert_llama_weights_to_hf "
+            "writes one, or copy the one of the model's Hugging Face repository"
+        )
     return HuggingFaceTokenizer(folder)
 
 

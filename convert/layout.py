@@ -4,8 +4,9 @@ Pure: no files are opened here. Legend: D width, H heads, K key/value heads, F f
 
 Meta's model parallelism (fairscale) splits a ColumnParallelLinear on its output (rows of the weight, axis 0) and a
 RowParallelLinear on its input (axis 1); Meta's embedding is split on its width (axis 1), Llama 3's on its vocabulary
-(axis 0). Meta rotates adjacent pairs (x0, x1), Hugging Face the two halves of a head (x[:d/2], x[d/2:]), so the rows of
-wq and wk are reordered within each head on the way.
+(axis 0). With more shards than key/value heads (Llama 3.1 405B on 16) neighbouring shards hold the same head. Where
+embedding and head are one matrix (Llama 3.2) there is no head to write. Meta rotates adjacent pairs (x0, x1), Hugging
+Face the two halves of a head (x[:d/2], x[d/2:]), so the rows of wq and wk are reordered within each head on the way.
 """
 
 import math
@@ -44,7 +45,10 @@ _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A LLaMA model's sizes. Source: params.json where it says so, else the tensors."""
+    """A LLaMA model's sizes. Source: params.json where it says so, else the tensors.
+
+    ties_embeddings: the embedding is the head, which has no tensor of its own.
+    """
 
     width: int
     num_layers: int
@@ -54,6 +58,7 @@ class ModelShape:
     vocab_size: int
     norm_eps: float
     rope_theta: float
+    ties_embeddings: bool = False
 
     @property
     def head_width(self) -> int:
@@ -69,6 +74,7 @@ class Placement:
     shape: Shape
     split_axis: int | None
     num_rotary_heads: int | None  # heads whose rows are reordered; None for all but wq and wk
+    num_kv_heads: int | None = None  # of wk and wv: more shards than these hold copies
 
 
 def is_rotary_frequencies(name: str) -> bool:
@@ -85,13 +91,15 @@ def ffn_width(width: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def placements(shape: ModelShape, *, embedding_axis: int = 1) -> list[Placement]:
-    """Every tensor of the model, in Hugging Face's order: embedding, layers, norm, head."""
+    """Every tensor of the model, in Hugging Face's order: embedding, layers, norm, and the head if it is not tied."""
     shapes = _whole_shapes(shape)
     rotary = {"attention.wq.weight": shape.num_heads, "attention.wk.weight": shape.num_kv_heads}
+    kv_heads = dict.fromkeys(("attention.wk.weight", "attention.wv.weight"), shape.num_kv_heads)
 
     def place(meta_name: str, kind: str, hf_name: str, axis: int | None) -> Placement:
         return Placement(
-            meta_name=meta_name, hf_name=hf_name, shape=shapes[kind], split_axis=axis, num_rotary_heads=rotary.get(kind)
+            meta_name=meta_name, hf_name=hf_name, shape=shapes[kind], split_axis=axis,
+            num_rotary_heads=rotary.get(kind), num_kv_heads=kv_heads.get(kind),
         )  # fmt: skip
 
     outer = {kind: place(kind, kind, *target) for kind, target in OUTER_TENSORS.items()}
@@ -101,7 +109,8 @@ def placements(shape: ModelShape, *, embedding_axis: int = 1) -> list[Placement]
         for layer in range(shape.num_layers)
         for kind, (hf_name, axis) in LAYER_TENSORS.items()
     ]
-    return [embedding, *layers, outer["norm.weight"], outer["output.weight"]]
+    head = [] if shape.ties_embeddings else [outer["output.weight"]]
+    return [embedding, *layers, outer["norm.weight"], *head]
 
 
 def _whole_shapes(shape: ModelShape) -> dict[str, Shape]:
@@ -128,11 +137,11 @@ def _whole_shapes(shape: ModelShape) -> dict[str, Shape]:
 def read_shape(params: Mapping[str, object], shards: list[Mapping[str, Shape]]) -> tuple[ModelShape, int]:
     """The model's shape and the axis on which its embedding is split, from params.json and each shard's shapes.
 
+    A checkpoint with Llama 3.1's rope and without a head has tied embeddings (Llama 3.2); any other must have one.
     Raises InputError when they contradict each other: a tensor missing, unknown, or of another shape than params.json
     makes it (both shapes are named).
     """
-    if params.get("use_scaled_rope"):
-        raise InputError("params.json asks for use_scaled_rope (Llama 3.1), which is not converted yet")
+    _refuse_other_models(params)
     first, num_shards = shards[0], len(shards)
     width = positive(params, "dim")
     num_heads = positive(params, "n_heads")
@@ -150,11 +159,20 @@ def read_shape(params: Mapping[str, object], shards: list[Mapping[str, Shape]]) 
         num_kv_heads=num_kv_heads,
         ffn_width=_read_ffn_width(params, width, first, num_shards),
         vocab_size=_read_vocab_size(params, first, axis, num_shards),
-        norm_eps=_number(params, "norm_eps", 1e-5),
-        rope_theta=_number(params, "rope_theta", 10000.0),
+        norm_eps=number(params, "norm_eps", 1e-5),
+        rope_theta=number(params, "rope_theta", 10000.0),
+        ties_embeddings=bool(params.get("use_scaled_rope")) and not any("output.weight" in shard for shard in shards),
     )
     _check_shards(shape, axis, shards)
     return shape, axis
+
+
+def _refuse_other_models(params: Mapping[str, object]) -> None:
+    for key in ("quantization_args", "lora_args"):
+        if params.get(key):
+            raise InputError(f"params.json has {key}: a quantized checkpoint; take the release in bfloat16")
+    if any(key.startswith("vision_") and params[key] not in (None, -1) for key in params):
+        raise InputError("params.json describes a model that sees images (Llama 3.2 11B, 90B): only text is converted")
 
 
 def positive(params: Mapping[str, object], key: str, default: int | None = None) -> int:
@@ -166,7 +184,8 @@ def positive(params: Mapping[str, object], key: str, default: int | None = None)
     return value
 
 
-def _number(params: Mapping[str, object], key: str, default: float | None) -> float | None:
+def number(params: Mapping[str, object], key: str, default: float | None) -> float | None:
+    """A number of params.json above 0. Raises InputError."""
     value = params.get(key)
     value = default if value is None else value
     if value is not None and (not isinstance(value, int | float) or not value > 0):
@@ -175,7 +194,14 @@ def _number(params: Mapping[str, object], key: str, default: float | None) -> fl
 
 
 def _embedding_axis(first: Mapping[str, Shape], width: int, num_shards: int) -> int:
+    """The axis whose parts are whole on the other. Each shard's rows or columns are then held against the head's."""
     found = _shape_of(first, "tok_embeddings.weight")
+    if len(found) != 2 or found[1] not in (width, width // num_shards):
+        raise InputError(
+            f"'tok_embeddings.weight' is {found} in each of {num_shards} shards; with dim {width} in params.json it "
+            f"should have {width} columns (Llama 3) or {width // num_shards} (before)"
+            + missing_shards_hint((width // num_shards,), found[1:], num_shards)
+        )
     return 0 if num_shards > 1 and found[1] == width else 1
 
 
@@ -184,7 +210,7 @@ def _read_ffn_width(params: Mapping[str, object], width: int, first: Mapping[str
     found = _shape_of(first, "layers.0.feed_forward.w1.weight")[0] * num_shards
     if "multiple_of" not in params:
         return found
-    multiplier = _number(params, "ffn_dim_multiplier", None)
+    multiplier = number(params, "ffn_dim_multiplier", None)
     expected = ffn_width(width, positive(params, "multiple_of"), multiplier)
     if expected != found:
         raise InputError(
@@ -243,10 +269,12 @@ def _check_names(plan: list[Placement], shard: Mapping[str, Shape], shape: Model
 
 def shard_shape(placement: Placement, num_shards: int) -> Shape:
     """The shape one of `num_shards` shards holds. Raises InputError when the tensor does not divide."""
-    axis = placement.split_axis
+    axis, heads = placement.split_axis, placement.num_kv_heads
     if axis is None:
         return placement.shape
-    if placement.shape[axis] % num_shards:
+    if heads is not None and num_shards > heads and num_shards % heads == 0:
+        return (placement.shape[0] // heads, *placement.shape[1:])
+    if (heads or placement.shape[axis]) % num_shards:
         raise InputError(
             f"{placement.meta_name!r} {placement.shape} cannot be split over {num_shards} shards on axis {axis}"
         )
@@ -289,11 +317,44 @@ def row_blocks(placement: Placement, parts: list[torch.Tensor], dtype: torch.dty
     if placement.split_axis == 1:
         yield from _blocks_side_by_side(parts, dtype)
         return
-    sources = parts if placement.split_axis == 0 else parts[:1]
+    sources = _distinct_parts(placement, parts) if placement.split_axis == 0 else parts[:1]
     for part in sources:
         if placement.num_rotary_heads is not None:
             part = rotary_halves(part, placement.num_rotary_heads // len(sources))
         yield from _blocks_side_by_side([part], dtype)
+
+
+def _distinct_parts(placement: Placement, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """One of each group of shards that hold the same key/value head. Raises InputError where they do not."""
+    heads = placement.num_kv_heads
+    if heads is None or len(parts) <= heads:
+        return parts
+    step = len(parts) // heads
+    for number, part in enumerate(parts):
+        if number % step and not torch.equal(part, parts[number - number % step]):
+            raise InputError(
+                f"{placement.meta_name!r}: shards {number - number % step} and {number} should hold the same key/value "
+                f"head ({heads} heads in params.json, {len(parts)} shards) and differ; are they of one checkpoint?"
+            )
+    return parts[::step]
+
+
+def are_equal(first: Placement, second: Placement, shards: list[Mapping[str, torch.Tensor]]) -> bool:
+    """Whether two matrices of one shape hold the same values, however each is split; ends at the first difference."""
+    (rows, width), matrices = first.shape, [(p, [shard[p.meta_name] for shard in shards]) for p in (first, second)]
+    step = max(1, _BLOCK_BYTES // (4 * width))
+    blocks = (
+        [_rows(parts, place.split_axis, start, min(start + step, rows)) for place, parts in matrices]
+        for start in range(0, rows, step)
+    )
+    return all(torch.equal(*block) for block in blocks)
+
+
+def _rows(parts: list[torch.Tensor], axis: int, start: int, stop: int) -> torch.Tensor:
+    if axis == 1:
+        return torch.cat([part[start:stop] for part in parts], dim=1)
+    size = parts[0].shape[0]
+    return torch.cat([part[max(0, start - i * size) : max(0, stop - i * size)] for i, part in enumerate(parts)])
 
 
 def _blocks_side_by_side(parts: list[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -319,3 +380,30 @@ def rotary_halves(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """
     rows, width = weight.shape
     return weight.view(num_heads, rows // num_heads // 2, 2, width).transpose(1, 2)
+
+
+def rotary_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Hugging Face's q or k weight [H*d, ...] as a view [H, d/2, 2, ...]: the members of each rotated pair together.
+
+    Flattened these are Meta's rows, and llama.cpp's; the way back from `rotary_halves`.
+    """
+    half = weight.shape[0] // num_heads // 2
+    return weight.view(num_heads, 2, half, *weight.shape[1:]).transpose(1, 2)
+
+
+def metas_order(placement: Placement, whole: torch.Tensor) -> torch.Tensor:
+    """A whole tensor in Hugging Face's order put into Meta's: the way back from `rotary_halves`; itself for most."""
+    heads = placement.num_rotary_heads
+    if heads is None:
+        return whole
+    return rotary_pairs(whole, heads).reshape(whole.shape)
+
+
+def shard_part(placement: Placement, whole: torch.Tensor, rank: int, num_shards: int) -> torch.Tensor:
+    """What shard `rank` of `num_shards` holds of a whole tensor in Meta's order, as a view."""
+    axis = placement.split_axis
+    if axis is None:
+        return whole
+    size = shard_shape(placement, num_shards)[axis]
+    copies = size * num_shards // placement.shape[axis]  # of each key/value head, where there are fewer than shards
+    return whole.narrow(axis, rank // copies * size, size)

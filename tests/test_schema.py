@@ -38,22 +38,6 @@ def test_literals_equal_the_dataclass():
         assert (said.get("ge"), said.get("le")) == (item.metadata.get("ge"), item.metadata.get("le")), name
 
 
-@pytest.mark.parametrize(("file", "function"), [("predict.py", "run"), ("train.py", "train")])
-def test_static_traps(file, function):
-    """Cog's static pass drops what is not a plain literal, silently."""
-    for name, call in input_calls(file, function).items():
-        assert isinstance(call.func, ast.Name), f"{name}: Input must be called by its bare name"
-        assert call.func.id == "Input"
-        assert not call.args, f"{name}: a positional default makes the input required"
-        for keyword in call.keywords:
-            ast.literal_eval(keyword.value)  # neither a constant's name nor an expression
-            if keyword.arg == "description":
-                assert isinstance(keyword.value, ast.Constant)
-                source = ast.get_source_segment((ROOT / file).read_text(), keyword.value)
-                assert source.count("\n") == 0, f"{name}: one string literal"
-        assert "description" in keywords(call), name
-
-
 def test_schema_has_bounds_defaults_order_and_streaming():
     made = schema.build_schema()
     properties = made["components"]["schemas"]["Input"]["properties"]
@@ -72,7 +56,7 @@ def test_schema_has_bounds_defaults_order_and_streaming():
     json.dumps(made)
 
 
-# cog.yaml ---------------------------------------------------------------------------------------------------------
+# cog.yaml: what script/check does not look at ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -80,58 +64,13 @@ def config() -> dict:
     return yaml.safe_load((ROOT / "cog.yaml").read_text())
 
 
-def test_cog_yaml_is_valid(config):
-    # The keys Cog 0.23.1's schema knows; its loader ignores others without a word.
-    assert config.keys() <= {
-        "build",
-        "image",
-        "model",
-        "run",
-        "predict",
-        "train",
-        "concurrency",
-        "environment",
-        "weights",
-    }
-    build = config["build"]
-    assert build.keys() <= {
-        "gpu",
-        "cuda",
-        "cudnn",
-        "python_version",
-        "python_requirements",
-        "sdk_version",
-        "run",
-        "system_packages",
-    }
-    assert build["gpu"] is True
-    assert build["python_version"] == "3.12"  # a string: 3.10 would be 3.1
-    assert isinstance(build["cuda"], str)
-    assert (ROOT / build["python_requirements"]).is_file()
+def test_cog_yaml_is_for_a_gpu_and_names_what_the_schema_is_made_of(config):
+    assert config["build"]["gpu"] is True
+    assert (config["predict"], config["train"]) == (schema.PREDICTOR, schema.TRAINER)
 
 
-@pytest.mark.parametrize("key", ["predict", "train"])
-def test_references_exist(config, key):
-    file, name = config[key].split(":")
-    tree = ast.parse((ROOT / file).read_text())
-    assert name in [getattr(node, "name", None) for node in tree.body]
-    assert config[key] in (schema.PREDICTOR, schema.TRAINER)
-
-
-def test_environment_is_allowed_and_agrees(config):
+def test_concurrency_is_what_the_predictor_says(config):
     variables = dict(line.split("=", 1) for line in config["environment"])
-    forbidden = (
-        "PYTHONPATH",
-        "PATH",
-        "LD_LIBRARY_PATH",
-        "CUDA_",
-        "NVIDIA_",
-        "HF_ENDPOINT",
-        "REPLICATE_",
-        "R8_",
-        "COG_TRACE_",
-    )
-    assert not [name for name in variables if name.startswith(forbidden)]
     tree = ast.parse((ROOT / "predict.py").read_text())
     decorators = [
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "concurrent"
@@ -145,12 +84,11 @@ def test_installed_sdk_is_the_pinned_one(config):
     assert version("cog") == version("coglet") == config["build"]["sdk_version"]
 
 
-def test_requirements_are_exact_and_plain():
+def test_requirements_are_the_tested_ones():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    names = [line.split("==")[0] for line in lines]
-    assert all(line.count("==") == 1 and not set(line) & set(";<>@ ") for line in lines)  # Cog strips markers
     assert "torch==2.11.0" in lines  # the newest in Cog 0.23.1's matrix
     assert "transformers==5.17.0" in lines
+    names = [line.split("==")[0] for line in lines]
     assert len(set(names)) == len(names)
 
 

@@ -11,6 +11,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.tokenizer import SentencePieceTokenizer, load_tokenizer, write_llama_tokenizer
+from tests.conftest import ROOT
 from tests.tiny import TEXT, train_tokenizer
 
 CORNER_CASES = [
@@ -30,6 +31,13 @@ def random_texts(num_texts: int) -> list[str]:
 
     made = [text() for _ in range(num_texts)]
     return [t for t in made if not any(special in t for special in ("<s>", "</s>", "<unk>"))]
+
+
+def code_and_bytes() -> list[str]:
+    """This project's sources and random bytes read as text, but for literal special tokens."""
+    code = [part for path in sorted((ROOT / "alpaca").glob("*.py")) for part in path.read_text().split("\n\n")]
+    noise = [random.Random(i).randbytes(60).decode("utf-8", errors="replace") for i in range(300)]
+    return [text for text in code + noise if not any(token in text for token in ("<s>", "</s>", "<unk>", "\0"))]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,7 @@ def test_ids_are_sentencepieces_on_real_text(tmp_path, real, model):
     examples = json.loads((real / "alpaca_4000.json").read_text())
     texts = [text for example in examples for text in example.values()]
     assert_ids_are_sentencepieces(tmp_path, texts + [f" {text}" for text in texts[:500]] + CORNER_CASES)
-    assert_ids_are_sentencepieces(tmp_path, random_texts(3000))
+    assert_ids_are_sentencepieces(tmp_path, random_texts(3000) + code_and_bytes())
 
 
 def test_normalising_models_are_followed_too(tmp_path):

@@ -133,8 +133,8 @@ def _why_not(adapter: AdapterFolder) -> str | None:
     others = [target for target in adapter.targets if not target.endswith(_LAYER_NAMES)]
     if others:
         return f"it changes {others[0]}"
-    if adapter.other_tensors:
-        return f"beside low-rank matrices it holds {adapter.other_tensors[0]} (modules_to_save, or a bias)"
+    if others := [*adapter.trained_tensors(), *adapter.unknown_tensors()]:
+        return f"beside low-rank matrices it holds {min(others)} (modules_to_save, or a bias)"
     used = [key for key in _OTHER_KINDS if config.get(key)]
     if used:
         return f"its adapter_config.json has {used[0]}, which is more than LoRA"

@@ -1,0 +1,161 @@
+"""The README's calls, as they stand there, against the real server: only addresses are replaced."""
+
+import contextlib
+import http.server
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from local_server import LocalServer, running_server
+
+from tests.conftest import ROOT
+
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks(heading: str, language: str) -> list[str]:
+    """The code blocks of one language below a heading, up to the next heading of its rank or above."""
+    text = (ROOT / "README.md").read_text()
+    rank = heading.split(" ")[0]
+    section = text.partition(f"\n{heading}\n")[2]
+    section = re.split(rf"\n#{{1,{len(rank)}}} ", section)[0]
+    return [code for kind, code in BLOCK.findall(section) if kind == language]
+
+
+CURL = dict(zip(("sync", "stream", "webhook", "cancel"), blocks("### Calling it", "sh"), strict=True))
+PYTHON = dict(zip(("sync", "stream", "webhook", "cancel"), blocks("### Calling it", "python"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def server(llama_folder: Path) -> Iterator[LocalServer]:
+    with running_server(["--weights", str(llama_folder), "--concurrency", "8"], on_failure=print) as server:
+        yield server
+
+
+def run(code: str, language: str, server: LocalServer, *, webhook_port: int = 8000) -> str:
+    """What a block prints, once its addresses are those of the test."""
+    code = code.replace("http://127.0.0.1:5000", server.url)
+    code = code.replace("127.0.0.1:8000", f"127.0.0.1:{webhook_port}").replace('1", 8000', f'1", {webhook_port}')
+    command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
+    for _ in range(20):  # curl does not try again after the 409 that follows a reply
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if "At capacity" not in done.stdout:
+            break
+        time.sleep(0.1)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+
+@needs_curl
+def test_curl_gets_an_answer(server: LocalServer):
+    prediction = json.loads(run(CURL["sync"], "sh", server))
+    assert prediction["status"] == "succeeded"
+    assert len(prediction["output"]) == 1
+
+
+@needs_curl
+def test_curl_gets_a_stream(server: LocalServer):
+    text = run(CURL["stream"], "sh", server)
+    assert text.count("event: output") > 5
+    assert "event: completed" in text
+
+
+@needs_curl
+def test_curl_asks_for_a_webhook(server: LocalServer):
+    with receiver() as (port, received):
+        assert json.loads(run(CURL["webhook"], "sh", server, webhook_port=port))["status"] == "starting"
+        deadline = time.monotonic() + 30
+        while not received and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert [one["status"] for one in received] == ["succeeded"]
+    assert received[0]["id"] == "job-1"
+
+
+@needs_curl
+def test_curl_cancels(server: LocalServer):
+    before = server.log_text().count("tokens after")
+    started, cancelled = run(CURL["cancel"], "sh", server).replace("}{", "}\n{").splitlines()
+    assert json.loads(started)["status"] == "starting"
+    assert json.loads(cancelled) == {}
+    time.sleep(0.5)
+    assert server.log_text().count("tokens after") == before, "a cancelled prediction logs no totals"
+
+
+def test_python_gets_an_answer(server: LocalServer):
+    assert run(PYTHON["sync"], "python", server).strip()
+
+
+def test_python_gets_a_stream(server: LocalServer):
+    assert len(run(PYTHON["stream"], "python", server)) > 5
+
+
+def test_python_receives_a_webhook(server: LocalServer):
+    assert run(PYTHON["webhook"], "python", server, webhook_port=free_port()).startswith("succeeded ['")
+
+
+def test_python_cancels(server: LocalServer):
+    assert run(PYTHON["cancel"], "python", server).strip() == "200"
+
+
+def test_the_probe_tells_ready_from_failed(server: LocalServer, tmp_path: Path):
+    manifest = yaml.safe_load(blocks("## Deploying", "yaml")[0])
+    container = manifest["spec"]["template"]["spec"]["containers"][0]
+    assert (
+        container["readinessProbe"]["exec"] == container["livenessProbe"]["exec"] == container["startupProbe"]["exec"]
+    )
+    _, flag, code = container["startupProbe"]["exec"]["command"]
+
+    def probe(url: str) -> int:
+        command = [sys.executable, flag, code.replace("http://127.0.0.1:5000", url)]
+        return subprocess.run(command, capture_output=True).returncode
+
+    assert probe(server.url) == 0
+    broken = LocalServer(["--weights", str(tmp_path)])
+    try:
+        broken.wait_until("SETUP_FAILED")
+        assert probe(broken.url) == 1
+    finally:
+        broken.stop()
+    assert probe(broken.url) == 1  # nobody there
+
+
+@contextlib.contextmanager
+def receiver() -> Iterator[tuple[int, list[dict]]]:
+    """A port, and the bodies that were posted to it."""
+    received: list[dict] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        try:
+            yield listening.server_port, received
+        finally:
+            listening.shutdown()
+            thread.join()
