@@ -91,7 +91,7 @@ class AdapterFolder:
     def unknown_tensors(self) -> list[str]:
         """Names of low-rank tensors that `low_rank` does not read: of adapted embeddings or convolutions, say."""
         read = {f"{_PREFIX}{target}.lora_{end}" for target in self.targets for end in _LOW_RANK_ENDS}
-        return [name for name in self.tensors if ".lora_" in name and name not in read]
+        return [name.removeprefix(_PREFIX) for name in self.tensors if ".lora_" in name and name not in read]
 
     @property
     def is_base(self) -> bool:

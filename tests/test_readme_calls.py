@@ -108,7 +108,7 @@ def test_python_gets_a_stream(server: LocalServer):
 
 
 def test_python_receives_a_webhook(server: LocalServer):
-    assert run(PYTHON["webhook"], "python", server, webhook_port=free_port()).startswith("succeeded ['")
+    assert run(PYTHON["webhook"], "python", server, webhook_port=free_port()).startswith("succeeded [")
 
 
 def test_python_cancels(server: LocalServer):
