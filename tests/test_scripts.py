@@ -92,7 +92,7 @@ def test_bad_inputs(pair, message):
 
 
 def test_scripts_are_executable_and_ci_runs_the_tests():
-    for name in ("setup", "demo", "test", "lint", "serve", "predict"):
+    for name in ("setup", "demo", "test", "lint", "serve", "predict", "check"):
         assert os.access(ROOT / "script" / name, os.X_OK), name
     assert "script/test" in (ROOT / ".ci" / "run").read_text()
 
@@ -103,7 +103,7 @@ def test_readme_says_what_is_there():
         assert (ROOT / command).exists(), command
     first = next(i for i, line in enumerate(readme.splitlines()) if line.startswith("script/demo"))
     assert first < 30
-    modules = set(re.findall(r"python -m ((?:convert|bench|alpaca)[\w.]*)", readme))
+    modules = set(re.findall(r"(?:python -m |\| `)((?:convert|bench|alpaca)\.[\w.]*)", readme))
     assert modules
     for module in modules:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
