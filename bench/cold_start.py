@@ -30,7 +30,8 @@ from bench.load import predict
 from bench.machine import DEVICE, describe_device
 from bench.provenance import ROOT, provenance
 from bench.random_model import SHAPES, model_folder
-from bench.serve_report import Target, median, rounded
+from bench.serve_report import median
+from bench.targets import Target, rounded
 from script.local_server import LocalServer, stop_children_on_sigterm
 
 _READY_LINE = re.compile(r"ready: (.*)")

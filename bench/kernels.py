@@ -36,8 +36,8 @@ from bench import machine
 from bench.kernel_cases import HEAD_WIDTHS, Case, Plan, attention_cases, linear_cases, make_plan, small_cases
 from bench.provenance import ROOT, provenance
 from bench.sampling_cases import sampling_cases
-from bench.serve_report import rounded
 from bench.stopwatch import seconds_per_call
+from bench.targets import rounded
 
 Row = dict[str, object]
 

@@ -46,7 +46,8 @@ from bench.machine import DEVICE, describe_device, measure_bandwidth, others_cpu
 from bench.provenance import provenance
 from bench.random_model import SHAPES, model_folder
 from bench.rows import BASELINES, OVER_HTTP, Prompts, Row, plan_rows
-from bench.serve_report import Results, make_targets, median, print_rows, rounded, row_figures, step_costs
+from bench.serve_report import Results, make_targets, median, print_rows, row_figures, step_costs
+from bench.targets import rounded
 from bench.ways import (
     BatchingWay,
     EngineWay,

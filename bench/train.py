@@ -1,18 +1,20 @@
-"""How fast the recipe trains: padded as the original, without padding, and with the head on target tokens alone.
+"""How fast the recipe trains, how much memory it takes, and what its losses are, way by way.
 
-    python -m bench.train                     a random LLaMA of 20 M parameters on real examples; on a CPU a few minutes
+    python -m bench.train                     a random LLaMA of 20 M parameters on real examples; on a CPU some minutes
     python -m bench.train --shape 7b          LLaMA-7B's shape on a GPU
 
 padded:      the original's micro-batches: 4 random examples, padded on the right, logits for every position.
 packed all:  the same examples end to end, micro-batches balanced by tokens, logits for every position.
 packed:      and logits for target positions only: what train.py does, in `--numerics stanford`.
 fast:        the same in `--numerics fast`; its losses are held against those of packed, step by step.
+fast 80GB:   and with the memory of one 80 GB card.
 compiled, fast compiled: packed and fast with --compile_layers; the first step, in which it compiles, is left out.
-lora, qlora: the same with adapters, where the base fits only so.
+lora, qlora: adapters; qlora with micro-batches of 2 and 7.4 GiB, the memory that torchtune gives for its own.
 
 Each row is a process of its own that runs `alpaca.training.loop.train`, all of them the same optimizer steps on the same
 examples in the same order; rows take turns, --rounds times. The rate counts useful tokens (no padding) in training
-steps, the first left out; memory is the process's peak (on a GPU the allocator's). The last line is one JSON object.
+steps, the first left out; memory is the process's peak (on a GPU the allocator's), beside the planned one. Nothing is
+saved. The last line is one JSON object.
 """
 
 import argparse
@@ -22,21 +24,40 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from alpaca import cpu_threads
+
+cpu_threads.set_defaults()  # as train.py
 
 import torch
 from tqdm import tqdm
 
 from alpaca.errors import InputError, run_command
-from alpaca.hf_files import read_json
+from bench.machine import DEVICE
 from bench.provenance import REAL, ROOT, provenance
 from bench.random_model import SHAPES, write_random_llama
+from bench.targets import Target, rounded
 
 PACKAGES = ("torch", "transformers", "peft")
-FULL, ADAPTER = ("padded", "packed all", "packed", "fast"), ("lora", "qlora")
-ROWS = (*FULL, "compiled", "fast compiled", *ADAPTER)
-TERA = 1e12
+ROWS: dict[str, dict[str, object]] = {  # what each changes of the recipe
+    "padded": {"padding_free": False},
+    "packed all": {},
+    "packed": {},
+    "fast": {"numerics": "fast"},
+    "fast 80GB": {"numerics": "fast", "memory_limit": "80GB"},
+    "compiled": {"compile_layers": True},
+    "fast compiled": {"numerics": "fast", "compile_layers": True},
+    "lora": {"method": "lora"},
+    "qlora": {"method": "qlora", "per_device_train_batch_size": 2, "memory_limit": "7.4GiB"},
+}
+DEFAULT_ROWS = {
+    "cpu": ("padded", "packed all", "packed", "fast", "lora"),
+    "cuda": ("packed", "fast", "lora", "qlora", "fast 80GB", "fast compiled", "padded"),
+}
+RECIPE_TOKENS = 19.97e6  # of 3 epochs of the 52,002 examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +71,9 @@ class BenchConfig:
     batch: int
     data_path: str
     checkpointing: bool
-    memory_limit: str | None
+    learning_rate: float
     max_length: int
+    budget_s: float
 
 
 def main() -> None:
@@ -59,29 +81,42 @@ def main() -> None:
     if row:
         print(json.dumps(run_row(config, row, folder)))
         return
+    deadline = time.monotonic() + config.budget_s
     with tempfile.TemporaryDirectory(prefix="alpaca-bench-") as made:
         write_random_llama(Path(made), SHAPES[config.shape], torch.bfloat16 if config.shape == "7b" else torch.float32)
         runs = [(number, name) for number in range(config.rounds) for name in config.rows]
         found: dict[str, list[dict]] = {name: [] for name in config.rows}
         for _, name in tqdm(runs, desc="rows", unit="row"):
-            found[name].append(in_own_process(name, Path(made)))
+            found[name].append(in_own_process(name, Path(made), seconds=deadline - time.monotonic()))
     results = {name: summarize(samples) for name, samples in found.items()}
     print(describe(results))
-    flags = {**vars(config), "data_path": Path(config.data_path).name}  # where it lies says nothing elsewhere
     compared = compare_numerics(results)
     if compared:
         print(describe_numerics(compared))
-    source = provenance("train", PACKAGES)
-    print(json.dumps({"results": results, "numerics": compared, "config": flags, **source}))
+    targets = make_targets(results, shape=config.shape)
+    for target in targets:
+        print(target.line())
+    flags = {**vars(config), "data_path": Path(config.data_path).name}  # where it lies says nothing elsewhere
+    print(json.dumps({
+        "bench": "train", "results": results, "numerics": compared, "targets": [target.as_json() for target in targets],
+        "other_failures": {name: result["failure"] for name, result in results.items() if "failure" in result},
+        "config": flags, **provenance("train", PACKAGES),
+    }))  # fmt: skip
 
 
 # One row, in a process of its own
 
 
-def in_own_process(name: str, folder: Path) -> dict:
+def in_own_process(name: str, folder: Path, *, seconds: float) -> dict:
     """A row's sample; a failure is a sample, too."""
+    if seconds < 10:
+        return {"failure": "no time was left"}
     command = [sys.executable, "-m", "bench.train", *sys.argv[1:], "--row", name, "--folder", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"failure": f"ended after {seconds:.0f} s"}
     if done.returncode:
         return {"failure": done.stderr.strip()[-1500:]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -91,29 +126,30 @@ def run_row(config: BenchConfig, row: str, folder: Path) -> dict:
     """Train for `steps` steps and say how it went."""
     from alpaca.training import loop
     from alpaca.training.config import make_config
+    from alpaca.training.plan import share_of_peak
 
     if row == "packed all":
         loop.pack = pack_with_all_logits
+    runs, prepare = [], loop.prepare
+    loop.prepare = lambda *arguments: runs.append(prepare(*arguments)) or runs[0]
+    loop.finish = lambda run, **rest: None
     with tempfile.TemporaryDirectory() as out:
-        flags = {
+        loop.train(make_config({
             "model_name_or_path": str(folder), "data_path": config.data_path, "output_dir": f"{out}/model",
-            "max_steps": config.steps, "global_batch_size": config.batch, "padding_free": row != "padded",
-            "save_strategy": "no", "report_to": "none", "gradient_checkpointing": config.checkpointing or "auto",
-            "compile_layers": "compiled" in row,
-            "model_max_length": config.max_length, "learning_rate": 1e-4,
-        }  # fmt: skip
-        if row.startswith("fast"):
-            flags["numerics"] = "fast"
-        if config.memory_limit:
-            flags["memory_limit"] = config.memory_limit
-        if row in ADAPTER:
-            flags["method"] = row
-        loop.train(make_config(flags))
-        history = read_json(Path(out) / "model" / "trainer_state.json")["log_history"]
+            "max_steps": config.steps, "global_batch_size": config.batch, "model_max_length": config.max_length,
+            "learning_rate": config.learning_rate, "save_strategy": "no", "report_to": "none", "num_samples": 0,
+            **({"gradient_checkpointing": True} if config.checkpointing else {}), **ROWS[row],
+        }))  # fmt: skip
+    run, history = runs[0], runs[0].progress.log_history
+    rate = statistics.median(entry["tokens_per_second"] for entry in history[1:])
+    memory = run.plan.memory
     return {
         "losses": [entry["loss"] for entry in history],
-        "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in history[1:]),
-        "peak_bytes": peak_memory(),
+        "tokens_per_second": rate,
+        "share_of_peak": rounded(share_of_peak(run.plan, rate)),
+        "peak_bytes": run.memory.peak_bytes(),
+        "planned_bytes": memory.peak_bytes - (memory.overhead_bytes if DEVICE == "cuda" else 0),  # CUDA's own
+        "layers_recomputed": run.plan.setup.num_checkpointed,
     }
 
 
@@ -130,13 +166,6 @@ def pack_with_all_logits(examples: list, *, pad_id: int):
     return replace(batch, target_positions=torch.arange(len(ids)), target_ids=ids)
 
 
-def peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
-
-
 # What came out
 
 
@@ -146,9 +175,9 @@ def summarize(samples: list[dict]) -> dict:
     if not good:
         return {"failure": samples[0]["failure"]}
     return {
+        **good[0],
         "tokens_per_second": statistics.median(sample["tokens_per_second"] for sample in good),
         "peak_bytes": max(sample["peak_bytes"] for sample in good),
-        "losses": good[0]["losses"],
     }
 
 
@@ -181,19 +210,61 @@ def describe_numerics(compared: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+def make_targets(results: dict[str, dict], *, shape: str) -> list[Target]:
+    """What the project aims at; on a GPU for LLaMA-7B's shape."""
+
+    def figure(row: str, name: str) -> float | None:
+        return results.get(row, {}).get(name)
+
+    def over(row: str, base: str, name: str) -> float | None:
+        mine, other = figure(row, name), figure(base, name)
+        return mine / other if mine and other else None
+
+    rows = [row for row, result in results.items() if "failure" not in result]
+    planned = {row: abs(results[row]["peak_bytes"] / results[row]["planned_bytes"] - 1) for row in rows}
+    worst = max(planned.values(), default=None)
+    ratio = over("packed", "padded", "tokens_per_second")
+    if DEVICE == "cpu":
+        return [
+            Target(label="packed / padded, useful tokens/s", value=ratio, least=2.0),
+            Target(
+                label="packed all / padded: of no padding alone",
+                value=over("packed all", "padded", "tokens_per_second"),
+            ),
+            Target(label="largest error of a planned peak", value=worst, most=0.15),
+        ]
+    targets = [
+        Target(label="packed / padded, useful tokens/s", value=ratio),
+        Target(label="largest error of a planned peak", value=worst, most=0.10),
+    ]
+    if shape != "7b":
+        return targets
+    seconds = {row: RECIPE_TOKENS / rate if (rate := figure(row, "tokens_per_second")) else None for row in ROWS}
+    quantized = figure("qlora", "peak_bytes")
+    return [
+        *targets,
+        Target(label="the whole recipe, stanford, s", value=seconds["packed"], most=2333),
+        Target(label="the whole recipe, fast, s", value=seconds["fast"], most=1800),
+        Target(label="the whole recipe, fast within 80 GB, s", value=seconds["fast 80GB"]),
+        Target(label="lora, useful tokens/s", value=figure("lora", "tokens_per_second"), least=14_800),
+        Target(label="qlora, peak GiB", value=quantized / 2**30 if quantized else None, most=7.4),
+        Target(label="compiled / not, fast", value=over("fast compiled", "fast", "tokens_per_second")),
+    ]
+
+
 def describe(results: dict[str, dict]) -> str:
     """A table for people, each rate beside the padded recipe's."""
     base = results.get("padded", {}).get("tokens_per_second")
-    lines = [f"{'row':<12}{'tokens/s':>10}{'ratio':>8}{'peak GB':>9}  losses"]
+    lines = [f"{'row':<14}{'tokens/s':>10}{'ratio':>8}{'of peak':>9}{'peak GB':>9}{'planned':>9}  losses"]
     for name, result in results.items():
         if "failure" in result:
-            lines.append(f"{name:<12}failed: {result['failure'].splitlines()[-1]}")
+            lines.append(f"{name:<14}failed: {result['failure'].splitlines()[-1]}")
             continue
-        ratio = f"{result['tokens_per_second'] / base:.2f}" if base else "-"
+        rate, share = result["tokens_per_second"], result["share_of_peak"]
+        ratio, share = f"{rate / base:.2f}" if base else "-", f"{share:.0%}" if share else "-"
+        sizes = "".join(f"{result[key] / 1e9:>9.2f}" for key in ("peak_bytes", "planned_bytes"))
         losses = f"{result['losses'][0]:.5f} … {result['losses'][-1]:.5f}"
-        lines.append(
-            f"{name:<12}{result['tokens_per_second']:>10.0f}{ratio:>8}{result['peak_bytes'] / 1e9:>9.2f}  {losses}"
-        )
+        lines.append(f"{name:<14}{rate:>10.0f}{ratio:>8}{share:>9}{sizes}  {losses}")
     return "\n".join(lines)
 
 
@@ -203,11 +274,12 @@ def parse_flags() -> tuple[BenchConfig, str | None, Path | None]:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="20m")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--rows", default=",".join(FULL), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--rows", default=",".join(DEFAULT_ROWS[DEVICE]), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--batch", type=int, default=128, help="examples of an optimizer step")
     parser.add_argument("--data_path", default=str(real if real.is_file() else ROOT / "alpaca/data/sample.json"))
     parser.add_argument("--checkpointing", action="store_true", help="recompute all activations, not just what must be")
-    parser.add_argument("--memory_limit", help='the most a row may take of the device ("80GB")')
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--budget_s", type=float, default=3600.0, help="no row starts, or goes on, after this")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -6,7 +6,8 @@ import pytest
 
 from bench import rows, serve_report
 from bench.rows import Row, Sample, plan_rows
-from bench.serve_report import Results, StepCosts, Target, make_targets, print_rows, row_figures
+from bench.serve_report import Results, StepCosts, make_targets, print_rows, row_figures
+from bench.targets import Target
 
 COSTS = StepCosts(weight_bytes=1000, engine_weight_bytes=500, kv_bytes_per_token=10)
 ROW = Row(name="engine 2", way="engine", num_requests=2, clients=2, prompt_tokens=(10, 10), new_tokens=(20, 20))
