@@ -26,7 +26,8 @@ from alpaca.training.shape import Shape
 _MOST_SIMULATED = 500  # steps whose micro-batches are laid out to find the largest
 # On a CPU glibc gives freed blocks back to the system only from 32 MiB on; smaller ones stay in a heap with holes. Held
 # besides what lives is about once what comes and goes in a backward pass (0.8 to 1.1 times, measured on models of 5 and
-# 20 M parameters). With MALLOC_MMAP_THRESHOLD_=131072 in the environment it is nothing, and steps may take longer.
+# 20 M parameters; with adapters, whose blocks are many and small, once what a forward pass keeps). With
+# MALLOC_MMAP_THRESHOLD_=131072 in the environment it is nothing, and steps may take longer.
 _HEAP_BLOCK = 32 << 20
 _PROCESS_BYTES = 6 << 20  # Python objects and late imports; measured too
 _PEFT_BYTES = 50 << 20  # what importing PEFT, with bitsandbytes, adds to the process; measured too
@@ -203,7 +204,10 @@ def plan_memory(shape: Shape, setup: Setup, work: Work) -> Memory:
     recomputed = recomputed_bytes(shape, setup, work) + layer if setup.num_checkpointed else 0
     logits, backward = logits_bytes(shape, setup, work), backward_bytes(shape, setup, work)
     copies = copies_bytes(shape, setup)
-    overhead = overhead_bytes(shape, setup, work, transient_bytes=layer + logits + backward + gradients)
+    overhead = overhead_bytes(
+        shape, setup, work, transient_bytes=layer + backward + gradients if setup.method == "full" else saved,
+        logits_bytes=logits,
+    )  # fmt: skip
     host = 0
     if setup.offload and setup.on_gpu:
         host, weights, optimizer, gradients = weights + optimizer + gradients, 0, 0, 0
@@ -263,14 +267,24 @@ def bytes_for_gradients(shape: Shape, setup: Setup, memory_bytes: int) -> int:
     return memory_bytes - context - weights_bytes(shape, setup) - 2 * gradient_bytes(shape, setup)
 
 
-def overhead_bytes(shape: Shape, setup: Setup, work: Work, *, transient_bytes: int) -> int:
+def overhead_bytes(shape: Shape, setup: Setup, work: Work, *, transient_bytes: int, logits_bytes: int) -> int:
     """What the tensors' sizes do not explain: CUDA's context; on a CPU the heap's holes, where blocks are small."""
     if setup.on_gpu:
         return CUDA_CONTEXT_BYTES
-    block = work.max_tokens * shape.ffn_width * setup.compute_bytes
     limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _HEAP_BLOCK))
-    imports = _PROCESS_BYTES + (_PEFT_BYTES if setup.method != "full" else 0)
-    return imports + (transient_bytes if block < limit else 0)
+    in_heap = _PROCESS_BYTES + (_PEFT_BYTES if setup.method != "full" else 0)
+    if work.max_tokens * shape.ffn_width * setup.compute_bytes < limit:
+        in_heap += transient_bytes
+    if 4 * _logits_rows(shape, setup, work) * shape.vocab_size < limit:
+        in_heap += logits_bytes
+    return in_heap
+
+
+def _logits_rows(shape: Shape, setup: Setup, work: Work) -> int:
+    """Positions whose logits exist at a time."""
+    if not setup.padding_free:
+        return work.max_targets
+    return min(work.max_targets, chunk_rows(shape.vocab_size, trained=setup.method == "full"))
 
 
 def copies_bytes(shape: Shape, setup: Setup) -> int:
@@ -312,7 +326,8 @@ def layer_bytes_per_token(shape: Shape, setup: Setup) -> int:
         own_casts = casts_each and (not full or names[0] in _FROM_STREAM)
         total += c * columns * (len(trained) if own_casts else min(1, len(trained)))
         if not full:
-            total += len(trained) * (setup.lora_rank * c + columns * (setup.lora_dropout > 0))
+            mask = (1 if setup.on_gpu else c) if setup.lora_dropout else 0  # a CPU keeps it as factors
+            total += len(trained) * (setup.lora_rank * c + columns * mask)
     keys = shape.query_width if setup.on_gpu else shape.kv_width
     in_attention = 4 if setup.fast and not setup.on_gpu and setup.padding_free else c  # float32 on a CPU
     total += in_attention * (2 * shape.query_width + 2 * keys) + 4 * shape.num_heads
@@ -358,9 +373,7 @@ def logits_bytes(shape: Shape, setup: Setup, work: Work) -> int:
     log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
     beside the gradient of the head's weight before it is added up.
     """
-    rows = work.max_targets
-    if setup.padding_free:
-        rows = min(rows, chunk_rows(shape.vocab_size, trained=setup.method == "full"))
+    rows = _logits_rows(shape, setup, work)
     scores = 3 * 4 * rows * shape.vocab_size + (2 * rows * shape.vocab_size if setup.compute_bytes == 2 else 0)
     if setup.method != "full":
         return scores

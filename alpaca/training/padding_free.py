@@ -16,7 +16,9 @@ from alpaca.data.batching import PackedBatch
 
 ATTENTION = "alpaca_packed"
 CHUNK_LOGITS = 32 << 20  # elements of logits that exist at a time: 128 MB in float32
-FROZEN_CHUNK_LOGITS = 8 << 20  # where the head is frozen: no gradient of its weight is added up for each chunk
+# Where the head is frozen: no gradient of its weight is added up for each chunk. Above 32 MiB in float32: a CPU's heap
+# keeps smaller blocks.
+FROZEN_CHUNK_LOGITS = 9 << 20
 
 
 class Packing:
