@@ -8,6 +8,7 @@
     ├── NotEnoughSpace(OSError)            disk or memory, both sizes named
     ├── MissingPackage(ImportError)        an optional package; the command that installs it
     ├── NumbersOverflow(ArithmeticError)   a precision too narrow for the model
+    ├── ServiceFailed(ConnectionError)     a service asked over the network refuses, fails or is of no use
     └── EngineClosed(RuntimeError)         the serving engine cannot take or finish requests
 
 Whatever is not an `AlpacaError` is a bug and keeps its traceback.
@@ -47,6 +48,10 @@ class MissingPackage(AlpacaError, ImportError):
 
 class NumbersOverflow(AlpacaError, ArithmeticError):
     """The model computes what is no number: its weights are damaged, or the precision is too narrow."""
+
+
+class ServiceFailed(AlpacaError, ConnectionError):
+    """A service that was asked over the network refuses, fails, or answers nothing of use."""
 
 
 class EngineClosed(AlpacaError, RuntimeError):

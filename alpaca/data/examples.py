@@ -51,20 +51,26 @@ def read_examples(data_path: str | Path) -> list[Example]:
     `input` may be missing or null, which counts as ""; further fields are ignored.
     Raises MissingInput, MissingPackage, and InputError that names the record and the field.
     """
-    path = Path(data_path)
-    if path.exists():
-        records = _file_records(path)
-    elif _DATASET_ID.fullmatch(str(data_path)):
-        records = _dataset_records(str(data_path))
-    else:
-        raise MissingInput(
-            f"no data at {path} (found in {path.parent}: {list_folder(path.parent)}); expected a JSON or "
-            'JSON-lines file, or a Hugging Face data set such as "tatsu-lab/alpaca"'
-        )
-    examples = [_check_record(record, where) for where, record in records]
+    examples = [check_record(record, where) for where, record in read_records(data_path)]
     if not examples:
         raise InputError(f"{data_path} holds no examples; expected at least one record with {', '.join(_FIELDS)}")
     return examples
+
+
+def read_records(data_path: str | Path) -> Iterator[tuple[str, object]]:
+    """Each record as it was found, after the words that say where; for reports that go on past a bad one.
+
+    Raises MissingInput, MissingPackage, and InputError for a file that is no list of records at all.
+    """
+    path = Path(data_path)
+    if path.exists():
+        return _file_records(path)
+    if _DATASET_ID.fullmatch(str(data_path)):
+        return _dataset_records(str(data_path))
+    raise MissingInput(
+        f"no data at {path} (found in {path.parent}: {list_folder(path.parent)}); expected a JSON or "
+        'JSON-lines file, or a Hugging Face data set such as "tatsu-lab/alpaca"'
+    )
 
 
 def _file_records(path: Path) -> Iterator[tuple[str, object]]:
@@ -128,7 +134,8 @@ def _dataset_records(name: str) -> Iterator[tuple[str, object]]:
         yield f"{name}, record {index} (counted from 0)", record
 
 
-def _check_record(record: object, where: str) -> Example:
+def check_record(record: object, where: str) -> Example:
+    """The example of a record that has all its texts; raises InputError that names the record and the field."""
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object with the fields {', '.join(_FIELDS)}, found {_shown(record)}")
     given = [field for field in _FIELDS if field != "input" or record.get("input") is not None]

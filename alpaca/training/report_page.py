@@ -1,6 +1,6 @@
 """report.html: a finished run on one page, with nothing to load from elsewhere. Charts are inline SVG.
 
-It is readable on a phone, and in the dark: colours are CSS variables that follow the reader's system.
+The page's frame and look are those of `alpaca.pages`.
 """
 
 import html
@@ -15,6 +15,7 @@ import transformers
 
 from alpaca.data.examples import EncodingReport
 from alpaca.hf_files import write_text
+from alpaca.pages import note, page, section, table
 from alpaca.training.answers import Sample
 from alpaca.training.config import TrainConfig, config_json
 from alpaca.training.plan import Plan, format_seconds, memory_parts
@@ -53,49 +54,19 @@ def write_report(output_dir: Path, record: Record) -> Path:
 
 def make_page(record: Record) -> str:
     """The page as HTML."""
-    name = html.escape(Path(record.config.output_dir).absolute().name)
+    name = Path(record.config.output_dir).absolute().name
     sections = [
-        _section("In short", _table(_highlights(record))),
-        _section("Loss", _loss_charts(record.history)),
-        _section("Learning rate", line_chart({"learning rate": _points(record.history, "learning_rate")}, y="rate")),
-        _section("Throughput", _throughput(record)),
-        _section("Memory", _memory(record)),
-        _section("Answers before and after", _samples(record)),
-        _section("Data", _data(record)),
-        _section("Hardware and versions", _table(_machine(record))),
-        _section("Configuration", _table({key: str(value) for key, value in config_json(record.config).items()})),
+        section("In short", table(_highlights(record))),
+        section("Loss", _loss_charts(record.history)),
+        section("Learning rate", line_chart({"learning rate": _points(record.history, "learning_rate")}, y="rate")),
+        section("Throughput", _throughput(record)),
+        section("Memory", _memory(record)),
+        section("Answers before and after", _samples(record)),
+        section("Data", _data(record)),
+        section("Hardware and versions", table(_machine(record))),
+        section("Configuration", table({key: str(value) for key, value in config_json(record.config).items()})),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Training: {name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --page: #fff; --box: #f6f8fa;
-  --a: #0969da; --b: #cf222e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --page: #0d1117;
-  --box: #161b22; --a: #4493f8; --b: #ff7b72; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 52rem; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: .9rem; margin: .8rem 0 .2rem; color: var(--soft); font-weight: 600; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 500; color: var(--soft); width: 42%; }
-figure { margin: .5rem 0; } svg { display: block; width: 100%; height: auto; max-width: 44rem; }
-svg text { fill: var(--soft); font: 13px system-ui, sans-serif; }
-.grid { stroke: var(--line); stroke-width: 1; } .a, .b { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.a { stroke: var(--a); } .b { stroke: var(--b); } .dot { fill: var(--b); stroke: none; }
-text.key-a { fill: var(--a); } text.key-b { fill: var(--b); }
-article { background: var(--box); border-radius: 8px; padding: .5rem 1rem 1rem; margin: 1rem 0; }
-pre { margin: 0; white-space: pre-wrap; font: .88rem/1.45 ui-monospace, monospace; }
-p { margin: .5rem 0; } .note { color: var(--soft); }
-"""
+    return page(f"Training: {name}", name, sections)
 
 
 # Sections -----------------------------------------------------------------------------------------------------
@@ -136,13 +107,13 @@ def _throughput(record: Record) -> str:
             f"{record.plan.hardware.flops / 1e12:,.3f} TFLOP/s ({record.plan.hardware.flops_are})"
         )
     chart = line_chart({"useful tokens/s": _points(record.history, "tokens_per_second")}, y="tokens/s", zero=True)
-    return chart + _table(rows)
+    return chart + table(rows)
 
 
 def _memory(record: Record) -> str:
     measured = f"{record.peak_bytes / 1e9:.3f} GB"
     if record.plan is None:
-        return _table({"measured peak": measured}) + _note("No plan was made for this kind of model.")
+        return table({"measured peak": measured}) + note("No plan was made for this kind of model.")
     memory = record.plan.memory
     planned = memory.peak_bytes - (memory.overhead_bytes if record.device.type == "cuda" else 0)
     rows = {name: f"{size / 1e9:.3f} GB" for name, size in memory_parts(memory).items() if size}
@@ -151,12 +122,12 @@ def _memory(record: Record) -> str:
     where = "torch's allocations on the GPU; CUDA's context apart"
     if record.device.type != "cuda":
         where = "anonymous memory beyond the interpreter and its imports, over the whole run"
-    return _table(rows) + _note(f"Of the first process. Measured: {where}. Not all parts are there at the same moment.")
+    return table(rows) + note(f"Of the first process. Measured: {where}. Not all parts are there at the same moment.")
 
 
 def _samples(record: Record) -> str:
     if not record.samples:
-        return _note(record.no_samples)
+        return note(record.no_samples)
     source = "held-out examples" if record.held_out else "training examples (nothing was held out)"
     articles = []
     for sample in record.samples:
@@ -166,12 +137,12 @@ def _samples(record: Record) -> str:
         }  # fmt: skip
         body = "".join(f"<h3>{name}</h3><pre>{html.escape(text)}</pre>" for name, text in parts.items())
         articles.append(f"<article>{body}</article>")
-    return _note(f"Greedy, at most 64 tokens; prompts of {source}.") + "".join(articles)
+    return note(f"Greedy, at most 64 tokens; prompts of {source}.") + "".join(articles)
 
 
 def _data(record: Record) -> str:
     parts = {"training data": record.data, "held-out data": record.held_out}
-    return "".join(f"<h3>{name}</h3>{_table(_data_rows(part))}" for name, part in parts.items() if part)
+    return "".join(f"<h3>{name}</h3>{table(_data_rows(part))}" for name, part in parts.items() if part)
 
 
 def _data_rows(report: EncodingReport) -> dict[str, str]:
@@ -199,19 +170,6 @@ def _machine(record: Record) -> dict[str, str]:
     }
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    cells = (f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items())
-    return f"<table>{''.join(cells)}</table>"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
 # Charts -------------------------------------------------------------------------------------------------------
 
 Points = list[tuple[float, float]]
@@ -225,7 +183,7 @@ def line_chart(series: Mapping[str, Points], *, y: str, zero: bool = False) -> s
     """Up to two lines over the steps as SVG; a key where there are two. zero: the axis starts there."""
     filled = {name: _thin(points) for name, points in series.items() if points}
     if not filled:
-        return _note("Nothing was logged.")
+        return note("Nothing was logged.")
     everything = [point for points in filled.values() for point in points]
     xs, ys = _ticks([x for x, _ in everything]), _ticks([value for _, value in everything] + [0.0] * zero)
     scale = _Scale(xs[0], xs[-1], ys[0], ys[-1])

@@ -1,0 +1,184 @@
+"""The page: an instruction, the server's knobs beside it, and the answers as they are written.
+
+The form is made from the server's inputs, so it appears once the server has answered, and again when those change.
+"""
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from alpaca.errors import InputError
+from web.client import Generation, Health, Server, ServerTrouble
+from web.knobs import Knob, read_knobs
+from web.sheet import Sheet, as_sentence, complaint, status_line, values_to_send
+
+TITLE = "Alpaca"
+EXAMPLES = {  # name: (instruction, input)
+    "Alpacas": ("Tell me something about alpacas.", ""),
+    "FizzBuzz": ("Write a Python program that prints FizzBuzz for the numbers from 1 to 100.", ""),
+    "รามาเกียรติ์": ("tell me something about รามาเกียรติ์", ""),
+    "With an input": (
+        "Say in one word whether the writer liked the walk.",
+        "We climbed for six hours, the llamas carried everything, and the view made us forget our feet.",
+    ),
+}
+_MAIN_WORDS = {"prompt": ("Instruction", 3, "Shift+Enter sends"), "input": ("Input", 2, "may stay empty")}
+_MAIN = tuple(_MAIN_WORDS)  # these two have a place of their own
+_POLL_S = 3.0
+_REDRAW_S = 0.04  # pieces that come faster than this are drawn together
+
+
+def build_page(server: Server) -> gr.Blocks:
+    """The page for one server; any number of people may have it open, each with a prediction of their own."""
+    desk = Desk(server)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(f"<h1>{TITLE}</h1>", elem_id="title")
+        status = gr.HTML(status_line(Health(state="starting", sentence="Asking the server …")), elem_id="status")
+        version, timer = gr.Textbox(visible="hidden"), gr.Timer(_POLL_S)
+
+        @gr.render(inputs=[version], triggers=[version.change])
+        def form(known: str) -> None:
+            if known:
+                draw_form(desk, desk.knobs)
+
+        for event in (page.load, timer.tick):
+            # Not by the queue: an event of it that ends closes the stream under an answer on its way to this page.
+            event(
+                desk.look, None, [status, version], queue=False, show_progress="hidden", api_visibility="private"
+            )  # fmt: skip
+        page.unload(desk.leave)
+    page.queue(default_concurrency_limit=None, api_open=False)
+    return page
+
+
+class Desk:
+    """What runs for whom: at most one prediction for each open page, by Gradio's session."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._running: dict[str, Generation] = {}
+        self._looked_at, self._health = 0.0, Health(state="gone", sentence="")
+        self.knobs: list[Knob] = []
+        self._looking = asyncio.Lock()
+
+    async def look(self) -> tuple[str, str]:
+        """The status line, and a name for the server's inputs as they are now, empty before the first are known."""
+        async with self._looking:  # many pages ask the server once a second
+            if time.monotonic() - self._looked_at > 1:
+                await self._ask()
+        known = repr(self.knobs) if self.knobs else ""
+        return status_line(self._health), hashlib.sha256(known.encode()).hexdigest() if known else ""
+
+    async def _ask(self) -> None:
+        self._health = await self._server.health()
+        if self._health.answers:
+            try:
+                self.knobs = read_knobs(await self._server.schema())
+            except (ServerTrouble, InputError) as trouble:
+                self._health = Health(state="broken", sentence=as_sentence(str(trouble)))
+        self._looked_at = time.monotonic()
+
+    async def answer(self, knobs: list[Knob], shown: list[Any], session: str) -> AsyncIterator[tuple[str, str, bool]]:
+        """(answers, line below them, whether that is all), again whenever there is more; the last has the figures."""
+        try:
+            values = values_to_send(knobs, shown)
+        except InputError as error:
+            yield "", complaint(f"{error}."), True
+            return
+        sheet = Sheet(values)
+        yield sheet.answers(), sheet.line(), False
+        generation = self._running[session] = Generation(self._server, values)
+        try:
+            async for batch in generation.batches():
+                for event in batch:
+                    sheet.take(event)
+                yield sheet.answers(), sheet.line(), sheet.is_complete
+                await asyncio.sleep(_REDRAW_S)
+        finally:
+            if self._running.get(session) is generation:
+                del self._running[session]
+
+    async def stop(self, request: gr.Request) -> None:
+        """Cancel this page's prediction; its last event then ends `answer`."""
+        if generation := self._running.get(request.session_hash):
+            await generation.stop()
+
+    async def leave(self, request: gr.Request) -> None:
+        """The page was closed: nobody waits for its answer."""
+        await self.stop(request)
+
+
+# The form -----------------------------------------------------------------------------------------------------------
+
+
+def draw_form(desk: Desk, knobs: list[Knob]) -> None:
+    """Instruction, buttons and answers on one side, the knobs on the other; on a phone below."""
+    fields: dict[str, gr.components.Component] = {}
+    with gr.Row(elem_id="form"):
+        with gr.Column(scale=5, min_width=320):
+            fields |= {knob.name: main_field(knob) for knob in knobs if knob.name in _MAIN}
+            draw_examples(fields)
+            with gr.Row(elem_id="buttons"):
+                start = gr.Button("Generate", variant="primary", elem_id="start")
+                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
+            answers = gr.HTML(elem_id="answers", key="answers")
+            line = gr.HTML(elem_id="line", key="line")
+        with gr.Column(scale=2, min_width=300), gr.Accordion("Settings", open=True, elem_id="settings"):
+            fields |= {knob.name: field(knob) for knob in knobs if knob.name not in _MAIN}
+
+    async def run(shown: dict[gr.components.Component, Any], request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
+        async for drawn, said, done in desk.answer(
+            knobs, [shown[fields[knob.name]] for knob in knobs], request.session_hash
+        ):
+            yield drawn, said, gr.Button(interactive=done), gr.Button(interactive=not done)
+
+    triggers = [start.click] + [fields[name].submit for name in _MAIN if name in fields]
+    gr.on(
+        triggers, run, set(fields.values()), [answers, line, start, stop],
+        show_progress="hidden", concurrency_limit=None, trigger_mode="once", api_visibility="private",
+    )  # fmt: skip
+    stop.click(desk.stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
+
+
+def main_field(knob: Knob) -> gr.Textbox:
+    """The two texts people write: wide, Shift+Enter sends."""
+    label, lines, placeholder = _MAIN_WORDS[knob.name]
+    return gr.Textbox(
+        knob.shown or "", label=label, info=knob.description, lines=lines, max_lines=12, placeholder=placeholder,
+        interactive=True, key=knob.name, elem_id=f"knob-{knob.name}",
+    )  # fmt: skip
+
+
+def field(knob: Knob) -> gr.components.Component:
+    """The component for a knob, with the server's words, bounds and default."""
+    common = dict(interactive=True, label=knob.name, info=knob.hint, key=knob.name, elem_id=f"knob-{knob.name}")
+    if knob.name == "stream":  # the page is for reading along; its box starts ticked
+        return gr.Checkbox(True, **{**common, "info": knob.description})
+    if knob.choices:
+        return gr.Dropdown([*([] if knob.required else [("", None)]), *knob.choices], value=knob.shown, **common)
+    if knob.kind == "boolean":
+        if knob.default is None:
+            return gr.Dropdown([("", None), ("yes", True), ("no", False)], value=None, **common)
+        return gr.Checkbox(knob.shown, **common)
+    if knob.slides:
+        return gr.Slider(knob.minimum, knob.maximum, value=knob.shown, step=knob.step, **common)
+    if knob.kind in ("integer", "number"):
+        return gr.Number(knob.shown, step=1 if knob.kind == "integer" else 0.01, **common)
+    lines = 2 if knob.kind == "strings" else 1
+    return gr.Textbox(knob.shown, lines=lines, type="password" if knob.secret else "text", **common)
+
+
+def draw_examples(fields: dict[str, gr.components.Component]) -> None:
+    """A button for each example; it fills the two texts in the browser."""
+    if not set(_MAIN) <= fields.keys():
+        return
+    with gr.Row(elem_id="examples"):
+        for name, texts in EXAMPLES.items():
+            fill = f"() => {json.dumps(texts)}"
+            targets = [fields[main] for main in _MAIN]
+            gr.Button(name, size="sm", min_width=100).click(None, None, targets, js=fill, api_visibility="private")
