@@ -79,7 +79,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
             + ", ".join(map(str, outputs))
         )
     for path in outputs:
-        check_overwrite(path, arguments.overwrite)
+        check_overwrite(path, arguments.overwrite, is_folder=False)
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
