@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
+# All adapters at once: up to so many rows, and ranks together. Beyond, what is computed for nothing costs more than the
+# calls that are saved.
+_FEW_ROWS, _FEW_RANKS = 64, 256
+
 
 @dataclass(frozen=True, eq=False)
 class AdapterRows:
@@ -26,6 +30,7 @@ class AdapterRows:
 
     slots: torch.Tensor
     _runs: list[tuple[int, int, int]] = field(default_factory=list, init=False, repr=False)
+    _others: list[torch.Tensor] = field(default_factory=list, init=False, repr=False)
 
     def runs(self) -> list[tuple[int, int, int]]:
         """(slot, first row, row after the last) of neighbouring rows with one adapter. Waits for the device."""
@@ -37,6 +42,12 @@ class AdapterRows:
                 (slots[start], start, end) for start, end in zip(starts, ends, strict=True) if slots[start]
             )
         return self._runs
+
+    def others(self, num_adapters: int) -> torch.Tensor:
+        """[N, K] bool: whether an adapter is not the row's."""
+        if not self._others:
+            self._others.append(self.slots[:, None] != torch.arange(1, num_adapters + 1))
+        return self._others[0]
 
 
 class LowRankStack:
@@ -53,8 +64,10 @@ class LowRankStack:
     ) -> None:
         self.a, self.b, self.parts, self.factors = a, b, tuple(parts), factors
         self.rank = b.shape[2]
-        self.num_bytes = a.nbytes + b.nbytes + (0 if factors is None else factors.nbytes)
+        self.num_bytes = a.nbytes + b.nbytes + (0 if factors is None else factors.nbytes)  # a CPU has b a second time
         self.pieces = [(a[k], list(self._pieces_of(k))) for k in range(len(a))]  # views, made once
+        joins = a.device.type == "cpu" and 1 < len(a) <= _FEW_RANKS // self.rank
+        self.joined = list(self._joined_parts()) if joins else []
 
     def _pieces_of(self, k: int) -> Iterator["_Piece"]:
         first = 0
@@ -63,6 +76,13 @@ class LowRankStack:
             ranks = slice(part * self.rank, (part + 1) * self.rank)
             factors = None if self.factors is None else self.factors[k, outputs]
             yield _Piece(slice(column, column + width), ranks, self.b[k, outputs].T, factors)
+            first += width
+
+    def _joined_parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Each part's outputs, and B^T of all adapters for them, [K r, outputs]."""
+        first = 0
+        for column, width in self.parts:
+            yield slice(column, column + width), self.b[:, first : first + width].transpose(1, 2).flatten(0, 1)
             first += width
 
 
@@ -81,6 +101,8 @@ class _Piece:
 
 def add_low_rank(y: torch.Tensor, x: torch.Tensor, stack: LowRankStack, rows: AdapterRows) -> torch.Tensor:
     """Change the layer's output y [N, O] for its input x [N, I] as each row's adapter does; in place, returned."""
+    if len(rows.runs()) > 1 and len(x) <= _FEW_ROWS and stack.joined:
+        return _add_all_at_once(y, x, stack, rows)
     for slot, start, end in rows.runs():
         a, pieces = stack.pieces[slot - 1]
         narrow, wide = functional.linear(x[start:end], a), y[start:end]
@@ -90,3 +112,25 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, stack: LowRankStack, rows: Ad
             if piece.factors is not None:
                 own.mul_(piece.factors)
     return y
+
+
+def _add_all_at_once(y: torch.Tensor, x: torch.Tensor, stack: LowRankStack, rows: AdapterRows) -> torch.Tensor:
+    """The same with as many calls as for one adapter: all narrow products of every row, the others' set to zero.
+
+    Set, not multiplied: what another adapter makes of a row may be no number.
+    """
+    num_adapters, num_parts = len(stack.a), len(stack.parts)
+    narrow = functional.linear(x, stack.a.flatten(0, 1)).view(len(x), num_adapters, num_parts, stack.rank)
+    narrow.masked_fill_(rows.others(num_adapters)[:, :, None, None], 0)
+    for part, (columns, b) in enumerate(stack.joined):
+        y[:, columns].addmm_(narrow[:, :, part].flatten(1), b)
+    if stack.factors is not None:
+        _scale_rows(y, stack, rows)
+    return y
+
+
+def _scale_rows(y: torch.Tensor, stack: LowRankStack, rows: AdapterRows) -> None:
+    """Multiply by DoRA's factors, each row by those of its adapter; a row without one stays as it is."""
+    for slot, start, end in rows.runs():
+        for piece in stack.pieces[slot - 1][1]:
+            y[start:end, piece.columns].mul_(piece.factors)

@@ -111,6 +111,18 @@ def test_the_twin_is_the_formula(layer, slots, has_factors):
     torch.testing.assert_close(add_by_twin(y, x, stack, rows), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_the_twin_keeps_what_another_adapter_makes_of_a_row_out_of_it():
+    x, y = (tensor.double() for tensor in make_rows("qkv", 4))
+    stack = moved(make_stack("qkv", has_factors=False), torch.float64, torch.device("cpu"))
+    assert stack.joined, "adapters few enough to be computed at once"
+    slots = [1, 2, 0, 1]
+    expected = naive(y, x, stack, slots)
+    stack.a[1] = torch.inf  # of the second adapter, whose rows alone are lost by it
+    found = add_by_twin(y.clone(), x, stack, AdapterRows(torch.tensor(slots, dtype=torch.int32)))
+    torch.testing.assert_close(found[[0, 2, 3]], expected[[0, 2, 3]], rtol=1e-12, atol=1e-12)
+    assert not found[1].isfinite().all()
+
+
 @with_kernels
 @pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS)
 def test_any_mixture(kernels, slots):
