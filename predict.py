@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Iterator  # noqa: UP035  the name as Cog's documentation has it
+from typing import TYPE_CHECKING, Iterator  # noqa: UP035  the name as Cog's documentation has it
 
 from cog import BaseRunner, CancelationException, Input, concurrent, streaming
 
@@ -23,6 +23,9 @@ cpu_threads.set_defaults()  # before anything below imports torch
 from alpaca.archives import open_weights
 from alpaca.errors import AlpacaError
 from alpaca.serving.housekeeping import Phases, PredictionFolders, process_age_s
+
+if TYPE_CHECKING:
+    from alpaca.serving.engine import Generation
 
 
 class Predictor(BaseRunner):
@@ -111,16 +114,22 @@ class Predictor(BaseRunner):
         try:
             yield from stream_text(generation, texts[0]) if inputs.stream else complete_texts(generation, texts)
         except GenerationCancelledError:
+            self._record(generation)  # what was computed until then is paid for, too
             raise CancelationException from None
         finally:
             generation.cancel()  # no effect once it has ended; stops it when the runtime drops this generator
+        metrics = self._record(generation)
+        line = "{output_tokens} tokens after {prompt_tokens}, {tokens_per_second:.1f} tokens/s, seed {seed}"
+        print(line.format(**metrics) + (f", adapter {request.adapter}" if request.adapter else ""))
+
+    def _record(self, generation: "Generation") -> dict[str, int | float]:
+        """Give the runtime the prediction's figures; returns them."""
         metrics = generation.metrics()
         for name, value in metrics.items():
             self.record_metric(name, value)
-        if request.adapter:
-            self.record_metric("adapter", request.adapter)
-        line = "{output_tokens} tokens after {prompt_tokens}, {tokens_per_second:.1f} tokens/s, seed {seed}"
-        print(line.format(**metrics) + (f", adapter {request.adapter}" if request.adapter else ""))
+        if generation.request.adapter:
+            self.record_metric("adapter", generation.request.adapter)
+        return metrics
 
 
 # What Cog 0.23 leaves undone for a coroutine that returns a generator -------------------------------------------

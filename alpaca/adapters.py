@@ -7,6 +7,7 @@ adapter whose B are all zero is its base (PEFT's file names: https://huggingface
 import math
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ WEIGHTS_STEM = "adapter_model"
 _WEIGHTS_NAMES = (f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.bin")  # the second: PEFT's until 2023
 _PREFIX = "base_model.model."
 _LOW_RANK_ENDS = ("A.weight", "B.weight", "magnitude_vector")
+# Settings of PEFT's LoRA under which the layers compute something else than W + s B A.
+_OTHER_KINDS = (
+    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+# Values of init_lora_weights: ways to start a training that take from the base what the adapter then holds.
+_BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -70,8 +78,7 @@ class AdapterFolder:
         """The change of one of `targets`."""
         name = f"{_PREFIX}{target}.lora_"
         a = self.tensors[f"{name}A.weight"]
-        # PEFT's rule: a pattern is a regular expression for the end of a name, from a dot on.
-        matching = (alpha for key, alpha in self.alphas.items() if re.match(rf"(.*\.)?({key})$", target))
+        matching = (alpha for key, alpha in self.alphas.items() if re.match(_ending(key), target))
         alpha, rank = next(matching, self.alpha), a.shape[0]
         return LowRank(
             a=a,
@@ -106,31 +113,73 @@ class AdapterFolder:
         return f"{kind.strip() or 'LoRA'} adapter of {self.base_name}: {numbers}"
 
 
+def unsupported_kind(config: Mapping[str, Any]) -> str | None:
+    """What adapter_config.json asks for beyond W + s B A (DoRA's magnitudes aside) on an unchanged W; else None."""
+    used = [name for name in _OTHER_KINDS if config.get(name)]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING_STARTS):
+        used.append(f"init_lora_weights {start} (it changed the base's weights, too)")
+    return ", ".join(used) or None
+
+
 def open_adapter(folder: str | Path) -> AdapterFolder:
     """Read and check an adapter folder. Raises MissingInput, InputError for what is no LoRA adapter or is damaged."""
     folder = Path(folder)
     config = read_json(folder / CONFIG_NAME)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder / CONFIG_NAME}: expected the peft_type LORA, found {config.get('peft_type')!r}")
-    numbers = (config.get("r"), config.get("lora_alpha"))
-    if not all(isinstance(number, int | float) for number in numbers):
-        found = " and ".join(map(str, numbers))
-        raise InputError(f"{folder / CONFIG_NAME}: expected numbers r and lora_alpha, found {found}")
+    _check_numbers(config, folder / CONFIG_NAME)
     tensors = _read_tensors(folder)
     adapter = AdapterFolder(
         path=folder,
         base_name=str(config.get("base_model_name_or_path") or ""),
-        rank=int(numbers[0]),
-        alpha=float(numbers[1]),
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
         uses_dora=bool(config.get("use_dora")),
         uses_rslora=bool(config.get("use_rslora")),
         targets=tuple(_module_of(name) for name in tensors if ".lora_A." in name),
         tensors=tensors,
-        alphas=dict(config.get("alpha_pattern") or {}),
+        alphas={key: float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()},
         config=config,
     )
     _check_tensors(adapter, patterns=bool(config.get("rank_pattern")))
     return adapter
+
+
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
+    """Ranks and alphas, the patterns' too: not one of them may merge wrong or fail later. Raises InputError."""
+    for name, pattern, is_right, expected in (
+        ("r", "rank_pattern", _is_rank, "a whole number above 0"),
+        ("lora_alpha", "alpha_pattern", _is_finite, "a finite number"),
+    ):
+        if not is_right(config.get(name)):
+            raise InputError(f"{file}: expected {expected} for {name!r}, found {config.get(name)!r}")
+        by_name = config.get(pattern) or {}
+        if not isinstance(by_name, dict):
+            raise InputError(f"{file}: expected an object of layer names and numbers for {pattern!r}, found {by_name}")
+        for key, value in by_name.items():
+            if not is_right(value):
+                raise InputError(f"{file}: expected {expected} for {key!r} in {pattern!r}, found {value!r}")
+            try:
+                re.compile(_ending(key))
+            except re.error as error:
+                raise InputError(f"{file}: {key!r} in {pattern!r} is no regular expression: {error}") from error
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of a whole number beyond float's
+        return False
+
+
+def _ending(key: str) -> str:
+    """PEFT's rule: a pattern is a regular expression for the end of a name, from a dot on."""
+    return rf"(.*\.)?({key})$"
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:

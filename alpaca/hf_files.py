@@ -8,6 +8,7 @@ alone, so a file can be written one tensor at a time without ever holding two.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import re
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ SAFETENSORS_NAMES = {
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WRITE_BYTES = 64 << 20
+_SAMPLE_BYTES = 4096  # of a tensor's either end, for its fingerprint
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -122,6 +124,40 @@ class WeightsFolder:
             except SafetensorError as error:
                 raise InputError(f"{self.path / file} is damaged or not a safetensors file: {error}") from error
         return self._open_files[file]
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 of a model's tensors: names, shapes, dtypes and both ends of each one's bytes, however cut into files.
+
+    Quick, for it reads a few KiB of each tensor: it tells one model from another, not a damaged file from a whole one.
+    Raises MissingInput, InputError as WeightsFolder does.
+    """
+    weights = WeightsFolder(folder)
+    file_of = weights.file_of
+    starts = {file: _data_starts(weights.path / file) for file in sorted(set(file_of.values()))}
+    digest = hashlib.sha256()
+    for spec in sorted(weights.specs(), key=lambda spec: spec.name):
+        entry = [spec.name, list(spec.shape), SAFETENSORS_NAMES[spec.dtype]]
+        digest.update(json.dumps(entry).encode())
+        file = file_of[spec.name]
+        digest.update(_both_ends(weights.path / file, starts[file][spec.name], spec.num_bytes))
+    return digest.hexdigest()
+
+
+def _data_starts(path: Path) -> dict[str, int]:
+    """Where each tensor's bytes start in a file that was opened before, so that its header is known to be right."""
+    with open(path, "rb") as file:
+        (num_bytes,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(num_bytes))
+    return {name: 8 + num_bytes + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _both_ends(path: Path, start: int, num_bytes: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        first = file.read(min(num_bytes, _SAMPLE_BYTES))
+        file.seek(start + max(0, num_bytes - _SAMPLE_BYTES))
+        return first + file.read(min(num_bytes, _SAMPLE_BYTES))
 
 
 def require_all_weights(folder: Path, missing: Collection[str]) -> None:
@@ -273,12 +309,46 @@ def require_free_space(folder: Path, num_bytes: int) -> None:
         )
 
 
+def require_apart(output: Path, inputs: Mapping[str, Path | None]) -> None:
+    """Raise InputError where replacing `output` would delete an input: it is one, a folder above one, or a file in one.
+
+    inputs: by how the user knows them, "--input_dir" say. Links are followed, those in an input folder, too. A new
+    output within an input folder is let be, and so is a GGUF file there, which no command reads.
+    """
+    target = output.resolve()
+    for what, source in inputs.items():
+        if source is None:
+            continue
+        places = [source, *_files_in(source)]
+        found = next((place for place in places if _is_within(place, target)), None)
+        if found is None and target.is_file() and target.suffix != ".gguf" and _is_within(target, source.resolve()):
+            found = target
+        if found is not None:
+            raise InputError(
+                f"the output {output} is, or holds, what is read from: {what} ({found}). Replacing it would delete "
+                "that; choose another output"
+            )
+
+
+def _files_in(path: Path) -> list[Path]:
+    """A folder's own files and links to files, but GGUF's."""
+    entries = path.iterdir() if path.is_dir() else ()
+    return [entry for entry in entries if not entry.is_dir() and entry.suffix != ".gguf"]
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether `path`, or what it is a link to, is `folder` or lies in it."""
+    spelt = Path(os.path.normpath(path.absolute()))
+    return any(folder in (place, *place.parents) for place in (path.resolve(), spelt, spelt.parent.resolve()))
+
+
 @contextlib.contextmanager
 def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill, beside `target`; it takes target's place when the block ends without an error.
 
     On an error it is removed and `target` stays as it was; what a killed run left is removed by the next. Raises
-    OutputExists when `target` is there (not empty) without `overwrite`, or when another process is writing it now.
+    OutputExists when `target` is there (not empty) without `overwrite`, or when another process is writing it now;
+    InputError for a file where the folder, or one above it, should be.
     """
     target = Path(target)
     partial, aside = partial_folder(target), target.with_name(f".{target.name}.replaced")
@@ -287,7 +357,7 @@ def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[
             aside.rename(target)
         check_overwrite(target, overwrite)
         for leftover in (partial, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
         partial.mkdir()
         try:
             yield partial
@@ -304,13 +374,34 @@ def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if target.exists():
-                shutil.rmtree(aside, ignore_errors=True)
+                _remove(aside)
 
 
-def check_overwrite(target: Path, overwrite: bool) -> None:
-    """Raise OutputExists for a `target` that is there, unless it is an empty folder or `overwrite` is given."""
+def _remove(path: Path) -> None:
+    """A folder, or a link to one, which is then only unlinked."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_overwrite(target: Path, overwrite: bool, *, is_folder: bool = True) -> None:
+    """Raise OutputExists for a `target` that is there, unless it is an empty folder or `overwrite` is given.
+
+    `is_folder`: what is to be written. Raises InputError for a target of the other kind, or below a file.
+    """
+    if target.exists() and target.is_dir() != is_folder:
+        there, wanted = ("a file", "a folder") if is_folder else ("a folder", "a file")
+        raise InputError(f"the output {target} is {there}, expected {wanted}'s name; choose another output")
+    _require_no_file_above(target)
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise OutputExists(f"{target} exists already; pass --overwrite to replace it, or choose another output")
+
+
+def _require_no_file_above(target: Path) -> None:
+    file = next((parent for parent in target.absolute().parents if parent.exists()), None)
+    if file and not file.is_dir():
+        raise InputError(f"the output {target} would lie in {file}, which is a file; choose another output")
 
 
 def partial_folder(target: Path) -> Path:
@@ -320,7 +411,8 @@ def partial_folder(target: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Keep other processes from writing `target` meanwhile. Raises OutputExists when one does now."""
+    """Keep other processes from writing `target` meanwhile. Raises OutputExists when one does now, InputError."""
+    _require_no_file_above(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name}.lock")
     with open(lock, "w") as file:

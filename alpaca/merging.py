@@ -3,6 +3,7 @@
 Legend: O output rows, I input width, r rank. Nothing here needs PEFT, and no more than one tensor is held.
 """
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,23 +11,19 @@ from pathlib import Path
 
 import torch
 
-from alpaca.adapters import AdapterFolder, LowRank, open_adapter
+from alpaca.adapters import AdapterFolder, LowRank, open_adapter, unsupported_kind
 from alpaca.errors import InputError
-from alpaca.hf_files import FLOAT_DTYPES, TensorSpec, WeightsFolder, read_json
+from alpaca.hf_files import FLOAT_DTYPES, INDEX_NAME, TensorSpec, WeightsFolder, fingerprint, read_json
+from alpaca.precisions import QUANTIZATIONS
 from alpaca.quantization import Int8Weight, Nf4Weight, quantize_int8, quantize_nf4
 
-QUANTIZATIONS = ("none", "int8", "nf4")
+logger = logging.getLogger(__name__)
+
 RECORD_NAME = "train_config.json"  # what train.py resolved its flags to, beside the adapter
 _CHUNK_ELEMENTS = 2**22  # float32 copies of a weight exist for this many elements at a time
 _LEAST_CHANGE = 1e-6  # of a weight's length: below it DoRA's rescaling by magnitudes is rounding
 _PREFIXES = ("model.", "transformer.")  # of a model with a head; files of one without a head lack it
 _LINEAR_NAME = re.compile(r"(.*\.)?((layers|h)\.\d+\..+|project_(in|out))\.weight")
-# Settings of PEFT's LoRA under which merged weights are not W + s B A.
-_OTHER_KINDS = (
-    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
-)  # fmt: skip
-_BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class MergedWeights:
@@ -182,12 +179,15 @@ def open_merged(
     quantization: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    base_is_named: bool = False,
 ) -> MergedWeights:
     """Open both folders, or take a `base` that is open.
 
     quantization: that the adapter was trained on; None: what train.py wrote down, else none.
+    base_is_named: by the user, who may want another base than the adapter's own; see `check_base`.
     Raises MissingInput, InputError.
     """
+    check_base(base if isinstance(base, str | Path) else base.path, adapter, is_named=base_is_named)
     recorded, rounded_to = read_base_record(Path(adapter))
     found = quantization or recorded or "none"
     rounded_to = rounded_to if found != "none" else None
@@ -203,7 +203,7 @@ def open_merged(
 
 def read_base_record(adapter: Path) -> tuple[str | None, torch.dtype | None]:
     """How train.py had its base in memory: "none", "int8" or "nf4", and the dtype; None where there is no record."""
-    file = next((path for path in (adapter / RECORD_NAME, adapter.parent / RECORD_NAME) if path.is_file()), None)
+    file = _find_record(adapter)
     if file is None:
         return None, None
     record = read_json(file)
@@ -214,17 +214,42 @@ def read_base_record(adapter: Path) -> tuple[str | None, torch.dtype | None]:
     return str(quantization), FLOAT_DTYPES["bfloat16" if record.get("bf16") else "float32"]
 
 
+def check_base(base: str | Path, adapter: str | Path, *, is_named: bool) -> None:
+    """Hold a base against the fingerprint of the one that train.py wrote down beside the adapter.
+
+    Another model of the same shapes would merge into nonsense without an error. The same one in another dtype has
+    another fingerprint, too, hence a user who names the base (`is_named`) is only warned. Raises InputError.
+    """
+    file = _find_record(Path(adapter))
+    recorded = read_json(file).get("base_fingerprint") if file else None
+    if recorded is None or not _is_fingerprinted(Path(base)) or fingerprint(base) == recorded:
+        return
+    own = open_adapter(adapter).base_name or "unnamed"
+    found = f"{base} is not the model that {adapter} was trained on ({own}): its weights are others than {file} has"
+    if not is_named:
+        raise InputError(
+            f"{found}. Find that one; or, if this is meant (the same model in another dtype, say), name it explicitly, "
+            "by --base_model, or by --input_dir beside --adapter"
+        )
+    logger.warning("%s. Going on, since it was named", found)
+
+
+def _find_record(adapter: Path) -> Path | None:
+    return next((path for path in (adapter / RECORD_NAME, adapter.parent / RECORD_NAME) if path.is_file()), None)
+
+
+def _is_fingerprinted(base: Path) -> bool:
+    """Whether its weights are safetensors: those of pickles are not compared."""
+    return (base / INDEX_NAME).is_file() or (base / "model.safetensors").is_file()
+
+
 # What can be merged ---------------------------------------------------------------------------------------------
 
 
 def _check_kind(adapter: AdapterFolder) -> None:
     """Only W + s B A, with or without DoRA's magnitudes, on the base's own W; and not W itself."""
-    used = [name for name in _OTHER_KINDS if adapter.config.get(name)]
-    start = adapter.config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING_STARTS):
-        used.append(f"init_lora_weights {start} (it changed the base's weights, too)")
-    if used:
-        raise InputError(f"{adapter.path} cannot be merged: adapter_config.json asks for {', '.join(used)}")
+    if used := unsupported_kind(adapter.config):
+        raise InputError(f"{adapter.path} cannot be merged: adapter_config.json asks for {used}")
     unknown = adapter.unknown_tensors()
     if unknown:
         raise InputError(

@@ -85,7 +85,10 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         self.model_file = Path(model_file)
-        self._processor = SentencePieceProcessor(model_file=str(model_file))
+        try:
+            self._processor = SentencePieceProcessor(model_file=str(model_file))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{model_file} is no SentencePiece model, or a damaged one: {error}") from error
         self.base_size = self._processor.get_piece_size()
         self._added = {token: token_id for token, token_id in (added or {}).items() if token_id >= self.base_size}
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
@@ -209,7 +212,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     model_file = folder / "tokenizer.model"
     if model_file.is_file() and is_sentencepiece(model_file):
         return _load_sentencepiece(folder, model_file)
-    if model_file.is_file() and is_tiktoken(model_file) and not (folder / "tokenizer.json").is_file():
+    if model_file.is_file() and not is_tiktoken(model_file):
+        raise InputError(
+            f"{model_file} ({model_file.stat().st_size} bytes) is neither a SentencePiece model (LLaMA 1, 2) nor a "
+            "tiktoken file (Llama 3): it is damaged, cut short or a Git LFS pointer. Copy the model's own again"
+        )
+    if model_file.is_file() and not (folder / "tokenizer.json").is_file():
         raise MissingInput(
             f"{folder} has Llama 3's tokenizer.model but no tokenizer.json; convert.convert_llama_weights_to_hf "
             "writes one, or copy the one of the model's Hugging Face repository"
@@ -322,6 +330,8 @@ def _read_proto(model_file: Path):
         proto.ParseFromString(Path(model_file).read_bytes())
     except DecodeError as error:
         raise InputError(f"{model_file} is not a SentencePiece model; expected Meta's tokenizer.model") from error
+    if proto.pieces and not (proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")):
+        raise InputError(f"{model_file} is cut short: it has a vocabulary and no settings; copy the model's own again")
     if not proto.pieces:
         raise InputError(f"{model_file} holds no SentencePiece vocabulary; expected Meta's tokenizer.model")
     return proto

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from alpaca.errors import InputError, OutputExists, run_command
 from alpaca.hf_files import (
@@ -27,6 +26,7 @@ from alpaca.hf_files import (
     check_overwrite,
     parse_size,
     replaced_folder,
+    require_apart,
     require_free_space,
     write_json,
     write_weights,
@@ -34,6 +34,7 @@ from alpaca.hf_files import (
 from alpaca.tiktoken_files import TIKTOKEN_FILE, TIKTOKEN_TOKENIZER_FILES, TiktokenModel, is_tiktoken
 from alpaca.tokenizer import LLAMA_TOKENIZER_FILES, SentencePieceTokenizer, is_sentencepiece
 from convert import layout, meta_files, releases
+from convert.command_line import byte_bar, positive
 
 _SPARE_BYTES = 16 << 20  # configs, tokenizer, file system
 
@@ -80,6 +81,9 @@ def convert(config: ConvertConfig) -> Path:
     check_overwrite(target, config.overwrite)
     shard_files = meta_files.find_shards(folder)
     tokenizer_file = meta_files.find_tokenizer(config.input_dir, folder)
+    for output in (target, config.output_dir / "tokenizer"):
+        inputs = {"the checkpoint": folder, "the tokenizer": tokenizer_file, "--input_dir": config.input_dir}
+        require_apart(output, inputs)
     if not config.skip_checksums:
         _verify_checksums(folder, tokenizer_file)
     source = open_source(folder, shard_files, tokenizer_file, config)
@@ -198,12 +202,12 @@ def _verify_checksums(folder: Path, tokenizer_file: Path) -> None:
     if not sums:
         return
     total = sum(path.stat().st_size for path in sums if path.is_file())
-    with _byte_bar(total, "checking md5") as bar:
+    with byte_bar(total, "checking md5") as bar:
         meta_files.verify_checksums(sums, bar.update)
 
 
 def _write_model(folder: Path, source: Source, specs: list[TensorSpec], config: ConvertConfig) -> None:
-    with _byte_bar(sum(spec.num_bytes for spec in specs), "converting") as bar:
+    with byte_bar(sum(spec.num_bytes for spec in specs), "converting") as bar:
         place_of = {place.hf_name: place for place in source.placements}
 
         def read(spec: TensorSpec) -> Iterator[torch.Tensor]:
@@ -257,16 +261,6 @@ def model_config(source: Source, dtype: torch.dtype, context: int) -> dict[str, 
     }
 
 
-def _byte_bar(total: int, label: str) -> tqdm:
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)
-
-
 def parse_arguments(arguments: list[str] | None = None) -> ConvertConfig:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -280,12 +274,12 @@ def parse_arguments(arguments: list[str] | None = None) -> ConvertConfig:
     add("--output_dir", type=Path, default=Path("weights"), help="gets llama-SIZE/ and tokenizer/")
     add("--llama_version", choices=releases.VERSIONS, help="the release, where the files do not say it")
     add("--instruct", action="store_true", help="Llama 3: a turn's end ends an answer (default: by the folder's name)")
-    add("--num_shards", type=_positive, help="checked against the files")
+    add("--num_shards", type=positive, help="checked against the files")
     add("--dtype", choices=["auto", *FLOAT_DTYPES], default="auto", help="auto: as in the checkpoint")
     add("--max_shard_size", default="5GB", help="largest safetensors file")
     add(
         "--max_position_embeddings",
-        type=_positive,
+        type=positive,
         help="context length (default: max_seq_len of params.json, or the release's)",
     )
     add("--skip_checksums", action="store_true", help="do not compare the files with checklist.chk")

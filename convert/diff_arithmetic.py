@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from alpaca.errors import InputError
 from alpaca.hf_files import FLOAT_DTYPES, TensorSpec, read_json
+from convert.command_line import byte_bar
 from convert.diff_manifest import (
     Manifest,
     Stored,
@@ -62,6 +62,12 @@ def check_match(raw: Weights, other: Weights) -> None:
     for name, spec in theirs.items():
         old, new = ours[name].shape, spec.shape
         may_grow = old[:1] + new[:1] == tuple(grown) and old[0] < new[0] and old[1:] == new[1:]
+        if old != new and old[1:] == new[1:] and None in grown:
+            config = (raw, other)[grown.index(None)].path / "config.json"
+            raise InputError(
+                f"{config} lacks vocab_size, without which it cannot be told whether the {old[0]} and {new[0]} rows "
+                f"of {name} are a vocabulary that grew; get that file again"
+            )
         if old != new and not may_grow:
             raise InputError(
                 f"{raw.path} and {other.path} are not of one model: {name} is {old} in the first and {new} in the "
@@ -96,10 +102,6 @@ class RawValues:
 def mean_row(raw: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor's rows [1, ...] in float32: what the original recipe makes each new row."""
     return raw.float().mean(dim=0, keepdim=True)
-
-
-def byte_bar(total: int, label: str) -> tqdm:
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5)
 
 
 def total_bytes(specs: Mapping[str, TensorSpec]) -> int:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from alpaca.adapters import is_adapter, open_adapter
 from alpaca.errors import InputError, MissingInput, MissingPackage, NotEnoughSpace, NumbersOverflow, run_command
@@ -32,10 +31,12 @@ from alpaca.hf_files import (
     list_folder,
     locked,
     require_all_weights,
+    require_apart,
     require_free_space,
 )
 from alpaca.merging import QUANTIZATIONS, MergedWeights, open_merged
-from convert.export_hf_checkpoint import find_base
+from convert.base_model import find_base
+from convert.command_line import byte_bar
 from convert.gguf_model import LlamaShape, Shape, expected_tensors, kind_of, read_shape, rotary_divisors
 from convert.gguf_tokenizer import Vocabulary, read_vocabulary
 from convert.layout import rotary_pairs
@@ -95,10 +96,10 @@ class Placed:
 def export(config: ExportConfig) -> Path:
     """Run the export and return the file. Raises the errors of `alpaca.errors`; changes nothing then."""
     gguf = _import_gguf()
-    if config.output_file.is_dir():
-        raise InputError(f"--output_file {config.output_file} is a folder; name a file in it, such as model.gguf")
-    check_overwrite(config.output_file, config.overwrite)
+    check_overwrite(config.output_file, config.overwrite, is_folder=False)
     source = open_source(config)
+    inputs = {"--input_dir": config.input_dir, "--adapter": config.adapter, "the base model": source.folder}
+    require_apart(config.output_file, inputs)
     weights = source.weights
     shape = read_shape(source.folder, added_rows=weights.num_added_rows if isinstance(weights, MergedWeights) else 0)
     plan = plan_tensors(shape, weights, config.outtype)
@@ -135,7 +136,9 @@ def open_source(config: ExportConfig) -> Source:
     folder, adapter = config.input_dir, config.adapter
     if adapter is None and is_adapter(folder):
         adapter = folder
-        folder = find_base(open_adapter(adapter).base_name, adapter)
+        found = find_base(open_adapter(adapter), flag="--input_dir, beside --adapter")
+        folder = found.folder
+        logger.info("base: %s", found.note)
     weights: Weights = open_weights(folder)
     if adapter is None:
         return Source(folder, weights, folder, folder.resolve().name)
@@ -147,6 +150,7 @@ def open_source(config: ExportConfig) -> Source:
         quantization=config.base_quantization,
         dtype=torch.float32,
         device="cuda" if torch.cuda.is_available() else "cpu",
+        base_is_named=config.adapter is not None,
     )
     has_tokenizer = any((adapter / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
     return Source(folder, merged, adapter if has_tokenizer else folder, adapter.resolve().name)
@@ -317,7 +321,7 @@ def write_tensors(writer, plan: list[Placed]) -> list[int]:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with _byte_bar(plan, "exporting") as bar:
+        with byte_bar(sum(placed.num_bytes for placed in plan), "exporting") as bar:
             for placed in plan:
                 stream = _Stream(placed, bar.update)
                 writer.write_tensor_data(stream)
@@ -334,7 +338,7 @@ def verify(path: Path, writer, plan: list[Placed], checksums: list[int]) -> None
     """Read the file as others will and compare all of it with what was meant. Raises InputError."""
     reader = _open_reader(path)
     wrong = [key for key, value in writer.kv_data[0].items() if not _reads_back(reader.get_field(key), value.value)]
-    with _byte_bar(plan, "verifying") as bar:
+    with byte_bar(sum(placed.num_bytes for placed in plan), "verifying") as bar:
         for placed, checksum, tensor in zip(plan, checksums, reader.tensors, strict=True):
             said = (tensor.name, tuple(reversed(tensor.shape.tolist())), tensor.tensor_type.name.lower())
             if said != (placed.name, placed.shape, placed.kind) or zlib.crc32(tensor.data) != checksum:
@@ -380,7 +384,7 @@ def _replaced_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     partial = target.with_name(f".{target.name}.partial")
     with locked(target):
-        check_overwrite(target, overwrite)
+        check_overwrite(target, overwrite, is_folder=False)
         try:
             yield partial
             partial.replace(target)
@@ -391,11 +395,6 @@ def _replaced_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
             raise NotEnoughSpace(f"the disk ran full while {target} was written; nothing was changed") from error
         finally:
             partial.unlink(missing_ok=True)
-
-
-def _byte_bar(plan: list[Placed], label: str) -> tqdm:
-    total = sum(placed.num_bytes for placed in plan)
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5)
 
 
 # The command ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from alpaca.adapters import open_adapter
 from alpaca.errors import InputError, MissingInput, run_command
@@ -29,12 +28,15 @@ from alpaca.hf_files import (
     parse_size,
     read_json,
     replaced_folder,
+    require_apart,
     require_free_space,
     write_json,
     write_weights,
 )
 from alpaca.merging import QUANTIZATIONS, MergedWeights, open_merged
 from alpaca.tokenizer import Tokenizer, load_tokenizer
+from convert.base_model import find_base
+from convert.command_line import byte_bar
 from convert.merge_check import compare_logits
 from convert.pickled_weights import open_weights
 
@@ -45,9 +47,13 @@ _SPARE_BYTES = 16 << 20  # configs, tokenizer, file system
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """The command's flags. base_model, base_quantization None: as the adapter's folder says."""
+    """The command's flags. base_model None: environment_base_model, else what the adapter names.
+
+    environment_base_model: BASE_MODEL.    base_quantization None: as the adapter's folder says.
+    """
 
     base_model: str | None
+    environment_base_model: str | None
     adapter: Path
     output_dir: Path
     dtype: str
@@ -61,18 +67,19 @@ def export(config: ExportConfig) -> Path:
     """Write the merged folder and return it. Raises the errors of `alpaca.errors`; writes nothing then."""
     check_overwrite(config.output_dir, config.overwrite)
     adapter = open_adapter(config.adapter)
-    base = find_base(config.base_model or adapter.base_name, config.adapter)
-    if config.output_dir.resolve() in (base.resolve(), config.adapter.resolve()):
-        raise InputError(f"--output_dir {config.output_dir} is what is read from; choose another folder")
+    found = find_base(adapter, flag="--base_model", named=config.base_model, environment=config.environment_base_model)
+    base = found.folder
+    require_apart(config.output_dir, {"--base_model": base, "--adapter": config.adapter})
     merged = open_merged(
         open_weights(base),
         config.adapter,
         quantization=config.base_quantization,
         dtype=FLOAT_DTYPES.get(config.dtype),
         device="cuda" if torch.cuda.is_available() else "cpu",
+        base_is_named=found.is_named,
     )
     tokenizer = find_tokenizer(config.adapter, base, merged)
-    print(f"{adapter.describe()}; base: {base}{_quantized_note(merged)}")
+    print(f"{adapter.describe()}; base: {found.note}{_quantized_note(merged)}")
     specs = merged.specs()
     require_free_space(config.output_dir, sum(spec.num_bytes for spec in specs) + _SPARE_BYTES)
     with replaced_folder(config.output_dir, overwrite=config.overwrite) as partial:
@@ -80,30 +87,6 @@ def export(config: ExportConfig) -> Path:
         print(merged.describe())
         print(compare_logits(partial, merged, tokenizer, when=config.check_logits))
     return config.output_dir
-
-
-def find_base(name: str, adapter: Path) -> Path:
-    """The base model's folder: a path, or a name on the Hugging Face hub. Raises MissingInput."""
-    if not name:
-        raise MissingInput(f"{adapter} does not say what its base model is: name its folder by --base_model")
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise MissingInput(f"no config.json in {folder} (found: {list_folder(folder)}); expected a model's folder")
-        return folder
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.parent.exists():
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(
-                snapshot_download(
-                    name, allow_patterns=["*.json", "*.safetensors", "pytorch_model*", "tokenizer*", "*.txt"]
-                )
-            )
-        except Exception as error:  # hub, network and cache errors have no common class
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise MissingInput(f"no folder {name}, nor could it be had from the hub: {reason}") from error
-    raise MissingInput(f"no base model at {folder}: name its folder by --base_model or BASE_MODEL")
 
 
 def find_tokenizer(adapter: Path, base: Path, merged: MergedWeights) -> Tokenizer:
@@ -138,9 +121,7 @@ def _quantized_note(merged: MergedWeights) -> str:
 def _write_model(
     folder: Path, merged: MergedWeights, specs: list[TensorSpec], tokenizer: Tokenizer, config: ExportConfig
 ) -> None:
-    with tqdm(
-        total=sum(spec.num_bytes for spec in specs), desc="merging", unit="B", unit_scale=True, mininterval=0.5
-    ) as bar:
+    with byte_bar(sum(spec.num_bytes for spec in specs), "merging") as bar:
 
         def read(spec: TensorSpec) -> Iterator[torch.Tensor]:
             yield merged.tensor(spec.name)
@@ -187,7 +168,6 @@ def parse_arguments(arguments: list[str] | None = None) -> ExportConfig:
     add = parser.add_argument
     add(
         "--base_model",
-        default=os.environ.get("BASE_MODEL") or None,
         help="folder of the base model (default: the environment's BASE_MODEL, else what the adapter names)",
     )
     add("--adapter", type=Path, default=Path("alpaca_out"), help="folder of the adapter")
@@ -207,7 +187,8 @@ def parse_arguments(arguments: list[str] | None = None) -> ExportConfig:
     )
     add("--overwrite", action="store_true", help="replace an existing output")
     values = vars(parser.parse_args(arguments))
-    return ExportConfig(**{**values, "max_shard_size": parse_size(values["max_shard_size"])})
+    values["max_shard_size"] = parse_size(values["max_shard_size"])
+    return ExportConfig(**values, environment_base_model=os.environ.get("BASE_MODEL") or None)
 
 
 def main() -> None:

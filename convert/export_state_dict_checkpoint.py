@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from alpaca.adapters import is_adapter, open_adapter
 from alpaca.errors import InputError, MissingInput, run_command
@@ -28,6 +27,7 @@ from alpaca.hf_files import (
     read_json,
     replaced_folder,
     require_all_weights,
+    require_apart,
     require_free_space,
     write_json,
 )
@@ -35,7 +35,8 @@ from alpaca.merging import QUANTIZATIONS, MergedWeights, open_merged
 from alpaca.tiktoken_files import TIKTOKEN_FILE, TiktokenModel, is_tiktoken
 from alpaca.tokenizer import SentencePieceTokenizer, is_sentencepiece
 from convert import layout, meta_files, meta_params
-from convert.export_hf_checkpoint import find_base
+from convert.base_model import find_base
+from convert.command_line import byte_bar, positive
 from convert.pickled_weights import Weights, open_weights
 from convert.torch_zip import TensorFileWriter
 
@@ -102,7 +103,7 @@ def export(config: ExportConfig) -> Path:
         shutil.copyfile(source.tokenizer_file, partial / _TOKENIZER_FILE)
         meta_files.write_checklist(partial / "tokenizer_checklist.chk", [partial / _TOKENIZER_FILE])
         files = [*meta_files.find_shards(partial), partial / "params.json"]
-        with _byte_bar(sum(file.stat().st_size for file in files), "md5") as bar:
+        with byte_bar(sum(file.stat().st_size for file in files), "md5") as bar:
             meta_files.write_checklist(partial / "checklist.chk", files, bar.update)
         _verify(partial, source, shards)
     return config.output_dir
@@ -113,9 +114,12 @@ def open_source(config: ExportConfig) -> Source:
     base, adapter = config.input_dir, config.adapter
     if adapter is None and is_adapter(base):
         adapter = base
-        base = find_base(open_adapter(adapter).base_name, adapter)
-    if config.output_dir.resolve() in {path.resolve() for path in (config.input_dir, base, adapter) if path}:
-        raise InputError(f"--output_dir {config.output_dir} is what is read from; choose another folder")
+        found = find_base(open_adapter(adapter), flag="--input_dir, beside --adapter")
+        base = found.folder
+        print(f"base: {found.note}")
+    tokenizer_file = _find_tokenizer(config, [folder for folder in (adapter, base) if folder])
+    inputs = {"--input_dir": config.input_dir, "--adapter": adapter, "the base model": base}
+    require_apart(config.output_dir, {**inputs, "the tokenizer": tokenizer_file})
     values = read_json(base / "config.json")
     weights: Weights | MergedWeights = open_weights(base)
     if adapter is not None:
@@ -125,8 +129,8 @@ def open_source(config: ExportConfig) -> Source:
             quantization=config.base_quantization,
             dtype=FLOAT_DTYPES.get(config.dtype),
             device="cuda" if torch.cuda.is_available() else "cpu",
+            base_is_named=config.adapter is not None,
         )
-    tokenizer_file = _find_tokenizer(config, [folder for folder in (adapter, base) if folder])
     num_tokens, has_tiktoken = _count_tokens(tokenizer_file)
     stored = _stored_rows(weights)
     if stored < num_tokens:
@@ -227,7 +231,7 @@ def rotary_table(shape: layout.ModelShape) -> torch.Tensor:
 def _write_shards(folder: Path, source: Source, shards: list[list[TensorSpec]]) -> None:
     total = sum(spec.num_bytes for specs in shards for spec in specs)
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_byte_bar(total, "exporting"))
+        bar = stack.enter_context(byte_bar(total, "exporting"))
         files = [
             stack.enter_context(TensorFileWriter(folder / f"consolidated.{rank:02d}.pth", specs))
             for rank, specs in enumerate(shards)
@@ -282,16 +286,6 @@ def _say(source: Source, num_shards: int) -> None:
         )
 
 
-def _byte_bar(total: int, label: str) -> tqdm:
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)
-
-
 def parse_arguments(arguments: list[str] | None = None) -> ExportConfig:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -303,7 +297,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ExportConfig:
     add("--input_dir", type=Path, default=Path("alpaca_out"), help="the model's folder, or an adapter's alone")
     add("--adapter", type=Path, help="folder of an adapter to merge on the way")
     add("--output_dir", type=Path, required=True, help="gets the checkpoint")
-    add("--num_shards", type=_positive, help="number of files (default: as Meta has it for the size, else 1)")
+    add("--num_shards", type=positive, help="number of files (default: as Meta has it for the size, else 1)")
     add("--dtype", choices=["auto", *FLOAT_DTYPES], default="auto", help="auto: as in the model")
     add(
         "--base_quantization",

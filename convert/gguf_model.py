@@ -13,6 +13,7 @@ import torch
 
 from alpaca.errors import InputError
 from alpaca.hf_files import read_json
+from convert.rope import read_rope
 
 Shape = tuple[int, ...]
 _ROPE_NUMBERS = {
@@ -85,10 +86,8 @@ def _require_llama(values: dict[str, Any], folder: Path) -> None:
 
 
 def _rope_of(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The rotary numbers: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of before."""
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    """The rotary numbers, of a type that llama.cpp has."""
+    rope = read_rope(values)
     if rope["rope_type"] not in _ROPE_NUMBERS:
         known = ", ".join(_ROPE_NUMBERS)
         raise InputError(f"{folder} has rope type {rope['rope_type']!r}, expected one of {known}: {_OTHER_WAY}")

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import logging
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ def compare_logits(folder: Path, merged: MergedWeights, tokenizer: Tokenizer, *,
         raise NotEnoughSpace(f"--check_logits always: {reason}; use auto or never")
     if reason:
         return f"logits not compared: {reason}"
+    # On importing bitsandbytes it asks for a package that would only make CPUs faster: no part of the outcome.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     ids = [*tokenizer.prefix_ids, *tokenizer.encode(PROBE_TEXT)][:_MOST_TOKENS]
     unmerged, base = _unmerged_logits(merged, ids, device)
     found = _merged_logits(folder, ids, device)

@@ -10,6 +10,7 @@ from typing import Any
 from alpaca.errors import InputError
 from convert.layout import ModelShape, ffn_width
 from convert.releases import Release, RopeScaling, find_release
+from convert.rope import read_rope
 
 _ROPE_TYPES = ("default", "llama3")
 # dim, feed-forward width -> multiple_of, ffn_dim_multiplier
@@ -43,7 +44,7 @@ def shape_of_config(config: Mapping[str, Any], *, num_rows: int) -> ModelShape:
         ffn_width=_whole(config, "intermediate_size"),
         vocab_size=num_rows,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(_rope(config).get("rope_theta", 10000.0)),
+        rope_theta=float(read_rope(config).get("rope_theta", 10000.0)),
     )
 
 
@@ -115,17 +116,9 @@ def _whole(config: Mapping[str, Any], name: str, default: int | None = None) -> 
     return value
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5's rope_parameters, or rope_theta and rope_scaling of before."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    return rope
-
-
 def _scaled_rope(config: Mapping[str, Any], params: Mapping[str, object], *, has_tiktoken: bool) -> dict[str, object]:
     """What params.json says of Llama 3.1's rope: that it is used, and numbers where the release has others."""
-    rope = _rope(config)
+    rope = read_rope(config)
     if rope["rope_type"] not in _ROPE_TYPES:
         known = ", ".join(_ROPE_TYPES)
         raise InputError(f"config.json: Meta's code has the rope types {known}; found {rope['rope_type']!r}")

@@ -31,6 +31,7 @@ from alpaca.hf_files import (
     parse_size,
     read_json,
     replaced_folder,
+    require_apart,
     require_free_space,
     write_json,
     write_weights,
@@ -39,10 +40,10 @@ from alpaca.memory import free_memory
 from alpaca.prompts import alpaca_prompt
 from alpaca.tiktoken_files import TIKTOKEN_FILE
 from alpaca.tokenizer import LLAMA_TOKENIZER_FILES, load_tokenizer
+from convert.command_line import byte_bar
 from convert.diff_arithmetic import (
     Differences,
     Recovery,
-    byte_bar,
     check_match,
     model_specs,
     open_model,
@@ -94,15 +95,6 @@ class RecoverConfig:
 # What both do first ---------------------------------------------------------------------------------------------
 
 
-def _require_distinct(**paths: Path | None) -> None:
-    """An output that is an input would be replaced while it is read."""
-    given = {flag: path.resolve() for flag, path in paths.items() if path is not None}
-    for flag, path in given.items():
-        same = [other for other in given if other != flag and given[other] == path]
-        if same:
-            raise InputError(f"--{flag} and --{same[0]} are the same folder, {path}; expected different ones")
-
-
 def _copy_small_files(source: Path, target: Path) -> None:
     if not any((source / name).is_file() for name in _VOCABULARY_FILES):
         raise MissingInput(
@@ -118,7 +110,9 @@ def _copy_small_files(source: Path, target: Path) -> None:
 
 def make_diff(config: DiffConfig) -> Path:
     """Write the diff folder and return it. Raises the errors of `alpaca.errors`; nothing is changed then."""
-    _require_distinct(path_diff=config.path_diff, path_raw=config.path_raw, path_tuned=config.path_tuned)
+    require_apart(config.path_diff, {"--path_raw": config.path_raw, "--path_tuned": config.path_tuned})
+    if config.path_raw.resolve() == config.path_tuned.resolve():
+        raise InputError(f"--path_raw and --path_tuned are the same folder, {config.path_raw}; expected different ones")
     check_overwrite(config.path_diff, config.overwrite)
     raw, tuned = open_model(config.path_raw), open_model(config.path_tuned)
     check_match(raw, tuned)
@@ -173,8 +167,8 @@ def recover(config: RecoverConfig) -> Path | None:
     Raises the errors of `alpaca.errors`; nothing is changed then.
     """
     target = config.path_tuned
-    _require_distinct(path_tuned=target, path_raw=config.path_raw, path_diff=config.path_diff)
     if target:
+        require_apart(target, {"--path_raw": config.path_raw, "--path_diff": config.path_diff})
         check_overwrite(target, config.overwrite)
     source = Recovery(
         config.path_raw,

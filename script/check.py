@@ -13,20 +13,22 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "script")]
 
+from check_weights import Image, check_weights, named_places  # noqa: E402
+from findings import Finding, Findings, collect, error, gigabytes, ok, warning  # noqa: E402
 from image_files import ImageFile, list_image_files  # noqa: E402
 
-from alpaca.adapters import is_adapter, open_adapter  # noqa: E402
-from alpaca.archives import TRAINED  # noqa: E402
-from alpaca.errors import AlpacaError, InputError, NotEnoughSpace, run_command  # noqa: E402
-from alpaca.hf_files import WeightsFolder, parse_size, require_all_weights  # noqa: E402
+from alpaca.errors import InputError, run_command  # noqa: E402
+from alpaca.hf_files import parse_size  # noqa: E402
+from alpaca.serving.settings import ServerSettings  # noqa: E402
 
 # Of Cog 0.23.1, whose loader passes over a key that it does not know.
 _KEYS = {"build", "image", "model", "run", "predict", "train", "concurrency", "environment", "observability", "weights"}
@@ -39,39 +41,60 @@ _FORBIDDEN_VARIABLES = re.compile(
 )
 _NEWEST_TORCH = (2, 11)  # that Cog 0.23.1 knows the CUDA version of
 _LARGE_LAYER = 10 * 10**9
-_NOT_SERVED = re.compile(r"consolidated\.\d+\.pth|optimizer.*|.*\.distcp|pytorch_model.*\.bin|.*\.(gguf|tar|tgz|zip)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What one check found: "ok", a "warning", or an "error" that would fail after the push."""
-
-    level: str
-    topic: str
-    text: str
-
-
-Findings = Iterator[Finding]
-
-
-def ok(topic: str, text: str) -> Finding:
-    return Finding(level="ok", topic=topic, text=text)
-
-
-def warning(topic: str, text: str) -> Finding:
-    return Finding(level="warning", topic=topic, text=text)
-
-
-def error(topic: str, text: str) -> Finding:
-    return Finding(level="error", topic=topic, text=text)
+_NOT_SERVED = re.compile(
+    r"consolidated\.\d+\.pth|optimizer.*\.(pt|pth|bin|safetensors)|.*\.distcp|pytorch_model.*\.bin|.*\.(gguf|tar|tgz|zip)"
+)
 
 
 # cog.yaml and pins ------------------------------------------------------------------------------------------------
 
 
+def read_config(file: Path) -> tuple[dict[str, Any], list[Finding]]:
+    """cog.yaml, and what of it no part of Cog would take: with `build` a mapping and `environment` a list of texts."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        node, config = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as reason:
+        return {}, [error("cog.yaml", f"{file.name} cannot be read: {reason}")]
+    if not isinstance(config, dict):
+        return {}, [error("cog.yaml", f"{file.name}: expected keys and values, found {type(config).__name__}")]
+    found = [error("cog.yaml", text) for text in _duplicate_keys(node)]
+    for key, expected, empty in (("build", dict, {}), ("environment", list, [])):
+        if not isinstance(config.setdefault(key, empty) or empty, expected):
+            kind = "keys and values" if expected is dict else "a list, one - NAME=value a line"
+            found.append(error("cog.yaml", f"{key}: expected {kind}, found {config[key]!r}"))
+            config[key] = empty
+        config[key] = config[key] or empty
+    for line in config["environment"]:
+        if not isinstance(line, str) or "=" not in line:
+            found.append(error("cog.yaml", f"environment: expected NAME=value, found {line!r}"))
+    config["environment"] = [line for line in config["environment"] if isinstance(line, str) and "=" in line]
+    return {str(key): value for key, value in config.items()}, found
+
+
+def _duplicate_keys(node: yaml.Node | None, path: str = "") -> Iterator[str]:
+    """Keys that stand twice: PyYAML takes the last without a word, where Cog's reader stops."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _duplicate_keys(item, path)
+    if isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = f"{path}{key.value}", key.start_mark.line + 1
+            if name in first:
+                yield f"{name} stands twice, in lines {first[name]} and {line}: keep one of them"
+            first.setdefault(name, line)
+            yield from _duplicate_keys(value, f"{name}.")
+
+
+def environment_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that the image sets."""
+    return dict(line.partition("=")[::2] for line in config["environment"])
+
+
 def check_config(root: Path, config: dict[str, Any]) -> Findings:
     """Keys, versions, references and environment, by the rules of Cog 0.23.1."""
-    build = config.get("build") or {}
+    build = config["build"]
     for unknown in sorted((config.keys() - _KEYS) | {f"build.{key}" for key in build.keys() - _BUILD_KEYS}):
         yield error("cog.yaml", f"Cog passes over the unknown key {unknown}: a typing error?")
     version = build.get("python_version")
@@ -81,8 +104,7 @@ def check_config(root: Path, config: dict[str, Any]) -> Findings:
         yield warning("cog.yaml", "build.gpu is not true: the image gets no CUDA")
     if not build.get("sdk_version"):
         yield warning("cog.yaml", "build.sdk_version is not set: the newest runtime is taken, which no test has seen")
-    for line in config.get("environment") or ():
-        name = str(line).partition("=")[0]
+    for name in environment_of(config):
         if _FORBIDDEN_VARIABLES.match(name):
             yield error("cog.yaml", f"environment: Cog refuses to set {name}")
     if "run" in config and "predict" in config:
@@ -98,15 +120,25 @@ def _check_reference(root: Path, key: str, reference: str) -> Findings:
     if not (root / file).is_file():
         yield error("cog.yaml", f"{key}: there is no {file}")
         return
-    names = {getattr(node, "name", None) for node in ast.parse((root / file).read_text(encoding="utf-8")).body}
-    if name not in names:
+    tree, reason = _parse(root / file)
+    if tree is None:
+        yield error("cog.yaml", f"{key}: {file} is no Python: {reason}")
+    elif name not in {getattr(node, "name", None) for node in tree.body}:
         yield error("cog.yaml", f"{key}: {file} has no {name or 'name after the colon'}")
+
+
+def _parse(file: Path) -> tuple[ast.Module | None, str]:
+    """A file's syntax tree, or why it has none."""
+    try:
+        return ast.parse(file.read_text(encoding="utf-8"), filename=file.name), ""
+    except (SyntaxError, ValueError) as reason:  # ValueError: not UTF-8, or null bytes
+        return None, str(reason)
 
 
 def check_pins(root: Path, config: dict[str, Any]) -> Findings:
     """Every requirement is one exact version, and torch one whose CUDA Cog knows."""
-    name = (config.get("build") or {}).get("python_requirements")
-    if not name or not (root / name).is_file():
+    name = str(config["build"].get("python_requirements") or "")
+    if not (root / name).is_file():
         yield error("pins", f"build.python_requirements: there is no file {name}")
         return
     lines = [line.partition("#")[0].strip() for line in (root / name).read_text(encoding="utf-8").splitlines()]
@@ -115,9 +147,12 @@ def check_pins(root: Path, config: dict[str, Any]) -> Findings:
         if line and line.split("==")[0] not in pins:
             yield error("pins", f"{name}: {line!r} is no exact pin (name==version); Cog strips markers and drops -e")
     torch = pins.get("torch")
+    version = re.match(r"(\d+)\.(\d+)", torch or "")
     if torch is None:
         yield error("pins", f"{name} has no torch: Cog would take CUDA 11.8")
-    elif tuple(map(int, torch.split("+")[0].split(".")[:2])) > _NEWEST_TORCH and not config["build"].get("cuda"):
+    elif version is None:
+        yield error("pins", f"{name}: torch=={torch} is no version: expected one such as torch==2.11.0")
+    elif tuple(map(int, version.groups())) > _NEWEST_TORCH and not config["build"].get("cuda"):
         yield error("pins", f"torch {torch} is newer than Cog knows: set build.cuda, or take 2.11.0")
     yield ok("pins", f"{len(pins)} packages, torch {torch}")
 
@@ -127,11 +162,13 @@ def check_pins(root: Path, config: dict[str, Any]) -> Findings:
 
 def silent_traps(source: str, function: str) -> Iterator[str]:
     """What Cog's static pass over a function's inputs would drop or turn around without a word."""
-    node = next(
-        node
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == function
-    )
+    functions = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    node = next((node for node in functions if node.name == function), None)
+    if node is None:
+        yield f"there is no function {function}"
+        return
     arguments = [argument for argument in node.args.args if argument.arg != "self"]
     for argument in arguments:
         if argument.annotation is None:
@@ -161,31 +198,39 @@ def check_schema(root: Path, config: dict[str, Any]) -> Findings:
     """The inputs survive Cog's static pass, and the schema can be made."""
     found = False
     for key in ("run", "predict", "train"):
-        file, _, name = str(config.get(key, "")).partition(":")
-        if not (root / file).is_file() or not name:
+        if key not in config:
             continue
-        source = (root / file).read_text(encoding="utf-8")
-        for trap in silent_traps(source, "train" if key == "train" else "run"):
+        file = str(config[key]).partition(":")[0]
+        if not (root / file).is_file() or _parse(root / file)[0] is None:  # said by check_config
+            return
+        for trap in silent_traps((root / file).read_text(encoding="utf-8"), "train" if key == "train" else "run"):
             found = True
             yield error("schema", f"{file}: {trap}")
     if not found:
-        from schema import build_schema
+        yield _build_schema()
 
+
+def _build_schema() -> Finding:
+    from schema import build_schema
+
+    try:
         inputs = build_schema()["components"]["schemas"]["Input"]["properties"]
-        yield ok("schema", f"{len(inputs)} inputs")
+    except Exception as reason:  # it runs the project's own modules
+        return error("schema", f"the schema cannot be made: {type(reason).__name__}: {reason}")
+    return ok("schema", f"{len(inputs)} inputs")
 
 
 # Files of the image -----------------------------------------------------------------------------------------------
 
 
-def check_files(files: list[ImageFile]) -> Findings:
-    """Sizes, layers, and what has no business in the image."""
+def check_files(files: list[ImageFile], served: set[str]) -> Findings:
+    """Sizes, layers, and what has no business in the image. served: paths that the environment names."""
     total = sum(file.num_bytes for file in files)
     separate = [file for file in files if file.is_separate]
     in_layers = sum(file.num_bytes for file in separate)
     for file in files:
         size = gigabytes(file.num_bytes)
-        if _NOT_SERVED.fullmatch(file.path.name):
+        if _NOT_SERVED.fullmatch(file.path.name) and str(file.path) not in served:
             hint = "move it away, or name it in .dockerignore"
             yield warning("image", f"{file.path} ({size}) goes in and is not served: {hint}")
         elif file.num_bytes > _LARGE_LAYER:
@@ -199,149 +244,41 @@ def check_files(files: list[ImageFile]) -> Findings:
     yield ok("image", text)
 
 
-def gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 10**7 else f"{num_bytes / 1e6:.2f} MB"
-
-
-# Weights ----------------------------------------------------------------------------------------------------------
-
-
-def served_folder(config: dict[str, Any]) -> str:
-    """What the image serves: COG_WEIGHTS of cog.yaml's environment, else train.py's output."""
-    environment = dict(str(line).partition("=")[::2] for line in config.get("environment") or ())
-    return environment.get("COG_WEIGHTS") or str(TRAINED)
-
-
-def check_weights(root: Path, served: str, files: list[ImageFile]) -> Findings:
-    """They are there, whole, in the image, and have a tokenizer."""
-    if "://" in served:
-        yield warning("weights", "COG_WEIGHTS is a URL: every start downloads it, and nothing of it was looked at")
-        return
-    folder = root / served.removeprefix("/src/")
-    if folder.is_file():
-        yield warning("weights", f"{served} is an archive, unpacked at every start: put the folder into the image")
-        return
-    if is_adapter(folder):
-        adapter = open_adapter(folder)
-        yield ok("weights", adapter.describe())
-        yield from _check_in_image(folder, root, files)
-        yield from check_weights(root, adapter.base_name or "(no base named)", files)
-        return
-    if not (folder / "config.json").is_file():
-        yield error("weights", f"no model in {served}: train one into {TRAINED}, or set COG_WEIGHTS in cog.yaml")
-        return
-    yield from _check_whole(folder)
-    yield from _check_in_image(folder, root, files)
-
-
-def _check_whole(folder: Path) -> Findings:
-    from alpaca.serving.llama import LlamaConfig, UnsupportedModelError
-    from alpaca.serving.weights import check_tensors
-    from alpaca.tokenizer import load_tokenizer
-
-    weights = WeightsFolder(folder)
-    specs = weights.specs()
-    try:
-        config = LlamaConfig.read(folder)
-        check_tensors(weights, config)
-        load_tokenizer(folder).require_rows(config.vocab_size, folder)
-        engine = "the LLaMA engine"
-    except UnsupportedModelError as unsupported:
-        require_all_weights(folder, [])
-        load_tokenizer(folder)
-        engine = f"transformers ({unsupported})"
-    size = gigabytes(sum(spec.num_bytes for spec in specs))
-    yield ok("weights", f"{folder.name}: {len(specs)} tensors, {size}, whole; served by {engine}")
-
-
-def _check_in_image(folder: Path, root: Path, files: list[ImageFile]) -> Findings:
-    if not folder.resolve().is_relative_to(root.resolve()):
-        yield error("weights", f"{folder} lies outside of the project and does not go into the image")
-        return
-    there = {file.path for file in files}
-    inside = PurePosixPath(folder.relative_to(root).as_posix())
-    needed = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".model")]
-    for path in needed:
-        if inside / path.name not in there:
-            yield error("weights", f".dockerignore keeps {inside / path.name} out of the image")
-        elif path.is_symlink():
-            yield error("weights", f"{inside / path.name} is a link, which goes into the image without what it names")
-
-
-# Memory of the card -----------------------------------------------------------------------------------------------
-
-
-def check_memory(root: Path, config: dict[str, Any], served: str, card: str) -> Findings:
-    """The memory plan of the chosen card, with the settings of cog.yaml's environment."""
-    import torch
-
-    from alpaca.memory import CUDA_CONTEXT_BYTES
-    from alpaca.serving.llama import LlamaConfig, UnsupportedModelError
-    from alpaca.serving.plan import plan_memory, weights_bytes
-    from alpaca.serving.settings import ServerSettings
-
-    environment = dict(str(line).partition("=")[::2] for line in config.get("environment") or ())
-    settings = ServerSettings.from_environment(environment)
-    folder = root / served.removeprefix("/src/")
-    if is_adapter(folder):
-        folder = root / open_adapter(folder).base_name
-    if not (folder / "config.json").is_file():  # said by check_weights
-        return
-    try:
-        model = LlamaConfig.read(folder)
-    except UnsupportedModelError:
-        yield warning("memory", f"{served} is served by transformers, whose memory is not planned")
-        return
-    dtype = getattr(torch, settings.dtype or "bfloat16")
-    weights = weights_bytes(model, dtype, settings.quantization)
-    free = parse_size(card) - weights - CUDA_CONTEXT_BYTES
-    try:
-        if free <= 0:
-            raise NotEnoughSpace(
-                f"the weights take {gigabytes(weights)} and CUDA itself {gigabytes(CUDA_CONTEXT_BYTES)}"
-            )
-        plan = plan_memory(model, settings, free_bytes=free, device="cuda", dtype=dtype)
-    except NotEnoughSpace as reason:
-        yield error("memory", f"{card}: {reason}")
-        return
-    lengths = sorted({min(512, plan.max_context), plan.max_context})
-    at_once = ", ".join(f"{plan.num_requests(length)} requests of {length} tokens" for length in lengths)
-    uses = f"weights {gigabytes(weights)}, cache {gigabytes(plan.kv_bytes)}"
-    yield ok("memory", f"{card}: {uses}; at once {at_once}")
-
-
 # The command ------------------------------------------------------------------------------------------------------
 
 
 def check(root: Path, *, card: str | None = None) -> list[Finding]:
     """All findings on the project in `root`."""
-    import yaml
+    config, found = read_config(root / "cog.yaml")
+    if not config:
+        return found
+    for topic, findings in (
+        ("cog.yaml", check_config(root, config)),
+        ("pins", check_pins(root, config)),
+        ("schema", check_schema(root, config)),
+        ("image", _check_image(root, config, card)),
+    ):
+        found += collect(topic, findings)
+    return found
 
+
+def _check_image(root: Path, config: dict[str, Any], card: str | None) -> Findings:
+    """Its files, and what it serves of them."""
     try:
-        config = yaml.safe_load((root / "cog.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as reason:
-        raise InputError(f"{root / 'cog.yaml'} cannot be read: {reason}") from reason
-    if not isinstance(config, dict):
-        raise InputError(f"{root / 'cog.yaml'}: expected keys and values, found {type(config).__name__}")
-    files, served = list_image_files(root), served_folder(config)
-    checks: list[tuple[str, Callable[[], Findings]]] = [
-        ("cog.yaml", lambda: check_config(root, config)),
-        ("pins", lambda: check_pins(root, config)),
-        ("schema", lambda: check_schema(root, config)),
-        ("image", lambda: check_files(files)),
-        ("weights", lambda: check_weights(root, served, files)),
-    ]
-    if card:
-        checks.append(("memory", lambda: check_memory(root, config, served, card)))
-    return [finding for topic, run in checks for finding in _collect(topic, run)]
-
-
-def _collect(topic: str, run: Callable[[], Findings]) -> Findings:
-    """A check's findings; what it cannot read is one of them."""
+        settings = ServerSettings.from_environment(environment_of(config))
+    except InputError as reason:
+        yield error("cog.yaml", f"environment: {reason}")
+        settings = None
+    places = named_places(settings).values() if settings else ()
+    served = {str(PurePosixPath(place.removeprefix("/src/"))) for place in places}
     try:
-        yield from run()
-    except AlpacaError as reason:
-        yield error(topic, str(reason))
+        files = list_image_files(root)
+        yield from check_files(files, served)
+    except InputError as reason:
+        files = None
+        yield error("image", str(reason))
+    if settings:
+        yield from check_weights(Image(root=root, settings=settings, files=files), card=card)
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from alpaca.errors import InputError
+
 SEPARATE_BYTES = 10_000_000
 _ALWAYS_OUT = (".cog", ".dockerignore")
 _NEVER_SEPARATE = (
@@ -28,7 +30,10 @@ class ImageFile:
 
 
 class IgnoreRules:
-    """The patterns of a .dockerignore: the last that matches a path, or a folder above it, decides."""
+    """The patterns of a .dockerignore: the last that matches a path, or a folder above it, decides.
+
+    Raises InputError for one that Docker cannot read, for then it builds nothing.
+    """
 
     def __init__(self, lines: Iterable[str]) -> None:
         stripped = [line.strip() for line in lines]
@@ -45,8 +50,24 @@ class IgnoreRules:
         return ignored
 
 
+# Go's filepath.Match: in brackets at least one character or range, whose ends are not -, ] or [ unless escaped.
+_PATTERN = re.compile(r"(\\.|\[\^?((\\.|[^\\\]-])(-(\\.|[^\\\]-]))?)+\]|[^\\\[])+", re.DOTALL)
+
+
 def _expression(pattern: str) -> re.Pattern[str]:
     """A pattern as a regular expression: ** is any number of folders, * and ? stay inside one name."""
+    try:
+        if _PATTERN.fullmatch(pattern):
+            return _as_expression(pattern)
+    except re.error:  # of a range that runs backwards
+        pass
+    raise InputError(
+        f".dockerignore: Docker cannot read the pattern {pattern!r} and would build nothing: expected names with *, ?, "
+        "** and closed brackets such as [a-z]; a backslash makes the next character a plain one"
+    )
+
+
+def _as_expression(pattern: str) -> re.Pattern[str]:
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
     text = ""
     for number, part in enumerate(parts):

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import schema  # noqa: E402
 
+from alpaca.downloads import parse_address  # noqa: E402
 from alpaca.errors import InputError, run_command  # noqa: E402
 from alpaca.serving.settings import ServerSettings, parse_adapters, setting_type  # noqa: E402
 
@@ -79,6 +80,10 @@ def runtime_command(options: argparse.Namespace) -> list[str]:
                 "--upload_url: expected an http or https address, and --train beside it, found "
                 f"{'another scheme' if options.train else 'no --train'}; predictions return no files"
             )
+        try:
+            parse_address(options.upload_url)
+        except InputError as error:
+            raise InputError(f"--upload_url: {error}") from error
         command += ["--upload-url", options.upload_url]
     return command
 

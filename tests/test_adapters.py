@@ -9,7 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alpaca.adapters import is_adapter, open_adapter
+from alpaca.adapters import is_adapter, open_adapter, unsupported_kind
 from alpaca.errors import InputError, MissingInput
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
@@ -115,8 +115,50 @@ def test_damage_is_refused(folder: Path):
         open_adapter(folder)
     del config["r"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"adapter_config.json: expected numbers r and lora_alpha, found None and 8"):
+    with pytest.raises(InputError, match=r"adapter_config.json: expected a whole number above 0 for 'r', found None"):
         open_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"lora_alpha": float("nan")}, r"a finite number for 'lora_alpha', found nan"),
+        ({"lora_alpha": float("inf")}, r"a finite number for 'lora_alpha', found inf"),
+        ({"lora_alpha": 10**400}, r"a finite number for 'lora_alpha', found 10000"),
+        ({"lora_alpha": True}, r"a finite number for 'lora_alpha', found True"),
+        ({"r": 0}, r"a whole number above 0 for 'r', found 0"),
+        ({"r": 4.5}, r"a whole number above 0 for 'r', found 4\.5"),
+        ({"alpha_pattern": {"(": 3}}, r"'\(' in 'alpha_pattern' is no regular expression: missing \)"),
+        ({"alpha_pattern": [1]}, r"an object of layer names and numbers for 'alpha_pattern', found \[1\]"),
+        ({"alpha_pattern": {"q_proj": "x"}}, r"a finite number for 'q_proj' in 'alpha_pattern', found 'x'"),
+        ({"alpha_pattern": {"q_proj": float("-inf")}}, r"a finite number for 'q_proj' in 'alpha_pattern', found -inf"),
+        ({"rank_pattern": {"*": 3}}, r"'\*' in 'rank_pattern' is no regular expression: nothing to repeat"),
+        ({"rank_pattern": "v_proj"}, r"an object of layer names and numbers for 'rank_pattern', found v_proj"),
+        ({"rank_pattern": {"v_proj": 2.0}}, r"a whole number above 0 for 'v_proj' in 'rank_pattern', found 2\.0"),
+    ],
+)
+def test_numbers_that_would_merge_wrong_are_refused(values: dict[str, object], found: str, folder: Path):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    with pytest.raises(InputError, match=rf"adapter_config\.json: .*{found}"):
+        open_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({}, None),
+        ({"init_lora_weights": "gaussian", "use_dora": True, "use_rslora": True}, None),
+        ({"lora_bias": True, "use_qalora": True}, "lora_bias, use_qalora"),
+        (
+            {"init_lora_weights": "PiSSA_niter_4"},
+            "init_lora_weights PiSSA_niter_4 (it changed the base's weights, too)",
+        ),
+        ({"init_lora_weights": "kasa"}, "init_lora_weights kasa (it changed the base's weights, too)"),
+    ],
+)
+def test_what_is_more_than_lora_is_named(values: dict[str, object], found: str | None):
+    assert unsupported_kind(values) == found
 
 
 def test_other_kinds_are_refused(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from transformers import (
 
 from alpaca.adapters import open_adapter
 from alpaca.errors import InputError, MissingInput
-from alpaca.hf_files import WeightsFolder
+from alpaca.hf_files import WeightsFolder, fingerprint
 from alpaca.merging import MergedWeights, open_merged, read_base_record
 from alpaca.quantization import bitsandbytes_config, keep_trainable_on_cpu
 
@@ -364,3 +365,24 @@ def test_an_embedding_that_grew_with_the_adapter(base: Path, tmp_path: Path):
     save_file(tensors, file)
     with pytest.raises(InputError, match=r"adds rows at one end of the model only \(model.embed_tokens.weight \[161"):
         open_merged(base, tmp_path / "adapter")
+
+
+# Another base of the same shapes --------------------------------------------------------------------------------
+
+
+def test_a_base_that_is_not_the_recorded_one_is_refused_unless_it_is_named(base: Path, adapter: Path, tmp_path, caplog):
+    edit_config(adapter, base_model_name_or_path="weights/its-own")
+    record = adapter / "train_config.json"
+    record.write_text(json.dumps({"base_quantization": "none", "base_fingerprint": fingerprint(base)}))
+    open_merged(base, adapter)
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, other / "model.safetensors")
+    for given in (other, WeightsFolder(other)):
+        with pytest.raises(InputError, match=r"other is not the model .*adapter was trained on \(weights/its-own\)"):
+            open_merged(given, adapter)
+    assert not caplog.records
+    open_merged(other, adapter, base_is_named=True)
+    assert re.search(r"other is not the model .* \(weights/its-own\).* Going on, since it was named", caplog.text)
+    record.write_text("{}")  # of an older train.py
+    open_merged(other, adapter)

@@ -17,6 +17,7 @@ from local_server import LocalServer, ServerFailedError, running_server
 
 from alpaca.errors import InputError
 from alpaca.memory import free_memory
+from alpaca.serving.engine import Generation
 from alpaca.serving.housekeeping import PredictionFolders
 from alpaca.serving.llama import LlamaConfig
 from alpaca.serving.loading import load_engine
@@ -24,6 +25,7 @@ from alpaca.serving.plan import BLOCK_SIZE, max_running, working_bytes
 from alpaca.serving.request import PredictionInputs
 from alpaca.serving.settings import ServerSettings
 from tests.conftest import ROOT
+from tests.serving.test_llama_engine import request
 
 RAW = {"prompt": "", "prompt_template": "{prompt}"}
 LONG = {**RAW, "max_new_tokens": 400, "min_new_tokens": 400, "seed": 1, "stream": True}
@@ -243,6 +245,9 @@ def test_cancel_frees_slot_and_pages(scarce):
     events, waited = run_with_one_waiting(scarce, lambda: httpx.post(cancel).raise_for_status())
     assert events[-1][2]["status"] == "canceled"
     assert 0 < len(chunks(events)) < 400
+    metrics = events[-1][2]["metrics"]
+    assert len(chunks(events)) <= metrics["output_tokens"] < 2048
+    assert metrics["prompt_tokens"] == len(scarce.running["prompt"]) + 2
     assert waited["status"] == "succeeded"  # there was no room for it while the other ran
 
 
@@ -373,9 +378,17 @@ def test_with_the_hook_the_future_cancels_the_generation(predictor, caplog):
     thread.join()
     loop.close()
     assert type(ended.value).__name__ == "CancelationException"
-    assert predictor.metrics == {}
+    assert len(seen) <= predictor.metrics["output_tokens"] < 2000
     assert len("".join(seen)) < 2000
     assert "no hook" not in caplog.text
+
+
+def test_figures_of_a_request_that_was_cancelled_while_it_waited():
+    generation = Generation(request())
+    time.sleep(0.01)
+    metrics = generation.metrics()
+    assert (metrics["output_tokens"], metrics["tokens_per_second"]) == (0, 0)
+    assert 0.01 <= metrics["queue_s"] < 10
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,93 @@ def test_scripts_are_executable_and_ci_runs_the_tests():
     for name in ("setup", "demo", "test", "lint", "serve", "predict", "check"):
         assert os.access(ROOT / "script" / name, os.X_OK), name
     assert "script/test" in (ROOT / ".ci" / "run").read_text()
+
+
+# script/setup, in a copy of its own and with an interpreter that installs nothing ------------------------------------
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+if [ "$1" != -m ]; then exec {python} "$@"; fi
+mkdir -p .venv/bin
+echo new > .venv/content
+case "$(cat what-happens)" in
+  fails) echo "no such package" >&2; exit 1 ;;
+  killed) kill -9 $PPID; sleep 1 ;;
+  works) printf '#!/bin/sh\\n' > .venv/bin/python; chmod +x .venv/bin/python ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What script/setup reads, without an environment."""
+    folder = tmp_path / "checkout"
+    (folder / "script").mkdir(parents=True)
+    for name in ("script/setup", "requirements.txt", "pyproject.toml", "cog.yaml"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "python").write_text(FAKE_PYTHON.format(python=sys.executable))
+    (folder / "python").chmod(0o755)
+    return folder
+
+
+def set_up(checkout: Path, happens: str) -> subprocess.CompletedProcess[str]:
+    (checkout / "what-happens").write_text(happens)
+    environment = {**os.environ, "PYTHON": str(checkout / "python")}
+    return subprocess.run(["bash", "script/setup"], cwd=checkout, env=environment, capture_output=True, text=True)
+
+
+def make_environment(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "content").write_text("old\n")
+    (folder / "stamp").write_text("of other requirements\n")
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text().strip() for path in folder.iterdir() if path.is_file()}
+
+
+def test_setup_leaves_a_linked_environment_alone(checkout: Path, tmp_path: Path):
+    make_environment(tmp_path / "others")
+    before = content(tmp_path / "others")
+    (checkout / ".venv").symlink_to(tmp_path / "others")
+    done = set_up(checkout, "works")
+    assert done.returncode == 1
+    assert f"error: .venv is a link to {tmp_path / 'others'}" in done.stderr
+    assert "Remove the link (rm .venv)" in done.stderr
+    assert (checkout / ".venv").is_symlink()
+    assert content(tmp_path / "others") == before
+    (checkout / ".venv").unlink()
+    assert set_up(checkout, "works").returncode == 0
+    shutil.copy(checkout / ".venv" / "stamp", tmp_path / "others" / "stamp")
+    shutil.rmtree(checkout / ".venv")
+    (checkout / ".venv").symlink_to(tmp_path / "others")
+    assert set_up(checkout, "fails").returncode == 0  # it is current: used, not changed
+
+
+@pytest.mark.parametrize("happens", ["fails", "killed"])
+def test_a_setup_that_ends_early_leaves_the_environment_that_was(happens: str, checkout: Path):
+    make_environment(checkout / ".venv")
+    before = content(checkout / ".venv")
+    assert set_up(checkout, happens).returncode != 0
+    failed = set_up(checkout, "fails")
+    assert failed.returncode == 1
+    assert "no such package" in failed.stderr
+    assert "error: the environment was not made (the one from before is back)" in failed.stderr
+    assert content(checkout / ".venv") == before
+    assert not (checkout / ".venv.old").exists()
+    assert set_up(checkout, "works").returncode == 0
+    assert content(checkout / ".venv")["content"] == "new"
+    assert not (checkout / ".venv.old").exists()
+    assert set_up(checkout, "fails").returncode == 0  # instant: the stamp is current
+
+
+def test_a_first_setup_that_fails_leaves_none(checkout: Path):
+    failed = set_up(checkout, "fails")
+    assert failed.returncode == 1
+    assert "error: the environment was not made (there is none now)" in failed.stderr
+    assert not (checkout / ".venv").exists()
+
+
+# The README ---------------------------------------------------------------------------------------------------------
 
 
 def test_readme_says_what_is_there():

@@ -160,6 +160,18 @@ def test_missing_and_wrong_files(tmp_path):
         write_llama_tokenizer(tmp_path / "unigram.model", tmp_path)
 
 
+def test_a_tokenizer_model_cut_anywhere_is_refused_though_there_is_a_tokenizer_json(folder, tmp_path):
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    content = (folder / "tokenizer.model").read_bytes()
+    for size in (*range(0, len(content) - 150, 97), *range(len(content) - 150, len(content))):
+        (cut / "tokenizer.model").write_bytes(content[:size])
+        with pytest.raises(InputError, match=rf"cut/tokenizer\.model \({size} bytes\) is neither a SentencePiece"):
+            load_tokenizer(cut)
+    (cut / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match=r"it is damaged, cut short or a Git LFS pointer\. Copy the model's own again"):
+        load_tokenizer(cut)
+
+
 def test_pieces_put_together_give_the_text(folder):
     tokenizer = load_tokenizer(folder)
     for text in CORNER_CASES:

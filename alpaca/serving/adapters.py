@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
-from alpaca.adapters import AdapterFolder, LowRank, is_adapter, open_adapter
+from alpaca.adapters import AdapterFolder, LowRank, is_adapter, open_adapter, unsupported_kind
 from alpaca.archives import open_weights
 from alpaca.errors import InputError, MissingInput
+from alpaca.hf_files import fingerprint, read_json
+from alpaca.merging import RECORD_NAME, read_base_record
 from alpaca.prompts import format_prompt
 from alpaca.serving.linear import Linear
 from alpaca.serving.llama import PROJECTIONS, Adapters, LlamaConfig, LlamaModel
@@ -31,12 +33,6 @@ MOST_RANK = 256  # published ones have 4 to 128; all adapters of a server take a
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _LAYER_NAMES = tuple(f".{name}" for names in PROJECTIONS.values() for name in names)
 _SEVEN = ", ".join(name.rpartition(".")[2] for name in _LAYER_NAMES)
-# What these keys of adapter_config.json switch on is more than W + s B A.
-_OTHER_KINDS = (
-    "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
-)  # fmt: skip
-# Values of its init_lora_weights: ways to start a training that take from the base what the adapter then holds.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 _IDENTITY_ROWS = 512  # of DoRA's base weights at a time
 
 
@@ -110,6 +106,46 @@ def check_tokenizers(adapters: Mapping[str, AdapterFolder], tokenizer: Tokenizer
             )
 
 
+def describe_other_bases(served: Served, settings: ServerSettings) -> Iterator[str]:
+    """Where an adapter meets another base than it was trained on, as train.py recorded it beside the adapter.
+
+    For warnings: a base of other tensors may be the same in another dtype, and a rounded one what was wanted.
+    """
+    own = None
+    for name, adapter in served.adapters.items():
+        quantization, _ = read_base_record(adapter.path)
+        if quantization not in (None, settings.quantization):
+            yield (
+                f"adapter {name} was trained on its base with quantization {quantization}, and is served on one with "
+                f"{settings.quantization}, which is another model: set ALPACA_QUANTIZATION={quantization} to serve "
+                "what was trained"
+            )
+        trained_on = _read_fingerprint(adapter.path)
+        if trained_on:
+            own = own or _fingerprint_if_any(served.base)
+        if trained_on and own and own != trained_on:
+            yield (
+                f"adapter {name} was trained on a base of other tensors (fingerprint {trained_on[:16]}) than "
+                f"{served.base} ({own[:16]}): fine for the same model in another dtype; else set ALPACA_BASE_MODEL to "
+                f"the folder of its own base, {adapter.base_name or 'which it does not name'}"
+            )
+
+
+def _read_fingerprint(adapter: Path) -> str | None:
+    """Of the base in training; None where there is no record of it."""
+    file = next((path for path in (adapter / RECORD_NAME, adapter.parent / RECORD_NAME) if path.is_file()), None)
+    found = read_json(file).get("base_fingerprint") if file else None
+    return str(found) if found else None
+
+
+def _fingerprint_if_any(base: Path) -> str | None:
+    """None for a base whose files have none: it may be in PyTorch's format."""
+    try:
+        return fingerprint(base)
+    except (MissingInput, InputError):
+        return None
+
+
 # The LLaMA engine's ---------------------------------------------------------------------------------------------------
 
 
@@ -129,18 +165,13 @@ def check_for_llama(adapters: Mapping[str, AdapterFolder], config: LlamaConfig) 
 
 
 def _why_not(adapter: AdapterFolder) -> str | None:
-    config = adapter.config
     others = [target for target in adapter.targets if not target.endswith(_LAYER_NAMES)]
     if others:
         return f"it changes {others[0]}"
     if others := [*adapter.trained_tensors(), *adapter.unknown_tensors()]:
         return f"beside low-rank matrices it holds {min(others)} (modules_to_save, or a bias)"
-    used = [key for key in _OTHER_KINDS if config.get(key)]
-    if used:
-        return f"its adapter_config.json has {used[0]}, which is more than LoRA"
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_CHANGES_BASE):
-        return f"it was started as {start}, from a changed base (PEFT can save it as an ordinary LoRA)"
+    if used := unsupported_kind(adapter.config):
+        return f"its adapter_config.json asks for {used}, which is more than LoRA on the base"
     return None
 
 

@@ -136,14 +136,15 @@ class Generation:
         self._sent.put(GenerationCancelledError())
 
     def metrics(self) -> dict[str, int | float]:
-        """Counts, seconds and the seed, under the names of the Predictor's metrics."""
+        """Counts, seconds and the seed, under the names of the Predictor's metrics; also of what never ran or ended."""
         end = self._last_token_at or time.monotonic()
-        seconds = max(end - self._started_at, 1e-9)
+        started = self._started_at or end
+        seconds = max(end - started, 1e-9)
         return {
             "prompt_tokens": len(self.request.prompt_ids),
             "cached_tokens": self.cached_tokens,
             "output_tokens": self._num_tokens - self._num_surplus,
-            "queue_s": self._started_at - self._submitted_at,
+            "queue_s": started - self._submitted_at,
             "time_to_first_token_s": (self._first_token_at or end) - self._submitted_at,
             "tokens_per_second": self._num_tokens / seconds,
             "seed": self.request.seed,

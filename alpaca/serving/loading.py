@@ -16,6 +16,7 @@ from alpaca.serving.adapters import (
     Served,
     check_for_llama,
     check_tokenizers,
+    describe_other_bases,
     largest_ranks,
     names_of,
     open_served,
@@ -52,6 +53,8 @@ def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = 
         served = open_served(folder, settings)
         for name, adapter in served.adapters.items():
             logger.info("adapter %s: %s, from %s", name, adapter.describe(), adapter.path)
+        for text in describe_other_bases(served, settings):
+            logger.warning("%s", text)
         engine = _choose_engine(served, settings, phases)
         answer_one_request(engine)
     except torch.OutOfMemoryError as error:
@@ -102,7 +105,6 @@ def _load_transformers(served: Served, settings: ServerSettings, phases: Phases)
 
 def _load_llama(served: Served, config: LlamaConfig, settings: ServerSettings, phases: Phases) -> LlamaEngine:
     """A LLaMA engine on the GPU, or the CPU where there is none."""
-    folder = served.base
     check_for_llama(served.adapters, config)  # before the weights are read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(settings, device)
@@ -110,31 +112,21 @@ def _load_llama(served: Served, config: LlamaConfig, settings: ServerSettings, p
         logger.warning(
             "ALPACA_MAX_CONTEXT %d is cut to the model's context of %d tokens", settings.max_context, config.max_context
         )
-    tokenizer = load_tokenizer(folder)
-    tokenizer.require_rows(config.vocab_size, folder)
-    check_tokenizers(served.adapters, tokenizer)
+    tokenizer = _load_tokenizer(served, config)
     phases.end("tokenizer")
-    model = with_adapters(_load_model(folder, config, settings, device=device, dtype=dtype), served.adapters)
+    model = with_adapters(_load_model(served.base, config, settings, device=device, dtype=dtype), served.adapters)
     phases.end("weights")
     plan = plan_memory(
         config, settings, free_bytes=free_memory(device), device=device.type, dtype=dtype,
         adapter_bytes=model.adapters.num_bytes if model.adapters else 0, num_ranks=largest_ranks(served.adapters),
     )  # fmt: skip
     vocab_size = min(config.vocab_size, tokenizer.size)
-    eos_ids = read_eos_ids(folder, tokenizer, vocab_size=vocab_size)
+    eos_ids = read_eos_ids(served.base, tokenizer, vocab_size=vocab_size)
     runner, scheduler = _make_runner(model, plan, vocab_size=vocab_size, eos_ids=eos_ids)
     phases.end("cache")
     _warm_up(runner, plan)
     phases.end("kernels and graphs")
-    logger.info(
-        "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d pages of %d tokens (%.2f GB), "
-        "up to %d sequences a step; %s%s",
-        folder, (config.num_linear_weights + config.num_other_weights) / 1e6, str(dtype).removeprefix("torch."), device,
-        settings.quantization, model.num_bytes / 1e9, plan.max_context, plan.num_blocks, BLOCK_SIZE,
-        plan.kv_bytes / 1e9, plan.max_running,
-        f"graphs for {runner.graphs.buckets} sequences" if runner.graphs else "no graphs",
-        f"; {len(served.adapters)} adapters, {plan.adapter_bytes / 1e9:.2f} GB" if served.adapters else "",
-    )  # fmt: skip
+    _log_loaded(served, settings, runner, plan)
     return LlamaEngine(
         runner,
         scheduler,
@@ -144,6 +136,28 @@ def _load_llama(served: Served, config: LlamaConfig, settings: ServerSettings, p
         launches_ahead=device.type == "cuda",
         adapters=names_of(served.adapters),
     )
+
+
+def _load_tokenizer(served: Served, config: LlamaConfig) -> Tokenizer:
+    """The base's, which the model has rows for and every adapter was trained with."""
+    tokenizer = load_tokenizer(served.base)
+    tokenizer.require_rows(config.vocab_size, served.base)
+    check_tokenizers(served.adapters, tokenizer)
+    return tokenizer
+
+
+def _log_loaded(served: Served, settings: ServerSettings, runner: Runner, plan: MemoryPlan) -> None:
+    """One line: what is served, in which precision, and what the memory went to."""
+    model, config = runner.model, runner.model.config
+    logger.info(
+        "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d pages of %d tokens (%.2f GB), "
+        "up to %d sequences a step; %s%s",
+        served.base, (config.num_linear_weights + config.num_other_weights) / 1e6,
+        str(model.dtype).removeprefix("torch."), model.device, settings.quantization, model.num_bytes / 1e9,
+        plan.max_context, plan.num_blocks, BLOCK_SIZE, plan.kv_bytes / 1e9, plan.max_running,
+        f"graphs for {runner.graphs.buckets} sequences" if runner.graphs else "no graphs",
+        f"; {len(served.adapters)} adapters, {plan.adapter_bytes / 1e9:.2f} GB" if served.adapters else "",
+    )  # fmt: skip
 
 
 def _load_model(

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alpaca.errors import InputError
+from alpaca.precisions import DTYPES, QUANTIZATIONS
 
 ENGINES = ("auto", "llama", "transformers")
-DTYPES = ("float32", "bfloat16", "float16")
 _LEAST_CONTEXT = 8  # tokens: a word and an answer
-QUANTIZATIONS = ("none", "int8", "nf4")
 BARE_BASE = "none"  # in place of an adapter's name: none at all
 DEFAULT_ADAPTER = "default"  # the one that COG_WEIGHTS is, where it is one
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

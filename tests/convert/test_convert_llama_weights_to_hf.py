@@ -360,6 +360,28 @@ def test_existing_output_needs_overwrite(tmp_path, tiny):
     assert not (folder / "stale").exists()
 
 
+def test_no_input_is_overwritten(tmp_path, tiny):
+    source = tmp_path / "dl" / "llama-t"
+    shutil.copytree(tmp_path / "in" / "T", source)
+    shutil.copy(tmp_path / "in" / "tokenizer.model", source)
+    before = {path: path.read_bytes() for path in (tmp_path / "dl").rglob("*") if path.is_file()}
+    refused = r"the output .*dl/llama-t is, or holds, what is read from: the checkpoint \("
+    for place in (["--input_dir", str(source)], ["--input_dir", str(tmp_path / "dl"), "--model_size", "llama-t"]):
+        with pytest.raises(InputError, match=refused):
+            convert(parse_arguments([*place, "--output_dir", str(tmp_path / "dl"), "--overwrite"]))
+    tokenizer = source.rename(tmp_path / "dl" / "tokenizer")
+    with pytest.raises(InputError, match=r"dl/tokenizer is, or holds, what is read from: the checkpoint \("):
+        convert(parse_arguments(["--input_dir", str(tokenizer), "--output_dir", str(tmp_path / "dl"), "--overwrite"]))
+    found = {path.name: path.read_bytes() for path in (tmp_path / "dl").rglob("*") if path.is_file()}
+    assert found == {path.name: content for path, content in before.items()}
+
+
+def test_the_checkpoint_may_lie_beside_the_output(tmp_path, tiny):
+    flags = ["--input_dir", str(tmp_path / "in"), "--model_size", "T", "--output_dir", str(tmp_path / "in")]
+    for more in ([], ["--overwrite"]):
+        assert (convert(parse_arguments([*flags, *more])) / "config.json").is_file()
+
+
 def test_another_models_tokenizer_is_not_replaced_silently(tmp_path, tiny):
     (tmp_path / "out" / "tokenizer").mkdir(parents=True)
     train_tokenizer(tmp_path / "out" / "tokenizer", vocab_size=340)

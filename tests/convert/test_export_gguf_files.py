@@ -200,8 +200,26 @@ def test_existing_output_needs_overwrite(folder, tmp_path):
         run(folder, target)
     assert target.read_text() == "old"
     run(folder, target, "--overwrite")
-    with pytest.raises(InputError, match=r"is a folder; name a file in it, such as model\.gguf"):
+    with pytest.raises(InputError, match=r"is a folder, expected a file's name"):
         run(folder, tmp_path)
+
+
+def test_no_input_is_overwritten(folder, tmp_path):
+    base = shutil.copytree(folder, tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    for name in ("model.safetensors", "config.json", "tokenizer.model"):
+        with pytest.raises(InputError, match=r"the output .* is, or holds, what is read from: --input_dir \("):
+            run(base, base / name, "--overwrite")
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    run(base, base / "model.gguf")
+    run(base, base / "model.gguf", "--overwrite")  # nobody's input
+
+
+def test_a_tokenizer_model_that_is_none_is_not_passed_over(folder, tmp_path):
+    base = shutil.copytree(folder, tmp_path / "base")
+    (base / "tokenizer.model").write_bytes(b"garbage")
+    with pytest.raises(InputError, match=r"tokenizer\.model \(7 bytes\) is neither a SentencePiece model"):
+        run(base, tmp_path / "m.gguf")
 
 
 def test_second_writer_is_refused(folder, tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace, OutputExists
-from alpaca.hf_files import WeightsFolder
+from alpaca.hf_files import WeightsFolder, fingerprint
 from convert.export_hf_checkpoint import export, parse_arguments
 from tests.conftest import ROOT
 from tests.test_merging import ALL, edit_config, logits, save_adapter, save_base, with_bitsandbytes
@@ -149,16 +149,36 @@ def test_memory_decides_whether_logits_are_compared(work: Path, monkeypatch, cap
         run(work, "--check_logits", "always", "--overwrite")
 
 
-def test_where_the_base_comes_from(work: Path, monkeypatch: pytest.MonkeyPatch):
+def test_where_the_base_comes_from(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    own, other = work / "base", shutil.copytree(work / "base", work / "other")
+    edit_config(work / "adapter", base_model_name_or_path=str(own))
+    rest = ["--adapter", str(work / "adapter"), "--output_dir", str(work / "merged"), "--overwrite",
+            "--check_logits", "never"]  # fmt: skip
+
+    def said(*more: str) -> str:
+        export(parse_arguments([*rest, *more]))
+        return capsys.readouterr().out
+
+    assert f"; base: {own}, named by the adapter\n" in said()
+    assert f"; base: {other}, named by --base_model (the adapter names {own})\n" in said("--base_model", str(other))
+    assert f"; base: {own}, named by --base_model\n" in said("--base_model", f"{own}/")
+    monkeypatch.setenv("BASE_MODEL", str(other))
+    assert f"; base: {other}, named by the environment's BASE_MODEL (the adapter names {own})\n" in said()
+    assert f"; base: {own}, named by --base_model\n" in said("--base_model", str(own))
+
+
+def test_a_base_that_is_not_there(work: Path, monkeypatch: pytest.MonkeyPatch):
     rest = ["--adapter", str(work / "adapter"), "--output_dir", str(work / "merged"), "--overwrite"]
-    assert parse_arguments(rest).base_model is None
-    export(parse_arguments([*rest, "--check_logits", "never"]))  # PEFT wrote the base's path down
     monkeypatch.setenv("BASE_MODEL", "from/environment")
-    assert parse_arguments(rest).base_model == "from/environment"
-    assert parse_arguments([*rest, "--base_model", "x"]).base_model == "x"
-    with pytest.raises(MissingInput, match=r"no folder from/environment, nor could it be had from the hub"):
+    where = re.escape(str(Path.cwd()))
+    expected = (
+        rf"no base model at {where}/from/environment, which the environment's BASE_MODEL names: give its folder by "
+    )
+    with pytest.raises(
+        MissingInput, match=rf"{expected}--base_model\. Nor could from/environment be had from the Hugg"
+    ):
         export(parse_arguments(rest))
-    with pytest.raises(MissingInput, match=r"no base model at nowhere: name its folder by --base_model"):
+    with pytest.raises(MissingInput, match=rf"no base model at {where}/nowhere, which --base_model names"):
         export(parse_arguments([*rest, "--base_model", "./nowhere"]))
     edit_config(work / "adapter", base_model_name_or_path=None)
     monkeypatch.delenv("BASE_MODEL")
@@ -193,6 +213,29 @@ def test_tokenizers(work: Path, tokenizer_model: Path):
         path.unlink()
     with pytest.raises(MissingInput, match=r"no tokenizer in .*adapter or .*base; found: README.md, adapter_config"):
         run(work, "--overwrite")
+
+
+def test_a_tokenizer_model_cut_short_is_not_passed_over(work: Path):
+    file = work / "base" / "tokenizer.model"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(
+        InputError, match=r"base/tokenizer\.model \(\d+ bytes\) is neither a SentencePiece model .* nor a"
+    ):
+        run(work)
+    assert only(work, "adapter", "base")
+
+
+def test_another_base_of_the_same_shapes(work: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    (work / "adapter" / "train_config.json").write_text(json.dumps({"base_fingerprint": fingerprint(work / "base")}))
+    other = shutil.copytree(work / "base", work / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, other / "model.safetensors")
+    rest = ["--adapter", str(work / "adapter"), "--output_dir", str(work / "merged"), "--check_logits", "never"]
+    monkeypatch.setenv("BASE_MODEL", str(other))
+    with pytest.raises(InputError, match=r"other is not the model that .* was trained on \(.*base\).* by --base_model"):
+        export(parse_arguments(rest))
+    export(parse_arguments([*rest, "--base_model", str(other)]))
+    assert "Going on, since it was named" in caplog.text
 
 
 def damage_end(folder: Path) -> None:
@@ -231,10 +274,11 @@ def test_damaged_bases_are_refused_before_anything_is_written(damage, error, tex
 
 
 def test_the_output_is_no_input(work: Path):
-    with pytest.raises(InputError, match=r"--output_dir .*base is what is read from"):
-        run(work, "--output_dir", str(work / "base"), "--overwrite")
-    with pytest.raises(InputError, match=r"--output_dir .*adapter is what is read from"):
-        run(work, "--output_dir", str(work / "adapter"), "--overwrite")
+    before = [contents(work / name) for name in ("base", "adapter")]
+    for output, flag in (("base", "--base_model"), ("adapter", "--adapter"), (".", "--base_model")):
+        with pytest.raises(InputError, match=rf"the output .* is, or holds, what is read from: {flag} \("):
+            run(work, "--output_dir", str(work / output), "--overwrite")
+    assert [contents(work / name) for name in ("base", "adapter")] == before
     run(work)
     with pytest.raises(OutputExists, match="merged exists already; pass --overwrite"):
         run(work)
@@ -292,9 +336,11 @@ def test_killed_at_any_stage_it_can_be_run_again(stage: str, old: bool, work: Pa
 
 
 def test_command_says_what_it_does_and_a_mistake_is_one_line(work: Path):
-    command = [sys.executable, "-m", "convert.export_hf_checkpoint", *flags(work)]
+    command = [sys.executable, "-m", "convert.export_hf_checkpoint", *flags(work), "--check_logits", "always"]
     good = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
+    assert "differ by" in good.stdout
+    assert "pip install" not in good.stderr  # bitsandbytes asks for a package on CPUs with AVX-512
     assert "LoRA adapter of" in good.stdout
     assert re.search(r"wrote .*merged in \d", good.stdout)
     assert "B/s" in good.stderr

@@ -367,8 +367,15 @@ def test_shards_that_do_not_divide_and_outputs_that_exist(hf: Path):
         run(hf, hf.parent / "ckpt", "--num_shards", "3")
     with pytest.raises(SystemExit):
         parse_arguments(["--output_dir", "x", "--num_shards", "0"])
-    with pytest.raises(InputError, match=r"--output_dir .*hf is what is read from"):
-        run(hf, hf, "--overwrite")
+    before = contents(hf)
+    for output in (hf, hf.parent):
+        with pytest.raises(InputError, match=r"the output .* is, or holds, what is read from: --input_dir \("):
+            run(hf, output, "--overwrite")
+    (hf.parent / "tokens").mkdir()
+    tokenizer = shutil.copy(hf / "tokenizer.model", hf.parent / "tokens")
+    with pytest.raises(InputError, match=r"tokens is, or holds, what is read from: the tokenizer \("):
+        run(hf, hf.parent / "tokens", "--tokenizer_model", str(tokenizer), "--overwrite")
+    assert contents(hf) == before
     run(hf, hf.parent / "ckpt")
     with pytest.raises(OutputExists, match="ckpt exists already; pass --overwrite"):
         run(hf, hf.parent / "ckpt")

@@ -14,9 +14,11 @@ from transformers import LlamaForCausalLM
 
 from alpaca.adapters import AdapterFolder, open_adapter
 from alpaca.errors import InputError, MissingInput
+from alpaca.hf_files import fingerprint
 from alpaca.serving import ops
-from alpaca.serving.adapters import largest_ranks, open_served, stacked_bytes, with_adapters
+from alpaca.serving.adapters import describe_other_bases, largest_ranks, open_served, stacked_bytes, with_adapters
 from alpaca.serving.llama import LlamaConfig, LlamaModel
+from alpaca.serving.loading import load_engine
 from alpaca.serving.plan import main, plan_memory
 from alpaca.serving.request import AdapterNames
 from alpaca.serving.settings import ServerSettings, parse_adapters
@@ -280,6 +282,7 @@ def test_stacks_take_what_is_planned(both, place):
     assert plans[1].adapter_bytes == 7
 
 
+@pytest.mark.usefixtures("both")
 def test_the_plans_command_counts_adapters(place, monkeypatch, capsys):
     found = []
     for flags in ([], ["--adapters", f"a={place / 'all'},b={place / 'dora'}"]):
@@ -344,6 +347,7 @@ def test_a_client_names_adapters_and_nothing_else(asked):
     assert len(str(refused.value)) < 300
 
 
+@pytest.mark.usefixtures("both")
 def test_the_base_is_found_by_the_config_or_the_setting(place, tmp_path, monkeypatch):
     adapter = shutil.copytree(place / "all", tmp_path / "adapter")
     assert open_served(adapter, ServerSettings()).base == place / "base"
@@ -370,6 +374,62 @@ def test_the_base_is_found_by_the_config_or_the_setting(place, tmp_path, monkeyp
 
 def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def record(folder: Path, **values: object) -> None:
+    """As train.py leaves it beside an adapter."""
+    (folder / "train_config.json").write_text(json.dumps({"method": "qlora", "bf16": True, **values}))
+
+
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize(
+    ("trained", "served", "warned"),
+    [("nf4", "none", True), ("int8", "none", True), ("nf4", "int8", True), ("none", "nf4", True),
+     ("nf4", "nf4", False), ("none", "none", False), (None, "none", False)],
+)  # fmt: skip
+def test_a_base_quantized_otherwise_than_in_training_is_warned_of(place, tmp_path, trained, served, warned):
+    adapter = shutil.copytree(place / "all", tmp_path / "adapter")
+    if trained:
+        record(adapter, base_quantization=trained)
+    settings = ServerSettings(quantization=served)
+    said = list(describe_other_bases(open_served(adapter, settings), settings))
+    assert len(said) == warned
+    if warned:
+        assert f"adapter default was trained on its base with quantization {trained}" in said[0]
+        assert f"set ALPACA_QUANTIZATION={trained} to serve" in said[0]
+
+
+@pytest.mark.usefixtures("both")
+def test_a_base_of_other_tensors_than_in_training_is_warned_of(place, tmp_path):
+    adapter = shutil.copytree(place / "all", tmp_path / "adapter")
+    second = shutil.copytree(place / "dora", tmp_path / "second")
+    mine, other = fingerprint(place / "base"), "0123456789abcdef" * 4
+    settings = ServerSettings(adapters=f"second={second}")
+
+    def said(folder: Path, settings: ServerSettings = settings) -> list[str]:
+        return list(describe_other_bases(open_served(folder, settings), settings))
+
+    record(adapter, base_fingerprint=mine)
+    assert not said(adapter)
+    record(second, base_fingerprint=mine, base_quantization="none")
+    assert not said(adapter)
+    record(second, base_fingerprint=other)
+    (text,) = said(adapter)
+    assert f"adapter second was trained on a base of other tensors (fingerprint {other[:16]})" in text
+    assert f"than {place / 'base'} ({mine[:16]})" in text
+    unread = tmp_path / "unread"  # in PyTorch's format: nothing to compare with, and no reason to stop
+    shutil.copytree(place / "base", unread, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert not said(second, ServerSettings(base_model=str(unread)))
+
+
+def test_the_server_warns_when_it_loads(llama_folder, tmp_path, caplog):
+    base = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    adapter = write_adapter(base, tmp_path / "a", seed=0, base_name=str(llama_folder), **ADAPTERS["alpaca-lora"])
+    record(adapter, base_quantization="nf4", base_fingerprint="f" * 64)
+    load_engine(adapter, ServerSettings(memory_fraction=0.1)).close()
+    said = "\n".join(entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING")
+    assert "set ALPACA_QUANTIZATION=nf4" in said
+    assert "(fingerprint ffffffffffffffff)" in said
 
 
 @pytest.fixture
@@ -399,8 +459,8 @@ def test_what_the_llama_engine_cannot_serve_is_refused_by_name(refuse):
     [
         (dict(target_modules=["q_proj", "embed_tokens"]), r"holds model\.embed_tokens\.lora_embedding_A"),
         (dict(modules_to_save=["lm_head"]), r"holds lm_head\.weight \(modules_to_save, or a bias\)"),
-        (dict(config={"layer_replication": [[0, 2]]}), "has layer_replication, which is more than LoRA"),
-        (dict(config={"init_lora_weights": "pissa_niter_4"}), "was started as pissa_niter_4, from a changed base"),
+        (dict(config={"layer_replication": [[0, 2]]}), "asks for layer_replication, which is more than LoRA"),
+        (dict(config={"init_lora_weights": "pissa_niter_4"}), "asks for init_lora_weights pissa_niter_4 .it changed"),
         (dict(r=300), "has rank 300; this engine takes up to 256"),
         (dict(base={"num_key_value_heads": 6}), r"k_proj is for weights \[48, 48\], the base model's are \[16, 48\]"),
         (dict(base={"num_hidden_layers": 4, "num_key_value_heads": 2}), r"layers\.3\.\S+ is no layer of this base"),
