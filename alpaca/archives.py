@@ -4,10 +4,12 @@ An archive may come from anywhere: what it holds is checked before anything of i
 """
 
 import contextlib
+import errno
 import gzip
 import os
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -18,7 +20,7 @@ from typing import IO
 
 from alpaca.adapters import is_adapter
 from alpaca.downloads import cache_folder, download, find_remote, is_address, waiting_lock
-from alpaca.errors import InputError, MissingInput
+from alpaca.errors import AlpacaError, InputError, MissingInput
 from alpaca.hf_files import list_folder, replaced_folder, require_free_space
 
 TRAINED = Path("alpaca_out")
@@ -31,16 +33,24 @@ _MODEL_CONFIGS = ("config.json", "adapter_config.json")
 _MOST_FILES = 2_000
 _MOST_GROWTH = 20
 _ANY_GROWTH_BYTES = 100_000_000  # what any archive may come to, however small
-_MOST_HEADER_BYTES = 64 << 20
+_PIECE_BYTES = 1 << 20  # the most that is read at once; of headers, too, which may follow one another by hundreds
+_MOST_NAME_BYTES, _MOST_PATH_BYTES = 255, 3_000  # Linux takes 4,096 of a path, which includes the folder's own
+_HEADERS_BYTES = 16 << 10  # of a file in a .tar, beside what it holds: its own, a long name's, padding
+_SHOWN_CHARACTERS = 80
+# What tarfile, gzip and zipfile raise for bytes they did not expect, over and above their own errors.
+_DAMAGES = (
+    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError, ValueError,
+    NotImplementedError, RecursionError, OverflowError, LookupError,
+)  # fmt: skip
 
 
-def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS") -> Path:
+def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS", lists: bool = True) -> Path:
     """The folder of the model or adapter to use: `weights` when given (COG_WEIGHTS), else what train.py left.
 
     weights: a folder, an archive (.tar, .tar.gz, .tgz, .zip), or the http(s) address of one. Archives are unpacked
-    once, and downloaded once, into `cache_folder()`. `named` is what the caller calls it in errors. Raises MissingInput
-    naming the step that makes the folder, InputError for what is no folder or archive, or an archive that is damaged
-    or unsafe.
+    once, and downloaded once, into `cache_folder()`. `named` is what the caller calls it in errors; these tell what a
+    folder without a model holds, unless `lists` is false: a client need not know. Raises MissingInput naming the step
+    that makes the folder, InputError for what is no folder or archive, or an archive that is damaged or unsafe.
     """
     if weights and is_address(weights):
         return _fetch(weights)
@@ -48,7 +58,8 @@ def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS") -> Path:
     if path.is_file():
         path = unpack(path)
     if not is_weights(path):
-        raise MissingInput(f"no model in {path} (found: {list_folder(path)}). {_next_step(weights, named)}")
+        found = f" (found: {list_folder(path)})" if lists else ""
+        raise MissingInput(f"no model in {path}{found}. {_next_step(weights, named)}")
     return path
 
 
@@ -82,14 +93,15 @@ def choose_base(model: str, *, allowed: str, root: Path) -> str:
     names = dict(_parse_listed(entry.strip()) for entry in allowed.split(",") if entry.strip())
     if model in names:
         return names[model]
-    place = Path(os.path.normpath(root / model))  # by the letters: links in there are the operator's own
-    if not is_address(model) and any(root / folder in place.parents for folder in BASE_FOLDERS):
-        return str(place)
+    if _is_path(model) and not is_address(model):
+        place = Path(os.path.normpath(root / model))  # by the letters: links in there are the operator's own
+        if any(root / folder in place.parents for folder in BASE_FOLDERS):
+            return str(place)
     known = ", ".join(name for name in names if _is_name(name)) or "none"
     raise InputError(
         f"model: expected a folder or archive in weights/ or alpaca_out/, or a name the operator listed in "
-        f"ALPACA_BASE_MODELS (such names: {known}), found {model!r}. Clients may not choose other paths or addresses; "
-        "the operator allows one by starting the server with ALPACA_BASE_MODELS=NAME=PATH_OR_ADDRESS"
+        f"ALPACA_BASE_MODELS (such names: {known}), found {_shown(model)}. Clients may not choose other paths or "
+        "addresses; the operator allows one by starting the server with ALPACA_BASE_MODELS=NAME=PATH_OR_ADDRESS"
     )
 
 
@@ -101,6 +113,19 @@ def _parse_listed(entry: str) -> tuple[str, str]:
 
 def _is_name(text: str) -> bool:
     return bool(text) and "/" not in text
+
+
+def _is_path(text: str) -> bool:
+    """Whether a file may have this path. No file of ours has control characters or lone surrogates in its name."""
+    if not text.isprintable():
+        return False
+    parts = [part.encode() for part in text.split("/")]
+    return sum(map(len, parts)) <= _MOST_PATH_BYTES and max(map(len, parts)) <= _MOST_NAME_BYTES
+
+
+def _shown(name: str) -> str:
+    cut = f"… of {len(name):,} characters" if len(name) > _SHOWN_CHARACTERS else ""
+    return f"{name[:_SHOWN_CHARACTERS]!r}{cut}"
 
 
 # Unpacking ------------------------------------------------------------------------------------------------------
@@ -157,17 +182,25 @@ def _unpack_to(target: Path, archive: Path) -> None:
             with replaced_folder(target, overwrite=True) as folder:
                 for member in taken:
                     _extract(member, folder)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{archive} is damaged or no archive: {error}") from error
+    except AlpacaError:
+        raise
+    except _DAMAGES as error:
+        raise _damage(archive, error) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a .zip whose file would start before its first byte
+            raise
+        raise _damage(archive, error) from error
 
 
 def _check_members(members: Iterator[_Member], archive: Path) -> list[_Member]:
     """The files to unpack. Raises at the first that may not be: nothing more of the archive is read then."""
-    most_bytes = max(_ANY_GROWTH_BYTES, _MOST_GROWTH * archive.stat().st_size)
+    most_bytes = _most_bytes(archive)
     taken: dict[str, _Member] = {}
     folders, total = set(), 0
     for number, member in enumerate(members, start=1):
         parts = PurePosixPath(member.name).parts
+        if member.num_bytes < 0:  # would make room for others
+            raise _refusal(archive, f"{_shown(member.name)} of {member.num_bytes:,} bytes")
         total += member.num_bytes
         if number > _MOST_FILES or total > most_bytes:
             raise _refusal(
@@ -177,15 +210,29 @@ def _check_members(members: Iterator[_Member], archive: Path) -> list[_Member]:
             continue
         if member.refused or member.name.startswith("/") or ".." in parts or not 1 <= len(parts) <= 2:
             kind = f" ({member.refused})" if member.refused else ""
-            raise _refusal(archive, f"{member.name!r}{kind}, which is no plain file of a model folder")
+            raise _refusal(archive, f"{_shown(member.name)}{kind}, which is no plain file of a model folder")
+        if not _is_path(member.name):
+            raise _refusal(archive, f"{_shown(member.name)}, which cannot be a file's name")
         if parts[-1] in taken or folders - {parts[:-1]}:
-            raise _refusal(archive, f"{member.name!r} beside files of the same name or of another folder; expected one")
+            what = f"{_shown(member.name)} beside files of the same name or of another folder; expected one"
+            raise _refusal(archive, what)
         taken[parts[-1]] = member
         folders.add(parts[:-1])
     if not set(_MODEL_CONFIGS) & taken.keys():
         found = ", ".join(sorted(taken)[:12]) or "nothing"
         raise MissingInput(f"no model in {archive}: expected {' or '.join(_MODEL_CONFIGS)}, found {found}")
     return list(taken.values())
+
+
+def _damage(archive: Path, error: Exception) -> InputError:
+    what = str(error) or type(error).__name__
+    if isinstance(error, RecursionError):
+        what = "hundreds of headers in a row belong to one file"
+    return InputError(f"{archive} is damaged or no archive: {what}")
+
+
+def _most_bytes(archive: Path) -> int:
+    return max(_ANY_GROWTH_BYTES, _MOST_GROWTH * archive.stat().st_size)
 
 
 def _refusal(archive: Path, what: str) -> InputError:
@@ -196,7 +243,7 @@ def _extract(member: _Member, folder: Path) -> None:
     source = member.open()
     assert source is not None  # a plain file
     with source, open(folder / PurePosixPath(member.name).name, "wb") as target:
-        shutil.copyfileobj(source, target, 16 << 20)
+        shutil.copyfileobj(source, target, _PIECE_BYTES)
 
 
 # Kinds of archives ------------------------------------------------------------------------------------------------
@@ -213,7 +260,7 @@ def _open_members(archive: Path) -> Iterator[Iterator[_Member]]:
         return
     with (
         gzip.open(archive) if start.startswith(b"\x1f\x8b") else open(archive, "rb") as stream,
-        tarfile.open(fileobj=_BoundedReads(stream), mode="r:") as tar,
+        tarfile.open(fileobj=_BoundedReads(stream, _most_bytes(archive)), mode="r:") as tar,
     ):
         yield (_tar_member(tar, info) for info in tar)
 
@@ -235,22 +282,32 @@ def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
 def _zip_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
     kind = stat.S_IFMT(info.external_attr >> 16)
     refused = "" if kind in (0, stat.S_IFREG) else "a link or device"
-    if info.flag_bits & 1:
+    if info.flag_bits & 0x41:  # a password, or a key
         refused = "encrypted"
+    elif info.flag_bits & 0x20:
+        refused = "a patch of another file"
     elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         refused = "compressed otherwise than by deflate"
     return _Member(name=info.filename, num_bytes=info.file_size, refused=refused, open=lambda: opened.open(info))
 
 
 class _BoundedReads:
-    """A stream for tarfile, which reads a header's long name into memory however long it claims to be."""
+    """A stream for tarfile, which reads a header's long name into memory however long it claims to be.
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self.seek, self.tell, self.close = stream.seek, stream.tell, stream.close
+    Nor may it go past what an archive may come to: by a second header's word a file can seem shorter than it is.
+    """
+
+    def __init__(self, stream: IO[bytes], most_bytes: int) -> None:
+        self._stream, self._end = stream, most_bytes + _MOST_FILES * _HEADERS_BYTES
+        self.tell, self.close = stream.tell, stream.close
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_SET and not 0 <= position <= self._end:
+            raise tarfile.ReadError(f"a file that ends at byte {position:,}")
+        return self._stream.seek(position, whence)
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MOST_HEADER_BYTES:
+        if not 0 <= size <= _PIECE_BYTES:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return self._stream.read(size)
 

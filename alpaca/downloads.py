@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import http.client
+import ipaddress
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 20.0
 _PIECE_BYTES = 1 << 20  # a try that brought less than this counts as a failure in a row
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # states of a server that may be over soon
 _SCHEMES = ("http", "https")
+_HOST = re.compile(r"(?=.{1,254}\Z)([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?")
 
 
 def is_address(text: str) -> bool:
@@ -101,10 +103,8 @@ class Address:
 
 
 def parse_address(text: str) -> Address:
-    """Take an address apart. Raises InputError for another scheme, no host, or a fragment that is no digest."""
-    parts = urllib.parse.urlsplit(text.strip())
-    if parts.scheme.lower() not in _SCHEMES or not parts.hostname:
-        raise InputError(f"expected an http or https address, found the scheme {parts.scheme!r} and no more is shown")
+    """Take an address apart. Raises InputError for another scheme, no valid host, or a fragment that is no digest."""
+    parts = _split(text.strip())
     digest = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", parts.fragment)
     if parts.fragment and not digest:
         raise InputError(f"after # in an address: expected sha256= and 64 hexadecimal digits, found {parts.fragment!r}")
@@ -117,6 +117,38 @@ def parse_address(text: str) -> Address:
     query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
     url = urllib.parse.urlunsplit((parts.scheme.lower(), host, path, query, ""))
     return Address(url=url, authorization=authorization, sha256=digest[1].lower() if digest else None)
+
+
+def _split(text: str) -> urllib.parse.SplitResult:
+    """An address's parts, its host and port such as can be asked. Raises InputError, which shows no part of them.
+
+    What is wrong may come of a password: one with a slash in it ends the host too early.
+    """
+    scheme = text.partition(":")[0]
+    if scheme.lower() not in _SCHEMES:
+        raise InputError(f"expected an http or https address, found the scheme {scheme[:20]!r} and no more is shown")
+    try:
+        text.encode()
+        parts = urllib.parse.urlsplit(text)
+        host, wrong = parts.hostname or "", parts.port == 0
+    except ValueError:  # brackets, a port that is none, lone surrogates: its words quote the address
+        host, wrong = "", True
+    if wrong or not _is_host(host):
+        raise InputError(
+            "expected an http or https address with a host such as example.com, 10.0.0.5:8000 or [::1], found none "
+            "that is valid (the address is not shown: it may hold a password). International names are written as "
+            "xn--…; in a password / is %2F, @ is %40, # is %23 and ? is %3F"
+        )
+    return parts
+
+
+def _is_host(text: str) -> bool:
+    if ":" not in text:
+        return bool(_HOST.fullmatch(text))
+    try:
+        return bool(ipaddress.IPv6Address(text))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +182,7 @@ def find_remote(text: str) -> Remote:
             return Remote(address=address, identity=None)
         except _InterruptedError as error:
             failures += 1
-            _pause(f"{address} could not be reached", error, failures)
+            _pause(f"{address} could not be reached", error, failures, left="Nothing was downloaded yet")
 
 
 def _key(address: Address) -> str:
@@ -244,7 +276,8 @@ def _fetch_whole(address: Address, partial: Path, *, space_factor: float) -> _St
             except _InterruptedError as error:
                 failures = 1 if bar.n >= most + _PIECE_BYTES else failures + 1
                 most = max(most, bar.n)
-                _pause(f"{address} could not be downloaded", error, failures)
+                left = "Whatever the download brought is kept, and the next start goes on from there"
+                _pause(f"{address} could not be downloaded", error, failures, left=left)
 
 
 def _progress_bar(text: str, *, total: int | None = None) -> tqdm:
@@ -252,13 +285,14 @@ def _progress_bar(text: str, *, total: int | None = None) -> tqdm:
     return tqdm(desc=text, total=total, unit="B", unit_scale=True, mininterval=interval)
 
 
-def _pause(what: str, error: Exception, failures: int) -> None:
-    """Wait before the next try, longer each time. Raises MissingInput when there were enough."""
+def _pause(what: str, error: Exception, failures: int, *, left: str = "") -> None:
+    """Wait before the next try, longer each time. Raises MissingInput when there were enough.
+
+    left: what is kept of them all, a sentence.
+    """
     if failures >= _MOST_FAILURES:
-        raise MissingInput(
-            f"{what} in {failures} tries: {error}; check the address and the network. What a download brought is kept, "
-            "and the next start goes on from there"
-        )
+        advice = ". ".join(["check the address and the network", *([left] if left else [])])
+        raise MissingInput(f"{what} in {failures} tries: {error}; {advice}")
     pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (failures - 1))
     logger.warning("%s: %s; trying again in %.1f s", what, error, pause)
     time.sleep(pause)
@@ -372,7 +406,20 @@ def _put(address: Address, file: Path, on_piece: Callable[[], object]) -> str:
 
         with _open(address, headers, body=pieces()) as reply:
             location = reply.headers.get("Location")
-    return urllib.parse.urljoin(address.url, location) if location else str(address)
+    return _locate(address, location)
+
+
+def _locate(address: Address, location: str | None) -> str:
+    """Where a file is that was put to `address`, by the server's word if that is an address."""
+    if not location:
+        return str(address)
+    try:
+        place = urllib.parse.urljoin(address.url, location)
+        _split(place)
+    except ValueError:  # the file is there all the same
+        logger.warning("%s: the server's Location is no address; the file should be where it was sent", address)
+        return str(address)
+    return place
 
 
 # HTTP -----------------------------------------------------------------------------------------------------------
@@ -382,17 +429,32 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http and https, from https to https alone; a password stays with its own host."""
 
     def http_error_302(self, req, fp, code, msg, headers):
-        new = urllib.parse.urljoin(req.full_url, headers.get("Location", ""))
-        schemes = ("https",) if req.type == "https" else _SCHEMES
-        if (scheme := urllib.parse.urlsplit(new).scheme) not in schemes:
+        try:
+            _check_redirect(req, headers.get("Location", ""))
+        except InputError:
             fp.close()
-            raise InputError(
-                f"{parse_address(req.full_url)} redirects to an address of the scheme {scheme!r}; from there only "
-                f"{' and '.join(schemes)} may follow"
-            )
+            raise
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+def _check_redirect(request: urllib.request.Request, location: str) -> None:
+    here, schemes = parse_address(request.full_url), ("https",) if request.type == "https" else _SCHEMES
+    try:
+        new = urllib.parse.urljoin(request.full_url, location)
+        scheme = urllib.parse.urlsplit(new).scheme
+    except ValueError:
+        raise InputError(f"{here} redirects to what is no address; the server is at fault, or the address") from None
+    if scheme not in schemes:
+        raise InputError(
+            f"{here} redirects to an address of the scheme {scheme!r}; from there only {' and '.join(schemes)} may "
+            "follow"
+        )
+    try:
+        _split(new)
+    except InputError as error:
+        raise InputError(f"{here} redirects elsewhere: {error}") from error
 
 
 def _make_opener() -> urllib.request.OpenerDirector:
@@ -432,7 +494,7 @@ def _open(
 
 def _explain(address: Address, error: urllib.error.HTTPError) -> Exception:
     if error.code == 416:
-        size = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
+        size = re.fullmatch(r"bytes \*/([0-9]{1,18})", error.headers.get("Content-Range", ""))
         return _RangeRefusedError(int(size[1]) if size else None)
     if error.code in _PASSING:
         return _InterruptedError(f"the server answered HTTP {error.code}")
@@ -444,12 +506,14 @@ def _explain(address: Address, error: urllib.error.HTTPError) -> Exception:
 
 def _length(reply: http.client.HTTPResponse) -> int | None:
     text = reply.headers.get("Content-Length", "")
-    return int(text) if text.isdigit() else None
+    if text and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise _InterruptedError("the server's Content-Length is no number of bytes")
+    return int(text) if text else None
 
 
 def _part(reply: http.client.HTTPResponse) -> tuple[int, int | None]:
     """The first byte of a partial answer, and the size of the whole file."""
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", reply.headers.get("Content-Range", ""))
+    match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", reply.headers.get("Content-Range", ""))
     if not match:
         raise _InterruptedError("the server sent a part of the file without saying which")
     return int(match[1]), int(match[2]) if match[2].isdigit() else None

@@ -200,6 +200,104 @@ def test_bombs(tmp_path, monkeypatch):
     assert not unpacked(tmp_path)
 
 
+# Headers that tarfile and zipfile do not expect -----------------------------------------------------------------
+
+CONFIG = b"{}".ljust(512, b"\0")
+END = bytes(1024)
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A tar header; a negative size is written as GNU tar writes what octal digits cannot say."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = max(0, size), kind
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    if size < 0:
+        block[124:136] = b"\xff" + size.to_bytes(11, "big", signed=True)
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(name: str, value: str, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    rest = f" {name}={value}\n".encode()
+    length = len(rest) + 2 if len(rest) < 98 else len(rest) + 3
+    record = f"{length}".encode() + rest
+    assert len(record) == length
+    return header("pax", len(record), kind) + record.ljust(-(-len(record) // 512) * 512, b"\0")
+
+
+LONG_NAME = header("././@LongLink", 5, tarfile.GNUTYPE_LONGNAME) + b"abcd".ljust(512, b"\0")
+GOOD_FILE = header("config.json", 2) + CONFIG
+BAD_TARS = {
+    "a folder of negative size": (header("d/", -(10**13), tarfile.DIRTYPE) + GOOD_FILE, r"'d/' of -10,000,000,000,000"),
+    "a file of negative size": (header("config.json", -1) + CONFIG, "'config.json' of -1 bytes; nothing was unpacked"),
+    "pax negative": (pax("size", "-5") + GOOD_FILE, "'config.json' of -5 bytes; nothing was unpacked"),
+    "pax for all": (
+        pax("size", "2", tarfile.XGLTYPE) + header("config.json", 8 * 10**9) + CONFIG,
+        "damaged or no archive: a file that ends at byte 8,000,00",
+    ),
+    "long names": (LONG_NAME * 3_000 + GOOD_FILE, "damaged or no archive: hundreds of headers in a row"),
+    "pax headers": (pax("path", "a") * 3_000 + GOOD_FILE, "damaged or no archive: hundreds of headers in a row"),
+    "sparse map": (pax("GNU.sparse.map", "1,x") + GOOD_FILE, "damaged or no archive: invalid literal"),
+    "sparse size": (pax("GNU.sparse.size", "x") + GOOD_FILE, "damaged or no archive: invalid literal"),
+    "a name too long": (GOOD_FILE + pax("path", "x" * 300) + GOOD_FILE, r"'x{80}'… of 300 characters, which cannot be"),
+    "a NUL": (GOOD_FILE + pax("path", "a\0b") + GOOD_FILE, r"'a\\x00b', which cannot be a file's name; nothing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TARS)
+def test_tar_headers_nobody_expects(tmp_path, name):
+    content, message = BAD_TARS[name]
+    (tmp_path / "w.tar").write_bytes(content + END)
+    with pytest.raises(InputError, match=message):
+        open_weights(str(tmp_path / "w.tar"))
+    assert not unpacked(tmp_path)
+
+
+def test_a_negative_size_makes_no_room_for_a_bomb(tmp_path):
+    size = 130 << 20
+    content = header("d/", -(10**13), tarfile.DIRTYPE) + header("d/config.json", 2) + CONFIG
+    (tmp_path / "w.tgz").write_bytes(gzip.compress(content + header("d/model.safetensors", size) + bytes(size) + END))
+    with pytest.raises(InputError, match="nothing was unpacked"):
+        open_weights(str(tmp_path / "w.tgz"))
+    assert not unpacked(tmp_path)
+
+
+BAD_ZIPS = {  # at this byte of the first entry in the directory, these
+    "version 9.9": (6, b"\x63", "damaged or no archive: zip file version 9.9"),
+    "patch": (8, b"\x20", r"'config.json' \(a patch of another file\)"),
+    "strong encryption": (8, b"\x40", r"'config.json' \(encrypted\)"),
+    "no UTF-8": (46, b"\xff", "damaged or no archive: 'utf-8' codec can't decode"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ZIPS)
+def test_zip_headers_nobody_expects(tmp_path, name):
+    place, value, message = BAD_ZIPS[name]
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as opened:
+        opened.writestr("config.json", "{}")
+    content = bytearray((tmp_path / "w.zip").read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 9] |= 8 * (name == "no UTF-8")
+    content[entry + place : entry + place + 1] = value
+    (tmp_path / "w.zip").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        open_weights(str(tmp_path / "w.zip"))
+    assert not unpacked(tmp_path)
+
+
+def test_a_zip_that_lacks_bytes_in_its_middle(tmp_path):
+    """Its first file would start before its first byte."""
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as opened:
+        opened.writestr("config.json", "{}")
+    content = bytearray((tmp_path / "w.zip").read_bytes())
+    del content[36:40]
+    (tmp_path / "w.zip").write_bytes(content)
+    with pytest.raises(InputError, match="damaged or no archive"):
+        open_weights(str(tmp_path / "w.zip"))
+    assert not unpacked(tmp_path)
+
+
 def test_an_archive_without_a_model(tmp_path):
     archive = tar_of(tmp_path / "w.tar", [("readme.json", b"{}")])
     with pytest.raises(MissingInput, match=r"expected config\.json or adapter_config\.json, found readme\.json"):
@@ -284,6 +382,25 @@ def test_clients_choose_names_not_paths(tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=r"such names: tiny\), found .*ALPACA_BASE_MODELS=NAME=PATH_OR_ADDRESS"):
             choose(refused)
+    for refused in (
+        "weights/a\0b",
+        "weights/\ud800",
+        "weights/" + "a" * 300,
+        "weights/" + "é" * 200,
+        "weights/a" * 999,
+    ):
+        with pytest.raises(InputError, match=r"found 'weights/.*ALPACA_BASE_MODELS=NAME=PATH_OR_ADDRESS") as caught:
+            choose(refused)
+        assert len(str(caught.value).encode()) < 600, "without errors of the encoding, and not all of a long name"
+
+
+def test_a_client_is_not_told_what_a_folder_holds(tmp_path):
+    (tmp_path / "private.txt").touch()
+    with pytest.raises(MissingInput, match=r"found: private\.txt, tmp\)"):
+        open_weights(str(tmp_path))
+    with pytest.raises(MissingInput, match=f"no model in {tmp_path}. model must name a folder") as caught:
+        open_weights(str(tmp_path), named="model", lists=False)
+    assert "private" not in str(caught.value)
 
 
 def test_what_is_no_weights(tmp_path, monkeypatch):

@@ -126,6 +126,9 @@ def test_the_file_arrives_once(server):
     assert file.read_bytes() == CONTENT
     assert download(server.url) == file  # as a second start does
     assert server.data_requests() == [""]
+    deadline = time.monotonic() + 5
+    while server.served < len(CONTENT) + 2 and time.monotonic() < deadline:
+        time.sleep(0.01)  # who only wants to know the version does not wait for the byte
     assert server.served == len(CONTENT) + 2
     server.content, server.etag = CONTENT[::-1], '"two"'
     newer = download(server.url)
@@ -254,6 +257,27 @@ def test_uploads(server, tmp_path):
     assert upload(tmp_path / "w x.tar", place) == f"http://127.0.0.1:{server.server_port}/final/5"
 
 
+def test_a_location_that_is_none_does_not_undo_an_upload(server, tmp_path, monkeypatch):
+    (tmp_path / "w.tar").write_bytes(b"x")
+    for location in ("http://[", "http://ho st:x/", "mailto:someone"):
+
+        def put(handler, location=location) -> None:
+            handler.rfile.read(1)
+            answer(handler, 201, Content_Length="0", Location=location)
+
+        monkeypatch.setattr(_Handler, "do_PUT", put, raising=False)
+        place = f"http://127.0.0.1:{server.server_port}/to"
+        assert upload(tmp_path / "w.tar", place) == f"{place}/w.tar"
+
+
+def test_a_failed_upload_speaks_of_no_download(tmp_path):
+    (tmp_path / "w.tar").write_bytes(b"x")
+    with pytest.raises(MissingInput, match=r"could not be uploaded in 6 tries: .*; check the address and the network$"):
+        upload(tmp_path / "w.tar", "http://127.0.0.1:9/to")
+    with pytest.raises(MissingInput, match=r"could not be reached in 6 tries: .*\. Nothing was downloaded yet$"):
+        download("http://127.0.0.1:9/w.tar")
+
+
 # What is refused --------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +310,28 @@ def test_redirects_to_other_schemes(server, target):
     scheme = target.split(":")[0]
     with pytest.raises(InputError, match=f"redirects to an address of the scheme '{scheme}'"):
         download(server.url)
+
+
+@pytest.mark.parametrize("target", ["http://[", "http://127.0.0.1:99999/x", "http://ho%20st:x/", "http://a..b/"])
+def test_redirects_to_no_address(server, target):
+    server.behave = lambda handler: answer(handler, 302, Location=target)
+    with pytest.raises(InputError, match=r"/weights\.tar redirects (to what is no address|elsewhere: .*host such as)"):
+        download(server.url)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("text", ["²", "9" * 5_000, "-1", "1_000"])
+def test_lengths_that_are_no_numbers(server, text):
+    server.behave = lambda handler: answer(handler, 200, Content_Length=text)
+    with pytest.raises(MissingInput, match="in 6 tries: the server's Content-Length is no number of bytes; "):
+        download(server.url)
+    server.behave = lambda handler: answer(handler, 206, Content_Range=f"bytes 0-0/{text}", Content_Length="1")
+    with pytest.raises(MissingInput, match="in 6 tries: the server sent a part of the file without saying which; "):
+        download(server.url)
+    server.behave = lambda handler: answer(handler, 416, Content_Range=f"bytes */{text}", Content_Length="0")
+    with pytest.raises(MissingInput, match=r"has another file now; .*Whatever the download brought is kept"):
+        download(server.url)
+    assert left_in_cache() == []
 
 
 def test_redirects_are_followed_and_passwords_stay(server):
@@ -336,18 +382,32 @@ def test_no_room(server, monkeypatch):
     assert partial.stat().st_size == 0
 
 
+NO_HOSTS = (
+    "http://[", "http://u:hidden@[::1/x", f"http://{'a' * 64}.com/x", "http://xn--☃..com/x", "http://☃.com/x",
+    "http://host:abc/x", "http://host:0/x", "http://host:99999/x", "http://ho st/x", "http://ho\0st/x", "http://a..b/x",
+    "http://[1.2.3.4]/x", "http://me:hid/den@host/x", "http://host/\ud800",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
         ("file:///etc/passwd", "expected an http or https address, found the scheme 'file'"),
         ("ftp://host/x", "found the scheme 'ftp'"),
         ("http:///x", "expected an http or https address"),
+        *((url, "with a host such as .* found none that is valid") for url in NO_HOSTS),
         ("https://host/x#sha256=12", "expected sha256= and 64 hexadecimal digits, found 'sha256=12'"),
     ],
 )
 def test_addresses_that_are_none(url, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         download(url)
+    assert "hid" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["localhost", "a_b.example.com.", "[::1]:80", "10.0.0.5:8000", "host:"])
+def test_addresses_that_are_some(host):
+    assert str(parse_address(f"HTTP://me:x%2Fy@{host}/w.tar?a")) == f"http://{host}/w.tar"
 
 
 def test_nothing_secret_is_said(server, caplog, capfd):

@@ -78,11 +78,13 @@ def folder(tmp_path_factory, llama_folder) -> Path:
     config = json.loads((big / "config.json").read_text())
     sizes = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 8, "dtype": "float16"}
     (big / "config.json").write_text(json.dumps({**config, **sizes}))
+    (folder / "hollow").mkdir()
+    (folder / "hollow" / "private.txt").touch()
     return folder
 
 
 def environment(folder: Path, llama_folder: Path) -> dict[str, str]:
-    models = f"tiny={llama_folder},big={folder / 'big'}"
+    models = f"tiny={llama_folder},big={folder / 'big'},hollow={folder / 'hollow'}"
     return {**os.environ, "ALPACA_BASE_MODELS": models, "TMPDIR": str(folder)}
 
 
@@ -242,6 +244,42 @@ def test_the_worker_knows_the_upload_address(monkeypatch):
             serve.runtime_command(serve.parse_arguments(flags))
 
 
+BAD_UPLOAD_ADDRESSES = ("http://[", "http://host:port/x", "https://me:a/b@host/x")
+
+
+@pytest.mark.parametrize("address", [*BAD_UPLOAD_ADDRESSES, "ftp://x/y"])
+def test_an_upload_address_that_cannot_work_is_found_before_the_training(monkeypatch, address):
+    from alpaca.training import service
+
+    monkeypatch.setenv("ALPACA_UPLOAD_URL", address)
+    values = {"model": "weights/none", "data": "none.json"}
+    with pytest.raises(InputError, match=r"the server's upload address: expected an http or https .*with another$"):
+        service.serve_training(values, stop=threading.Event(), record=lambda name, value: None)
+    if address in BAD_UPLOAD_ADDRESSES:
+        with pytest.raises(InputError, match="--upload_url: expected an http or https address with a host"):
+            serve.runtime_command(serve.parse_arguments(["--train", "--upload_url", address]))
+
+
+def test_whatever_ends_an_upload_the_archive_is_named(monkeypatch, tmp_path):
+    from alpaca.training import service
+
+    failures = [(UnicodeError("odd"), RuntimeError), (InputError("odd"), InputError), (InputError("odd"), InputError)]
+
+    def fail(*arguments, on_piece) -> str:
+        raise failures[0][0]
+
+    monkeypatch.setenv("ALPACA_UPLOAD_URL", "https://host/x")
+    monkeypatch.setattr(service, "upload", fail)
+    archive, stop = tmp_path / "w.tar", threading.Event()
+    while len(failures) > 1:
+        with pytest.raises(failures[0][1], match=f"odd.*; while this server runs.* stays here as {archive}$"):
+            service._deliver(archive, stop)
+        del failures[0]
+    stop.set()
+    with pytest.raises(InputError, match=r"^odd$"):
+        service._deliver(archive, stop)
+
+
 def test_bad_input_fails_with_its_reason(server, llama_folder):
     broken = base64.b64encode(b'[{"instruction": "x"}]').decode()
     training = train(server, data=f"data:application/json;base64,{broken}")
@@ -249,7 +287,16 @@ def test_bad_input_fails_with_its_reason(server, llama_folder):
     assert "output" in training["error"]
     for model in (str(llama_folder), "/etc", "http://127.0.0.1:1/w.tar"):
         training = train(server, model=model)
-        assert f"(such names: tiny, big), found '{model}'" in training["error"]
+        assert f"(such names: tiny, big, hollow), found '{model}'" in training["error"]
+    for model in ("weights/" + "a" * 300, "weights/a\0b"):
+        assert ", found 'weights/a" in train(server, model=model)["error"]
+    hollow = train(server, model="hollow")
+    assert "hollow. model must name a folder with config.json" in hollow["error"]
+    assert "private" not in json.dumps(hollow), "clients may not list folders"
+    nested = base64.b64encode(b"[" * 100_000).decode()
+    training = train(server, data=f"data:application/json;base64,{nested}")
+    assert "found invalid JSON: maximum recursion depth" in training["error"]
+    assert "Traceback" not in training["logs"]
     body = {"input": training_input(recipe="other")}
     assert httpx.post(f"{server.url}/trainings", json=body).status_code == 422
 

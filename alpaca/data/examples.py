@@ -110,7 +110,7 @@ def _read_text(path: Path) -> str:
 def _parse_json(text: str, expected: str) -> object:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of thousands of brackets
         raise InputError(f"{expected}, found invalid JSON: {error}") from error
 
 

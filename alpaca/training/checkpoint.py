@@ -305,8 +305,9 @@ def load_checkpoint(trainee: Trainee, folder: Path) -> None:
 
 
 def _check_identity(folder: Path, saved: Mapping[str, object], now: Mapping[str, object]) -> None:
+    unknown, unused = "not written down, by an older version,", "of no account"
     differences = [
-        f"{name} was {saved.get(name)!r} and is {now.get(name)!r}"
+        f"{name} was {_said(saved, name, unknown)} and is {_said(now, name, unused)}"
         for name in sorted({*saved, *now})
         if saved.get(name) != now.get(name)
     ]
@@ -315,6 +316,10 @@ def _check_identity(folder: Path, saved: Mapping[str, object], now: Mapping[str,
             f"{folder} belongs to another run: {'; '.join(differences)}. Resume with the same settings, or start anew "
             "with --overwrite_output_dir or in another --output_dir"
         )
+
+
+def _said(identity: Mapping[str, object], name: str, otherwise: str) -> str:
+    return repr(identity[name]) if name in identity else otherwise
 
 
 def _restore_random_state(folder: Path, num_processes: int, world: World) -> None:

@@ -6,8 +6,6 @@ Its fields are the command line's flags (flags.py).
 import dataclasses
 import logging
 import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +13,9 @@ from pathlib import Path
 import torch
 
 from alpaca.errors import InputError
-from alpaca.hf_files import FLOAT_DTYPES, parse_size
+from alpaca.hf_files import FLOAT_DTYPES, require_apart
 from alpaca.training.layers import parse_checkpointing
+from alpaca.training.limits import check_each_value, parse_memory
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +131,8 @@ class TrainConfig:
         default="stanford",
         metadata=_flag(
             "stanford: float32 weights, gradients and moments; fast: all of them bfloat16, what the optimizer writes "
-            "rounded by chance: half the memory (--method full; computes in bfloat16 whatever --bf16 says)",
+            "rounded by chance: half the memory, or five eighths with several micro-batches, whose gradients are added "
+            "up in float32 (--method full; computes in bfloat16 whatever --bf16 says)",
             *NUMERICS,
         ),
     )
@@ -178,6 +178,9 @@ class TrainConfig:
     plan_only: bool = field(default=False, metadata=_flag("show what the run will take, as a table and JSON, and end"))
     plan_memory: str | None = field(default=None, metadata=_flag('plan for GPUs of this memory ("80GB"): those here'))
     plan_gpus: int | None = field(default=None, metadata=_flag("plan for so many of them: torchrun's number"))
+    plan_gpus_per_machine: int | None = field(
+        default=None, metadata=_flag("of them in one machine, over which --fsdp hybrid_shard shards: 8")
+    )
     plan_tflops: float | None = field(default=None, metadata=_flag("peak of each in TFLOP/s: a usual card's"))
 
     @property
@@ -202,6 +205,8 @@ def make_config(given: Mapping[str, object]) -> TrainConfig:
     values = {**RECIPES[recipe], **given}
     if values.get("method", "full") != "full" and "learning_rate" not in given:
         values["learning_rate"] = ADAPTER_LEARNING_RATE
+    if given.get("method") == "qlora" and given.get("base_quantization") is None:
+        values["base_quantization"] = None  # a recipe's gives way: qlora is 4 bit
     if "val_set_size" not in given and (given.get("eval_fraction") or given.get("eval_data_path")):
         values["val_set_size"] = 0  # a recipe's gives way
     return TrainConfig(**values)
@@ -235,10 +240,19 @@ def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 
 def count_held_out(config: TrainConfig, num_examples: int) -> int:
-    """Examples of data_path that are held out: `--val_set_size`, or `--eval_fraction` of them, at least one."""
+    """Examples of data_path that are held out: `--val_set_size`, or `--eval_fraction` of them, at least one.
+
+    Raises InputError for a fraction that leaves none to train on.
+    """
     if not config.eval_fraction:
         return config.val_set_size
-    return max(1, round(config.eval_fraction * num_examples))
+    held_out = max(1, round(config.eval_fraction * num_examples))
+    if held_out >= num_examples:
+        raise InputError(
+            f"--eval_fraction {config.eval_fraction:g} holds out {held_out} of {num_examples} examples of "
+            f"{config.data_path}, and leaves none to train on; give a smaller share, or --eval_data_path"
+        )
+    return held_out
 
 
 def count_warmup_steps(config: TrainConfig, num_steps: int) -> int:
@@ -268,25 +282,11 @@ def learning_rate_factor(step: int, *, schedule: str, num_warmup_steps: int, num
 
 def check_values(config: TrainConfig) -> None:
     """Raise InputError for the first value that cannot be meant."""
-    _check_types(config)
-    for name, least in _LEAST.items():
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise InputError(f"--{name}: expected at least {least}, found {value}")
-    for name in _POSITIVE:
-        if not getattr(config, name) > 0:
-            raise InputError(f"--{name}: expected a number above 0, found {getattr(config, name)}")
-    for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(
-                f"--{name}: expected a number from 0 up to (not including) 1, found {getattr(config, name)}"
-            )
+    check_each_value(config)
     if config.max_steps == 0 or config.max_steps < -1:
         raise InputError(f"--max_steps: expected a number above 0 (or -1 for none), found {config.max_steps}")
     parse_fsdp(config.fsdp)
     parse_checkpointing(config.gradient_checkpointing)
-    if config.memory_limit is not None:
-        parse_memory_limit(config.memory_limit)
     _check_method(config)
     _check_numerics(config)
     _check_evaluation(config)
@@ -294,43 +294,14 @@ def check_values(config: TrainConfig) -> None:
         source = getattr(config, name)
         if source and Path(source).resolve() == Path(config.output_dir).resolve():
             raise InputError(f"--output_dir is also --{name} ({source}), which would be lost; choose another folder")
-
-
-_LEAST = {
-    "model_max_length": 2, "val_set_size": 0, "global_batch_size": 1, "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 1,
-    "save_steps": 1, "save_total_limit": 1, "save_minutes": 0, "warmup_steps": 0, "weight_decay": 0,
-    "max_grad_norm": 0, "learning_rate": 0, "seed": 0, "num_samples": 0, "plan_gpus": 1, "lora_r": 1, "lora_dropout": 0,
-}  # fmt: skip
-_POSITIVE = ("num_train_epochs", "adam_epsilon")
-
-
-def _check_types(config: TrainConfig) -> None:
-    hints = typing.get_type_hints(TrainConfig)
-    for item in dataclasses.fields(config):
-        value, choices = getattr(config, item.name), item.metadata["choices"]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"--{item.name}: expected a number, found {value}")
-        if choices and value is not None and value not in choices:
-            raise InputError(f"--{item.name}: expected one of {', '.join(choices)}, found {value!r}")
-        kinds = value_types(hints[item.name])
-        if value is not None and not isinstance(value, (float, int) if kinds == (float,) else kinds):
-            raise InputError(f"--{item.name}: expected {' or '.join(k.__name__ for k in kinds)}, found {value!r}")
-
-
-def value_types(hint: object) -> tuple[type, ...]:
-    """The types of a field's values by its hint: (int,) of `int | None`."""
-    if isinstance(hint, types.UnionType):
-        return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return (hint,)
+    for name in ("model_name_or_path", "tokenizer_name_or_path", "data_path", "eval_data_path"):
+        for folder in Path(config.output_dir).glob("checkpoint-*"):  # a new run removes them, others' too
+            require_apart(folder, {f"--{name}": Path(source) if (source := getattr(config, name)) else None})
 
 
 def parse_memory_limit(text: str) -> int:
     """Bytes of `--memory_limit`. Raises InputError."""
-    try:
-        return parse_size(text)
-    except InputError as error:
-        raise InputError(f"--memory_limit: {error}") from error
+    return parse_memory("memory_limit", text)
 
 
 def _check_evaluation(config: TrainConfig) -> None:
@@ -342,10 +313,6 @@ def _check_evaluation(config: TrainConfig) -> None:
         )
     if len(given) > 1:
         raise InputError(f"--{' and --'.join(given)} both say what to evaluate on; give one of them")
-    if not 0 <= config.eval_fraction < 1:
-        raise InputError(
-            f"--eval_fraction: expected a number from 0 up to (not including) 1, found {config.eval_fraction}"
-        )
 
 
 _ADAPTER_FLAGS = (
@@ -375,10 +342,6 @@ def _check_method(config: TrainConfig) -> None:
         )
     if config.lora_alpha is not None and not config.lora_alpha > 0:
         raise InputError(f"--lora_alpha: expected a number above 0, found {config.lora_alpha}")
-    if config.lora_dropout is not None and not config.lora_dropout < 1:
-        raise InputError(
-            f"--lora_dropout: expected a number from 0 up to (not including) 1, found {config.lora_dropout}"
-        )
     if config.lora_target_modules is not None and not target_names(config.lora_target_modules):
         raise InputError(
             f'--lora_target_modules: expected names such as "q_proj,v_proj", or "{ALL_LINEAR}"; '

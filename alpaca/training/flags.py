@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from alpaca.errors import InputError
-from alpaca.training.config import TrainConfig, make_config, value_types
+from alpaca.training.config import TrainConfig, make_config
 from alpaca.training.layers import parse_checkpointing
+from alpaca.training.limits import value_types
 
 logger = logging.getLogger(__name__)
 

@@ -35,6 +35,9 @@ _CHUNKS = 16  # of the stochastic AdamW's float32 and int32 temporaries, at the 
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, an 8-bit scale for 64, a float32 scale for 256 of those
 
 
+GPUS_PER_MACHINE = 8  # where nothing says their number
+
+
 # The run ------------------------------------------------------------------------------------------------------
 
 
@@ -59,6 +62,8 @@ class Setup:
     bf16: bool = True
     numerics: str = "stanford"
     num_processes: int = 1
+    on_machine: int = GPUS_PER_MACHINE  # processes of a machine, at the most
+    hybrid: bool = False  # each machine has a copy of the model
     on_gpu: bool = True
 
     @property
@@ -66,13 +71,29 @@ class Setup:
         return self.num_processes > 1 or (self.offload and self.on_gpu)
 
     @property
+    def num_shards(self) -> int:
+        """Processes that a copy of the model is cut into parts for."""
+        return min(self.on_machine, self.num_processes) if self.hybrid else self.num_processes
+
+    @property
     def fast(self) -> bool:
         return self.numerics == "fast"
 
     @property
     def state_bytes(self) -> int:
-        """Of an element that is trained, of its gradient and of either of its moments."""
+        """Of an element that is trained, and of either of its moments."""
         return 2 if self.fast else 4
+
+    @property
+    def adds_up_in_float32(self) -> bool:
+        """Whether gradients have another dtype than their bfloat16 parameters: see `model.add_up_in_float32`."""
+        num_micro_batches = -(-self.global_batch_size // (self.micro_batch_size * self.num_processes))
+        return self.fast and not self.sharded and num_micro_batches > 1
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of an element's gradient."""
+        return 4 if self.adds_up_in_float32 else self.state_bytes
 
     @property
     def compute_bytes(self) -> int:
@@ -89,8 +110,10 @@ class Setup:
         return self.method == "full" or linear in self.lora_targets
 
 
-def make_setup(config: TrainConfig, shape: Shape, *, num_processes: int, on_gpu: bool) -> Setup:
-    """The setup of a resolved configuration."""
+def make_setup(
+    config: TrainConfig, shape: Shape, *, num_processes: int, on_gpu: bool, on_machine: int | None = None
+) -> Setup:
+    """The setup of a resolved configuration. on_machine: processes of a machine; torchrun's number, else all."""
     sharding, full = parse_fsdp(config.fsdp), config.method == "full"
     return Setup(
         method=config.method,
@@ -109,6 +132,8 @@ def make_setup(config: TrainConfig, shape: Shape, *, num_processes: int, on_gpu:
         bf16=config.bf16,
         numerics=config.numerics,
         num_processes=num_processes,
+        on_machine=on_machine or int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)),
+        hybrid=sharding.hybrid,
         on_gpu=on_gpu,
     )
 
@@ -199,7 +224,7 @@ def plan_memory(shape: Shape, setup: Setup, work: Work) -> Memory:
     """
     weights, gradients = weights_bytes(shape, setup), gradient_bytes(shape, setup)
     accumulated = accumulated_bytes(shape, setup) if work.num_micro_batches > 1 else 0
-    optimizer = 2 * setup.state_bytes * count_trained(shape, setup) // setup.num_processes
+    optimizer = moments_bytes(shape, setup)
     saved, layer = saved_bytes(shape, setup, work), layer_bytes(shape, setup, work)
     recomputed = recomputed_bytes(shape, setup, work) + layer if setup.num_checkpointed else 0
     logits, backward = logits_bytes(shape, setup, work), backward_bytes(shape, setup, work)
@@ -241,15 +266,20 @@ def count_trained(shape: Shape, setup: Setup) -> int:
 def weights_bytes(shape: Shape, setup: Setup) -> int:
     """A process's share of them: float32 (fast: bfloat16) if trained; a frozen base in the dtype it computes in."""
     if setup.method == "full":
-        return setup.state_bytes * shape.num_parameters // setup.num_processes
+        return setup.state_bytes * shape.num_parameters // setup.num_shards
     per_linear = {"none": setup.compute_bytes, "nf4": _NF4_BYTES, "int8": 1 + 4 / shape.width}[setup.base_quantization]
     frozen = shape.num_linear * per_linear + (shape.num_parameters - shape.num_linear) * setup.compute_bytes
-    return int(frozen + 4 * count_trained(shape, setup)) // setup.num_processes
+    return int(frozen + 4 * count_trained(shape, setup)) // setup.num_shards
+
+
+def moments_bytes(shape: Shape, setup: Setup) -> int:
+    """A process's share of AdamW's two moments."""
+    return 2 * setup.state_bytes * count_trained(shape, setup) // setup.num_shards
 
 
 def gradient_bytes(shape: Shape, setup: Setup) -> int:
-    """Gradients, in their parameters' dtype; of sharded ones the shard, which is what the optimizer steps with."""
-    return setup.state_bytes * count_trained(shape, setup) // setup.num_processes
+    """Gradients, added up; of sharded ones the shard, which is what the optimizer steps with."""
+    return setup.gradient_bytes * count_trained(shape, setup) // setup.num_shards
 
 
 def accumulated_bytes(shape: Shape, setup: Setup) -> int:
@@ -264,7 +294,7 @@ def bytes_for_gradients(shape: Shape, setup: Setup, memory_bytes: int) -> int:
     context = CUDA_CONTEXT_BYTES if setup.on_gpu else 0
     if setup.offload and setup.on_gpu:
         return memory_bytes - context
-    return memory_bytes - context - weights_bytes(shape, setup) - 2 * gradient_bytes(shape, setup)
+    return memory_bytes - context - weights_bytes(shape, setup) - moments_bytes(shape, setup)
 
 
 def overhead_bytes(shape: Shape, setup: Setup, work: Work, *, transient_bytes: int, logits_bytes: int) -> int:
@@ -319,7 +349,9 @@ def layer_bytes_per_token(shape: Shape, setup: Setup) -> int:
     full = setup.method == "full"
     rms = shape.family == "llama"  # LayerNorm is one operation: its input, mean and deviation
     total = 2 * (4 * width + 4 + (s * width if full else 0)) if rms else 2 * (s * width + 8)
-    for names in _INPUT_GROUPS[shape.family]:
+    for group in _INPUT_GROUPS[shape.family]:
+        if not (names := [name for name in group if name in shape.linears]):
+            continue
         trained = [name for name in names if setup.trains(name)]
         columns = shape.linears[names[0]][1]
         casts_each = s != c if full else (c == 2 or setup.lora_dropout > 0)
@@ -338,11 +370,26 @@ def layer_bytes_per_token(shape: Shape, setup: Setup) -> int:
 
 
 _INPUT_GROUPS = {  # matrices that share an input
-    "llama": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)),
+    "llama": (
+        ("q_proj", "k_proj", "v_proj"),
+        ("qkv_proj",),
+        ("o_proj",),
+        ("gate_proj", "up_proj"),
+        ("gate_up_proj",),
+        ("down_proj",),
+    ),
     "opt": (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)),
     "bloom": (("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)),
 }
-_FROM_STREAM = ("q_proj", "gate_proj", "fc1", "query_key_value", "dense_h_to_4h")  # others' inputs are products
+_FROM_STREAM = (
+    "q_proj",
+    "qkv_proj",
+    "gate_proj",
+    "gate_up_proj",
+    "fc1",
+    "query_key_value",
+    "dense_h_to_4h",
+)  # others' inputs are products
 
 
 def layer_bytes(shape: Shape, setup: Setup, work: Work) -> int:
@@ -377,7 +424,8 @@ def logits_bytes(shape: Shape, setup: Setup, work: Work) -> int:
     scores = 3 * 4 * rows * shape.vocab_size + (2 * rows * shape.vocab_size if setup.compute_bytes == 2 else 0)
     if setup.method != "full":
         return scores
-    weight_gradient = shape.num_head * (setup.state_bytes + (2 if setup.bf16 and not setup.fast else 0))
+    converted = (setup.bf16 and not setup.fast) or setup.adds_up_in_float32
+    weight_gradient = shape.num_head * (setup.gradient_bytes + (2 if converted else 0))
     return max(scores, setup.compute_bytes * rows * shape.vocab_size + weight_gradient)
 
 
@@ -391,20 +439,23 @@ def backward_bytes(shape: Shape, setup: Setup, work: Work) -> int:
     if setup.method == "full" and setup.sharded:
         whole = 4 * (shape.num_linear // shape.num_layers + shape.num_outside)
     elif setup.method == "full":
-        whole = setup.state_bytes * max(rows * columns for rows, columns in shape.linears.values())
+        each = setup.gradient_bytes + (2 if setup.adds_up_in_float32 else 0)  # as it comes, and converted
+        whole = each * max(rows * columns for rows, columns in shape.linears.values())
     return work.max_tokens * per_token + whole
 
 
 def step_bytes(shape: Shape, setup: Setup) -> int:
     """AdamW's temporaries: none when fused, else two of its largest parameter.
 
-    Of fast numerics the float32 gradient that a CPU takes the norm of; AdamW itself goes through chunks.
+    Of fast numerics the float32 copy of a bfloat16 gradient that a CPU takes the norm of; AdamW itself goes through
+    chunks.
     """
     if (setup.on_gpu and not setup.offload) or setup.method != "full":
         return 0
     if setup.fast:
-        return 4 * shape.num_head // setup.num_processes + _CHUNKS * 4 * CHUNK_ELEMENTS
-    return 2 * 4 * shape.num_head // setup.num_processes
+        norm = 0 if setup.adds_up_in_float32 else 4 * shape.num_head // setup.num_shards
+        return norm + _CHUNKS * 4 * CHUNK_ELEMENTS
+    return 2 * 4 * shape.num_head // setup.num_shards
 
 
 # Disk --------------------------------------------------------------------------------------------------------

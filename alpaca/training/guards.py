@@ -46,31 +46,34 @@ def describe_not_finite(
     indices: Sequence[int],
     broken: Sequence[int],
     name: Callable[[int], str],
+    remedy: str,
 ) -> str:
     """Why training stops: which of a step's examples have a loss (each alone) that is no number.
 
     indices: the step's examples.    broken: those among them.    name: an example for a person.
+    remedy: the flags with which products are float32's, "" where they are so.
     """
     text = (
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; training stops before the weights are "
         "touched, and nothing was saved over the last checkpoint. "
     )
+    calmer = f", or train with {remedy}" if remedy else ""
     shown = list(broken or indices)[:_MOST_NAMED]
     named = "; ".join(name(index) for index in shown)
     more = f"; and {len(broken or indices) - len(shown)} more" if len(broken or indices) > len(shown) else ""
     if not broken:
         return (
-            f"{text}Each of its {len(indices)} examples alone has a finite loss ({named}{more}): lower --learning_rate "
-            "or train with --bf16 False"
+            f"{text}Each of its {len(indices)} examples alone has a finite loss ({named}{more}): lower "
+            f"--learning_rate{calmer}"
         )
     if len(broken) == len(indices):
         return (
             f"{text}So has each of its {len(indices)} examples alone ({named}{more}): the weights are at fault, not "
-            "the data. Lower --learning_rate, train with --bf16 False, or look for what is odd in the base model"
+            f"the data. Lower --learning_rate{calmer}, or look for what is odd in the base model"
         )
     return (
         f"{text}Of its {len(indices)} examples {len(broken)} have such a loss: {named}{more}. Look at them; else lower "
-        "--learning_rate or train with --bf16 False"
+        f"--learning_rate{calmer}"
     )
 
 

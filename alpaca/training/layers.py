@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from alpaca.errors import InputError, MissingPackage
 
 AUTO = "auto"
+_MOST_DIGITS = 10  # of a number of layers
 _WORDS = {
     **dict.fromkeys(("true", "yes", "y", "t", "on"), True),
     **dict.fromkeys(("false", "no", "n", "f", "off", "none"), False),
@@ -30,9 +31,10 @@ def parse_checkpointing(value: bool | int | str) -> bool | int | str:
     text = str(value).strip().lower()
     if text in _WORDS:
         return _WORDS[text]
-    if text == AUTO or text.isdecimal():
+    if text == AUTO or (text.isdecimal() and len(text) < _MOST_DIGITS):
         return AUTO if text == AUTO else int(text)
-    raise InputError(f"--gradient_checkpointing: expected auto, True, False or a number of layers, found {value!r}")
+    found = text if len(text) < 40 else f"{text[:20]}… ({len(text)} characters)"
+    raise InputError(f"--gradient_checkpointing: expected auto, True, False or a number of layers, found {found!r}")
 
 
 def count_checkpointed(asked: bool | int | str, num_layers: int) -> int | None:

@@ -3,7 +3,9 @@
     for each step: examples -> micro-batches -> gradients -> clip -> AdamW -> log, evaluate, save
 
 The loss is the sum of the target tokens' cross entropies over the number of target tokens in the whole step, which
-every process knows from the data; so the layout of processes and micro-batches does not change it.
+every process knows from the data; so the layout of processes and micro-batches does not change it. Gradients of
+micro-batches are added up in float32, those of bfloat16 weights too; but for shards in bfloat16 that FSDP reduces after
+each micro-batch (where whole gradients do not fit), which it adds up as they are: a rounding for each.
 """
 
 import contextlib
@@ -25,8 +27,8 @@ from tqdm import tqdm
 
 from alpaca.data.batching import MicroBatch, collate, pack, split_step, split_step_by_tokens, step_examples
 from alpaca.data.examples import MASKED_LABEL, EncodedDataset
-from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
-from alpaca.hf_files import locked, write_json
+from alpaca.errors import AlpacaError, InputError, MissingInput, NotEnoughSpace
+from alpaca.hf_files import fingerprint, locked, write_json
 from alpaca.training import padding_free
 from alpaca.training.answers import Sample, answer_after, answer_before, choose_samples
 from alpaca.training.checkpoint import (
@@ -43,7 +45,7 @@ from alpaca.training.checkpoint import (
 from alpaca.training.config import TrainConfig, config_json, resolve
 from alpaca.training.distributed import World, clip_gradients, is_sharded, join_world, sync_gradients
 from alpaca.training.guards import LossWatch, SaveClock, describe_not_finite
-from alpaca.training.model import choose_save_dtype
+from alpaca.training.model import add_up_in_float32, choose_save_dtype
 from alpaca.training.plan import share_of_peak
 from alpaca.training.plan_command import print_plan
 from alpaca.training.report import (
@@ -131,7 +133,20 @@ def _prepare_output(run: Run, *, resumed: bool) -> None:
     dtype, saves = choose_save_dtype(config, run.base), config.save_strategy != "no"
     require_room(run.trainee.model, output_dir, dtype=dtype, checkpoints=saves)
     clear_output(output_dir, old_checkpoints=not resumed)
-    write_json(output_dir / "train_config.json", config_json(config))
+    write_json(output_dir / "train_config.json", {**config_json(config), **_identify_base(run)})
+
+
+def _identify_base(run: Run) -> dict[str, str]:
+    """An adapter's base by its tensors, for whoever serves it: a folder's name stays when another model moves in.
+
+    Nothing for a whole model, and for bases in other files than safetensors, which training takes, too.
+    """
+    if run.config.method == "full":
+        return {}
+    try:
+        return {"base_fingerprint": fingerprint(run.base.folder)}
+    except (MissingInput, InputError):
+        return {}
 
 
 # The loop -----------------------------------------------------------------------------------------------------
@@ -203,6 +218,8 @@ def take_step(run: Run, ask: Callable[[], _Requests]) -> tuple[Entry, _Requests]
 def accumulate_gradients(run: Run, indices: Tensor) -> float:
     """Add up the gradients of this process's micro-batches; returns its share of the step's loss."""
     micro_batches = _micro_batches(run, indices)
+    if run.config.gradient_accumulation_steps > 1 and not is_sharded(run.trainee.model):
+        add_up_in_float32(run.trainee.model)
     total = torch.zeros((), dtype=torch.float32, device=run.world.device)
     for number, micro_batch in enumerate(micro_batches, start=1):
         sync_gradients(run.trainee.model, last=number == len(micro_batches), whole=run.keeps_gradients)
@@ -263,7 +280,15 @@ def _explain_not_finite(run: Run, indices: Tensor, loss: float, grad_norm: float
         indices=indices.tolist(),
         broken=sorted(index for part in run.world.gather(broken) for index in part),
         name=functools.partial(_name_example, run),
+        remedy=_float32_flags(run.config),
     )
+
+
+def _float32_flags(config: TrainConfig) -> str:
+    """What to pass for float32 products, "" where they are so already."""
+    if config.numerics == "fast":  # whatever --bf16 says
+        return "--numerics stanford --bf16 False"
+    return "--bf16 False" if config.bf16 else ""
 
 
 def _name_example(run: Run, index: int) -> str:

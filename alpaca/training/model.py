@@ -138,6 +138,18 @@ def load_model(base: Base, config: TrainConfig, world: World) -> nn.Module:
     return model.train()
 
 
+def add_up_in_float32(model: nn.Module) -> None:
+    """Have autograd add up bfloat16 parameters' gradients in float32, at two bytes more each; not for sharded ones.
+
+    In bfloat16 the sum of 128 micro-batches would be off by 1.3 % (rounded by chance 1.9 %), where one rounding is
+    0.17 %; and it would depend on how a step is cut into micro-batches. Call it once a checkpoint is loaded: torch
+    gives the parameters gradients of their own dtype then.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16 and parameter.requires_grad:
+            parameter.grad_dtype = torch.float32
+
+
 def _quantization(config: TrainConfig) -> str:
     return config.base_quantization or "none"
 
@@ -358,6 +370,11 @@ def find_adapter_fault(
         return ""
     if adapter.is_base and learned:
         return "the adapter is its base, every lora_B is zero, though it was trained: no gradient reaches it"
+    if learned and effect == 0:
+        return (
+            "the adapter moves no logit of the base, though it was trained: what it adds is lost in rounding; use a "
+            "higher --lora_alpha or --learning_rate"
+        )
     if adapter.is_base:
         logger.warning("the adapter changes nothing: no step had a learning rate above 0")
     if not is_sharded(model):

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import torch
 
-from alpaca.errors import NotEnoughSpace
-from alpaca.hf_files import parse_size
+from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.training.config import TrainConfig, resolve
 from alpaca.training.dataset import encode_data
-from alpaca.training.footprint import Setup, make_setup
+from alpaca.training.footprint import GPUS_PER_MACHINE, Setup, make_setup
+from alpaca.training.limits import parse_memory
 from alpaca.training.model import open_base
 from alpaca.training.plan import (
     GPU_COUNTS,
@@ -50,17 +50,32 @@ def print_plan(config: TrainConfig, *, show: Callable[[str], object] = print) ->
         return
     on_gpu = bool(config.plan_memory) or torch.cuda.is_available()
     num_processes = config.plan_gpus or int(os.environ.get("WORLD_SIZE", "1"))
-    config = _resolve_for(config, num_processes=num_processes, on_gpu=on_gpu)
+    on_machine = config.plan_gpus_per_machine or _own_machine(named=bool(config.plan_gpus))
+    asked, config = config, _resolve_for(config, num_processes=num_processes, on_gpu=on_gpu)
     planner = open_planner(config)
-    setup = make_setup(config, planner.shape, num_processes=num_processes, on_gpu=on_gpu)
+    setup = make_setup(config, planner.shape, num_processes=num_processes, on_gpu=on_gpu, on_machine=on_machine)
+    _require_whole_machines(setup)
     hardware = _named_hardware(config) if config.plan_memory else find_hardware(_device(on_gpu))
     plan = planner.plan(setup, limit_hardware(hardware, config.memory_limit))
-    cards = _card_peaks(planner, setup)
+    cards = _card_plans(planner, dataclasses.replace(setup, on_gpu=True, bf16=asked.bf16))
     would = [] if plan.fits else planner.suggest(setup, plan.hardware)
     show(format_table(plan, cards))
     show(json.dumps({**plan_json(plan), "would_fit": would, "cards": cards}))
     if not plan.fits and (on_gpu or config.memory_limit):
         raise NotEnoughSpace(refusal(plan, planner))
+
+
+def _own_machine(*, named: bool) -> int:
+    """GPUs of a machine: under torchrun its number, for a number of GPUs that was named the usual one."""
+    return GPUS_PER_MACHINE if named else int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_PER_MACHINE))
+
+
+def _require_whole_machines(setup: Setup) -> None:
+    if setup.num_processes % setup.num_shards:
+        raise InputError(
+            f"--fsdp hybrid_shard: expected as many GPUs on every machine, found --plan_gpus {setup.num_processes} in "
+            f"machines of {setup.on_machine}; say how many a machine has with --plan_gpus_per_machine"
+        )
 
 
 def _device(on_gpu: bool) -> torch.device:
@@ -91,23 +106,22 @@ def _named_hardware(config: TrainConfig) -> Hardware:
 def card_bytes(text: str) -> int:
     """Bytes of "80GB": of a usual card what it really has, else the size as written."""
     card = _CARD_BYTES.get(text.replace(" ", "").upper())
-    return int(card * 2**30) if card else parse_size(text)
+    return int(card * 2**30) if card else parse_memory("plan_memory", text)
 
 
-def _card_peaks(planner: Planner, setup: Setup) -> list[dict[str, object]]:
-    """For several numbers of GPUs: on which of the usual cards the run fits, and with how many layers recomputed.
+def _card_plans(planner: Planner, setup: Setup) -> list[dict[str, object]]:
+    """For several numbers of GPUs: the plan on each of the usual cards, its peak and how many layers are recomputed.
 
-    peak_bytes: with none recomputed where the plan chooses how many.
+    Where it does not fit the peak is the least there can be.
     """
     rows = []
     for number in GPU_COUNTS:
-        changed = dataclasses.replace(setup, on_gpu=True, num_processes=number)
+        changed = dataclasses.replace(setup, num_processes=number)
         plans = {card: planner.plan(changed, assume_gpu(card, card_bytes(card), peak)) for card, peak in CARDS.items()}
-        lean = dataclasses.replace(changed, num_checkpointed=changed.num_checkpointed or 0)
         rows.append(
             {
                 "gpus": number,
-                "peak_bytes": planner.memory(lean).peak_bytes,
+                "peak_bytes": {card: plan.memory.peak_bytes for card, plan in plans.items()},
                 "fits": {card: plan.fits for card, plan in plans.items()},
                 "recomputed_layers": {card: plan.setup.num_checkpointed for card, plan in plans.items()},
             }
@@ -124,7 +138,8 @@ def format_table(plan: Plan, cards: list[dict[str, object]]) -> str:
         f"{'examples':<34}{work.num_examples:14,}",
         f"{'tokens of the run':<34}{work.num_tokens:14,}",
         f"{'steps':<34}{work.num_steps:14,}",
-        f"{'micro-batches of a step':<34}{work.num_micro_batches:14,}  on each of {plan.setup.num_processes} devices",
+        f"{'micro-batches of a step':<34}{work.num_micro_batches:14,}  on each of {plan.setup.num_processes} devices"
+        f"{_describe_copies(plan.setup)}",
         f"{'tokens of a micro-batch, at most':<34}{work.max_tokens:14,}  {work.max_targets:,} of them targets",
         "",
         *(f"{name:<34}{size / 1e9:14,.2f} GB" for name, size in memory_parts(plan.memory).items() if size),
@@ -143,19 +158,27 @@ def format_table(plan: Plan, cards: list[dict[str, object]]) -> str:
         f"{'time':<34}{format_seconds(plan.seconds):>14}  at {hardware.flops / 1e12:,.2f} TFLOP/s a device "
         f"({hardware.flops_are})",
         "",
-        f"{'GPUs':<8}{'peak of each':>16}{''.join(f'{card:>10}' for card in CARDS)}   (as planned, not measured yet)",
+        "peak of each GPU in GB, as planned on such a card (not measured yet)",
+        f"{'GPUs':<8}{''.join(f'{card:>18}' for card in CARDS)}",
     ]
-    for row in cards:
-        verdicts = "".join(f"{_verdict(row, card):>10}" for card in CARDS)
-        lines.append(f"{row['gpus']:<8}{row['peak_bytes'] / 1e9:13,.2f} GB{verdicts}")
-    if any(any(row["recomputed_layers"].values()) for row in cards):
-        lines.append("(N layers: fits with the activations of so many recomputed)")
+    lines += [f"{row['gpus']:<8}{''.join(f'{_verdict(row, card):>18}' for card in CARDS)}" for row in cards]
+    lines += (
+        ["(+N: so many layers are recomputed; needs: the least there can be, and it does not fit)"] if cards else []
+    )
     return "\n".join(lines)
+
+
+def _describe_copies(setup: Setup) -> str:
+    """What a hybrid sharding is over; "" for another."""
+    if not setup.hybrid:
+        return ""
+    copies = setup.num_processes // setup.num_shards
+    return f": {copies} {'copy' if copies == 1 else 'copies'} of the model, over {setup.num_shards} of a machine each"
 
 
 def _verdict(row: dict[str, object], card: str) -> str:
     """A cell of the table."""
+    gigabytes, number = f"{row['peak_bytes'][card] / 1e9:,.2f}", row["recomputed_layers"][card]
     if not row["fits"][card]:
-        return "-"
-    number = row["recomputed_layers"][card]
-    return f"{number} layers" if number else "fits"
+        return f"needs {gigabytes}"
+    return f"{gigabytes} +{number}" if number else gigabytes

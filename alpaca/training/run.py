@@ -11,6 +11,8 @@ from torch import nn
 
 from alpaca.data.batching import count_steps_per_epoch
 from alpaca.data.examples import EncodedDataset
+from alpaca.errors import AlpacaError, NotEnoughSpace
+from alpaca.hf_files import fingerprint
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.training.checkpoint import Progress, Trainee
 from alpaca.training.config import (
@@ -72,7 +74,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     _limit_memory(config, world.device)
     if config.tf32:
         torch.set_float32_matmul_precision("high")
-    trainee = _make_trainee(load_model(base, config, world), config, data, num_steps=num_steps, world=world)
+    trainee = _make_trainee(load_model(base, config, world), config, base, data, num_steps=num_steps, world=world)
     torch.manual_seed(config.seed + world.rank)  # dropout; each process draws its own
     return Run(
         config=config,
@@ -96,13 +98,22 @@ def _settle(config: TrainConfig, plan: Plan | None) -> TrainConfig:
 
 
 def _limit_memory(config: TrainConfig, device: torch.device) -> None:
-    """Hold torch's allocator to `--memory_limit`, less CUDA's context. On a CPU the plan alone keeps to it."""
+    """Hold torch's allocator to `--memory_limit`, less CUDA's context. On a CPU the plan alone keeps to it.
+
+    Raises NotEnoughSpace for a limit that the context alone exceeds.
+    """
     if device.type != "cuda":
         return
     share = 1.0  # also takes back what an earlier run of this process set
     if config.memory_limit:
         total = torch.cuda.get_device_properties(device).total_memory
-        share = min(1.0, (parse_memory_limit(config.memory_limit) - CUDA_CONTEXT_BYTES) / total)
+        room = parse_memory_limit(config.memory_limit) - CUDA_CONTEXT_BYTES
+        if room <= 0:
+            raise NotEnoughSpace(
+                f"--memory_limit {config.memory_limit}: CUDA's context alone takes some "
+                f"{CUDA_CONTEXT_BYTES / 1e9:.2f} GB of it; give more than that"
+            )
+        share = min(1.0, room / total)
     torch.cuda.set_per_process_memory_fraction(share, device)
 
 
@@ -114,13 +125,14 @@ def _keeps_gradients(model: nn.Module, plan: Plan | None, world: World) -> bool:
 
 
 def _make_trainee(
-    model: nn.Module, config: TrainConfig, data: EncodedDataset, *, num_steps: int, world: World
+    model: nn.Module, config: TrainConfig, base: Base, data: EncodedDataset, *, num_steps: int, world: World
 ) -> Trainee:
     optimizer = _make_optimizer(model, config, world)
     warmup, num_parameters = count_warmup_steps(config, num_steps), count_parameters(model)
     factor = functools.partial(
         learning_rate_factor, schedule=config.lr_scheduler_type, num_warmup_steps=warmup, num_steps=num_steps
     )
+    identity = _identify(config, base, data, num_parameters=num_parameters, num_steps=num_steps, warmup=warmup)
     millions = (count_parameters(model, trained_only=True) / 1e6, num_parameters / 1e6)
     logger.info("%s steps, %s of warm-up; %.1f of %.1f M parameters are trained", f"{num_steps:,}", warmup, *millions)
     return Trainee(
@@ -128,7 +140,7 @@ def _make_trainee(
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
         progress=Progress(),
-        identity=_identify(config, data, num_parameters=num_parameters, num_steps=num_steps, warmup=warmup),
+        identity=identity,
         world=world,
     )
 
@@ -149,17 +161,23 @@ _IDENTITY_FIELDS = (
     "lora_dropout", "lora_r", "lora_target_modules", "loss_average", "lr_scheduler_type", "max_grad_norm", "method",
     "numerics", "seed", "use_dora", "use_rslora", "weight_decay",
 )  # fmt: skip
+_BIN_END_BYTES = 1 << 20
 
 
 def _identify(
-    config: TrainConfig, data: EncodedDataset, *, num_parameters: int, num_steps: int, warmup: int
+    config: TrainConfig, base: Base, data: EncodedDataset, *, num_parameters: int, num_steps: int, warmup: int
 ) -> dict[str, object]:
-    """What a checkpoint must share with a run that resumes it; the layout of processes is not among it."""
+    """What a checkpoint must share with a run that resumes it; the layout of processes is not among it.
+
+    An adapter's checkpoint does not hold the frozen base, so the base must be the same; a whole model's holds it all.
+    """
     digest = hashlib.sha256()
     for tensor in (data.ids, data.offsets, data.prompt_lengths):
         digest.update(tensor.numpy())
+    frozen = {} if config.method == "full" else {"base": f"sha256 {_digest_base(base)[:16]}"}
     by_micro_batch = config.loss_average == "micro_batch"
     return {
+        **frozen,
         "data": f"{len(data)} examples, sha256 {digest.hexdigest()[:16]}",
         "micro_batch_size": config.per_device_train_batch_size if by_micro_batch else "any",
         "parameters": num_parameters,
@@ -167,3 +185,16 @@ def _identify(
         "warmup_steps": warmup,
         **{name: getattr(config, name) for name in _IDENTITY_FIELDS},
     }
+
+
+def _digest_base(base: Base) -> str:
+    """Of the base's tensors, wherever its folder is; of a .bin file, of its end, where the checksums of all stand."""
+    try:
+        return fingerprint(base.folder)
+    except AlpacaError:
+        digest = hashlib.sha256()
+        for path in sorted(base.folder.glob("*.bin")):
+            with open(path, "rb") as file:
+                file.seek(max(0, path.stat().st_size - _BIN_END_BYTES))
+                digest.update(f"{path.name} {path.stat().st_size}\n".encode() + file.read())
+        return digest.hexdigest()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alpaca.archives import choose_base, open_weights, pack
-from alpaca.downloads import upload
+from alpaca.downloads import parse_address, upload
 from alpaca.errors import AlpacaError, InputError
 from alpaca.hf_files import read_json, require_free_space
 
@@ -87,6 +87,7 @@ def _train_to_archive(
     values: Mapping[str, object], stop: threading.Event, record: Callable[[str, float], None]
 ) -> Path:
     global _last_output
+    _check_upload_address()
     _remove_last_output()
     from alpaca.training.loop import train as run_training
 
@@ -107,7 +108,7 @@ def _train_to_archive(
 
 def _open_base(model: str) -> Path:
     allowed = os.environ.get("ALPACA_BASE_MODELS", "")
-    base = open_weights(choose_base(model, allowed=allowed, root=Path.cwd()), named="model")
+    base = open_weights(choose_base(model, allowed=allowed, root=Path.cwd()), named="model", lists=False)
     if not (base / "config.json").is_file():
         raise InputError(f"model: {model} is an adapter, and training starts from a whole model: name its base")
     return base
@@ -193,6 +194,15 @@ def _upload_address() -> str | None:
     return os.environ.get("ALPACA_UPLOAD_URL") or None
 
 
+def _check_upload_address() -> None:
+    """Raise InputError, before hours of training, for an address that nothing could be uploaded to."""
+    if place := _upload_address():
+        try:
+            parse_address(place)
+        except InputError as error:
+            raise InputError(f"the server's upload address: {error}; start the server with another") from error
+
+
 def _deliver(archive: Path, stop: threading.Event) -> Path | str:
     """Upload an archive where there is an address for that, and return where it is then.
 
@@ -209,12 +219,13 @@ def _deliver(archive: Path, stop: threading.Event) -> Path | str:
 
     try:
         return upload(archive, place, on_piece=end_if_stopped)
-    except AlpacaError as error:
+    except Exception as error:  # whatever it is, the training shall not be lost
         if stop.is_set():
             raise
-        raise InputError(
-            f"{error}; while this server runs, and until its next training, the archive stays here as {archive}"
-        ) from error
+        kept = f"while this server runs, and until its next training, the archive stays here as {archive}"
+        if isinstance(error, AlpacaError):
+            raise InputError(f"{error}; {kept}") from error
+        raise RuntimeError(f"the upload failed ({type(error).__name__}: {error}); {kept}") from error
 
 
 # What is told meanwhile -----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""The sizes of a model by its config.json alone: a LLaMA, an OPT or a BLOOM. No weight is read."""
+"""The sizes of a model by its config.json alone: a LLaMA or one built like it, an OPT or a BLOOM. No weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,15 +47,17 @@ class Shape:
 def read_shape(folder: Path, *, num_tokens: int = 0) -> Shape:
     """The sizes config.json names, the vocabulary grown to `num_tokens`. Raises InputError for an unknown kind."""
     config = read_json(folder / "config.json")
-    read = {"llama": _llama_shape, "opt": _opt_shape, "bloom": _bloom_shape}.get(str(config.get("model_type")))
-    if read is None and "intermediate_size" in config:
-        read = _llama_shape
-    try:
-        return read(config, max(num_tokens, config["vocab_size"]))
-    except (KeyError, TypeError) as error:
+    kind = config.get("model_type")
+    if kind not in _READERS:
         raise InputError(
-            f"{folder / 'config.json'}: no plan for model_type {config.get('model_type')!r} ({error}); expected the "
-            "sizes of a LLaMA, OPT or BLOOM"
+            f"{folder / 'config.json'}: no plan for model_type {kind!r}; the sizes of {', '.join(_READERS)} are known"
+        )
+    try:
+        return _READERS[kind](config, max(num_tokens, config["vocab_size"]))
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{folder / 'config.json'}: no plan for model_type {kind!r}: {type(error).__name__} {error}; expected the "
+            "sizes that transformers writes"
         ) from error
 
 
@@ -63,16 +65,26 @@ def _llama_shape(config: dict, vocab: int) -> Shape:
     width, ffn, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_width = config.get("head_dim") or width // heads
     query, kv = heads * head_width, (config.get("num_key_value_heads") or heads) * head_width
-    biases = (query + 2 * kv + width) * bool(config.get("attention_bias")) + (2 * ffn + width) * bool(
-        config.get("mlp_bias")
-    )
+    biases = (query + 2 * kv + width) * bool(config.get("attention_bias"))
+    biases += (2 * ffn + width) * bool(config.get("mlp_bias"))
+    kind = config["model_type"]
+    if kind == "qwen2":
+        biases = query + 2 * kv
+    if kind == "qwen3":  # norms of each head's query and key
+        biases += 2 * head_width
+    linears = {
+        "q_proj": (query, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (width, query),
+        "gate_proj": (ffn, width), "up_proj": (ffn, width), "down_proj": (width, ffn),
+    }  # fmt: skip
+    if kind == "phi3":
+        linears = {
+            "qkv_proj": (query + 2 * kv, width), "o_proj": (width, query), "gate_up_proj": (2 * ffn, width),
+            "down_proj": (width, ffn),
+        }  # fmt: skip
     return Shape(
         family="llama", width=width, ffn_width=ffn, num_layers=config["num_hidden_layers"], num_heads=heads,
         query_width=query, kv_width=kv, vocab_size=vocab, num_layer_vectors=2 * width + biases,
-        linears={
-            "q_proj": (query, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (width, query),
-            "gate_proj": (ffn, width), "up_proj": (ffn, width), "down_proj": (width, ffn),
-        },
+        linears=linears,
         num_outside=vocab * width * (1 if config.get("tie_word_embeddings") else 2) + width,
     )  # fmt: skip
 
@@ -105,3 +117,11 @@ def _bloom_shape(config: dict, vocab: int) -> Shape:
         },
         num_layer_vectors=3 * width + width + 4 * width + width + 4 * width, num_outside=vocab * width + 4 * width,
     )  # fmt: skip
+
+
+# Others that have an intermediate_size are something else: experts, tied tables, another feed-forward layer.
+_READERS: dict[str, Callable[[dict, int], Shape]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _llama_shape),
+    "opt": _opt_shape,
+    "bloom": _bloom_shape,
+}

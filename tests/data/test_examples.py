@@ -315,6 +315,7 @@ MALFORMED = {
     "white space": (" \n", r"data holds no examples"),
     "empty list": ("[]", r"data holds no examples"),
     "list cut off": (f"[{GOOD},", r"data: expected a JSON list of records, found invalid JSON: .*line 1 column \d+"),
+    "a hundred thousand brackets": ("[" * 100_000, r"data: expected a JSON list .* invalid JSON: maximum recursion"),
     "text": ("instruction,output", r"data: expected a JSON list .* text that starts str 'instruction,output'"),
     "number": ("17", r"data: expected a JSON list of records, or one record a line"),
     "object": ('{"data": []}', r"data, record 0 .*line 1\): the field 'instruction' is missing, .*\['data'\]; add it"),

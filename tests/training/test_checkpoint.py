@@ -460,6 +460,15 @@ def test_the_base_model_is_not_overwritten(configure: Configure, tiny_llama: Pat
         train(configure(output_dir=str(tiny_llama), overwrite_output_dir=True))
 
 
+def test_inputs_where_checkpoints_go_are_not_removed(configure: Configure, tiny_llama: Path, tmp_path: Path):
+    base = shutil.copytree(tiny_llama, tmp_path / "out" / "checkpoint-500")  # of another trainer
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    for name in ("model_name_or_path", "tokenizer_name_or_path"):
+        with pytest.raises(InputError, match=rf"is, or holds, what is read from: --{name} \(.*checkpoint-500"):
+            train(configure(**{name: str(base)}, output_dir=str(tmp_path / "out"), overwrite_output_dir=True))
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
 def test_stopping_without_checkpoints_saves_none(configure: Configure):
     config = configure(save_strategy="no")
     with pytest.raises(TrainingStopped, match="nothing was saved"):

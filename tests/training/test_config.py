@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import math
+import typing
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from transformers import get_scheduler
 
 from alpaca.data.batching import count_steps_per_epoch
 from alpaca.errors import InputError
+from alpaca.training import limits
 from alpaca.training.config import (
     RECIPES,
     SCHEDULES,
     TrainConfig,
     config_json,
+    count_held_out,
     count_steps,
     count_warmup_steps,
     learning_rate_factor,
@@ -27,6 +30,7 @@ from alpaca.training.flags import parse_flags
 
 NEEDED = ["--model_name_or_path", "weights/llama-7b", "--data_path", "data.json"]
 CPU = torch.device("cpu")
+NO_UNIT = "expected a size with its unit, found '80', which is 80 bytes; write .80GB. if"
 
 
 def test_the_recipes_defaults():
@@ -80,6 +84,25 @@ def test_a_recipe_fills_only_what_is_not_given():
         (["--seed", "-1"], "--seed: expected at least 0"),
         (["--memory_limit", "0GB"], "--memory_limit: expected a size such as"),
         (
+            ["--memory_limit", "80"],
+            "--memory_limit: expected a size with its unit, found '80', which is 80 bytes; write .80GB.",
+        ),
+        (
+            ["--plan_memory", "80"],
+            "--plan_memory: expected a size with its unit, found '80', which is 80 bytes; write .80GB.",
+        ),
+        (["--plan_memory", "0GB"], "--plan_memory: expected a size such as"),
+        (["--plan_memory", "9" * 400], "--plan_memory: expected a size such as"),
+        (["--plan_tflops", "-5"], "--plan_tflops: expected at least 0.001, found -5"),
+        (["--plan_tflops", "1e300"], "--plan_tflops: expected at most 1,000,000, found 1e"),
+        (["--plan_gpus", "100001"], "--plan_gpus: expected at most 100,000"),
+        (["--num_train_epochs", "1e308"], "--num_train_epochs: expected at most 1,000,000, found 1e"),
+        (["--seed", str(2**63)], "--seed: expected at most 4,294,967,295, found 9223372036854775808"),
+        (["--model_max_length", str(10**30)], "--model_max_length: expected at most 10,000,000, found 1000"),
+        (["--max_steps", str(10**30)], "--max_steps: expected at most 1,000,000,000, found 1000"),
+        (["--warmup_steps", "1e308"], "--warmup_steps: expected at most 1,000,000,000, found 1e"),
+        (["--eval_fraction", "1"], "--eval_fraction: expected a number from 0 up to .not including. 1, found 1.0"),
+        (
             ["--method", "lora", "--base_quantization", "int8", "--torch_compile"],
             "--compile_layers True does not go with",
         ),
@@ -96,6 +119,32 @@ def test_a_recipe_fills_only_what_is_not_given():
 def test_values_that_cannot_be_meant(arguments: list[str], text: str):
     with pytest.raises(InputError, match=text):
         resolve(parse_flags([*NEEDED, *arguments]), num_processes=1, device=CPU)
+
+
+def test_every_number_has_a_least_and_a_most():
+    """Or is checked elsewhere: rates and scales, whose size no program can judge, and -1 that means none."""
+    hints = typing.get_type_hints(TrainConfig)
+    numbers = {name for name, hint in hints.items() if set(limits.value_types(hint)) <= {int, float}}
+    judged = numbers - {"adam_beta1", "adam_beta2", "warmup_ratio", "lora_dropout", "eval_fraction", "adam_epsilon"}
+    assert judged - limits._MOST.keys() == {"learning_rate", "weight_decay", "max_grad_norm", "lora_alpha"}
+    assert judged - limits._LEAST.keys() == {"num_train_epochs", "max_steps", "lora_alpha"}
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_named():
+    config = parse_flags([*NEEDED, "--eval_fraction", "0.999"])
+    with pytest.raises(InputError, match=r"--eval_fraction 0.999 holds out 64 of 64 examples of data.json, and leaves"):
+        count_held_out(config, 64)
+    assert count_held_out(config, 2000) == 1998
+
+
+def test_qlora_asked_for_is_4_bit_whatever_the_recipe_has():
+    def quantization(*arguments: str) -> str:
+        config = parse_flags([*NEEDED, "--recipe", "alpaca-lora", *arguments])
+        return resolve(config, num_processes=1, device=CPU).base_quantization
+
+    assert quantization() == quantization("--method", "lora") == "int8"
+    assert quantization("--method", "qlora") == "nf4"
+    assert quantization("--method", "qlora", "--base_quantization", "int8") == "int8"
 
 
 def test_values_given_in_python_are_checked_too():

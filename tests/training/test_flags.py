@@ -72,6 +72,7 @@ def test_spellings(arguments: list[str], field: str, value: object):
         (["--bf16", "maybe"], "expected True or False, found 'maybe'"),
         (["--save_steps"], "expected one argument"),
         (["--gradient_checkpointing", "some"], "expected auto, True, False or a number of layers, found 'some'"),
+        (["--gradient_checkpointing", "9" * 5000], r"a number of layers, found '9{20}… \(5000 characters\)'"),
         (["--gradient_checkpointing", "-1"], "expected auto, True, False or a number of layers, found '-1'"),
         (["--lr_scheduler_type", "sine"], "invalid choice: 'sine'"),
         (["--optim", "sgd"], "invalid choice: 'sgd'"),

@@ -12,7 +12,7 @@ import torch
 from alpaca.errors import InputError
 from alpaca.training import loop
 from alpaca.training.config import TrainConfig
-from alpaca.training.guards import LossWatch, SaveClock
+from alpaca.training.guards import LossWatch, SaveClock, describe_not_finite
 from alpaca.training.loop import train
 from alpaca.training.run import Run
 from tests.training.test_loop import history
@@ -78,6 +78,25 @@ def test_a_gradient_that_overflows_names_the_batch(configure: Configure, monkeyp
     monkeypatch.setattr(loop, "clip_gradients", lambda model, norm: math.inf)
     with pytest.raises(InputError, match=r"gradient norm inf; .*Each of its 8 examples alone has a finite loss \(num"):
         train(configure(save_strategy="no"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"bf16": True}, "lower --learning_rate, or train with --bf16 False"),
+        ({"bf16": True, "numerics": "fast"}, "lower --learning_rate, or train with --numerics stanford --bf16 False"),
+        ({"bf16": False}, "lower --learning_rate"),
+    ],
+)
+def test_only_what_would_help_is_advised(settings: dict, advice: str, configure: Configure):
+    """--bf16 False does nothing in fast numerics, nor where it is so already."""
+    for broken in ([], [7], [7, 8]):
+        text = describe_not_finite(
+            math.nan, 1.0, step=1, indices=[7, 8], broken=broken, name=str,
+            remedy=loop._float32_flags(configure(**settings)),
+        )  # fmt: skip
+        assert (advice in text) == (broken != [7, 8])
+        assert ("--bf16 False" in text) == ("bf16" in advice)
 
 
 # Nothing to learn from -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from alpaca.adapters import open_adapter
 from alpaca.data.batching import pack, step_examples
 from alpaca.errors import InputError, MissingInput, OutputExists
-from alpaca.training import checkpoint, loop, padding_free
+from alpaca.hf_files import fingerprint
+from alpaca.training import checkpoint, loop, padding_free, run
 from alpaca.training.config import TrainConfig, config_json, resolve
 from alpaca.training.dataset import encode_data
 from alpaca.training.distributed import World
 from alpaca.training.flags import parse_flags
 from alpaca.training.loop import train
-from alpaca.training.model import count_parameters, load_model, open_base, probe_logits
+from alpaca.training.model import Base, count_parameters, load_model, open_base, probe_logits
 from alpaca.training.run import Run
 from tests.training.test_checkpoint import Crash, crash_after, without_rates
 from tests.training.test_distributed import train_in_processes
@@ -191,6 +192,30 @@ def test_only_the_adapter_is_trained_and_saved(configure: Configure, tiny_llama:
     assert len(AutoTokenizer.from_pretrained(folder)) == 480
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_adapters_record_says_which_base_it_is_of(method: str, configure: Configure, tiny_llama: Path):
+    folder = train(configure(method=method, max_steps=1, save_strategy="no"))
+    record = json.loads((folder / "train_config.json").read_text())
+    assert record["method"] == method
+    assert record.get("base_fingerprint") == (fingerprint(tiny_llama) if method == "lora" else None)
+
+
+def test_a_base_without_a_fingerprint_trains(configure: Configure, tiny_llama: Path, tmp_path: Path):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    folder = train(configure(model_name_or_path=str(base), method="lora", max_steps=1, save_strategy="no"))
+    assert "base_fingerprint" not in json.loads((folder / "train_config.json").read_text())
+
+
+def test_an_adapter_whose_effect_underflows_is_a_fault(configure: Configure, tmp_path: Path):
+    """Its lora_B is not zero, but what it adds is lost in rounding: the model answers as its base does."""
+    config = configure(**{**LORA, "lora_alpha": 1e-30}, max_steps=2, save_strategy="no", warmup_ratio=0.0)
+    with pytest.raises(InputError, match=r"the adapter moves no logit of the base, though it was trained: .* replaced"):
+        train(config)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
 def test_targets_that_are_not_there_are_named(configure: Configure):
     with pytest.raises(
         InputError, match="no linear layer named query_key_value in LlamaDecoderLayer; there are down_proj"
@@ -325,6 +350,42 @@ def test_a_checkpoint_of_another_method_or_adapter_is_refused(configure: Configu
         with pytest.raises(InputError, match=f"belongs to another run: .*{text}"):
             train(dataclasses.replace(again, **values))
     assert history(train(again))
+
+
+def test_an_adapter_resumes_on_its_own_base_alone(configure: Configure, tiny_llama: Path, tmp_path: Path):
+    """The checkpoint holds the adapter only: on other weights of the same shape it would go on without a word."""
+    config = configure(**LORA, save_steps=2, max_steps=4)
+    with pytest.raises(Crash, match="on purpose"):
+        train(config, on_step=crash_after(2 + 1))
+    moved = shutil.copytree(tiny_llama, tmp_path / "moved")
+    again = dataclasses.replace(config, resume_from_checkpoint="auto", model_name_or_path=str(moved))
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    other = shutil.copytree(moved, tmp_path / "other")
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"another run: base was 'sha256 \w{16}' and is 'sha256 \w{16}'\. Resume"):
+        train(dataclasses.replace(again, model_name_or_path=str(other)))
+    assert history(train(again)), "the same base in another folder"
+
+
+def test_what_a_checkpoint_of_another_version_lacks_is_said(tmp_path: Path):
+    with pytest.raises(InputError, match=r"base was not written down, by an older version, and is 'sha256 5'\. Resume"):
+        checkpoint._check_identity(tmp_path, {"seed": 1}, {"seed": 1, "base": "sha256 5"})
+    with pytest.raises(InputError, match=r"base was 'sha256 5' and is of no account; method was 'lora' and is 'full'"):
+        checkpoint._check_identity(tmp_path, {"method": "lora", "base": "sha256 5"}, {"method": "full"})
+
+
+def test_bases_in_older_files_are_told_apart(tiny_llama: Path, tmp_path: Path):
+    weights = load_file(tiny_llama / "model.safetensors")
+    bases = []
+    for number in (0, 0, 1):
+        folder = tmp_path / str(len(bases))
+        folder.mkdir()
+        weights["lm_head.weight"][7, 7] += number
+        torch.save(weights, folder / "pytorch_model.bin")
+        bases.append(Base(folder=folder, tokenizer=None, dtype=torch.float32))
+    first, same, other = map(run._digest_base, bases)
+    assert first == same != other
 
 
 # 8 and 4 bit ----------------------------------------------------------------------------------------------------

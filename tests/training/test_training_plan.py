@@ -1,21 +1,33 @@
 """The plan against what it is about: autograd's saved tensors, real models' sizes, the peak of real processes."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from alpaca.data.batching import pack
 from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.tokenizer import write_llama_tokenizer
-from alpaca.training import padding_free, plan
+from alpaca.training import padding_free, plan, run
 from alpaca.training.config import TrainConfig, resolve
 from alpaca.training.distributed import keeps_gradients_whole
 from alpaca.training.footprint import Setup, Work, count_trained, make_setup, plan_memory, saved_bytes
@@ -71,6 +83,31 @@ def test_grown_vocabulary_is_counted(tmp_path: Path):
     model.config.save_pretrained(tmp_path)
     grown = read_shape(tmp_path, num_tokens=101)
     assert grown.num_parameters == read_shape(tmp_path).num_parameters + 2 * 64
+
+
+SIZES = {
+    "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_kinds_built_like_a_llama_are_counted(kind: str, tmp_path: Path):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
+    shape = shape_of(model, tmp_path)
+    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    layer = dict(model.model.layers[0].named_modules())
+    matrices = {name.rpartition(".")[2]: tuple(m.weight.shape) for name, m in layer.items() if isinstance(m, nn.Linear)}
+    assert shape.linears == matrices
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "gemma", "cohere", "gpt_neox", "phi"])
+def test_other_kinds_with_the_same_sizes_have_no_plan(kind: str, tmp_path: Path):
+    """They would be planned by 0.03 to 1.12 of their parameters."""
+    AutoConfig.for_model(kind, **SIZES).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"no plan for model_type '{kind}'; the sizes of llama, mistral, .* are known"):
+        read_shape(tmp_path)
 
 
 def test_an_unknown_kind_is_named(tmp_path: Path):
@@ -264,7 +301,10 @@ def test_parts_of_a_known_model(llama_7b: Path):
     parts = plan.memory_parts(memory)
     assert max(parts.values()) < memory.peak_bytes <= sum(parts.values())
     fast = plan_memory(shape, Setup(numerics="fast"), work(num_micro_batches=16))
-    assert fast.weights_bytes == fast.gradients_bytes == 2 * shape.num_parameters
+    assert fast.weights_bytes == 2 * shape.num_parameters
+    assert fast.gradients_bytes == 4 * shape.num_parameters  # added up in float32
+    at_once = plan_memory(shape, Setup(numerics="fast", micro_batch_size=128), work())
+    assert at_once.gradients_bytes == 2 * shape.num_parameters
     assert fast.optimizer_bytes == 4 * shape.num_parameters
     assert fast.copies_bytes == 0
     sharded = plan_memory(shape, Setup(num_processes=4), work(num_micro_batches=4))
@@ -362,6 +402,76 @@ def test_a_plan_for_a_run_of_quantized_weights_in_little_memory(llama_7b: Path, 
     )
     with pytest.raises(NotEnoughSpace, match=r"--memory_limit 7.4GiB\) has 7.71 GB to use; .*checkpointing auto"):
         print_plan(one_less, show=shown.append)
+
+
+def plan_of(config: TrainConfig) -> tuple[dict, str]:
+    """The plan as JSON, and the table; whether it fits or not."""
+    shown: list[str] = []
+    with contextlib.suppress(NotEnoughSpace):
+        print_plan(config, show=shown.append)
+    return json.loads(shown[1]), shown[0]
+
+
+def test_a_hybrid_sharding_shards_inside_a_machine(llama_7b: Path, records: Path, tmp_path: Path):
+    base = {"model_name_or_path": str(llama_7b), "data_path": str(records), "output_dir": str(tmp_path / "out")}
+
+    def find(words: str, **values: int) -> tuple[dict, str]:
+        return plan_of(
+            TrainConfig(**base, plan_only=True, plan_memory="80GB", plan_gpus=16, fsdp=f"{words} auto_wrap", **values)
+        )
+
+    (full, _), (hybrid, table) = find("full_shard"), find("hybrid_shard")
+    total = full["parameters"]
+    for name, each in (("weights_bytes", 4), ("optimizer_bytes", 8)):
+        assert full["memory"][name] == each * total // 16
+        assert hybrid["memory"][name] == each * total // 8
+    assert "on each of 16 devices: 2 copies of the model, over 8 of a machine each" in table
+    four, table = find("hybrid_shard", plan_gpus_per_machine=4)
+    assert four["memory"]["weights_bytes"] == 4 * total // 4
+    assert "4 copies of the model, over 4 of a machine each" in table
+    with pytest.raises(InputError, match=r"found --plan_gpus 16 in machines of 6; say how many .*per_machine"):
+        find("hybrid_shard", plan_gpus_per_machine=6)
+    shape = read_shape(llama_7b)
+    shards = plan_memory(shape, Setup(num_processes=16, hybrid=True), work(num_micro_batches=4))
+    assert shards.gradients_bytes == 4 * total // 8
+
+
+def test_in_a_run_a_machine_has_what_torchrun_says(configure: Configure, monkeypatch: pytest.MonkeyPatch):
+    config = resolve(configure(fsdp="hybrid_shard auto_wrap"), num_processes=4, device=CPU)
+    shape = open_planner(config).shape
+    assert make_setup(config, shape, num_processes=4, on_gpu=False).num_shards == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert make_setup(config, shape, num_processes=4, on_gpu=False).num_shards == 2
+
+
+def test_the_table_of_gpus_is_the_same_from_a_machine_without_one(llama_7b: Path, records: Path, tmp_path: Path):
+    """In bfloat16, as a GPU would train; and a card's cell is the plan for that card."""
+    config = TrainConfig(
+        model_name_or_path=str(llama_7b), data_path=str(records), output_dir=str(tmp_path / "out"), plan_only=True,
+        numerics="stanford", plan_gpus=4,
+    )  # fmt: skip
+    (here, _), (named, table) = plan_of(config), plan_of(dataclasses.replace(config, plan_memory="80GB"))
+    assert here["cards"] == named["cards"]
+    row = next(row for row in named["cards"] if row["gpus"] == 4)
+    assert row["peak_bytes"]["80GB"] == named["memory"]["peak_bytes"]
+    assert row["recomputed_layers"]["80GB"] == named["recomputed_layers"]
+    line = next(line for line in table.splitlines() if line.startswith("4  "))
+    assert f"{named['memory']['peak_bytes'] / 1e9:.2f}" in line
+    assert not row["fits"]["24GB"]
+    assert f"needs {row['peak_bytes']['24GB'] / 1e9:.2f}" in line
+
+
+def test_a_limit_below_cudas_context_is_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch):
+    """Also of a model without a plan, which would have refused it."""
+    shares = []
+    total = types.SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    with pytest.raises(NotEnoughSpace, match=r"--memory_limit 500MB: CUDA's context alone takes some 0.63 GB"):
+        run._limit_memory(configure(memory_limit="500MB"), torch.device("cuda"))
+    run._limit_memory(configure(memory_limit="40GB"), torch.device("cuda"))
+    assert len(shares) == 1
+    assert 0.48 < shares[0] < 0.5
 
 
 def test_plan_only_is_a_command_that_ends(configure: Configure, tmp_path: Path):
