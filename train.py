@@ -38,7 +38,7 @@ async def train(
     train_on_inputs: bool | None = Input(default=None, description="Prompts carry loss too, as in the recipe alpaca-lora"),
     eval_fraction: float | None = Input(default=None, ge=0, le=0.99, description="Share of the data held out and evaluated on after each epoch: none, in the recipe alpaca-lora 2,000 examples each 200 steps"),
     gradient_checkpointing: str = Input(default="auto", description="Layers whose activations are recomputed, for less memory: auto, True for all, False for none, or how many"),
-    numerics: str = Input(default="stanford", choices=["stanford", "fast"], description="With method full: float32 weights as the original, or bfloat16 in half the memory"),
+    numerics: str = Input(default="stanford", choices=["stanford", "fast"], description="With method full: float32 weights as the original, or bfloat16 in five eighths of the memory"),
     save_dtype: str | None = Input(default=None, choices=["float32", "float16", "bfloat16"], description="Of the weights returned: the base model's, of adapters float32"),
     seed: int = Input(default=42, ge=0, description="Of the order of the examples, of those held out and of dropout"),
 ) -> Path:  # fmt: skip
