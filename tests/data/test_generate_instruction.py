@@ -350,7 +350,9 @@ def test_a_killed_run_ends_with_all_records_and_none_twice(service: Service, tmp
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_ends_with_200_distinct_records(service: Service, tmp_path: Path):
+def test_a_run_killed_three_times_ends_with_200_distinct_records_to_train_on(
+    service: Service, tmp_path: Path, llama_folder: Path
+):
     run_with_kills(service, tmp_path, num_tasks=200, kill_at=[20, 90, 160])
     check_data(tmp_path, 200)
     with Journal(tmp_path) as journal:
@@ -358,6 +360,11 @@ def test_a_run_killed_three_times_ends_with_200_distinct_records(service: Servic
     asked_again = sum(service.served.values()) - len(service.served)
     assert asked_again <= 3 * 5, "a kill loses at most the answers that were under way"
     assert prompts <= len(service.served)
+    flags = {"model_name_or_path": llama_folder, "data_path": tmp_path / REGEN, "output_dir": tmp_path / "out"}
+    command = [sys.executable, ROOT / "train.py", *(f"--{name}={value}" for name, value in flags.items())]
+    trained = subprocess.run([*command, "--max_steps=2"], cwd=ROOT, capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
