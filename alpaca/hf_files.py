@@ -144,6 +144,12 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def find_fingerprint(folder: str | Path) -> str | None:
+    """`fingerprint`, or None where the weights are no safetensors: those of pickles are not compared."""
+    has_any = any((Path(folder) / name).is_file() for name in (INDEX_NAME, "model.safetensors"))
+    return fingerprint(folder) if has_any else None
+
+
 def _data_starts(path: Path) -> dict[str, int]:
     """Where each tensor's bytes start in a file that was opened before, so that its header is known to be right."""
     with open(path, "rb") as file:

@@ -13,7 +13,7 @@ import torch
 
 from alpaca.adapters import AdapterFolder, LowRank, open_adapter, unsupported_kind
 from alpaca.errors import InputError
-from alpaca.hf_files import FLOAT_DTYPES, INDEX_NAME, TensorSpec, WeightsFolder, fingerprint, read_json
+from alpaca.hf_files import FLOAT_DTYPES, TensorSpec, WeightsFolder, find_fingerprint, read_json
 from alpaca.precisions import QUANTIZATIONS
 from alpaca.quantization import Int8Weight, Nf4Weight, quantize_int8, quantize_nf4
 
@@ -214,18 +214,26 @@ def read_base_record(adapter: Path) -> tuple[str | None, torch.dtype | None]:
     return str(quantization), FLOAT_DTYPES["bfloat16" if record.get("bf16") else "float32"]
 
 
+def read_base_fingerprint(adapter: Path) -> str | None:
+    """Of the base in training, as train.py wrote it down; None where there is no record of it."""
+    file = _find_record(adapter)
+    found = read_json(file).get("base_fingerprint") if file else None
+    return str(found) if found else None
+
+
 def check_base(base: str | Path, adapter: str | Path, *, is_named: bool) -> None:
     """Hold a base against the fingerprint of the one that train.py wrote down beside the adapter.
 
     Another model of the same shapes would merge into nonsense without an error. The same one in another dtype has
     another fingerprint, too, hence a user who names the base (`is_named`) is only warned. Raises InputError.
     """
-    file = _find_record(Path(adapter))
-    recorded = read_json(file).get("base_fingerprint") if file else None
-    if recorded is None or not _is_fingerprinted(Path(base)) or fingerprint(base) == recorded:
+    recorded = read_base_fingerprint(Path(adapter))
+    if recorded is None or find_fingerprint(base) in (None, recorded):
         return
     own = open_adapter(adapter).base_name or "unnamed"
-    found = f"{base} is not the model that {adapter} was trained on ({own}): its weights are others than {file} has"
+    found = (
+        f"{base} is not the model that {adapter} was trained on ({own}): its weights are others than {RECORD_NAME} has"
+    )
     if not is_named:
         raise InputError(
             f"{found}. Find that one; or, if this is meant (the same model in another dtype, say), name it explicitly, "
@@ -236,11 +244,6 @@ def check_base(base: str | Path, adapter: str | Path, *, is_named: bool) -> None
 
 def _find_record(adapter: Path) -> Path | None:
     return next((path for path in (adapter / RECORD_NAME, adapter.parent / RECORD_NAME) if path.is_file()), None)
-
-
-def _is_fingerprinted(base: Path) -> bool:
-    """Whether its weights are safetensors: those of pickles are not compared."""
-    return (base / INDEX_NAME).is_file() or (base / "model.safetensors").is_file()
 
 
 # What can be merged ---------------------------------------------------------------------------------------------

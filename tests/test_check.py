@@ -206,7 +206,7 @@ def adapted(project: Path) -> Path:
     base = (project / "alpaca_out").rename(project / "weights" / "base")
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     write_adapter(model, project / "alpaca_out", seed=0, base_name="weights/base", **ADAPTERS["alpaca-lora"])
-    write_adapter(model, project / "weights" / "second", seed=1, base_name="/root/base", **ADAPTERS["all"])
+    write_adapter(model, project / "weights" / "second", seed=1, base_name="/elsewhere/base", **ADAPTERS["all"])
     for folder in ("alpaca_out", "weights/second"):
         (project / folder / "README.md").unlink(missing_ok=True)
     return project

@@ -17,8 +17,8 @@ import torch
 from alpaca.adapters import AdapterFolder, LowRank, is_adapter, open_adapter, unsupported_kind
 from alpaca.archives import open_weights
 from alpaca.errors import InputError, MissingInput
-from alpaca.hf_files import fingerprint, read_json
-from alpaca.merging import RECORD_NAME, read_base_record
+from alpaca.hf_files import find_fingerprint
+from alpaca.merging import read_base_fingerprint, read_base_record
 from alpaca.prompts import format_prompt
 from alpaca.serving.linear import Linear
 from alpaca.serving.llama import PROJECTIONS, Adapters, LlamaConfig, LlamaModel
@@ -120,30 +120,15 @@ def describe_other_bases(served: Served, settings: ServerSettings) -> Iterator[s
                 f"{settings.quantization}, which is another model: set ALPACA_QUANTIZATION={quantization} to serve "
                 "what was trained"
             )
-        trained_on = _read_fingerprint(adapter.path)
+        trained_on = read_base_fingerprint(adapter.path)
         if trained_on:
-            own = own or _fingerprint_if_any(served.base)
+            own = own or find_fingerprint(served.base)
         if trained_on and own and own != trained_on:
             yield (
                 f"adapter {name} was trained on a base of other tensors (fingerprint {trained_on[:16]}) than "
                 f"{served.base} ({own[:16]}): fine for the same model in another dtype; else set ALPACA_BASE_MODEL to "
                 f"the folder of its own base, {adapter.base_name or 'which it does not name'}"
             )
-
-
-def _read_fingerprint(adapter: Path) -> str | None:
-    """Of the base in training; None where there is no record of it."""
-    file = next((path for path in (adapter / RECORD_NAME, adapter.parent / RECORD_NAME) if path.is_file()), None)
-    found = read_json(file).get("base_fingerprint") if file else None
-    return str(found) if found else None
-
-
-def _fingerprint_if_any(base: Path) -> str | None:
-    """None for a base whose files have none: it may be in PyTorch's format."""
-    try:
-        return fingerprint(base)
-    except (MissingInput, InputError):
-        return None
 
 
 # The LLaMA engine's ---------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from alpaca.data.batching import MicroBatch, collate, pack, split_step, split_step_by_tokens, step_examples
 from alpaca.data.examples import MASKED_LABEL, EncodedDataset
-from alpaca.errors import AlpacaError, InputError, MissingInput, NotEnoughSpace
-from alpaca.hf_files import fingerprint, locked, write_json
+from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
+from alpaca.hf_files import locked, write_json
 from alpaca.training import padding_free
 from alpaca.training.answers import Sample, answer_after, answer_before, choose_samples
 from alpaca.training.checkpoint import (
@@ -141,12 +141,9 @@ def _identify_base(run: Run) -> dict[str, str]:
 
     Nothing for a whole model, and for bases in other files than safetensors, which training takes, too.
     """
-    if run.config.method == "full":
+    if run.config.method == "full" or run.base.fingerprint is None:
         return {}
-    try:
-        return {"base_fingerprint": fingerprint(run.base.folder)}
-    except (MissingInput, InputError):
-        return {}
+    return {"base_fingerprint": run.base.fingerprint}
 
 
 # The loop -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ lora, qlora: PEFT's float32 matrices on a frozen base (in the dtype it computes 
 do not grow: `[PAD]` is not needed, since padding is masked by length. At the end there is an adapter folder.
 """
 
+import functools
 import logging
 import math
 from collections import Counter
@@ -19,7 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.adapters import CONFIG_NAME, WEIGHTS_STEM, AdapterFolder
 from alpaca.errors import InputError, MissingInput
-from alpaca.hf_files import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, list_folder, read_json, require_all_weights
+from alpaca.hf_files import (
+    FLOAT_DTYPES,
+    INDEX_NAME,
+    WeightsFolder,
+    find_fingerprint,
+    list_folder,
+    read_json,
+    require_all_weights,
+)
 from alpaca.quantization import bitsandbytes_config, keep_trainable_on_cpu, require_readable_on_cpu
 from alpaca.tokenizer import PAD_TOKEN, Tokenizer, load_tokenizer, tokenizer_summary
 from alpaca.training import padding_free
@@ -43,6 +52,11 @@ class Base:
     folder: Path
     tokenizer: Tokenizer
     dtype: torch.dtype
+
+    @functools.cached_property
+    def fingerprint(self) -> str | None:
+        """Of its tensors; None where they are no safetensors."""
+        return find_fingerprint(self.folder)
 
 
 def open_base(config: TrainConfig) -> Base:

@@ -11,8 +11,7 @@ from torch import nn
 
 from alpaca.data.batching import count_steps_per_epoch
 from alpaca.data.examples import EncodedDataset
-from alpaca.errors import AlpacaError, NotEnoughSpace
-from alpaca.hf_files import fingerprint
+from alpaca.errors import NotEnoughSpace
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.training.checkpoint import Progress, Trainee
 from alpaca.training.config import (
@@ -189,12 +188,11 @@ def _identify(
 
 def _digest_base(base: Base) -> str:
     """Of the base's tensors, wherever its folder is; of a .bin file, of its end, where the checksums of all stand."""
-    try:
-        return fingerprint(base.folder)
-    except AlpacaError:
-        digest = hashlib.sha256()
-        for path in sorted(base.folder.glob("*.bin")):
-            with open(path, "rb") as file:
-                file.seek(max(0, path.stat().st_size - _BIN_END_BYTES))
-                digest.update(f"{path.name} {path.stat().st_size}\n".encode() + file.read())
-        return digest.hexdigest()
+    if base.fingerprint:
+        return base.fingerprint
+    digest = hashlib.sha256()
+    for path in sorted(base.folder.glob("*.bin")):
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _BIN_END_BYTES))
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode() + file.read())
+    return digest.hexdigest()
