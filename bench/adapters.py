@@ -33,14 +33,14 @@ cpu_threads.set_defaults()  # as predict.py
 import torch
 from safetensors.torch import save_file
 
-from alpaca.adapters import CONFIG_NAME
 from alpaca.errors import run_command
-from alpaca.hf_files import write_json
+from alpaca.files.atomic import write_json
+from alpaca.files.model_folders import CONFIG_NAME
 from alpaca.serving.engine import Engine
-from alpaca.serving.llama import PROJECTIONS
+from alpaca.serving.llama.network import PROJECTIONS
 from alpaca.serving.loading import load_engine
 from alpaca.serving.settings import BARE_BASE, DTYPES, QUANTIZATIONS, ServerSettings
-from alpaca.tokenizer import load_tokenizer
+from alpaca.text.tokenizer import load_tokenizer
 from bench.machine import DEVICE, describe_device, others_cpu_seconds
 from bench.provenance import provenance
 from bench.random_model import SHAPES, Shape, model_folder, random_llama_specs

@@ -32,11 +32,14 @@ import torch
 from tqdm import tqdm
 
 from alpaca.errors import MissingInput, run_command
-from alpaca.hf_files import TensorSpec, WeightsFolder, require_free_space, write_weights
-from alpaca.tokenizer import SentencePieceTokenizer
+from alpaca.files.outputs import require_free_space
+from alpaca.formats.hf.folder import TensorSpec, WeightsFolder
+from alpaca.formats.hf.writing import write_weights
+from alpaca.formats.meta import checkpoint as meta_files
+from alpaca.formats.meta import layout
+from alpaca.text.tokenizer import SentencePieceTokenizer
 from bench.provenance import REAL, ROOT, provenance
 from bench.random_model import Shape, write_random_llama
-from convert import layout, meta_files
 
 WORK = ROOT / ".bench"
 THEIR_VERSION = "4.46.3"
@@ -152,7 +155,7 @@ def run_original(way: str, given: dict[str, Path], target: Path) -> Run:
 def run_ours(source: Path, *, checksums: bool = False) -> Run:
     flags = ["--input_dir", str(source.parent), "--model_size", source.name, "--output_dir", str(fresh("ours"))]
     flags += [] if checksums else ["--skip_checksums"]
-    return watch([sys.executable, "-m", "convert.convert_llama_weights_to_hf", *flags])
+    return watch([sys.executable, "-m", "alpaca.formats.meta.to_hf", *flags])
 
 
 def run_theirs(source: Path, python: Path, num_shards: int) -> Run:

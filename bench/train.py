@@ -126,7 +126,7 @@ def run_row(config: BenchConfig, row: str, folder: Path) -> dict:
     """Train for `steps` steps and say how it went."""
     from alpaca.training import loop
     from alpaca.training.config import make_config
-    from alpaca.training.plan import share_of_peak
+    from alpaca.training.planning.plan import share_of_peak
 
     if row == "packed all":
         loop.pack = pack_with_all_logits

@@ -15,11 +15,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "script")]
-
-from local_server import LocalServer, running_server, stop_children_on_sigterm  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from alpaca.data.examples import Example, read_examples, split_examples  # noqa: E402
+from deploy.local_server import LocalServer, running_server, stop_children_on_sigterm  # noqa: E402
 
 WORK = Path(".demo")
 DATA = Path("alpaca/data/sample.json")
@@ -30,7 +29,7 @@ STAGES = {
         PYTHON, "script/tiny_checkpoint.py", "--output_dir", f"{WORK}/unconverted-weights",
     ],
     "convert it to Hugging Face format": [
-        PYTHON, "-m", "convert.convert_llama_weights_to_hf", "--input_dir", f"{WORK}/unconverted-weights",
+        PYTHON, "-m", "alpaca.formats.meta.to_hf", "--input_dir", f"{WORK}/unconverted-weights",
         "--model_size", "tiny", "--output_dir", f"{WORK}/weights",
     ],
     "fine-tune it: the recipe's loop, with steps fit for a tiny model that starts from nothing": [

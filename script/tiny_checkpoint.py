@@ -15,9 +15,10 @@ import torch  # noqa: E402
 from sentencepiece import SentencePieceTrainer  # noqa: E402
 
 from alpaca.data.examples import read_examples  # noqa: E402
-from alpaca.hf_files import replaced_folder  # noqa: E402
-from alpaca.prompts import alpaca_prompt  # noqa: E402
-from convert import layout, meta_files  # noqa: E402
+from alpaca.files.atomic import replaced_folder  # noqa: E402
+from alpaca.formats.meta import checkpoint as meta_files  # noqa: E402
+from alpaca.formats.meta import layout  # noqa: E402
+from alpaca.text.prompts import alpaca_prompt  # noqa: E402
 
 SIZE = "tiny"
 SHAPE = layout.ModelShape(

@@ -42,7 +42,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random LLaMA in Hugging Face format, converted from Meta's."""
-    from convert.convert_llama_weights_to_hf import convert, parse_arguments
+    from alpaca.formats.meta.to_hf import convert
+    from convert.convert_llama_weights_to_hf import parse_arguments
     from tests.tiny import TinyLlama, train_tokenizer, write_meta
 
     base = tmp_path_factory.mktemp("llama")

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 STAGES = {"data", "training", "serving"}
 ALLOWED_BETWEEN_STAGES = {("training", "data")}
 NOBODY_IMPORTS = {"convert", "bench", "web", "predict", "train", "tests", "script"}
-COG_USERS = {"predict.py", "train.py", "script/schema.py"}
+COG_USERS = {"predict.py", "train.py", "deploy/schema.py"}
 FILES = sorted(path for folder in ("alpaca", "convert") for path in (ROOT / folder).rglob("*.py"))
 
 

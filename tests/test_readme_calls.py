@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from local_server import LocalServer, running_server
 
+from deploy.local_server import LocalServer, running_server
 from tests.conftest import ROOT
 
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)

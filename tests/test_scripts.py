@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import local_predict
 import pytest
 import serve
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.serving.settings import ServerSettings
+from deploy import local_predict
 from tests.conftest import ROOT
 
 PROPERTIES = {

@@ -7,35 +7,29 @@ from pathlib import Path
 
 import torch
 
-from alpaca.adapters import open_adapter
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace
-from alpaca.hf_files import WeightsFolder, list_folder
+from alpaca.files.reading import list_folder
+from alpaca.formats.hf.adapters import open_adapter
+from alpaca.formats.hf.folder import WeightsFolder
 from alpaca.memory import free_memory
-from alpaca.prompts import RAW_TEMPLATE
-from alpaca.serving.adapters import (
-    Served,
-    check_for_llama,
-    check_tokenizers,
-    describe_other_bases,
-    largest_ranks,
-    names_of,
-    open_served,
-    with_adapters,
-)
-from alpaca.serving.cache import BlockPool
 from alpaca.serving.detokenize import CompletionText
 from alpaca.serving.engine import Engine, complete_texts
-from alpaca.serving.graphs import DecodeGraphs
 from alpaca.serving.housekeeping import Phases
-from alpaca.serving.llama import KeyValueCache, LlamaConfig, LlamaModel, UnsupportedModelError
-from alpaca.serving.llama_engine import LlamaEngine
-from alpaca.serving.plan import BLOCK_SIZE, PREFILL_TOKENS, MemoryPlan, advice, plan_memory
+from alpaca.serving.llama.adapters import check_for_llama, largest_ranks, with_adapters
+from alpaca.serving.llama.cache import BlockPool
+from alpaca.serving.llama.config import LlamaConfig, UnsupportedModelError
+from alpaca.serving.llama.engine import LlamaEngine
+from alpaca.serving.llama.graphs import DecodeGraphs
+from alpaca.serving.llama.network import KeyValueCache, LlamaModel
+from alpaca.serving.llama.planning import BLOCK_SIZE, PREFILL_TOKENS, MemoryPlan, advice, plan_memory
+from alpaca.serving.llama.runner import Runner
+from alpaca.serving.llama.scheduler import Scheduler
+from alpaca.serving.llama.weights import load_llama, reading_size
 from alpaca.serving.request import PredictionInputs, make_request
-from alpaca.serving.runner import Runner
-from alpaca.serving.scheduler import Scheduler
+from alpaca.serving.served import Served, check_tokenizers, describe_other_bases, names_of, open_served
 from alpaca.serving.settings import ServerSettings
-from alpaca.serving.weights import load_llama, reading_size
-from alpaca.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
+from alpaca.text.prompts import RAW_TEMPLATE
+from alpaca.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +89,7 @@ def _choose_engine(served: Served, settings: ServerSettings, phases: Phases) -> 
 
 
 def _load_transformers(served: Served, settings: ServerSettings, phases: Phases) -> Engine:
-    from alpaca.serving.transformers_engine import load_transformers_engine  # importing transformers takes 2 s
+    from alpaca.serving.hugging_face.engine import load_transformers_engine  # importing transformers takes 2 s
 
     phases.end("importing transformers")
     engine = load_transformers_engine(served.base, settings, served.adapters)
@@ -191,10 +185,10 @@ def choose_dtype(settings: ServerSettings, device: torch.device) -> torch.dtype:
 def choose_ops(device: torch.device):
     """The module with the network's fused operations: Triton's kernels on a GPU, torch elsewhere."""
     if device.type == "cuda":
-        from alpaca.serving import triton_ops
+        from alpaca.serving.kernels import triton_ops
 
         return triton_ops
-    from alpaca.serving import ops
+    from alpaca.serving.kernels import ops
 
     return ops
 
@@ -239,8 +233,8 @@ def _beams(
     base = served.base
 
     def load() -> Engine:
-        from alpaca.serving.shared_weights import as_transformers
-        from alpaca.serving.transformers_engine import TransformersEngine
+        from alpaca.serving.hugging_face.engine import TransformersEngine
+        from alpaca.serving.hugging_face.shared_weights import as_transformers
 
         adapters = {name: open_adapter(place) for name, place in places.items()}
         twin = as_transformers(runner.model, base)

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from alpaca.errors import InputError
-from alpaca.hf_files import FLOAT_DTYPES, require_apart
-from alpaca.training.layers import parse_checkpointing
+from alpaca.files.outputs import require_apart
+from alpaca.formats.hf.folder import FLOAT_DTYPES
 from alpaca.training.limits import check_each_value, parse_memory
+from alpaca.training.model.layers import parse_checkpointing
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import logging
 
 from alpaca.data.examples import EncodedDataset, encode_examples, read_examples, split_examples
-from alpaca.tokenizer import Tokenizer
+from alpaca.text.tokenizer import Tokenizer
 from alpaca.training.config import TrainConfig, count_held_out
 
 logger = logging.getLogger(__name__)

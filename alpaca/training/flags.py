@@ -15,8 +15,8 @@ from typing import NoReturn
 
 from alpaca.errors import InputError
 from alpaca.training.config import TrainConfig, make_config
-from alpaca.training.layers import parse_checkpointing
 from alpaca.training.limits import value_types
+from alpaca.training.model.layers import parse_checkpointing
 
 logger = logging.getLogger(__name__)
 

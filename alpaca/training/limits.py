@@ -6,7 +6,7 @@ import types
 import typing
 
 from alpaca.errors import InputError
-from alpaca.hf_files import parse_size
+from alpaca.files.reading import parse_size
 
 _LEAST = {
     "model_max_length": 2, "val_set_size": 0, "global_batch_size": 1, "per_device_train_batch_size": 1,

@@ -28,40 +28,32 @@ from tqdm import tqdm
 from alpaca.data.batching import MicroBatch, collate, pack, split_step, split_step_by_tokens, step_examples
 from alpaca.data.examples import MASKED_LABEL, EncodedDataset
 from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
-from alpaca.hf_files import locked, write_json
-from alpaca.training import padding_free
-from alpaca.training.answers import Sample, answer_after, answer_before, choose_samples
-from alpaca.training.checkpoint import (
-    check_output,
-    checkpoint_bytes,
-    clear_output,
-    find_checkpoint,
-    load_checkpoint,
-    require_room,
-    require_shared_folder,
-    save_checkpoint,
-    save_final,
-)
+from alpaca.files.atomic import write_json
+from alpaca.files.locks import locked
+from alpaca.training.checkpoints.final import save_final
+from alpaca.training.checkpoints.loading import find_checkpoint, load_checkpoint
+from alpaca.training.checkpoints.output import check_output, clear_output, require_room, require_shared_folder
+from alpaca.training.checkpoints.saving import checkpoint_bytes, save_checkpoint
 from alpaca.training.config import TrainConfig, config_json, resolve
 from alpaca.training.distributed import World, clip_gradients, is_sharded, join_world, sync_gradients
 from alpaca.training.guards import LossWatch, SaveClock, describe_not_finite
-from alpaca.training.model import add_up_in_float32, choose_save_dtype
-from alpaca.training.plan import share_of_peak
-from alpaca.training.plan_command import print_plan
-from alpaca.training.report import (
-    Entry,
-    NoRecorder,
-    check_recorder,
+from alpaca.training.model import padding_free
+from alpaca.training.model.building import add_up_in_float32
+from alpaca.training.model.final import choose_save_dtype
+from alpaca.training.planning.command import print_plan
+from alpaca.training.planning.plan import share_of_peak
+from alpaca.training.report.answers import Sample, answer_after, answer_before, choose_samples
+from alpaca.training.report.page import Record, write_report
+from alpaca.training.report.recorders import Entry, NoRecorder, check_recorder, open_recorder
+from alpaca.training.report.summary import (
     describe_progress,
     describe_summary,
     draw_losses,
     evaluation_entry,
     mean_rate,
-    open_recorder,
     summarize,
     write_trainer_state,
 )
-from alpaca.training.report_page import Record, write_report
 from alpaca.training.run import Run, prepare
 
 logger = logging.getLogger(__name__)

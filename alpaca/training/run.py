@@ -13,7 +13,7 @@ from alpaca.data.batching import count_steps_per_epoch
 from alpaca.data.examples import EncodedDataset
 from alpaca.errors import NotEnoughSpace
 from alpaca.memory import CUDA_CONTEXT_BYTES
-from alpaca.training.checkpoint import Progress, Trainee
+from alpaca.training.checkpoints.state import Progress, Trainee
 from alpaca.training.config import (
     TrainConfig,
     count_steps,
@@ -24,11 +24,13 @@ from alpaca.training.config import (
 )
 from alpaca.training.dataset import encode_data
 from alpaca.training.distributed import World, decide_gradient_sync, is_sharded
-from alpaca.training.layers import AUTO, parse_checkpointing
-from alpaca.training.model import Base, count_parameters, group_parameters, load_model, open_base
-from alpaca.training.optimizer import StochasticAdamW
-from alpaca.training.plan import Plan, check_plan, survey
-from alpaca.training.report import MemoryMeter
+from alpaca.training.model.base import Base, open_base
+from alpaca.training.model.building import count_parameters, group_parameters, load_model
+from alpaca.training.model.layers import AUTO, parse_checkpointing
+from alpaca.training.model.optimizer import StochasticAdamW
+from alpaca.training.planning.feasibility import check_plan, survey
+from alpaca.training.planning.plan import Plan
+from alpaca.training.report.summary import MemoryMeter
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alpaca.archives import choose_base, open_weights, pack
-from alpaca.downloads import parse_address, upload
 from alpaca.errors import AlpacaError, InputError
-from alpaca.hf_files import read_json, require_free_space
+from alpaca.files.archives import pack
+from alpaca.files.downloads import parse_address, upload
+from alpaca.files.outputs import require_free_space
+from alpaca.files.places import choose_base, open_weights
+from alpaca.files.reading import read_json
 
 if TYPE_CHECKING:
     from alpaca.training.config import TrainConfig
@@ -152,9 +154,10 @@ def _estimate_archive(config: "TrainConfig") -> int:
     import torch
 
     from alpaca.training.config import resolve
-    from alpaca.training.footprint import count_trained, make_setup
-    from alpaca.training.model import choose_save_dtype, open_base
-    from alpaca.training.shape import read_shape
+    from alpaca.training.model.base import open_base
+    from alpaca.training.model.final import choose_save_dtype
+    from alpaca.training.planning.footprint import count_trained, make_setup
+    from alpaca.training.planning.shape import read_shape
 
     with _quiet():  # the run itself will say it all
         config = resolve(config, num_processes=1, device=torch.device("cpu"))
@@ -258,7 +261,7 @@ class _Report:
 
     def end(self, history: list[dict[str, float]]) -> None:
         """Record what the run's own log knows besides: the last held-out loss, and the mean rate."""
-        from alpaca.training.report import mean_rate
+        from alpaca.training.report.summary import mean_rate
 
         self._record("tokens_per_second", round(float(mean_rate(history)), 1))
         if held_out := [entry["eval_loss"] for entry in history if "eval_loss" in entry]:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from alpaca.serving.detokenize import CompletionText
-from alpaca.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from alpaca.text.tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 TEXTS = [
     "Hello there", " two  spaces ", "รามาเกียรติ์ เป็นวรรณคดี", "🦙👩‍👩‍👧 and 🇵🇪", "a\n\n### b\n",

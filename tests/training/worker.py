@@ -20,7 +20,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from alpaca.errors import AlpacaError
-from alpaca.training import checkpoint, digests, distributed
+from alpaca.training import distributed
+from alpaca.training.checkpoints import digests, final
 from alpaca.training.config import make_config
 from alpaca.training.distributed import join_world, leave_world
 from alpaca.training.loop import train
@@ -108,7 +109,7 @@ def run(job: dict) -> None:
     if "largest_gathered" in job:
         from alpaca.training import loop
 
-        loop.save_final = save_final_counted(Path(job.pop("largest_gathered")), world.rank, checkpoint.save_final)
+        loop.save_final = save_final_counted(Path(job.pop("largest_gathered")), world.rank, final.save_final)
     try:
         train(make_config(job), on_step=lambda entry: crash_after(step, entry))
     except AlpacaError as caught:
