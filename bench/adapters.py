@@ -40,7 +40,7 @@ from alpaca.serving.engine import Engine
 from alpaca.serving.llama.network import PROJECTIONS
 from alpaca.serving.loading import load_engine
 from alpaca.serving.settings import BARE_BASE, DTYPES, QUANTIZATIONS, ServerSettings
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from bench.machine import DEVICE, describe_device, others_cpu_seconds
 from bench.provenance import provenance
 from bench.random_model import SHAPES, Shape, model_folder, random_llama_specs

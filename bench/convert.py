@@ -37,7 +37,7 @@ from alpaca.formats.hf.folder import TensorSpec, WeightsFolder
 from alpaca.formats.hf.writing import write_weights
 from alpaca.formats.meta import checkpoint as meta_files
 from alpaca.formats.meta import layout
-from alpaca.text.tokenizer import SentencePieceTokenizer
+from alpaca.text.sentencepiece import SentencePieceTokenizer
 from bench.provenance import REAL, ROOT, provenance
 from bench.random_model import Shape, write_random_llama
 
@@ -155,7 +155,7 @@ def run_original(way: str, given: dict[str, Path], target: Path) -> Run:
 def run_ours(source: Path, *, checksums: bool = False) -> Run:
     flags = ["--input_dir", str(source.parent), "--model_size", source.name, "--output_dir", str(fresh("ours"))]
     flags += [] if checksums else ["--skip_checksums"]
-    return watch([sys.executable, "-m", "alpaca.formats.meta.to_hf", *flags])
+    return watch([sys.executable, "-m", "convert.convert_llama_weights_to_hf", *flags])
 
 
 def run_theirs(source: Path, python: Path, num_shards: int) -> Run:

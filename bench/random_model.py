@@ -14,7 +14,7 @@ from alpaca.files.atomic import write_json
 from alpaca.files.outputs import require_free_space
 from alpaca.formats.hf.folder import TensorSpec
 from alpaca.formats.hf.writing import write_weights
-from alpaca.text.tokenizer import SentencePieceTokenizer, write_llama_tokenizer
+from alpaca.text.sentencepiece import SentencePieceTokenizer, write_llama_tokenizer
 from bench.machine import DEVICE
 from bench.provenance import REAL
 

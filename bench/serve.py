@@ -41,7 +41,7 @@ from alpaca.errors import InputError, run_command
 from alpaca.serving.engine import Engine
 from alpaca.serving.loading import load_engine
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from bench.machine import DEVICE, describe_device, measure_bandwidth, others_cpu_seconds
 from bench.provenance import provenance
 from bench.random_model import SHAPES, model_folder

@@ -1,6 +1,6 @@
 """Convert Meta's LLaMA checkpoint to a Hugging Face folder.
 
-    python -m alpaca.formats.meta.to_hf --input_dir unconverted-weights --model_size 7B --output_dir weights
+    python -m convert.convert_llama_weights_to_hf --input_dir unconverted-weights --model_size 7B --output_dir weights
 
 reads unconverted-weights/7B/ and unconverted-weights/tokenizer.model, and writes weights/llama-7b/ (self-contained)
 and weights/tokenizer/. LLaMA 1 and 2, Code Llama, Llama 3 to 3.3, in the layouts Meta ships each; which of them it is,
@@ -22,7 +22,7 @@ from convert.command_line import positive
 def parse_arguments(arguments: list[str] | None = None) -> ConvertConfig:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m alpaca.formats.meta.to_hf",
+        prog="python -m convert.convert_llama_weights_to_hf",
         description="Convert Meta's LLaMA checkpoint to Hugging Face format.",
         allow_abbrev=False,
     )

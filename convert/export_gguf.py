@@ -1,6 +1,6 @@
 """Export a Hugging Face LLaMA, with an adapter or without, to one GGUF file for llama.cpp.
 
-    python -m alpaca.formats.gguf.export --input_dir alpaca_out --output_file model.gguf --outtype q8_0
+    python -m convert.export_gguf --input_dir alpaca_out --output_file model.gguf --outtype q8_0
 
 Types are those llama.cpp's own converter would choose: vectors (norms, biases) stay float32, every matrix gets
 --outtype, and for q8_0 a matrix whose rows do not divide into blocks of 32 is float16.
@@ -21,7 +21,7 @@ from alpaca.formats.hf.merging import QUANTIZATIONS
 def parse_arguments(arguments: list[str] | None = None) -> ExportConfig:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m alpaca.formats.gguf.export",
+        prog="python -m convert.export_gguf",
         description="Export a Hugging Face LLaMA to a GGUF file for llama.cpp.",
         allow_abbrev=False,
     )

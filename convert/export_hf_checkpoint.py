@@ -1,6 +1,6 @@
 """Merge an adapter into its base model: a Hugging Face folder of its own, tokenizer included.
 
-    python -m alpaca.formats.hf.export --base_model weights/llama-7b --adapter alpaca_out --output_dir merged
+    python -m convert.export_hf_checkpoint --base_model weights/llama-7b --adapter alpaca_out --output_dir merged
 
 takes LoRA, DoRA and rsLoRA adapters of LLaMA, OPT or BLOOM. Tensors are merged one at a time in float32 on their way to
 disk; a base that was trained on in 8 or 4 bit is quantized and read back first, since the adapter corrects that one.
@@ -22,7 +22,7 @@ from alpaca.formats.hf.merging import QUANTIZATIONS
 def parse_arguments(arguments: list[str] | None = None) -> ExportConfig:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m alpaca.formats.hf.export",
+        prog="python -m convert.export_hf_checkpoint",
         description="Merge an adapter into its base model: a Hugging Face folder.",
         allow_abbrev=False,
     )

@@ -1,6 +1,6 @@
 """Write a Hugging Face LLaMA as Meta ships one: consolidated.NN.pth, params.json, checklist.chk and tokenizer.model.
 
-    python -m alpaca.formats.meta.from_hf --input_dir alpaca_out --output_dir ckpt
+    python -m convert.export_state_dict_checkpoint --input_dir alpaca_out --output_dir ckpt
 
 The way back from convert_llama_weights_to_hf, bit for bit, with or without an adapter merged on the way, for any size
 and number of shards. Tensors go one at a time to all shards. Meta's code has no use for the tokens that fine-tuning
@@ -22,7 +22,7 @@ from convert.command_line import positive
 def parse_arguments(arguments: list[str] | None = None) -> ExportConfig:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m alpaca.formats.meta.from_hf",
+        prog="python -m convert.export_state_dict_checkpoint",
         description="Write a Hugging Face LLaMA as Meta ships one.",
         allow_abbrev=False,
     )

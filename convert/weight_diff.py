@@ -1,7 +1,7 @@
 """Publish a fine-tuned model as its difference to a base that others must get for themselves, and put it back together.
 
-    python -m alpaca.formats.diff.making make_diff --path_raw weights/llama-7b --path_tuned alpaca_out --path_diff diff
-    python -m alpaca.formats.diff.making recover --path_raw weights/llama-7b --path_diff diff --path_tuned alpaca_out
+    python -m convert.weight_diff make_diff --path_raw weights/llama-7b --path_tuned alpaca_out --path_diff diff
+    python -m convert.weight_diff recover --path_raw weights/llama-7b --path_diff diff --path_tuned alpaca_out
 
 Stanford's tool reads the folder that make_diff writes, and recover reads Stanford's.
 """
@@ -50,7 +50,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action
 def parse_arguments(arguments: list[str] | None = None) -> DiffConfig | RecoverConfig:
     """The command line, as python-fire read the original's."""
     parser = argparse.ArgumentParser(
-        prog="python -m alpaca.formats.diff.making",
+        prog="python -m convert.weight_diff",
         description="Make a weight difference, or recover a model from one.",
         allow_abbrev=False,
     )

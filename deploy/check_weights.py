@@ -26,7 +26,7 @@ from alpaca.serving.llama.planning import plan_memory, weights_bytes
 from alpaca.serving.llama.weights import check_tensors
 from alpaca.serving.served import Served, check_tokenizers, describe_other_bases
 from alpaca.serving.settings import DEFAULT_ADAPTER, ServerSettings, parse_adapters
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from deploy.findings import Finding, Findings, collect, error, gigabytes, ok, warning
 from deploy.image_files import ImageFile
 

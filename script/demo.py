@@ -29,7 +29,7 @@ STAGES = {
         PYTHON, "script/tiny_checkpoint.py", "--output_dir", f"{WORK}/unconverted-weights",
     ],
     "convert it to Hugging Face format": [
-        PYTHON, "-m", "alpaca.formats.meta.to_hf", "--input_dir", f"{WORK}/unconverted-weights",
+        PYTHON, "-m", "convert.convert_llama_weights_to_hf", "--input_dir", f"{WORK}/unconverted-weights",
         "--model_size", "tiny", "--output_dir", f"{WORK}/weights",
     ],
     "fine-tune it: the recipe's loop, with steps fit for a tiny model that starts from nothing": [

@@ -211,7 +211,7 @@ def test_the_second_time_a_prompt_is_found_in_the_cache(server):
 def test_beam_search_says_which_engine_it_is(server, llama_folder):
     from transformers import LlamaForCausalLM
 
-    from alpaca.text.tokenizer import load_tokenizer
+    from alpaca.text.loading import load_tokenizer
 
     asked = {**RAW, "prompt": "The capital of", "num_beams": 3, "n": 2, "max_new_tokens": 8, "min_new_tokens": 8}
     prediction = server.predict(asked)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import serve
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -14,7 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from alpaca.errors import InputError
 from alpaca.files.archives import pack
 from alpaca.serving.detokenize import CompletionText
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
+from deploy import serve
 from deploy.local_server import LocalServer, ServerFailedError, running_server
 from tests.serving.hugging_face.test_peft_adapters import FAMILIES, write_family
 from tests.serving.llama.test_serving_adapters import ADAPTERS, write_adapter

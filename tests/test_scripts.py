@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import serve
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.serving.settings import ServerSettings
-from deploy import local_predict
+from deploy import local_predict, serve
 from tests.conftest import ROOT
 
 PROPERTIES = {

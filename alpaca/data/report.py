@@ -19,7 +19,7 @@ from alpaca.data.examples import read_records
 from alpaca.errors import InputError, run_command
 from alpaca.files.atomic import write_bytes, write_text
 from alpaca.files.outputs import check_overwrite
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

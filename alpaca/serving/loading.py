@@ -19,7 +19,6 @@ from alpaca.serving.llama.adapters import check_for_llama, largest_ranks, with_a
 from alpaca.serving.llama.cache import BlockPool
 from alpaca.serving.llama.config import LlamaConfig, UnsupportedModelError
 from alpaca.serving.llama.engine import LlamaEngine
-from alpaca.serving.llama.graphs import DecodeGraphs
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.planning import BLOCK_SIZE, PREFILL_TOKENS, MemoryPlan, advice, plan_memory
 from alpaca.serving.llama.runner import Runner
@@ -28,8 +27,9 @@ from alpaca.serving.llama.weights import load_llama, reading_size
 from alpaca.serving.request import PredictionInputs, make_request
 from alpaca.serving.served import Served, check_tokenizers, describe_other_bases, names_of, open_served
 from alpaca.serving.settings import ServerSettings
+from alpaca.text.loading import load_tokenizer, read_eos_ids
 from alpaca.text.prompts import RAW_TEMPLATE
-from alpaca.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
+from alpaca.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
     """Build the kernels and capture the graphs before the first request pays for them."""
     if runner.model.device.type == "cuda":
         runner.compile_prefill()
-        graphs = DecodeGraphs(runner, max_running=plan.max_running)
+        graphs = runner.make_graphs()
         graphs.capture()
         runner.graphs = graphs
 

@@ -1,6 +1,6 @@
 """Plan a card's memory for serving a LLaMA, before anything is loaded.
 
-python -m alpaca.serving.llama.planning --weights alpaca_out --memory 80GB
+python -m alpaca.serving.plan --weights alpaca_out --memory 80GB
 """
 
 import argparse

@@ -13,8 +13,9 @@ from alpaca.formats.hf.folder import find_fingerprint
 from alpaca.formats.hf.merging import read_base_fingerprint, read_base_record
 from alpaca.serving.request import AdapterNames
 from alpaca.serving.settings import DEFAULT_ADAPTER, ServerSettings, parse_adapters
+from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import format_prompt
-from alpaca.text.tokenizer import Tokenizer, load_tokenizer
+from alpaca.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-import check
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -18,7 +17,7 @@ from alpaca.files.archives import pack
 from alpaca.formats.hf.adapters import open_adapter
 from alpaca.serving.llama.adapters import largest_ranks, stacked_bytes
 from alpaca.serving.llama.config import LlamaConfig
-from deploy import check_weights
+from deploy import check, check_weights
 from deploy.image_files import IgnoreRules, list_image_files
 from tests.conftest import ROOT
 from tests.serving.llama.test_llama import save_model
@@ -367,7 +366,7 @@ def test_the_command_is_for_ci(tmp_path: Path):
     assert done.returncode == (0 if found["passed"] else 1), done.stderr
     assert {"level", "topic", "text"} == found["findings"][0].keys()
     assert isinstance(found["passed"], bool)
-    wrong = subprocess.run([*command[:2], "--card", "big"], cwd=ROOT, capture_output=True, text=True)
+    wrong = subprocess.run([*command[:3], "--card", "big"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1
     assert "expected a size" in wrong.stderr
 
@@ -386,5 +385,5 @@ def test_what_is_broken_is_json_too(name: str, project: Path, monkeypatch: pytes
 
 
 def test_a_schema_that_cannot_be_made_is_a_finding(project: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("schema.build_schema", lambda: 1 / 0)
+    monkeypatch.setattr("deploy.schema.build_schema", lambda: 1 / 0)
     assert errors(project) == ["schema: the schema cannot be made: ZeroDivisionError: division by zero"]

@@ -185,7 +185,7 @@ def test_a_server_that_ignores_if_range_is_caught(server):
 
 KILLED = """
 import sys
-from alpaca.downloads import download
+from alpaca.files.downloads import download
 print(download(sys.argv[1]), flush=True)
 """
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alpaca.formats.diff.making import DiffConfig, make_diff
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from tests.formats.diff_sources import TABLE, add_pad_rows, frequencies, load, original_difference, train
 from tests.formats.meta_sources import FAMILIES, NUM_RANKS, random_model, write
 from tests.text.test_tiktoken_files import write_tiktoken

@@ -24,7 +24,7 @@ from alpaca.serving.loading import load_engine
 from alpaca.serving.request import PredictionInputs, Request, make_request
 from alpaca.serving.served import Served
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.tokenizer import load_tokenizer, read_eos_ids
+from alpaca.text.loading import load_tokenizer, read_eos_ids
 from tests.serving.llama.test_llama import logits
 from tests.serving.llama.test_llama_engine import DEFAULTS, tokens
 
@@ -152,7 +152,7 @@ def test_phases_of_transformers(load):
 
 def test_a_line_now_and_then_says_what_runs(load, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("alpaca.serving.llama.network.engine._REPORT_S", 0.05)
+    monkeypatch.setattr("alpaca.serving.llama.engine._REPORT_S", 0.05)
     engine = load(concurrency=1, max_context=512)  # five sequences at once
     full = [engine.submit(request(n=5, max_new_tokens=400, min_new_tokens=400, temperature=1.0)) for _ in range(2)]
     for generation in full:
@@ -181,7 +181,7 @@ def test_a_first_request_that_fails_fails_the_start(load, monkeypatch):
     def fail(*args):
         raise RuntimeError("no kernel for this device")
 
-    monkeypatch.setattr("alpaca.serving.llama.network.runner.Runner.launch", fail)
+    monkeypatch.setattr("alpaca.serving.llama.runner.Runner.launch", fail)
     with pytest.raises(RuntimeError, match="no kernel for this device"):
         load()
 

@@ -7,8 +7,8 @@ import pytest
 
 from alpaca.errors import InputError, PromptTooLong
 from alpaca.serving.request import PredictionInputs, make_request, strips_leading_space
+from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import alpaca_prompt
-from alpaca.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,10 @@ import regex
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.serving.detokenize import CompletionText
+from alpaca.text.loading import load_tokenizer
+from alpaca.text.sentencepiece import is_sentencepiece
 from alpaca.text.tiktoken import TIKTOKEN_FILE, TiktokenModel, is_tiktoken, read_ranks, special_tokens
-from alpaca.text.tokenizer import Tokenizer, is_sentencepiece, load_tokenizer
+from alpaca.text.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from tests.text.test_tokenizer import CORNER_CASES, random_texts
 from tests.tiny import TEXT, train_tokenizer

@@ -10,7 +10,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from alpaca.errors import InputError, MissingInput
-from alpaca.text.tokenizer import SentencePieceTokenizer, load_tokenizer, write_llama_tokenizer
+from alpaca.text.loading import load_tokenizer
+from alpaca.text.sentencepiece import SentencePieceTokenizer, write_llama_tokenizer
 from tests.conftest import ROOT
 from tests.tiny import TEXT, train_tokenizer
 

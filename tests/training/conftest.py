@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alpaca.text.tokenizer import write_llama_tokenizer
+from alpaca.text.sentencepiece import write_llama_tokenizer
 from alpaca.training.config import TrainConfig, make_config
 from tests.conftest import ROOT
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from alpaca.data.batching import step_examples
 from alpaca.errors import InputError, NotEnoughSpace
+from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import alpaca_prompt
-from alpaca.text.tokenizer import load_tokenizer
 from alpaca.training import loop
 from alpaca.training.config import TrainConfig
 from alpaca.training.loop import TrainingStopped, train

@@ -30,8 +30,8 @@ from alpaca.formats.diff.manifest import write_manifest
 from alpaca.formats.diff.residual import RESIDUAL_NAME, ResidualWriter
 from alpaca.formats.hf.folder import TensorSpec
 from alpaca.formats.hf.writing import write_weights
+from alpaca.text.sentencepiece import LLAMA_TOKENIZER_FILES
 from alpaca.text.tiktoken import TIKTOKEN_FILE
-from alpaca.text.tokenizer import LLAMA_TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 SPARE_BYTES = 16 << 20  # configs, tokenizer, manifest, file system

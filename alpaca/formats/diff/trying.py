@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import alpaca_prompt
-from alpaca.text.tokenizer import load_tokenizer
 
 _TEST_INSTRUCTION = "List three technologies that make life easier."
 _TEST_TOKENS = 100

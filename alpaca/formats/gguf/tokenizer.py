@@ -14,8 +14,10 @@ from pathlib import Path
 
 from alpaca.errors import InputError
 from alpaca.files.reading import read_json
+from alpaca.text.loading import load_tokenizer
+from alpaca.text.sentencepiece import SentencePieceTokenizer
 from alpaca.text.tiktoken import PIECES
-from alpaca.text.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from alpaca.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

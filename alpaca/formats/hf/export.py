@@ -19,7 +19,8 @@ from alpaca.formats.hf.merge_check import compare_logits
 from alpaca.formats.hf.merging import MergedWeights, open_merged
 from alpaca.formats.hf.pickled import open_weights
 from alpaca.formats.hf.writing import write_weights
-from alpaca.text.tokenizer import Tokenizer, load_tokenizer
+from alpaca.text.loading import load_tokenizer
+from alpaca.text.tokenizer import Tokenizer
 
 _TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json")
 _ALSO_COPIED = ("generation_config.json", "chat_template.jinja")

@@ -22,8 +22,8 @@ from alpaca.formats.meta import checkpoint as meta_files
 from alpaca.formats.meta import layout, sharding
 from alpaca.formats.meta import params as meta_params
 from alpaca.formats.meta.torch_zip import TensorFileWriter
+from alpaca.text.sentencepiece import SentencePieceTokenizer, is_sentencepiece
 from alpaca.text.tiktoken import TIKTOKEN_FILE, TiktokenModel, is_tiktoken
-from alpaca.text.tokenizer import SentencePieceTokenizer, is_sentencepiece
 
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 _ROTARY_TABLE = "rope.freqs"  # LLaMA 1 and 2 ship it; the model computes it anew

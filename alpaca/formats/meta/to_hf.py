@@ -19,8 +19,8 @@ from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, WeightsFolder
 from alpaca.formats.hf.writing import write_weights
 from alpaca.formats.meta import checkpoint as meta_files
 from alpaca.formats.meta import layout, releases, sharding
+from alpaca.text.sentencepiece import LLAMA_TOKENIZER_FILES, SentencePieceTokenizer, is_sentencepiece
 from alpaca.text.tiktoken import TIKTOKEN_FILE, TIKTOKEN_TOKENIZER_FILES, TiktokenModel, is_tiktoken
-from alpaca.text.tokenizer import LLAMA_TOKENIZER_FILES, SentencePieceTokenizer, is_sentencepiece
 
 _SPARE_BYTES = 16 << 20  # configs, tokenizer, file system
 

@@ -32,7 +32,8 @@ from alpaca.serving.llama.sampling import Choices, choose, note, require_finite
 from alpaca.serving.request import Request
 from alpaca.serving.served import check_tokenizers, names_of
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
+from alpaca.text.loading import load_tokenizer, read_eos_ids
+from alpaca.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -11,19 +11,16 @@ sampling, so that a request with penalties (sampled outside of a graph) costs th
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from alpaca.serving.kernels.low_rank import AdapterRows
 from alpaca.serving.kernels.ops import AttentionBatch
+from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.sampling import Choices, SamplingBatch, at_least_float32, columns_of, flags_of, sample
-from alpaca.serving.llama.step import StepInputs
-
-if TYPE_CHECKING:
-    from alpaca.serving.llama.runner import Runner
-    from alpaca.serving.llama.step import HostStep
+from alpaca.serving.llama.step import HostStep, StepInputs
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _STAGING_SETS = 2  # a step is laid out while the device may still copy the one before
@@ -37,6 +34,9 @@ _KINDS = ((False, False), (True, False), (True, True))  # any row sampled, any r
 
 class Replayable(Protocol):
     def replay(self) -> None: ...
+
+
+Replayer = Callable[[Callable[[], None]], Replayable]
 
 
 class CudaReplayer:
@@ -59,21 +59,34 @@ class CudaReplayer:
 
 
 class DecodeGraphs:
-    """The graphs of one runner. Not safe for several threads, as the device has one owner."""
+    """The graphs over one model and cache. Not safe for several threads, as the device has one owner.
+
+    last_ids: [max_running + 1] int64, each running sequence's newest token; the last row is for padding.
+    vocab_size: the tokenizer's, by which logits are cut.    max_blocks: of one sequence.
+    """
 
     def __init__(
-        self, runner: "Runner", *, max_running: int, replayer: Callable[[Callable[[], None]], Replayable] | None = None
+        self,
+        model: LlamaModel,
+        cache: KeyValueCache,
+        last_ids: torch.Tensor,
+        *,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        max_blocks: int,
+        replayer: Replayer | None = None,
     ) -> None:
-        self._runner = runner
+        self._model, self._cache, self._last_ids, self._vocab_size = model, cache, last_ids, vocab_size
+        max_running = len(last_ids) - 1
         self._replayer = replayer or CudaReplayer()
         self.buckets = [size for size in BUCKETS if size < max_running] + [max_running]
-        device, num_rows, num_blocks = runner.model.device, self.buckets[-1], runner.max_blocks
-        self._padding_row = max_running  # of the runner's last_ids
+        device, num_rows, num_blocks = model.device, self.buckets[-1], max_blocks
+        self._padding_row = max_running  # of last_ids
         self._memory = _bytes_for(num_rows, device=device)
         self._inputs = _views(self._memory, num_rows)
         self._tables = torch.zeros(num_rows, num_blocks, dtype=torch.int32, device=device)
         self._query_starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
-        self._eos_ids = torch.tensor(sorted(runner.eos_ids), dtype=torch.int64, device=device)
+        self._eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
         self._ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._staging = [_Staging(num_rows, num_blocks, pin=device.type == "cuda") for _ in range(_STAGING_SETS)]
         self._logits: dict[int, torch.Tensor] = {}
@@ -85,13 +98,13 @@ class DecodeGraphs:
         """Capture everything, the largest bucket first, whose memory the others then share."""
         for size in reversed(self.buckets):
             self._forward[size, False] = self._replayer(lambda size=size: self._run_forward(size))
-            if self._runner.model.adapters is not None:
+            if self._model.adapters is not None:
                 self._forward[size, True] = self._replayer(lambda size=size: self._run_with_adapters(size))
             for kind in _KINDS:
                 self._sampling[size, kind] = self._replayer(lambda size=size, kind=kind: self._run_sampling(size, kind))
             progress(size)
 
-    def launch(self, step: "HostStep", tables: np.ndarray, rows: Sequence[Choices]) -> torch.Tensor:
+    def launch(self, step: HostStep, tables: np.ndarray, rows: Sequence[Choices]) -> torch.Tensor:
         """Queue a step that gives every sequence one token. The logits [S, V], for `choose`.
 
         Where `rows` are given, none of them penalised, they are for `sample`.
@@ -129,8 +142,7 @@ class DecodeGraphs:
 
     def _compute_logits(self, size: int, *, uses_adapters: bool) -> torch.Tensor:
         inputs = {name: tensor[:size] for name, tensor in self._inputs.items()}
-        runner = self._runner
-        ids = torch.where(inputs["ids"] < 0, runner.last_ids[inputs["state_rows"]], inputs["ids"])
+        ids = torch.where(inputs["ids"] < 0, self._last_ids[inputs["state_rows"]], inputs["ids"])
         step = StepInputs(
             ids=ids,
             positions=inputs["positions"],
@@ -140,12 +152,12 @@ class DecodeGraphs:
                 seq_lens=inputs["seq_lens"],
                 query_starts=self._query_starts[: size + 1],
                 max_query_len=1,
-                max_seq_len=self._tables.shape[1] * runner.cache.block_size,
+                max_seq_len=self._tables.shape[1] * self._cache.block_size,
             ),
             adapters=AdapterRows(inputs["adapters"]) if uses_adapters else None,
         )
-        hidden = runner.model.forward(step, runner.cache)
-        return runner.model.logits(hidden)[:, : runner.vocab_size]
+        hidden = self._model.forward(step, self._cache)
+        return self._model.logits(hidden)[:, : self._vocab_size]
 
     def _run_sampling(self, size: int, kind: tuple[bool, bool]) -> None:
         inputs = {name: tensor[:size] for name, tensor in self._inputs.items()}
@@ -160,7 +172,7 @@ class DecodeGraphs:
         # Copied, as sampling changes its scores in place and a replay must find the logits as they were.
         ids = sample(at_least_float32(self._logits[size]).clone(), batch)
         self._ids[:size].copy_(ids)
-        self._runner.last_ids.index_copy_(0, inputs["state_rows"], ids.clamp(min=0))
+        self._last_ids.index_copy_(0, inputs["state_rows"], ids.clamp(min=0))
 
 
 class _Staging:
@@ -172,7 +184,7 @@ class _Staging:
         self._tables = torch.zeros(num_rows, num_blocks, dtype=torch.int32, pin_memory=pin)
         self._table_rows = self._tables.numpy()
 
-    def fill(self, step: "HostStep", tables: np.ndarray, size: int, *, padding_row: int) -> None:
+    def fill(self, step: HostStep, tables: np.ndarray, size: int, *, padding_row: int) -> None:
         """Lay a step out, padding up to `size` rows."""
         for name, values, padding in (
             ("ids", step.ids, 0),

@@ -14,7 +14,7 @@ import torch
 
 from alpaca.serving.kernels.low_rank import AdapterRows
 from alpaca.serving.kernels.ops import AttentionBatch
-from alpaca.serving.llama.graphs import DecodeGraphs
+from alpaca.serving.llama.graphs import DecodeGraphs, Replayer
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.sampling import Choices, choose, note, send
 from alpaca.serving.llama.scheduler import Work
@@ -45,6 +45,18 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         self._block_tables = np.zeros((max_running, self.max_blocks), dtype=np.int32)
         self._in_table: dict[int, tuple[int, int, int]] = {}
+
+    def make_graphs(self, replayer: Replayer | None = None) -> DecodeGraphs:
+        """Graphs of this runner's decode steps, which `launch` uses once they are captured and put in `graphs`."""
+        return DecodeGraphs(
+            self.model,
+            self.cache,
+            self.last_ids,
+            vocab_size=self.vocab_size,
+            eos_ids=self.eos_ids,
+            max_blocks=self.max_blocks,
+            replayer=replayer,
+        )
 
     @torch.inference_mode()
     def launch(self, works: list[Work]) -> Launched:

@@ -13,7 +13,8 @@ from alpaca.files.outputs import require_free_space
 from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.folder import TensorSpec, WeightsFolder
 from alpaca.formats.hf.writing import write_weights
-from alpaca.text.tokenizer import Tokenizer, load_tokenizer
+from alpaca.text.loading import load_tokenizer
+from alpaca.text.tokenizer import Tokenizer
 from alpaca.training.checkpoints.state import WHOLE
 from alpaca.training.distributed import World, whole_tensor
 from alpaca.training.model.base import Base

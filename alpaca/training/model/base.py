@@ -11,7 +11,8 @@ import torch
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.reading import list_folder, read_json
 from alpaca.formats.hf.folder import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, find_fingerprint
-from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer, load_tokenizer, tokenizer_summary
+from alpaca.text.loading import load_tokenizer
+from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer, tokenizer_summary
 from alpaca.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def locate_model(name: str, *, cache_dir: str | None) -> Path:
 def _no_model(folder: Path) -> str:
     return (
         f"no model at {folder} (found there: {list_folder(folder)}): expected a Hugging Face folder with config.json "
-        "and weights; convert Meta's checkpoint first: python -m alpaca.formats.meta.to_hf "
+        "and weights; convert Meta's checkpoint first: python -m convert.convert_llama_weights_to_hf "
         "--input_dir unconverted-weights --model_size 7B --output_dir weights"
     )
 

@@ -21,8 +21,8 @@ from alpaca.data.analysis.verbs import Root
 from alpaca.data.examples import Example, encode_examples, read_examples, read_records
 from alpaca.data.report import parse_arguments, write_outputs
 from alpaca.errors import InputError, MissingInput, OutputExists
+from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import alpaca_prompt
-from alpaca.text.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.data.analysis.test_duplicates import near_copies_slowly
 

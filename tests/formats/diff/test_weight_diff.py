@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from alpaca.errors import NotEnoughSpace
-from alpaca.formats.diff import making
+from alpaca.formats.diff import recovering
 from alpaca.formats.diff.making import DiffConfig, make_diff
 from alpaca.formats.diff.manifest import MANIFEST_NAME
 from alpaca.formats.diff.recovering import RecoverConfig, recover
 from alpaca.formats.diff.residual import RESIDUAL_NAME
 from alpaca.formats.hf.folder import FLOAT_DTYPES
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from tests.formats.diff_sources import (
     Tensors,
     bits,
@@ -85,8 +85,8 @@ def test_the_difference_alone_loses_bits_of_a_trained_model(llama_folder, traine
 @pytest.mark.parametrize("raw_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_any_bits_come_back(tmp_path, llama_folder, monkeypatch, raw_dtype, dtype):
-    for module in ("diff_residual", "diff_arithmetic"):
-        monkeypatch.setattr(f"convert.{module}.blocks", small_blocks)
+    for module in ("residual", "arithmetic"):
+        monkeypatch.setattr(f"alpaca.formats.diff.{module}.blocks", small_blocks)
     generator = torch.Generator().manual_seed(1)
 
     def noise(*shape: int, dtype: str) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_real_model_comes_back_with_its_published_text(tmp_path, real):
 
 
 def test_model_that_memory_cannot_hold_is_recovered_and_not_tried(tmp_path, llama_folder, made, monkeypatch, caplog):
-    monkeypatch.setattr(making, "free_memory", lambda device: 10**6)
+    monkeypatch.setattr(recovering, "free_memory", lambda device: 10**6)
     recovered(llama_folder, made, tmp_path / "back", test_inference=None)
     assert "needs 1.1 GB of memory and 0.0 GB are free: it is recovered and checked, but not tried" in caplog.text
     with pytest.raises(NotEnoughSpace, match="pass --test_inference False"):

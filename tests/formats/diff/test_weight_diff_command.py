@@ -182,7 +182,7 @@ def test_no_gpu_is_said(tmp_path, llama_folder, made, monkeypatch):
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "alpaca.formats.diff.making", *map(str, arguments)]
+    return [sys.executable, "-m", "convert.weight_diff", *map(str, arguments)]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess:
@@ -209,10 +209,9 @@ def test_command_says_what_it_does_and_a_mistake_is_one_line(tmp_path, llama_fol
 
 STOPPED = """
 import sys, time
-import alpaca.hf_files as files
-from convert import diff_arithmetic, diff_manifest, weight_diff
-module, name, calls = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
-module = {"files": files, "arithmetic": diff_arithmetic, "command": weight_diff, "manifest": diff_manifest}[module]
+from importlib import import_module
+from convert import weight_diff
+module, name, calls = import_module("alpaca." + sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
 original, count = getattr(module, name), 0
 def stop(*args, **options):
     global count
@@ -225,15 +224,15 @@ setattr(module, name, stop)
 weight_diff.run_command(weight_diff.main)
 """
 STAGES = {  # command, module, function in which it is stopped, at which call
-    "writing the diff": ("make_diff", "files", "_write_piece", 9),
-    "copying files": ("make_diff", "command", "_copy_small_files", 1),
-    "before the manifest": ("make_diff", "command", "write_manifest", 1),
-    "proving": ("make_diff", "arithmetic", "TensorResidual", 5),
-    "renaming the diff": ("make_diff", "files", "fsync", 3),
-    "checking": ("recover", "manifest", "sha256", 4),
-    "writing the model": ("recover", "files", "_write_piece", 9),
-    "verifying": ("recover", "command", "differing", 1),
-    "renaming the model": ("recover", "files", "fsync", 3),
+    "writing the diff": ("make_diff", "formats.hf.writing", "_write_piece", 9),
+    "copying files": ("make_diff", "formats.diff.making", "copy_small_files", 1),
+    "before the manifest": ("make_diff", "formats.diff.making", "write_manifest", 1),
+    "proving": ("make_diff", "formats.diff.arithmetic", "TensorResidual", 5),
+    "renaming the diff": ("make_diff", "files.atomic", "fsync", 3),
+    "checking": ("recover", "formats.diff.manifest", "sha256", 4),
+    "writing the model": ("recover", "formats.hf.writing", "_write_piece", 9),
+    "verifying": ("recover", "formats.diff.recovering", "differing", 1),
+    "renaming the model": ("recover", "files.atomic", "fsync", 3),
 }
 QUICK_STAGES = ("writing the diff", "verifying")
 

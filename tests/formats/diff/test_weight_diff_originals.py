@@ -13,7 +13,7 @@ from alpaca.formats.diff import published_sum
 from alpaca.formats.diff.making import DiffConfig, make_diff
 from alpaca.formats.diff.recovering import RecoverConfig, recover
 from alpaca.formats.hf.pickled import PickledWeights
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from tests.formats.diff_sources import (
     TABLE,
     add_pad_rows,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from alpaca.errors import InputError, MissingInput, MissingPackage, NotEnoughSpace, NumbersOverflow, OutputExists
 from alpaca.files.locks import locked
-from alpaca.formats.gguf import tensors
+from alpaca.formats.gguf import writer
 from alpaca.formats.gguf.export import export
 from convert.export_gguf import parse_arguments
 from tests.conftest import ROOT
@@ -240,7 +240,7 @@ def test_disk_that_runs_full_leaves_the_old_output(folder, tmp_path, monkeypatch
     def full(placed):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensors, "encoded_blocks", full)
+    monkeypatch.setattr(writer, "encoded_blocks", full)
     with pytest.raises(NotEnoughSpace, match="the disk ran full"):
         run(folder, tmp_path / "m.gguf", "--overwrite")
     assert (tmp_path / "m.gguf").read_text() == "old"
@@ -287,7 +287,7 @@ def test_metadata_is_read_back_too(folder, tmp_path, monkeypatch, key):
 
 
 def command(folder: Path, target: Path, *flags: str) -> list[str]:
-    module = [sys.executable, "-m", "alpaca.formats.gguf.export"]
+    module = [sys.executable, "-m", "convert.export_gguf"]
     return [*module, "--input_dir", str(folder), "--output_file", str(target), *flags]
 
 
@@ -305,12 +305,13 @@ def test_command_says_what_it_does_and_a_mistake_is_one_line(folder, tmp_path):
 
 SLOW_WRITER = """
 import sys, time
+from alpaca.formats.gguf import writer
 from convert import export_gguf as command
-blocks = command.encoded_blocks
+blocks = writer.encoded_blocks
 def slow(placed):
     time.sleep(0.2)
     yield from blocks(placed)
-command.encoded_blocks = slow
+writer.encoded_blocks = slow
 sys.argv = sys.argv[1:]
 command.run_command(command.main)
 """

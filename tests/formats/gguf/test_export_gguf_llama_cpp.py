@@ -70,7 +70,7 @@ def continuations(stories) -> list[tuple[list[int], list[int]]]:
     """transformers' ids for each prompt, and what it goes on with."""
     from transformers import AutoModelForCausalLM
 
-    from alpaca.text.tokenizer import load_tokenizer
+    from alpaca.text.loading import load_tokenizer
 
     tokenizer = load_tokenizer(stories)
     model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
@@ -170,7 +170,7 @@ def corpus(real: Path) -> list[str]:
 def test_tokens_are_sentencepieces(real, tmp_path, name, keeps_model_file):
     from sentencepiece import SentencePieceProcessor
 
-    from alpaca.text.tokenizer import SentencePieceTokenizer
+    from alpaca.text.sentencepiece import SentencePieceTokenizer
 
     pieces = SentencePieceProcessor(model_file=str(real / name / "tokenizer.model"))
     folder = write_model(tmp_path / "m", vocab_size=pieces.get_piece_size() + 8)
@@ -190,7 +190,7 @@ def test_tokens_are_sentencepieces(real, tmp_path, name, keeps_model_file):
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "smaug-bpe", "gpt-2", "smollm"])
 def test_byte_level_tokens_are_hugging_faces(real, tmp_path, pre):
-    from alpaca.text.tokenizer import load_tokenizer
+    from alpaca.text.loading import load_tokenizer
 
     folder = write_model(tmp_path / "m", vocab_size=400)
     write_byte_level(folder, pre)
@@ -206,8 +206,8 @@ def test_byte_level_tokens_are_hugging_faces(real, tmp_path, pre):
 
 def test_tokens_of_metas_llama_3_file(real, tmp_path):
     """A tiktoken file, by way of the tokenizer.json that conversion writes for it."""
+    from alpaca.text.loading import load_tokenizer
     from alpaca.text.tiktoken import TiktokenModel
-    from alpaca.text.tokenizer import load_tokenizer
 
     folder = write_model(tmp_path / "m", vocab_size=1000)
     words = sorted({word for text in TEXT.split() for word in (text, f" {text}")})

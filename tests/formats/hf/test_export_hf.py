@@ -32,7 +32,7 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def add_tokenizer(folder: Path, tokenizer_model: Path) -> Path:
-    from alpaca.text.tokenizer import write_llama_tokenizer
+    from alpaca.text.sentencepiece import write_llama_tokenizer
 
     write_llama_tokenizer(tokenizer_model, folder)
     return folder
@@ -307,13 +307,14 @@ def test_a_full_disk_leaves_the_old_output(work: Path, monkeypatch: pytest.Monke
 
 KILLED = """
 import os, pathlib, signal, sys
-import alpaca.hf_files, convert.export_hf_checkpoint as command
+from alpaca.formats.hf import export, writing
+import convert.export_hf_checkpoint as command
 def die(*args, **values):
     os.kill(os.getpid(), signal.SIGKILL)
 stage = sys.argv.pop(1)
-if stage == "writing": alpaca.formats.hf.writing._write_piece = die
-if stage == "between files": alpaca.files.atomic.write_json = command.write_json = die
-if stage == "comparing": command.compare_logits = die
+if stage == "writing": writing._write_piece = die
+if stage == "between files": writing.write_json = export.write_json = die
+if stage == "comparing": export.compare_logits = die
 if stage == "renaming": pathlib.Path.rename = die
 command.run_command(command.main)
 """
@@ -337,7 +338,7 @@ def test_killed_at_any_stage_it_can_be_run_again(stage: str, old: bool, work: Pa
 
 
 def test_command_says_what_it_does_and_a_mistake_is_one_line(work: Path):
-    command = [sys.executable, "-m", "alpaca.formats.hf.export", *flags(work), "--check_logits", "always"]
+    command = [sys.executable, "-m", "convert.export_hf_checkpoint", *flags(work), "--check_logits", "always"]
     good = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
     assert "differ by" in good.stdout
@@ -393,5 +394,5 @@ def save_large(folder: Path, tokenizer_model: Path) -> tuple[Path, int]:
 def test_memory_does_not_depend_on_the_models_size(quantization: str, tokenizer_model: Path, tmp_path: Path):
     base, largest = save_large(tmp_path / "base", tokenizer_model)
     save_adapter(tmp_path / "adapter", base)
-    peak = peak_of("alpaca.formats.hf.export", *flags(tmp_path, "--base_quantization", quantization))
+    peak = peak_of("convert.export_hf_checkpoint", *flags(tmp_path, "--base_quantization", quantization))
     assert peak < 2 * largest + 300e6

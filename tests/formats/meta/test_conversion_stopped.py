@@ -135,7 +135,7 @@ def test_13b_converts_within_one_gigabyte(tmp_path, real, num_layers, gigabytes)
     if shutil.disk_usage(tmp_path).free < (gigabytes + 5) * 1e9:
         pytest.skip(f"needs {gigabytes + 5:.0f} GB of disk")
     write_13b(tmp_path / "in" / "T", real / "llama-tokenizer" / "tokenizer.model", num_layers=num_layers)
-    command = ["alpaca.formats.meta.to_hf", "--input_dir", str(tmp_path / "in"), "--model_size", "T"]
+    command = ["convert.convert_llama_weights_to_hf", "--input_dir", str(tmp_path / "in"), "--model_size", "T"]
     command += ["--output_dir", str(tmp_path / "out"), "--skip_checksums"]
     done = subprocess.run([sys.executable, "-c", MEMORY_PROBE, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -409,7 +409,7 @@ def test_bad_sizes(text):
 
 def command(tmp_path: Path, *flags: str) -> list[str]:
     return [
-        sys.executable, "-m", "alpaca.formats.meta.to_hf", "--input_dir", str(tmp_path / "in"),
+        sys.executable, "-m", "convert.convert_llama_weights_to_hf", "--input_dir", str(tmp_path / "in"),
         "--model_size", "T", "--output_dir", str(tmp_path / "out"), *flags,
     ]  # fmt: skip
 
@@ -427,9 +427,9 @@ def test_command_says_what_it_does_and_a_mistake_is_one_line(tmp_path, tiny):
 
 SLOW_WRITER = """
 import sys, time
-import alpaca.hf_files as files
-write = files._write_piece
-files._write_piece = lambda *args: (time.sleep(0.2), write(*args))
+from alpaca.formats.hf import writing
+write = writing._write_piece
+writing._write_piece = lambda *args: (time.sleep(0.2), write(*args))
 sys.argv = sys.argv[1:]
 from convert import convert_llama_weights_to_hf as command
 command.run_command(command.main)

@@ -77,7 +77,7 @@ def hf(tmp_path: Path, tokenizer_model: Path) -> Path:
 
 def add_row(hf: Path) -> None:
     """What full fine-tuning leaves: `[PAD]` as one more row of both tables, and in the tokenizer's files."""
-    from alpaca.text.tokenizer import load_tokenizer
+    from alpaca.text.loading import load_tokenizer
 
     tensors = load_file(hf / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -411,13 +411,14 @@ def test_a_full_disk_leaves_the_old_output(hf: Path, monkeypatch: pytest.MonkeyP
 
 KILLED = """
 import os, pathlib, signal, sys
+from alpaca.formats.meta import from_hf
 import convert.export_state_dict_checkpoint as command
 def die(*args, **values):
     os.kill(os.getpid(), signal.SIGKILL)
 stage = sys.argv.pop(1)
-if stage == "writing": command.layout.shard_part = die
-if stage == "checksums": command.meta_files.write_checklist = die
-if stage == "verifying": command._verify = die
+if stage == "writing": from_hf.sharding.shard_part = die
+if stage == "checksums": from_hf.meta_files.write_checklist = die
+if stage == "verifying": from_hf._verify = die
 if stage == "renaming": pathlib.Path.rename = die
 command.run_command(command.main)
 """
@@ -441,7 +442,7 @@ def test_killed_at_any_stage_it_can_be_run_again(stage: str, old: bool, hf: Path
 
 
 def test_command_says_what_it_does_and_a_mistake_is_one_line(hf: Path):
-    command = [sys.executable, "-m", "alpaca.formats.meta.from_hf", "--input_dir", str(hf), "--output_dir",
+    command = [sys.executable, "-m", "convert.export_state_dict_checkpoint", "--input_dir", str(hf), "--output_dir",
                str(hf.parent / "ckpt")]  # fmt: skip
     good = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
@@ -459,7 +460,7 @@ def test_command_says_what_it_does_and_a_mistake_is_one_line(hf: Path):
 def test_memory_does_not_depend_on_the_models_size(num_shards: str, tokenizer_model: Path, tmp_path: Path):
     base, largest = save_large(tmp_path / "base", tokenizer_model)
     flags = ["--input_dir", str(base), "--output_dir", str(tmp_path / "ckpt"), "--num_shards", num_shards]
-    assert peak_of("alpaca.formats.meta.from_hf", *flags) < 2 * largest + 300e6
+    assert peak_of("convert.export_state_dict_checkpoint", *flags) < 2 * largest + 300e6
     assert (
         sum(spec.num_bytes for spec in WeightsFolder(base).specs())
         < sum(file.stat().st_size for file in (tmp_path / "ckpt").glob("*.pth")) + 10**6

@@ -11,7 +11,7 @@ from alpaca.errors import InputError, MissingInput, OutputExists
 from alpaca.formats.meta import layout
 from alpaca.formats.meta.releases import check_size, find_release
 from alpaca.formats.meta.to_hf import output_name
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from tests.formats.meta_sources import (
     FAMILIES,
     LLAMA_3,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from alpaca.errors import OutputExists
-from alpaca.text.tokenizer import load_tokenizer, read_eos_ids
+from alpaca.text.loading import load_tokenizer, read_eos_ids
 from tests.formats.meta_sources import (
     DIM,
     FAMILIES,

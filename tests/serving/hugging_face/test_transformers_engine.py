@@ -20,7 +20,7 @@ from alpaca.serving.engine import (
 from alpaca.serving.hugging_face.engine import TransformersEngine, load_transformers_engine
 from alpaca.serving.request import Request
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 
 DEFAULTS = dict(
     prompt_ids=(1, 300, 310, 320), n=1, max_new_tokens=20, min_new_tokens=0, temperature=0.0, top_p=1.0, top_k=0,

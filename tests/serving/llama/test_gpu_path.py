@@ -74,7 +74,7 @@ def make_runner(model: LlamaModel, *, max_running: int) -> Runner:
 
 
 def make_graphs(runner: Runner, max_running: int) -> DecodeGraphs:
-    graphs = DecodeGraphs(runner, max_running=max_running, replayer=None if ON_GPU else CalledEachTime)
+    graphs = runner.make_graphs(None if ON_GPU else CalledEachTime)
     graphs.capture()
     return graphs
 

@@ -143,7 +143,7 @@ def test_loading_reports_every_byte_and_reads_little_ahead(tmp_path, monkeypatch
     save_model(tmp_path)
     weights = WeightsFolder(tmp_path)
     config = LlamaConfig.read(tmp_path)
-    monkeypatch.setattr("alpaca.serving.llama.network.weights._MOST_READ_AHEAD", 20_000)
+    monkeypatch.setattr("alpaca.serving.llama.weights._MOST_READ_AHEAD", 20_000)
     seen: list[int] = []
     model = load_llama(
         weights, config, device=CPU, dtype=torch.float64, quantization="none", num_positions=8, ops=ops,

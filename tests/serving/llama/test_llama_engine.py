@@ -26,7 +26,6 @@ from alpaca.serving.hugging_face.shared_weights import as_transformers
 from alpaca.serving.kernels.linear import PackedLinear
 from alpaca.serving.llama.cache import BlockPool
 from alpaca.serving.llama.engine import LlamaEngine
-from alpaca.serving.llama.graphs import DecodeGraphs
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.runner import Runner
 from alpaca.serving.llama.sampling import Choices, choose, note
@@ -72,7 +71,7 @@ def make_engine(
         eos_ids=frozenset([2]),
     )  # fmt: skip
     if mode == "graphs":
-        runner.graphs = DecodeGraphs(runner, max_running=max_running, replayer=CalledEachTime)
+        runner.graphs = runner.make_graphs(CalledEachTime)
         runner.graphs.capture()
     return engine_of(runner, launches_ahead=mode != "in step")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace
-from alpaca.serving.llama import planning
+from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.llama.network import KeyValueCache
 from alpaca.serving.llama.planning import BLOCK_SIZE, MemoryPlan, max_running, plan_memory, weights_bytes, working_bytes
@@ -193,14 +193,14 @@ def test_cards_of_24_to_141_gb(tmp_path, monkeypatch, capsys, name, quantization
     before = 0
     for memory in (24, 40, 80, 141):
         flags = ("--memory", f"{memory}GB", "--quantization", quantization)
-        if weights > memory * 10**9 - planning.CUDA_CONTEXT_BYTES:
+        if weights > memory * 10**9 - CUDA_CONTEXT_BYTES:
             assert (name, quantization, memory) == ("13b", "none", 24)
             with pytest.raises(NotEnoughSpace, match=r"take 26\.0 GB as bfloat16, none; 24GB is too small"):
                 run_main(monkeypatch, capsys, tmp_path, *flags)
             continue
         _, found = run_main(monkeypatch, capsys, tmp_path, *flags)
         kv_bytes = found["num_blocks"] * BLOCK_SIZE * found["kv_bytes_per_token"]
-        free = memory * 10**9 - weights - planning.CUDA_CONTEXT_BYTES
+        free = memory * 10**9 - weights - CUDA_CONTEXT_BYTES
         assert found["weights_bytes"] == weights
         assert found["working_bytes"] + kv_bytes <= 0.9 * free
         assert found["requests_at_once"]["2048"] == min(256, (found["num_blocks"] - 1) // (2048 // BLOCK_SIZE))
@@ -264,7 +264,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
 
 def test_the_command_itself(tmp_path):
     write_config(tmp_path, **SHAPES["13b"])
-    command = [sys.executable, "-m", "alpaca.serving.llama.planning", "--weights", str(tmp_path), "--memory"]
+    command = [sys.executable, "-m", "alpaca.serving.plan", "--weights", str(tmp_path), "--memory"]
     done = subprocess.run([*command, "80GB"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     *table, last = done.stdout.splitlines()

@@ -239,5 +239,5 @@ def check_step(it: Scheduler, works: list) -> None:
 def test_no_torch_behind_the_scheduler():
     import subprocess
 
-    code = "import sys, alpaca.serving.llama.network.scheduler; sys.exit('torch' in sys.modules)"
+    code = "import sys, alpaca.serving.llama.scheduler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace, OutputExists
 from alpaca.files import atomic
 from alpaca.files.locks import locked
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from alpaca.training import loop
 from alpaca.training.checkpoints import digests, final, loading, saving, state
 from alpaca.training.checkpoints.loading import find_checkpoint
@@ -559,7 +559,7 @@ def test_a_damaged_final_file_is_caught_before_it_replaces_anything(what: str, c
     if what == "weights":
         monkeypatch.setattr(final, "_write_final_weights", damage)
     else:
-        monkeypatch.setattr(saving, "load_tokenizer", lambda folder: load_tokenizer(config.model_name_or_path))
+        monkeypatch.setattr(final, "load_tokenizer", lambda folder: load_tokenizer(config.model_name_or_path))
     with pytest.raises(InputError, match=r"is not what is in memory \((lm_head.weight|the tokenizer)\)"):
         train(dataclasses.replace(config, resume_from_checkpoint=str(folder / "checkpoint-2")))
     assert read_files(folder) == before

@@ -18,6 +18,7 @@ from alpaca.training.config import TrainConfig, resolve
 from alpaca.training.loop import train
 from alpaca.training.model import padding_free
 from alpaca.training.model.layers import checkpoint_layers, compile_layers, count_checkpointed, parse_checkpointing
+from alpaca.training.planning import feasibility
 from alpaca.training.planning.command import open_planner
 from alpaca.training.planning.footprint import make_setup
 from alpaca.training.planning.hardware import Hardware
@@ -128,7 +129,7 @@ def give_memory(monkeypatch: pytest.MonkeyPatch, memory_bytes: int) -> None:
     hardware = Hardware(
         name="this CPU", memory_bytes=memory_bytes, on_gpu=False, peak_flops=None, flops=1e9, flops_are="assumed"
     )
-    monkeypatch.setattr(hardware, "find_hardware", lambda device: hardware)
+    monkeypatch.setattr(feasibility, "find_hardware", lambda device: hardware)
 
 
 def test_auto_recomputes_as_few_layers_as_fit(configure: Configure, monkeypatch, caplog, tmp_path, kept_runs):

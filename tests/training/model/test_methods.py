@@ -22,7 +22,7 @@ from alpaca.errors import InputError, MissingInput, OutputExists
 from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.folder import fingerprint
 from alpaca.training import loop, run
-from alpaca.training.checkpoints import loading, saving
+from alpaca.training.checkpoints import final, loading
 from alpaca.training.config import TrainConfig, config_json, resolve
 from alpaca.training.dataset import encode_data
 from alpaca.training.distributed import World
@@ -255,13 +255,13 @@ def test_the_first_adapter_depends_on_the_seed_alone(configure: Configure):
 
 def tamper(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
     """Have the written tensors be others than those of the model, behind the back of the bitwise comparison."""
-    real = saving.final_tensors
+    real = final.final_tensors
 
     def changed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         tensors = {name: change(name, tensor) for name, tensor in real(model).items()}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
-    monkeypatch.setattr(saving, "final_tensors", changed)
+    monkeypatch.setattr(final, "final_tensors", changed)
     monkeypatch.setattr("alpaca.training.model.final.final_tensors", changed)
 
 
@@ -434,7 +434,7 @@ def test_the_trap_is_there_to_fall_into(configure: Configure, packable_llama: Pa
 
     if not has_avx512bf16():
         pytest.skip("a CPU without AVX512-BF16")
-    monkeypatch.setattr("alpaca.training.model.building.keep_trainable_on_cpu", lambda model: None)
+    monkeypatch.setattr("alpaca.training.model.adapting.keep_trainable_on_cpu", lambda model: None)
     model = load(configure(**QLORA, model_name_or_path=str(packable_llama)))
     probe_logits(model, IDS, CPU)
     loss = model(input_ids=torch.tensor([IDS]), labels=torch.tensor([IDS]), position_ids=torch.arange(8)[None],

@@ -26,14 +26,15 @@ from transformers import (
 
 from alpaca.data.batching import pack
 from alpaca.errors import InputError, NotEnoughSpace
-from alpaca.text.tokenizer import write_llama_tokenizer
+from alpaca.memory import CUDA_CONTEXT_BYTES
+from alpaca.text.sentencepiece import write_llama_tokenizer
 from alpaca.training import run
 from alpaca.training.config import TrainConfig, resolve
 from alpaca.training.distributed import keeps_gradients_whole
 from alpaca.training.loop import train
 from alpaca.training.model import padding_free
 from alpaca.training.model.layers import checkpoint_layers
-from alpaca.training.planning import hardware, plan, words
+from alpaca.training.planning import feasibility, hardware, words
 from alpaca.training.planning.command import format_table, open_planner, print_plan
 from alpaca.training.planning.footprint import Setup, Work, count_trained, make_setup, plan_memory, saved_bytes
 from alpaca.training.planning.hardware import Hardware
@@ -378,7 +379,7 @@ def test_gradients_are_planned_whole_where_training_keeps_them_so(llama_7b: Path
     for gigabytes in range(30, 120, 5):
         memory_bytes = gigabytes * 10**9
         found = planner.plan(setup, hardware.assume_gpu("a GPU", memory_bytes, None))
-        free = memory_bytes - 12 * total // 4 - plan.CUDA_CONTEXT_BYTES
+        free = memory_bytes - 12 * total // 4 - CUDA_CONTEXT_BYTES
         rule = keeps_gradients_whole(total, free)
         assert found.setup.whole_gradients == (rule and found.fits)
         assert found.memory.gradients_bytes == (4 * total if found.setup.whole_gradients else total)
@@ -488,10 +489,10 @@ def test_a_gpu_too_small_is_refused_and_a_cpu_is_warned_of(configure: Configure,
     def tiny(on_gpu: bool) -> Hardware:
         return Hardware(name="a toy", memory_bytes=1000, on_gpu=on_gpu, peak_flops=None, flops=1e9, flops_are="assumed")
 
-    monkeypatch.setattr(hardware, "find_hardware", lambda device: tiny(True))
+    monkeypatch.setattr(feasibility, "find_hardware", lambda device: tiny(True))
     with pytest.raises(NotEnoughSpace, match=r"a toy has 0\.00 GB to use; no setting of one machine would fit"):
         train(configure(max_steps=1))
-    monkeypatch.setattr(hardware, "find_hardware", lambda device: tiny(False))
+    monkeypatch.setattr(feasibility, "find_hardware", lambda device: tiny(False))
     assert (train(configure(max_steps=1)) / "config.json").is_file()
     assert "a toy has 0.00 GB to use" in caplog.text
 

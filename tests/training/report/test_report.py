@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alpaca.errors import InputError, MissingPackage
-from alpaca.text.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from alpaca.training.config import TrainConfig, count_held_out, resolve
 from alpaca.training.flags import RENAMED
 from alpaca.training.loop import TrainingStopped, train
