@@ -124,12 +124,12 @@ def in_own_process(name: str, folder: Path, *, seconds: float) -> dict:
 
 def run_row(config: BenchConfig, row: str, folder: Path) -> dict:
     """Train for `steps` steps and say how it went."""
-    from alpaca.training import loop
-    from alpaca.training.config import make_config
+    from alpaca.training import gradients, loop
+    from alpaca.training.configuration.config import make_config
     from alpaca.training.planning.plan import share_of_peak
 
     if row == "packed all":
-        loop.pack = pack_with_all_logits
+        gradients.pack = pack_with_all_logits
     runs, prepare = [], loop.prepare
     loop.prepare = lambda *arguments: runs.append(prepare(*arguments)) or runs[0]
     loop.finish = lambda run, **rest: None

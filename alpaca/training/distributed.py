@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
 from alpaca.memory import free_memory
-from alpaca.training.config import Sharding
+from alpaca.training.configuration.parsing import Sharding
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from alpaca.files.places import choose_base, open_weights
 from alpaca.files.reading import read_json
 
 if TYPE_CHECKING:
-    from alpaca.training.config import TrainConfig
+    from alpaca.training.configuration.config import TrainConfig
 
 _one_training = threading.Lock()
 _stop_of_last = threading.Event()  # of the training that runs, if one does
@@ -118,7 +118,7 @@ def _open_base(model: str) -> Path:
 
 def _make_config(values: Mapping[str, object], *, base: Path, output_dir: Path) -> "TrainConfig":
     """The run's configuration. An `eval_fraction` has it evaluated, too: by the recipe's steps, else each epoch."""
-    from alpaca.training.config import RECIPES, make_config
+    from alpaca.training.configuration.config import RECIPES, make_config
 
     flags = {**values, "data_path": str(values["data"]), "model_name_or_path": str(base)}
     del flags["data"], flags["model"]
@@ -153,15 +153,16 @@ def _estimate_archive(config: "TrainConfig") -> int:
     """Bytes of the archive a run will make, by the plan's own count of what is trained; no weight is read."""
     import torch
 
-    from alpaca.training.config import resolve
+    from alpaca.training.configuration.resolving import resolve_settings
     from alpaca.training.model.base import open_base
     from alpaca.training.model.final import choose_save_dtype
-    from alpaca.training.planning.footprint import count_trained, make_setup
+    from alpaca.training.planning.footprint import count_trained
     from alpaca.training.planning.shape import read_shape
+    from alpaca.training.planning.workload import make_setup
 
     with _quiet():  # the run itself will say it all
-        config = resolve(config, num_processes=1, device=torch.device("cpu"))
-        base = open_base(config)
+        settings = resolve_settings(config, num_processes=1, device=torch.device("cpu"))
+        base = open_base(settings.base)
     kept = [*base.folder.glob("*.json"), *base.folder.glob("tokenizer.model"), *base.folder.glob("*.txt")]
     others = sum(file.stat().st_size for file in kept) + _OTHER_FILES_BYTES
     try:
@@ -169,8 +170,8 @@ def _estimate_archive(config: "TrainConfig") -> int:
     except InputError:  # of a kind without a plan: a whole model is as large as it was
         weights = [*base.folder.glob("*.safetensors"), *base.folder.glob("*.bin")]
         return others + (sum(file.stat().st_size for file in weights) if config.method == "full" else 0)
-    setup = make_setup(config, shape, num_processes=1, on_gpu=False)
-    return others + count_trained(shape, setup) * choose_save_dtype(config, base).itemsize
+    setup = make_setup(settings, shape, num_processes=1, on_gpu=False)
+    return others + count_trained(shape, setup) * choose_save_dtype(settings, base).itemsize
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alpaca.text.sentencepiece import write_llama_tokenizer
-from alpaca.training.config import TrainConfig, make_config
+from alpaca.training.configuration.config import TrainConfig, make_config
 from tests.conftest import ROOT
 
 SAMPLE = ROOT / "alpaca" / "data" / "sample.json"

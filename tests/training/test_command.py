@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from alpaca.training.checkpoints.state import list_checkpoints
-from alpaca.training.config import TrainConfig
+from alpaca.training.configuration.config import TrainConfig
 from tests.conftest import ROOT
 from tests.training.checkpoints.test_checkpoint import assert_same_run, wait_until
 from tests.training.conftest import command, flags, run_train

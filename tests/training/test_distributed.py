@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from alpaca.errors import InputError
 from alpaca.training.checkpoints.state import list_checkpoints
-from alpaca.training.config import TrainConfig, config_json
+from alpaca.training.configuration.config import TrainConfig, config_json
 from alpaca.training.distributed import World, clip_gradients, keeps_gradients_whole
 from alpaca.training.loop import train
 from tests.conftest import ROOT

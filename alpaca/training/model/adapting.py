@@ -1,52 +1,52 @@
 """An adapter put on a frozen base: which layers it changes, and its matrices."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from alpaca.errors import InputError
 from alpaca.formats.hf.quantization import keep_trainable_on_cpu
-from alpaca.training.config import ALL_LINEAR, TrainConfig, target_names
+from alpaca.training.configuration.config import ALL_LINEAR
+from alpaca.training.configuration.settings import ModelSettings
 from alpaca.training.model.layers import find_layer_class
 
-
-def quantization_of(config: TrainConfig) -> str:
-    return config.base_quantization or "none"
-
-
-# Adapters -------------------------------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _OWN_TARGETS = {"bloom": ["query_key_value"]}  # by model_type; q_proj and v_proj in others, as alpaca-lora has them
 
 
-def add_adapter(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
+def add_adapter(model: "PreTrainedModel", settings: ModelSettings) -> nn.Module:
     """The model with PEFT's LoRA around it, all else frozen; for full fine-tuning the model itself.
 
     The adapter's first values depend on the seed alone. Raises InputError for target layers that are not there.
     """
-    if config.method == "full":
+    adapter = settings.adapter
+    if adapter is None:
         return model
     from peft import LoraConfig, get_peft_model
 
-    if quantization_of(config) == "nf4":
+    if settings.base_quantization == "nf4":
         keep_trainable_on_cpu(model)
-    settings = LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=choose_targets(model, config.lora_target_modules),
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=choose_targets(model, adapter.targets),
         bias="none",
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
+        use_dora=adapter.use_dora,
+        use_rslora=adapter.use_rslora,
     )
-    torch.manual_seed(config.seed)
-    adapted = get_peft_model(model, settings)
-    settings.base_model_name_or_path = config.model_name_or_path
+    torch.manual_seed(adapter.seed)
+    adapted = get_peft_model(model, config)
+    config.base_model_name_or_path = adapter.base_name
     return adapted
 
 
-def choose_targets(model: PreTrainedModel, asked: str | None) -> list[str]:
+def choose_targets(model: "PreTrainedModel", asked: Sequence[str]) -> list[str]:
     """The names of the linear layers that get an adapter. Raises InputError for one that no decoder layer has."""
     layer_class = find_layer_class(model)
     layers = [module for module in model.modules() if type(module).__name__ == layer_class]
@@ -56,9 +56,9 @@ def choose_targets(model: PreTrainedModel, asked: str | None) -> list[str]:
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     }
-    if asked == ALL_LINEAR:
+    if list(asked) == [ALL_LINEAR]:
         return sorted(there)
-    wanted = target_names(asked) if asked else _OWN_TARGETS.get(model.config.model_type, ["q_proj", "v_proj"])
+    wanted = list(asked) or _OWN_TARGETS.get(model.config.model_type, ["q_proj", "v_proj"])
     unknown = [name for name in wanted if name not in there]
     if unknown:
         raise InputError(

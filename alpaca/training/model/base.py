@@ -13,7 +13,7 @@ from alpaca.files.reading import list_folder, read_json
 from alpaca.formats.hf.folder import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, find_fingerprint
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer, tokenizer_summary
-from alpaca.training.config import TrainConfig
+from alpaca.training.configuration.settings import BaseSettings
 
 logger = logging.getLogger(__name__)
 _HUB_IGNORES = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "original/*"]
@@ -37,13 +37,13 @@ class Base:
         return find_fingerprint(self.folder)
 
 
-def open_base(config: TrainConfig) -> Base:
+def open_base(settings: BaseSettings) -> Base:
     """Find the base model and its tokenizer, without reading weights. Raises MissingInput, InputError."""
-    folder = locate_model(config.model_name_or_path, cache_dir=config.cache_dir)
+    folder = locate_model(settings.model, cache_dir=settings.cache_dir)
     if not (folder / "config.json").is_file():
         raise MissingInput(_no_model(folder))
-    tokenizer = load_tokenizer(_locate_tokenizer(config, folder))
-    if config.method == "full" and tokenizer.add_pad_token():
+    tokenizer = load_tokenizer(_locate_tokenizer(settings, folder))
+    if settings.needs_pad_token and tokenizer.add_pad_token():
         logger.info("added %s as id %d: the tokenizer had no padding token", PAD_TOKEN, tokenizer.pad_id)
     logger.info("tokenizer: %s", tokenizer_summary(tokenizer))
     return Base(folder=folder, tokenizer=tokenizer, dtype=_weights_dtype(folder))
@@ -73,10 +73,10 @@ def _no_model(folder: Path) -> str:
     )
 
 
-def _locate_tokenizer(config: TrainConfig, model_folder: Path) -> Path:
-    if not config.tokenizer_name_or_path:
+def _locate_tokenizer(settings: BaseSettings, model_folder: Path) -> Path:
+    if not settings.tokenizer:
         return model_folder
-    return locate_model(config.tokenizer_name_or_path, cache_dir=config.cache_dir)
+    return locate_model(settings.tokenizer, cache_dir=settings.cache_dir)
 
 
 def _weights_dtype(folder: Path) -> torch.dtype:

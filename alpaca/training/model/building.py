@@ -2,28 +2,31 @@
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.errors import InputError
 from alpaca.formats.hf.folder import require_all_weights
 from alpaca.formats.hf.quantization import bitsandbytes_config, require_readable_on_cpu
 from alpaca.text.tokenizer import Tokenizer
-from alpaca.training.config import TrainConfig, parse_fsdp
+from alpaca.training.configuration.parsing import count_checkpointed
+from alpaca.training.configuration.settings import ModelSettings
 from alpaca.training.distributed import World, needs_sharding, shard_model
 from alpaca.training.model import padding_free
-from alpaca.training.model.adapting import add_adapter, quantization_of
+from alpaca.training.model.adapting import add_adapter
 from alpaca.training.model.base import Base
 from alpaca.training.model.layers import (
     check_layer_class,
     checkpoint_layers,
     compile_layers,
-    count_checkpointed,
     find_layer_class,
     require_compiler,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -31,32 +34,37 @@ logger = logging.getLogger(__name__)
 # Loading ------------------------------------------------------------------------------------------------------
 
 
-def load_model(base: Base, config: TrainConfig, world: World) -> nn.Module:
+def import_libraries() -> None:
+    """Import what `load_model` needs, before a run's memory is measured: some 100 MB that are not the run's own."""
+    from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
+
+
+def load_model(base: Base, settings: ModelSettings, world: World) -> nn.Module:
     """The model to train, on this process's device and sharded over all of them; an adapter's is PEFT's around it.
 
     Where it is sharded, only rank 0 reads the weights, and no process but that one ever holds them whole; but a 4-bit
     base each process reads, since its scales are no parameters.
     """
-    if config.compile_layers:
+    if settings.compile_layers:
         require_compiler()
-    sharding = parse_fsdp(config.fsdp)
-    sharded, quantized = needs_sharding(world, sharding), quantization_of(config) != "none"
-    model = _make_empty(base, config) if sharded and not quantized else _load_whole(base, config, world)
+    sharding = settings.sharding
+    sharded, quantized = needs_sharding(world, sharding), settings.base_quantization != "none"
+    model = _make_empty(base, settings) if sharded and not quantized else _load_whole(base, settings, world)
     layer_class = find_layer_class(model)
-    check_layer_class(config.fsdp_transformer_layer_cls_to_wrap, layer_class)
-    if config.padding_free and not padding_free.enable(model):
+    check_layer_class(settings.layer_class, layer_class)
+    if settings.padding_free and not padding_free.enable(model):
         logger.info("micro-batches are padded: %s has attention of its own", type(model).__name__)
     layers = [module for module in model.modules() if type(module).__name__ == layer_class]
-    checkpoint_layers(layers, count_checkpointed(config.gradient_checkpointing, len(layers)) or 0)
-    model = add_adapter(model, config)
-    if config.compile_layers:
+    checkpoint_layers(layers, count_checkpointed(settings.checkpointing, len(layers)) or 0)
+    model = add_adapter(model, settings)
+    if settings.compile_layers:
         padding_free.keep_out_of_graphs()
         compile_layers(layers)
     if sharded:
         weights = None if quantized else {}
         if world.is_main and not quantized:
-            weights = add_adapter(_load_whole(base, config, world), config).state_dict()
-        shard_model(model, layer_class, weights, world=world, sharding=sharding, bf16=config.computes_low)
+            weights = add_adapter(_load_whole(base, settings, world), settings).state_dict()
+        shard_model(model, layer_class, weights, world=world, sharding=sharding, bf16=settings.computes_low)
     elif not quantized:
         model.to(world.device)
     return model.train()
@@ -74,48 +82,51 @@ def add_up_in_float32(model: nn.Module) -> None:
             parameter.grad_dtype = torch.float32
 
 
-def _dtype(config: TrainConfig) -> torch.dtype:
+def _dtype(settings: ModelSettings) -> torch.dtype:
     """Of weights in memory: what is trained is float32 (fast: bfloat16); a frozen base has the dtype it computes in."""
-    low = config.bf16 if config.method != "full" else config.numerics == "fast"
+    low = settings.is_fast if settings.is_full else settings.bf16
     return torch.bfloat16 if low else torch.float32
 
 
-def _load_whole(base: Base, config: TrainConfig, world: World) -> PreTrainedModel:
+def _load_whole(base: Base, settings: ModelSettings, world: World) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            base.folder, dtype=_dtype(config), output_loading_info=True, **_quantized_loading(config, world)
+            base.folder, dtype=_dtype(settings), output_loading_info=True, **_quantized_loading(settings, world)
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{base.folder} cannot be loaded as a language model: {error}") from error
     require_all_weights(base.folder, found["missing_keys"])
     num_rows = model.get_input_embeddings().num_embeddings
     base.tokenizer.require_rows(num_rows, base.folder)
-    if config.method != "full" and base.tokenizer.size > num_rows:
+    if not settings.is_full and base.tokenizer.size > num_rows:
         raise InputError(
             f"the tokenizer has {base.tokenizer.size} tokens, the embedding of {base.folder} {num_rows} rows, and an "
             "adapter adds none: use the base model's own tokenizer, or --method full"
         )
-    if quantization_of(config) == "nf4" and world.device.type == "cpu":
+    if settings.base_quantization == "nf4" and world.device.type == "cpu":
         require_readable_on_cpu(model)
     grow_embeddings(model, base.tokenizer.size)
     return _set_up(model, base.tokenizer)
 
 
-def _quantized_loading(config: TrainConfig, world: World) -> dict[str, object]:
+def _quantized_loading(settings: ModelSettings, world: World) -> dict[str, object]:
     """What from_pretrained needs to load linear layers in 8 or 4 bit on the device; nothing where they stay whole."""
-    quantization = quantization_of(config)
+    quantization = settings.base_quantization
     if quantization == "none":
         return {}
     if quantization == "int8":  # it says in each call that it computes in float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    storage = _dtype(config) if needs_sharding(world, parse_fsdp(config.fsdp)) else torch.uint8
-    settings = bitsandbytes_config(quantization, _dtype(config), storage_dtype=storage)
-    return {"quantization_config": settings, "device_map": {"": str(world.device)}}
+    storage = _dtype(settings) if needs_sharding(world, settings.sharding) else torch.uint8
+    how = bitsandbytes_config(quantization, _dtype(settings), storage_dtype=storage)
+    return {"quantization_config": how, "device_map": {"": str(world.device)}}
 
 
-def _make_empty(base: Base, config: TrainConfig) -> PreTrainedModel:
+def _make_empty(base: Base, settings: ModelSettings) -> "PreTrainedModel":
     """The same model with its parameters on the meta device, and its buffers real."""
     from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         model_config = AutoConfig.from_pretrained(base.folder)
@@ -123,12 +134,12 @@ def _make_empty(base: Base, config: TrainConfig) -> PreTrainedModel:
         raise InputError(f"{base.folder / 'config.json'} cannot be read: {error}") from error
     model_config.vocab_size = max(model_config.vocab_size, base.tokenizer.size)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=_dtype(config))
+        model = AutoModelForCausalLM.from_config(model_config, dtype=_dtype(settings))
     model.tie_weights()  # replacing the parameters untied them
     return _set_up(model, base.tokenizer)
 
 
-def _set_up(model: PreTrainedModel, tokenizer: Tokenizer) -> PreTrainedModel:
+def _set_up(model: "PreTrainedModel", tokenizer: Tokenizer) -> "PreTrainedModel":
     """Settings that weights do not hold: the tokenizer's special tokens, and no key/value cache while training."""
     config = model.config
     config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
@@ -137,7 +148,7 @@ def _set_up(model: PreTrainedModel, tokenizer: Tokenizer) -> PreTrainedModel:
     return model
 
 
-def grow_embeddings(model: PreTrainedModel, num_tokens: int) -> None:
+def grow_embeddings(model: "PreTrainedModel", num_tokens: int) -> None:
     """Give the model a row for each token; new input and output rows are the mean of those before them.
 
     Rows beyond the tokenizer's are kept: some models are padded to a round number of them.

@@ -11,7 +11,7 @@ from alpaca.files.model_folders import CONFIG_NAME
 from alpaca.files.reading import read_json
 from alpaca.formats.hf.adapters import WEIGHTS_STEM, AdapterFolder
 from alpaca.formats.hf.folder import FLOAT_DTYPES
-from alpaca.training.config import TrainConfig
+from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.distributed import is_sharded
 from alpaca.training.model import padding_free
 from alpaca.training.model.adapting import adapter_config, is_adapted
@@ -67,11 +67,11 @@ def final_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
-def choose_save_dtype(config: TrainConfig, base: Base) -> torch.dtype:
+def choose_save_dtype(settings: RunSettings, base: Base) -> torch.dtype:
     """The dtype of the final weights: the one asked for, else that of the base model's, and an adapter's float32."""
-    if config.save_dtype:
-        return FLOAT_DTYPES[config.save_dtype]
-    return base.dtype if config.method == "full" else torch.float32
+    if settings.checkpoints.final_dtype:
+        return FLOAT_DTYPES[settings.checkpoints.final_dtype]
+    return base.dtype if settings.model.is_full else torch.float32
 
 
 _SAME_LOGITS = 1e-3  # of the largest logit: how far those of a reloaded adapter may be off

@@ -40,46 +40,6 @@ def check_layer_class(asked: str | None, layer_class: str) -> None:
         )
 
 
-AUTO = "auto"
-_MOST_DIGITS = 10  # of a number of layers
-_WORDS = {
-    **dict.fromkeys(("true", "yes", "y", "t", "on"), True),
-    **dict.fromkeys(("false", "no", "n", "f", "off", "none"), False),
-}
-
-
-# Recomputing --------------------------------------------------------------------------------------------------
-
-
-def parse_checkpointing(value: bool | int | str) -> bool | int | str:
-    """`--gradient_checkpointing` as True, False, a number of layers or "auto". Raises InputError.
-
-    A digit is a number of layers: 1 is one layer, unlike True.
-    """
-    text = str(value).strip().lower()
-    if text in _WORDS:
-        return _WORDS[text]
-    if text == AUTO or (text.isdecimal() and len(text) < _MOST_DIGITS):
-        return AUTO if text == AUTO else int(text)
-    found = text if len(text) < 40 else f"{text[:20]}… ({len(text)} characters)"
-    raise InputError(f"--gradient_checkpointing: expected auto, True, False or a number of layers, found {found!r}")
-
-
-def count_checkpointed(asked: bool | int | str, num_layers: int) -> int | None:
-    """The layers that are recomputed, of `num_layers`; None for "auto": the plan chooses. Raises InputError."""
-    asked = parse_checkpointing(asked)
-    if isinstance(asked, bool):
-        return num_layers if asked else 0
-    if asked == AUTO:
-        return None
-    if asked > num_layers:
-        raise InputError(
-            f"--gradient_checkpointing {asked}: the model has {num_layers} decoder layers; give a number up to that, "
-            "True for all of them, or auto"
-        )
-    return asked
-
-
 def checkpoint_layers(layers: Sequence[nn.Module], number: int) -> None:
     """Have the first layers keep their inputs alone, and be recomputed in the backward pass with the same dropout.
 

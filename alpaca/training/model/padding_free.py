@@ -6,13 +6,17 @@ doors: an attention function registered by name, and `logits_to_keep` with the p
 Legend: N packed tokens, R target positions, H heads, K key/value heads, d head width, V vocabulary.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from alpaca.data.batching import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ATTENTION = "alpaca_packed"
 CHUNK_LOGITS = 32 << 20  # elements of logits that exist at a time: 128 MB in float32
@@ -39,11 +43,13 @@ class Packing:
         return self._ends
 
 
-def enable(model: PreTrainedModel) -> bool:
+def enable(model: "PreTrainedModel") -> bool:
     """Let `sum_packed_losses` run on the model; False for one whose attention cannot be replaced (BLOOM)."""
     head = model.get_output_embeddings()
     if not getattr(model, "_supports_attention_backend", False) or type(head) is not nn.Linear:
         return False
+    from transformers import AttentionInterface, AttentionMaskInterface
+
     AttentionInterface.register(ATTENTION, attend_within_examples)
     AttentionMaskInterface.register(ATTENTION, _no_mask)
     model.set_attn_implementation(ATTENTION)
@@ -54,6 +60,8 @@ def enable(model: PreTrainedModel) -> bool:
 
 def keep_out_of_graphs() -> None:
     """Have layers that are compiled call the attention as it is: it depends on the lengths, which always differ."""
+    from transformers import AttentionInterface
+
     AttentionInterface.register(ATTENTION, torch.compiler.disable(attend_within_examples))
 
 
@@ -62,7 +70,7 @@ def chunk_rows(vocab_size: int, *, trained: bool) -> int:
     return max(1, (CHUNK_LOGITS if trained else FROZEN_CHUNK_LOGITS) // vocab_size)
 
 
-def is_enabled(model: PreTrainedModel) -> bool:
+def is_enabled(model: "PreTrainedModel") -> bool:
     return isinstance(model.get_output_embeddings(), TargetHead)
 
 

@@ -13,15 +13,17 @@ from collections.abc import Callable
 import torch
 
 from alpaca.errors import InputError, NotEnoughSpace
-from alpaca.training.config import TrainConfig, resolve
+from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.parsing import parse_memory
+from alpaca.training.configuration.resolving import make_settings, resolve
+from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.dataset import encode_data
-from alpaca.training.limits import parse_memory
 from alpaca.training.model.base import open_base
 from alpaca.training.planning.feasibility import limit_hardware, refusal
-from alpaca.training.planning.footprint import GPUS_PER_MACHINE, Setup, make_setup
 from alpaca.training.planning.hardware import GPU_COUNTS, Hardware, assume_gpu, find_hardware
 from alpaca.training.planning.plan import Plan, Planner, make_planner, plan_json
 from alpaca.training.planning.words import describe_checkpointing, format_seconds, memory_parts
+from alpaca.training.planning.workload import GPUS_PER_MACHINE, Setup, make_setup
 
 CARDS = {  # by what they are sold as: dense bf16 FLOP/s (of a 4090, an A100, an A100, an H200)
     "24GB": 165e12, "40GB": 312e12, "80GB": 312e12, "141GB": 989e12,
@@ -40,13 +42,13 @@ def print_plan(config: TrainConfig, *, show: Callable[[str], object] = print) ->
     on_gpu = bool(config.plan_memory) or torch.cuda.is_available()
     num_processes = config.plan_gpus or int(os.environ.get("WORLD_SIZE", "1"))
     on_machine = config.plan_gpus_per_machine or _own_machine(named=bool(config.plan_gpus))
-    asked, config = config, _resolve_for(config, num_processes=num_processes, on_gpu=on_gpu)
-    planner = open_planner(config)
-    setup = make_setup(config, planner.shape, num_processes=num_processes, on_gpu=on_gpu, on_machine=on_machine)
+    settings = _resolve_for(config, num_processes=num_processes, on_gpu=on_gpu)
+    planner = open_planner(settings)
+    setup = make_setup(settings, planner.shape, num_processes=num_processes, on_gpu=on_gpu, on_machine=on_machine)
     _require_whole_machines(setup)
     hardware = _named_hardware(config) if config.plan_memory else find_hardware(_device(on_gpu))
     plan = planner.plan(setup, limit_hardware(hardware, config.memory_limit))
-    cards = _card_plans(planner, dataclasses.replace(setup, on_gpu=True, bf16=asked.bf16))
+    cards = _card_plans(planner, dataclasses.replace(setup, on_gpu=True, bf16=config.bf16))
     would = [] if plan.fits else planner.suggest(setup, plan.hardware)
     show(format_table(plan, cards))
     show(json.dumps({**plan_json(plan), "would_fit": would, "cards": cards}))
@@ -71,18 +73,18 @@ def _device(on_gpu: bool) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-def _resolve_for(config: TrainConfig, *, num_processes: int, on_gpu: bool) -> TrainConfig:
-    """Resolved as on that hardware, which need not be here: any GPU a plan is for has bfloat16."""
+def _resolve_for(config: TrainConfig, *, num_processes: int, on_gpu: bool) -> RunSettings:
+    """The settings on that hardware, which need not be here: any GPU that a plan is made for has bfloat16."""
     plain = dataclasses.replace(config, bf16=False, tf32=False)
     resolved = resolve(plain, num_processes=num_processes, device=torch.device("cpu"))
-    return dataclasses.replace(resolved, bf16=config.bf16 and on_gpu, tf32=config.tf32 and on_gpu)
+    return make_settings(dataclasses.replace(resolved, bf16=config.bf16 and on_gpu, tf32=config.tf32 and on_gpu))
 
 
-def open_planner(config: TrainConfig) -> Planner:
-    """A planner from the folder and the data that a resolved configuration names."""
-    base = open_base(config)
-    data, _ = encode_data(config, base.tokenizer, progress=True)
-    return make_planner(config, base, data)
+def open_planner(settings: RunSettings) -> Planner:
+    """A planner from the folder and the data that the settings name."""
+    base = open_base(settings.base)
+    data, _ = encode_data(settings.data, base.tokenizer, progress=True)
+    return make_planner(settings, base, data)
 
 
 def _named_hardware(config: TrainConfig) -> Hardware:

@@ -5,26 +5,26 @@ import logging
 
 from alpaca.data.examples import EncodedDataset
 from alpaca.errors import InputError, NotEnoughSpace
-from alpaca.training.config import TrainConfig, parse_memory_limit
+from alpaca.training.configuration.parsing import count_checkpointed, parse_memory_limit
+from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.distributed import World
 from alpaca.training.model.base import Base
-from alpaca.training.model.layers import count_checkpointed
-from alpaca.training.planning.footprint import make_setup
 from alpaca.training.planning.hardware import Hardware, find_hardware
 from alpaca.training.planning.plan import Plan, Planner, make_planner
 from alpaca.training.planning.words import describe, describe_checkpointing
+from alpaca.training.planning.workload import make_setup
 
 logger = logging.getLogger(__name__)
 
 
-def survey(config: TrainConfig, world: World) -> Hardware:
+def survey(settings: RunSettings, world: World) -> Hardware:
     """The device of a process that has the least for the run, the same in all of them; they call it together.
 
     So all choose alike: which layers are recomputed, and when gradients are reduced.
     """
     hardware = find_hardware(world.device)
     least = min(world.gather(hardware.memory_bytes))
-    return limit_hardware(dataclasses.replace(hardware, memory_bytes=least), config.memory_limit)
+    return limit_hardware(dataclasses.replace(hardware, memory_bytes=least), settings.memory_limit)
 
 
 def limit_hardware(hardware: Hardware, limit: str | None) -> Hardware:
@@ -36,7 +36,7 @@ def limit_hardware(hardware: Hardware, limit: str | None) -> Hardware:
 
 
 def check_plan(
-    config: TrainConfig, base: Base, data: EncodedDataset, hardware: Hardware, *, num_processes: int
+    settings: RunSettings, base: Base, data: EncodedDataset, hardware: Hardware, *, num_processes: int
 ) -> Plan | None:
     """Make the plan for this hardware and log it; None for a model of another kind than those known.
 
@@ -44,17 +44,17 @@ def check_plan(
     be dropped or swapped, and other processes come and go: there it is a warning, but for a limit that was asked for.
     """
     try:
-        planner = make_planner(config, base, data)
+        planner = make_planner(settings, base, data)
     except InputError as error:
         logger.warning("%s; training goes on without one", error)
         return None
-    setup = make_setup(config, planner.shape, num_processes=num_processes, on_gpu=hardware.on_gpu)
+    setup = make_setup(settings, planner.shape, num_processes=num_processes, on_gpu=hardware.on_gpu)
     plan = planner.plan(setup, hardware)
     for line in describe(plan):
         logger.info("%s", line)
     if recomputed := describe_checkpointing(plan):
-        logger.info("--gradient_checkpointing %s: %s", config.gradient_checkpointing, recomputed)
-    if not plan.fits and (plan.hardware.on_gpu or config.memory_limit):
+        logger.info("--gradient_checkpointing %s: %s", settings.model.checkpointing, recomputed)
+    if not plan.fits and (plan.hardware.on_gpu or settings.memory_limit):
         raise NotEnoughSpace(refusal(plan, planner))
     if not plan.fits:
         logger.warning("%s", refusal(plan, planner))
@@ -76,6 +76,6 @@ def refusal(plan: Plan, planner: Planner) -> str:
 
 def suggest_for(plan: Plan, planner: Planner) -> list[str]:
     """`Planner.suggest` for the setup that was asked for, in which the number of recomputed layers may be open."""
-    asked = count_checkpointed(planner.config.gradient_checkpointing, plan.shape.num_layers)
+    asked = count_checkpointed(planner.settings.model.checkpointing, plan.shape.num_layers)
     setup = dataclasses.replace(plan.setup, num_checkpointed=asked, whole_gradients=False)
     return planner.suggest(setup, plan.hardware)

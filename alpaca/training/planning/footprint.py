@@ -11,19 +11,12 @@ Q = heads * head width, K = key/value heads * head width, L layers; all bytes ar
 import os
 from dataclasses import dataclass
 
-import torch
-
-from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_by_tokens, step_examples
-from alpaca.data.examples import EncodedDataset
 from alpaca.memory import CUDA_CONTEXT_BYTES
-from alpaca.training.config import ALL_LINEAR, TrainConfig, parse_fsdp, target_names
-from alpaca.training.model.layers import count_checkpointed
 from alpaca.training.model.padding_free import chunk_rows
 from alpaca.training.model.rounding import CHUNK_ELEMENTS
 from alpaca.training.planning.shape import Shape
+from alpaca.training.planning.workload import Setup, Work
 
-# Empirical.
-_MOST_SIMULATED = 500  # steps whose micro-batches are laid out to find the largest
 # On a CPU glibc gives freed blocks back to the system only from 32 MiB on; smaller ones stay in a heap with holes. Held
 # besides what lives is about once what comes and goes in a backward pass (0.8 to 1.1 times, measured on models of 5 and
 # 20 M parameters; with adapters, whose blocks are many and small, once what a forward pass keeps). With
@@ -33,166 +26,6 @@ _PROCESS_BYTES = 6 << 20  # Python objects and late imports; measured too
 _PEFT_BYTES = 50 << 20  # what importing PEFT, with bitsandbytes, adds to the process; measured too
 _CHUNKS = 16  # of the stochastic AdamW's float32 and int32 temporaries, at the most
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, an 8-bit scale for 64, a float32 scale for 256 of those
-
-
-GPUS_PER_MACHINE = 8  # where nothing says their number
-
-
-# The run ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What of a configuration decides memory and time."""
-
-    method: str = "full"
-    lora_rank: int = 0
-    lora_targets: tuple[str, ...] = ()
-    lora_dropout: float = 0.0
-    dora: bool = False
-    base_quantization: str = "none"
-    micro_batch_size: int = 4
-    global_batch_size: int = 128
-    max_length: int = 512
-    num_checkpointed: int | None = 0  # the first layers, whose activations are recomputed; None: a planner chooses
-    whole_gradients: bool = False  # between micro-batches, where parameters are sharded
-    padding_free: bool = True
-    offload: bool = False
-    reshard: bool = True
-    bf16: bool = True
-    numerics: str = "stanford"
-    num_processes: int = 1
-    on_machine: int = GPUS_PER_MACHINE  # processes of a machine, at the most
-    hybrid: bool = False  # each machine has a copy of the model
-    on_gpu: bool = True
-
-    @property
-    def sharded(self) -> bool:
-        return self.num_processes > 1 or (self.offload and self.on_gpu)
-
-    @property
-    def num_shards(self) -> int:
-        """Processes that a copy of the model is cut into parts for."""
-        return min(self.on_machine, self.num_processes) if self.hybrid else self.num_processes
-
-    @property
-    def fast(self) -> bool:
-        return self.numerics == "fast"
-
-    @property
-    def state_bytes(self) -> int:
-        """Of an element that is trained, and of either of its moments."""
-        return 2 if self.fast else 4
-
-    @property
-    def adds_up_in_float32(self) -> bool:
-        """Whether gradients have another dtype than their bfloat16 parameters: see `model.add_up_in_float32`."""
-        num_micro_batches = -(-self.global_batch_size // (self.micro_batch_size * self.num_processes))
-        return self.fast and not self.sharded and num_micro_batches > 1
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Of an element's gradient."""
-        return 4 if self.adds_up_in_float32 else self.state_bytes
-
-    @property
-    def compute_bytes(self) -> int:
-        """Of an element in matrix products."""
-        return 2 if self.bf16 or self.fast else 4
-
-    @property
-    def stream_bytes(self) -> int:
-        """Of an element of the residual stream: it has the embeddings' dtype, float32 under autocast alone."""
-        return 2 if self.fast or (self.bf16 and (self.sharded or self.method != "full")) else 4
-
-    def trains(self, linear: str) -> bool:
-        """Whether a gradient of this matrix, or of an adapter on it, needs the matrix's input."""
-        return self.method == "full" or linear in self.lora_targets
-
-
-def make_setup(
-    config: TrainConfig, shape: Shape, *, num_processes: int, on_gpu: bool, on_machine: int | None = None
-) -> Setup:
-    """The setup of a resolved configuration. on_machine: processes of a machine; torchrun's number, else all."""
-    sharding, full = parse_fsdp(config.fsdp), config.method == "full"
-    return Setup(
-        method=config.method,
-        lora_rank=config.lora_r or 0,
-        lora_targets=() if full else _targets(config.lora_target_modules, shape),
-        lora_dropout=config.lora_dropout or 0.0,
-        dora=config.use_dora,
-        base_quantization=config.base_quantization or "none",
-        micro_batch_size=config.per_device_train_batch_size,
-        global_batch_size=config.global_batch_size,
-        max_length=config.model_max_length,
-        num_checkpointed=count_checkpointed(config.gradient_checkpointing, shape.num_layers),
-        padding_free=config.padding_free and not shape.eager_attention,
-        offload=sharding.offload,
-        reshard=sharding.reshard_after_forward,
-        bf16=config.bf16,
-        numerics=config.numerics,
-        num_processes=num_processes,
-        on_machine=on_machine or int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)),
-        hybrid=sharding.hybrid,
-        on_gpu=on_gpu,
-    )
-
-
-def _targets(asked: str | None, shape: Shape) -> tuple[str, ...]:
-    """The layers' matrices that get an adapter; one that is not there is refused where the model is known."""
-    if asked == ALL_LINEAR:
-        return tuple(shape.linears)
-    wanted = target_names(asked) if asked else ["q_proj", "v_proj", "query_key_value"]
-    return tuple(name for name in shape.linears if name in wanted)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What there is to do. The largest micro-batch is that of the steps that were laid out."""
-
-    num_examples: int
-    num_tokens: int  # of the whole run
-    num_targets: int
-    num_steps: int
-    num_micro_batches: int  # of a step and process, at the most
-    max_tokens: int  # N of the largest micro-batch, padding included
-    max_targets: int  # R; padded micro-batches make logits of all N
-    max_length: int  # of an example
-
-
-def measure_work(setup: Setup, data: EncodedDataset, *, num_steps: int, seed: int) -> Work:
-    """Lay out the micro-batches of the first steps as training does, and take the largest."""
-    largest, targets, most = 0, 0, 0
-    for step in range(min(num_steps, _MOST_SIMULATED)):
-        indices = step_examples(len(data), global_batch_size=setup.global_batch_size, seed=seed, step=step)
-        micro_batches = _lay_out(setup, data, indices)
-        most = max(most, len(micro_batches))
-        for own in micro_batches:
-            if len(own):
-                lengths = data.lengths[own]
-                size = int(lengths.sum()) if setup.padding_free else int(lengths.max()) * len(own)
-                largest = max(largest, size)
-                targets = max(targets, int(data.target_counts[own].sum()))
-    steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=setup.global_batch_size)
-    share = num_steps * min(setup.global_batch_size * steps_per_epoch, len(data)) / steps_per_epoch / len(data)
-    return Work(
-        num_examples=len(data),
-        num_tokens=round(share * int(data.lengths.sum())),
-        num_targets=round(share * int(data.target_counts.sum())),
-        num_steps=num_steps,
-        num_micro_batches=most,
-        max_tokens=largest,
-        max_targets=targets if setup.padding_free else largest,
-        max_length=int(data.lengths.max()),
-    )
-
-
-def _lay_out(setup: Setup, data: EncodedDataset, indices: torch.Tensor) -> list[torch.Tensor]:
-    layout = {"rank": 0, "num_processes": setup.num_processes}
-    if not setup.padding_free:
-        return split_step(indices, micro_batch_size=setup.micro_batch_size, **layout)
-    max_tokens = setup.micro_batch_size * setup.max_length
-    return split_step_by_tokens(indices, data.lengths, max_tokens=max_tokens, **layout)
 
 
 # Memory -------------------------------------------------------------------------------------------------------

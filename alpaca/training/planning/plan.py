@@ -15,22 +15,16 @@ import torch
 
 from alpaca.data.batching import count_steps_per_epoch
 from alpaca.data.examples import EncodedDataset
-from alpaca.training.config import ADAPTER_DEFAULTS, TrainConfig, count_steps
+from alpaca.training.configuration.config import ADAPTER_DEFAULTS
+from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.distributed import keeps_gradients_whole
 from alpaca.training.model.base import Base
 from alpaca.training.model.final import choose_save_dtype
-from alpaca.training.planning.footprint import (
-    Memory,
-    Setup,
-    Work,
-    bytes_for_gradients,
-    checkpoint_bytes,
-    count_trained,
-    measure_work,
-    plan_memory,
-)
+from alpaca.training.planning.footprint import Memory, bytes_for_gradients, checkpoint_bytes, count_trained, plan_memory
 from alpaca.training.planning.hardware import GPU_COUNTS, Hardware
 from alpaca.training.planning.shape import Shape, read_shape
+from alpaca.training.planning.workload import Setup, Work, measure_work
+from alpaca.training.schedule import count_steps
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +79,7 @@ class Plan:
 class Planner:
     """Makes plans of one run for any setup and hardware."""
 
-    config: TrainConfig
+    settings: RunSettings
     shape: Shape
     data: EncodedDataset
     dtype: torch.dtype  # of the final weights
@@ -116,7 +110,7 @@ class Planner:
 
     def _plan_exactly(self, setup: Setup, hardware: Hardware) -> Plan:
         work, memory = self._work(setup), self.memory(setup)
-        trained, saves = count_trained(self.shape, setup), self.config.save_strategy != "no"
+        trained, saves = count_trained(self.shape, setup), self.settings.checkpoints.saves
         return Plan(
             shape=self.shape,
             setup=setup,
@@ -125,7 +119,7 @@ class Planner:
             hardware=hardware,
             num_trained=trained,
             checkpoint_bytes=checkpoint_bytes(self.shape, setup),
-            num_checkpoints=self.config.save_total_limit + 1 if saves else 0,
+            num_checkpoints=self.settings.checkpoints.keep + 1 if saves else 0,
             final_bytes=trained * self.dtype.itemsize,
             seconds=count_flops(self.shape, setup, work) / (hardware.flops * setup.num_processes),
         )
@@ -137,7 +131,9 @@ class Planner:
     def _work(self, setup: Setup) -> Work:
         layout = (setup.micro_batch_size, setup.num_processes, setup.padding_free)
         if layout not in self._works:
-            self._works[layout] = measure_work(setup, self.data, num_steps=self.num_steps, seed=self.config.seed)
+            self._works[layout] = measure_work(
+                setup, self.data, num_steps=self.num_steps, seed=self.settings.batch.seed
+            )
         return self._works[layout]
 
     @functools.cached_property
@@ -217,13 +213,15 @@ def plan_json(plan: Plan) -> dict[str, object]:
 # At the start of a run ------------------------------------------------------------------------------------------
 
 
-def make_planner(config: TrainConfig, base: Base, data: EncodedDataset) -> Planner:
-    """For a resolved configuration. Raises InputError for a model whose sizes are not known."""
-    steps = count_steps(config, count_steps_per_epoch(len(data), global_batch_size=config.global_batch_size))
+def make_planner(settings: RunSettings, base: Base, data: EncodedDataset) -> Planner:
+    """A planner for a run. Raises InputError for a model whose sizes are not known."""
+    steps = count_steps(
+        settings.batch, count_steps_per_epoch(len(data), global_batch_size=settings.batch.global_batch_size)
+    )
     return Planner(
-        config=config,
-        shape=read_shape(base.folder, num_tokens=base.tokenizer.size if config.method == "full" else 0),
+        settings=settings,
+        shape=read_shape(base.folder, num_tokens=base.tokenizer.size if settings.model.is_full else 0),
         data=data,
-        dtype=choose_save_dtype(config, base),
+        dtype=choose_save_dtype(settings, base),
         num_steps=steps,
     )

@@ -4,6 +4,7 @@ The page's frame and look are those of `alpaca.pages.html`.
 """
 
 import html
+import importlib.metadata
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 
 from alpaca.data.examples import EncodingReport
 from alpaca.files.atomic import write_text
 from alpaca.pages.html import note, page, section, table
-from alpaca.training.config import TrainConfig, config_json
 from alpaca.training.planning.plan import Plan
 from alpaca.training.planning.words import format_seconds, memory_parts
 from alpaca.training.report.answers import Sample
@@ -29,9 +28,12 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 260, 58, 12, 12, 40  # of a
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What the page shows. share_of_peak: None where the device's peak is not known."""
+    """What the page shows.
 
-    config: TrainConfig
+    flags: the resolved command line.    share_of_peak: None where the device's peak is not known.
+    """
+
+    flags: Mapping[str, object]
     plan: Plan | None
     history: Sequence[Entry]
     summary: Mapping[str, object]
@@ -55,7 +57,7 @@ def write_report(output_dir: Path, record: Record) -> Path:
 
 def make_page(record: Record) -> str:
     """The page as HTML."""
-    name = Path(record.config.output_dir).absolute().name
+    name = Path(str(record.flags["output_dir"])).absolute().name
     sections = [
         section("In short", table(_highlights(record))),
         section("Loss", _loss_charts(record.history)),
@@ -65,7 +67,7 @@ def make_page(record: Record) -> str:
         section("Answers before and after", _samples(record)),
         section("Data", _data(record)),
         section("Hardware and versions", table(_machine(record))),
-        section("Configuration", table({key: str(value) for key, value in config_json(record.config).items()})),
+        section("Configuration", table({key: str(value) for key, value in record.flags.items()})),
     ]
     return page(f"Training: {name}", name, sections)
 
@@ -74,8 +76,8 @@ def make_page(record: Record) -> str:
 
 
 def _highlights(record: Record) -> dict[str, str]:
-    summary, config = record.summary, record.config
-    rows = {"base model": config.model_name_or_path, "method": config.method, "recipe": config.recipe}
+    summary, flags = record.summary, record.flags
+    rows = {"base model": flags["model_name_or_path"], "method": flags["method"], "recipe": flags["recipe"]}
     if "first_loss" in summary:
         rows["training loss, first and last"] = f"{summary['first_loss']:.4f} → {summary['last_loss']:.4f}"
     if "first_eval_loss" in summary:
@@ -166,7 +168,7 @@ def _machine(record: Record) -> dict[str, str]:
         "CUDA": str(torch.version.cuda or "none"),
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
         "system": platform.platform(),
     }
 

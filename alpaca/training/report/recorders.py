@@ -2,10 +2,11 @@
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 
 from alpaca.errors import MissingPackage
-from alpaca.training.config import TrainConfig, config_json
+from alpaca.training.configuration.settings import ReportSettings, RunSettings
 
 Entry = dict[str, float]  # of the log: "step", "epoch" and what was measured
 
@@ -53,9 +54,9 @@ class TensorBoardRecorder(Recorder):
 class WandbRecorder(Recorder):
     """A run of Weights & Biases, whose own environment variables say where."""
 
-    def __init__(self, config: TrainConfig, *, name: str) -> None:
+    def __init__(self, flags: Mapping[str, object], *, name: str) -> None:
         wandb = _import("wandb", "wandb")
-        self._run = wandb.init(name=name, config=config_json(config), resume="allow")
+        self._run = wandb.init(name=name, config=dict(flags), resume="allow")
 
     def record(self, entry: Entry) -> None:
         self._run.log(_measurements(entry), step=int(entry["step"]))
@@ -64,21 +65,20 @@ class WandbRecorder(Recorder):
         self._run.finish()
 
 
-def open_recorder(config: TrainConfig, *, first_step: int) -> Recorder:
+def open_recorder(settings: RunSettings, *, first_step: int) -> Recorder:
     """The recorder `--report_to` names. Raises MissingPackage."""
-    output_dir = Path(config.output_dir)
-    name = config.run_name or output_dir.absolute().name
-    if config.report_to == "tensorboard":
-        return TensorBoardRecorder(output_dir / "runs" / name, first_step=first_step)
-    if config.report_to == "wandb":
-        return WandbRecorder(config, name=name)
+    report = settings.report
+    if report.report_to == "tensorboard":
+        return TensorBoardRecorder(report.output_dir / "runs" / report.run_name, first_step=first_step)
+    if report.report_to == "wandb":
+        return WandbRecorder(settings.flags, name=report.run_name)
     return NoRecorder()
 
 
-def check_recorder(config: TrainConfig) -> None:
+def check_recorder(report: ReportSettings) -> None:
     """Raise MissingPackage now rather than after the model is loaded."""
-    if config.report_to != "none":
-        _import(config.report_to, config.report_to)
+    if report.report_to != "none":
+        _import(report.report_to, report.report_to)
 
 
 def _import(module: str, package: str):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from alpaca.files.atomic import write_bytes, write_json
-from alpaca.training.config import TrainConfig
+from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.report.recorders import Entry
 
 # Afterwards ---------------------------------------------------------------------------------------------------
@@ -17,7 +17,7 @@ from alpaca.training.report.recorders import Entry
 
 def write_trainer_state(
     output_dir: Path,
-    config: TrainConfig,
+    settings: RunSettings,
     log_history: Sequence[Entry],
     *,
     num_steps: int,
@@ -30,10 +30,10 @@ def write_trainer_state(
         "max_steps": num_steps,
         "epoch": num_steps / steps_per_epoch,
         "num_train_epochs": -(-num_steps // steps_per_epoch),
-        "train_batch_size": config.per_device_train_batch_size,
-        "logging_steps": config.logging_steps,
-        "eval_steps": config.eval_steps,
-        "save_steps": config.save_steps,
+        "train_batch_size": settings.batch.micro_batch_size,
+        "logging_steps": settings.report.logging_steps,
+        "eval_steps": settings.report.eval_steps,
+        "save_steps": settings.checkpoints.steps,
         "log_history": list(log_history),
         "is_local_process_zero": True,
         "is_world_process_zero": True,

@@ -14,14 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alpaca.data.batching import pack
 from alpaca.errors import InputError, MissingPackage, NotEnoughSpace
 from alpaca.training import loop
-from alpaca.training.config import TrainConfig, resolve
+from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.parsing import count_checkpointed, parse_checkpointing
+from alpaca.training.configuration.resolving import make_settings, resolve
 from alpaca.training.loop import train
 from alpaca.training.model import padding_free
-from alpaca.training.model.layers import checkpoint_layers, compile_layers, count_checkpointed, parse_checkpointing
+from alpaca.training.model.layers import checkpoint_layers, compile_layers
 from alpaca.training.planning import feasibility
 from alpaca.training.planning.command import open_planner
-from alpaca.training.planning.footprint import make_setup
 from alpaca.training.planning.hardware import Hardware
+from alpaca.training.planning.workload import make_setup
 from alpaca.training.run import Run
 from tests.training.test_loop import history
 
@@ -116,8 +118,10 @@ def test_more_layers_than_there_are():
 
 def peaks(config: TrainConfig) -> list[int]:
     """Planned, with none, one, … of the tiny LLaMA's layers recomputed."""
-    planner = open_planner(resolve(config, num_processes=1, device=CPU))
-    setups = [make_setup(configured(config, k), planner.shape, num_processes=1, on_gpu=False) for k in range(3)]
+    planner = open_planner(make_settings(resolve(config, num_processes=1, device=CPU)))
+    setups = [
+        make_setup(make_settings(configured(config, k)), planner.shape, num_processes=1, on_gpu=False) for k in range(3)
+    ]
     return [planner.memory(setup).peak_bytes for setup in setups]
 
 
@@ -142,7 +146,7 @@ def test_auto_recomputes_as_few_layers_as_fit(configure: Configure, monkeypatch,
         caplog.clear()
         give_memory(monkeypatch, memory)
         folders[name] = train(configure(**{**vars(config), "output_dir": str(tmp_path / name)}))
-        chosen = kept_runs[-1].config.gradient_checkpointing
+        chosen = kept_runs[-1].settings.model.checkpointing
         assert number is None or chosen == number
         flags = [layer.gradient_checkpointing for layer in kept_runs[-1].trainee.model.model.layers]
         assert flags == [index < chosen for index in range(2)]
@@ -157,7 +161,7 @@ def test_a_memory_limit_is_planned_with_and_refused(configure: Configure, kept_r
     none, *_ = peaks(config)
     train(configure(**{**vars(config), "memory_limit": f"{none}"}))
     train(configure(**{**vars(config), "memory_limit": f"{none - 1}", "overwrite_output_dir": True}))
-    assert [run.config.gradient_checkpointing for run in kept_runs] == [0, 1]
+    assert [run.settings.model.checkpointing for run in kept_runs] == [0, 1]
     with pytest.raises(NotEnoughSpace, match=r"this CPU \(--memory_limit 300KB\) has 0\.00 GB to use"):
         train(configure(**{**vars(config), "memory_limit": "300KB", "overwrite_output_dir": True}))
     with pytest.raises(InputError, match='--memory_limit: expected a size such as "5GB" or "400MB", found \'much\''):

@@ -23,10 +23,11 @@ from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.folder import fingerprint
 from alpaca.training import loop, run
 from alpaca.training.checkpoints import final, loading
-from alpaca.training.config import TrainConfig, config_json, resolve
+from alpaca.training.configuration.config import TrainConfig, config_json
+from alpaca.training.configuration.flags import parse_flags
+from alpaca.training.configuration.resolving import make_settings, resolve
 from alpaca.training.dataset import encode_data
 from alpaca.training.distributed import World
-from alpaca.training.flags import parse_flags
 from alpaca.training.loop import train
 from alpaca.training.model import padding_free
 from alpaca.training.model.base import Base, open_base
@@ -69,7 +70,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def load(config: TrainConfig) -> torch.nn.Module:
     config = resolve(config, num_processes=1, device=CPU)
-    return load_model(open_base(config), config, ALONE)
+    return load_model(open_base(make_settings(config).base), make_settings(config).model, ALONE)
 
 
 def keep_run(monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
@@ -478,7 +479,7 @@ def test_a_quantized_base_is_what_bitsandbytes_makes_of_it(configure: Configure,
 def test_with_bf16_the_base_is_in_bfloat16_and_the_adapter_in_float32(method, configure, packable_llama):
     config = configure(method=method, lora_dropout=0.0, model_name_or_path=str(packable_llama))
     config = dataclasses.replace(resolve(config, num_processes=1, device=CPU), bf16=True)  # which a CPU would drop
-    model = load_model(open_base(config), config, ALONE)
+    model = load_model(open_base(make_settings(config).base), make_settings(config).model, ALONE)
     dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
     assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if "lora_" not in name} == {torch.bfloat16}
@@ -584,7 +585,7 @@ def test_alpaca_loras_recipe():
 def test_training_on_inputs_is_transformers_loss_over_everything(configure: Configure, tiny_llama: Path, records: Path):
     config = configure(**LORA, train_on_inputs=True, max_steps=1, loss_average="token")
     loss = history(train(config))[0]
-    data = encode_data(config, open_base(config).tokenizer, progress=False)[0]
+    data = encode_data(make_settings(config).data, open_base(make_settings(config).base).tokenizer, progress=False)[0]
     assert data.target_counts.tolist() == (data.lengths - 1).tolist()
     batch = step_examples(len(data), global_batch_size=8, seed=42, step=0).tolist()
     model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
 from alpaca.errors import InputError, MissingInput
-from alpaca.training.config import TrainConfig
+from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.resolving import make_settings
 from alpaca.training.distributed import World
 from alpaca.training.model.base import open_base
 from alpaca.training.model.building import _make_empty, count_parameters, group_parameters, grow_embeddings, load_model
@@ -23,8 +24,8 @@ Configure = Callable[..., TrainConfig]
 
 def test_new_rows_are_the_mean_of_the_others(configure: Configure, tiny_llama: Path):
     config = configure()
-    base = open_base(config)
-    model, original = load_model(base, config, ALONE), LlamaForCausalLM.from_pretrained(tiny_llama)
+    base = open_base(make_settings(config).base)
+    model, original = load_model(base, make_settings(config).model, ALONE), LlamaForCausalLM.from_pretrained(tiny_llama)
     assert base.tokenizer.pad_id == base.tokenizer.fill_id == 480
     assert model.config.vocab_size == 481
     for part in ("get_input_embeddings", "get_output_embeddings"):
@@ -38,8 +39,8 @@ def test_new_rows_are_the_mean_of_the_others(configure: Configure, tiny_llama: P
 
 def test_embeddings_never_shrink(configure: Configure, tiny_opt: Path):
     config = configure(model_name_or_path=str(tiny_opt))
-    base = open_base(config)
-    model = load_model(base, config, ALONE)
+    base = open_base(make_settings(config).base)
+    model = load_model(base, make_settings(config).model, ALONE)
     assert base.tokenizer.size < 408
     assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == 408
     assert base.tokenizer.pad_id == 1
@@ -60,8 +61,8 @@ def test_half_precision_weights_are_trained_in_float32(configure: Configure, tin
     half = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16)
     half.save_pretrained(folder)
     config = configure(model_name_or_path=str(folder))
-    base = open_base(config)
-    model = load_model(base, config, ALONE)
+    base = open_base(make_settings(config).base)
+    model = load_model(base, make_settings(config).model, ALONE)
     assert base.dtype == torch.float16
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.model.norm.weight, half.model.norm.weight.float())
@@ -72,8 +73,11 @@ def test_the_empty_model_has_the_whole_ones_shapes_buffers_and_ties(
 ):
     for folder in (tiny_llama, tiny_opt):
         config = configure(model_name_or_path=str(folder))
-        base = open_base(config)
-        whole, empty = load_model(base, config, ALONE), _make_empty(base, config)
+        base = open_base(make_settings(config).base)
+        whole, empty = (
+            load_model(base, make_settings(config).model, ALONE),
+            _make_empty(base, make_settings(config).model),
+        )
         assert {n: p.shape for n, p in whole.named_parameters()} == {n: p.shape for n, p in empty.named_parameters()}
         assert all(parameter.is_meta for parameter in empty.parameters())
         buffers = dict(empty.named_buffers())
@@ -111,17 +115,17 @@ def test_a_missing_model_names_the_step_to_run(configure: Configure, tmp_path: P
     with pytest.raises(
         MissingInput, match=r"no model at .*nothing.* convert Meta's checkpoint first: python -m convert"
     ):
-        open_base(configure(model_name_or_path=str(tmp_path / "nothing")))
+        open_base(make_settings(configure(model_name_or_path=str(tmp_path / "nothing"))).base)
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingInput, match=r"found there: nothing\): expected a Hugging Face folder with config.json"):
-        open_base(configure(model_name_or_path=str(tmp_path / "empty")))
+        open_base(make_settings(configure(model_name_or_path=str(tmp_path / "empty"))).base)
     with pytest.raises(MissingInput, match=r"no model at .*no_tokenizer"):
-        open_base(configure(tokenizer_name_or_path=str(tmp_path / "no_tokenizer")))
+        open_base(make_settings(configure(tokenizer_name_or_path=str(tmp_path / "no_tokenizer"))).base)
 
 
 def test_a_hub_name_that_cannot_be_had(configure: Configure):
     with pytest.raises(MissingInput, match="nor could it be had from the Hugging Face hub"):
-        open_base(configure(model_name_or_path="nobody-here/no-such-model"))
+        open_base(make_settings(configure(model_name_or_path="nobody-here/no-such-model")).base)
 
 
 def test_weights_that_lack_a_tensor_are_refused(configure: Configure, tiny_llama: Path, tmp_path: Path):
@@ -133,7 +137,7 @@ def test_weights_that_lack_a_tensor_are_refused(configure: Configure, tiny_llama
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = configure(model_name_or_path=str(folder))
     with pytest.raises(InputError, match=r"lacks weights of its model: model.layers.1.mlp.up_proj.weight"):
-        load_model(open_base(config), config, ALONE)
+        load_model(open_base(make_settings(config).base), make_settings(config).model, ALONE)
 
 
 def test_quantized_weights_are_refused(configure: Configure, tiny_llama: Path, tmp_path: Path):
@@ -142,7 +146,7 @@ def test_quantized_weights_are_refused(configure: Configure, tiny_llama: Path, t
     folder = shutil.copytree(tiny_llama, tmp_path / "int8")
     save_file({"a": torch.zeros(100, dtype=torch.int8)}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"torch.int8 weights; expected one of float32, float16, bfloat16"):
-        open_base(configure(model_name_or_path=str(folder)))
+        open_base(make_settings(configure(model_name_or_path=str(folder))).base)
 
 
 def test_weights_in_an_older_format_take_their_dtype_from_the_config(
@@ -157,12 +161,12 @@ def test_weights_in_an_older_format_take_their_dtype_from_the_config(
     content.pop("dtype", None)
     config_file.write_text(json.dumps({**content, "torch_dtype": "bfloat16"}))
     config = configure(model_name_or_path=str(folder))
-    base = open_base(config)
+    base = open_base(make_settings(config).base)
     assert base.dtype == torch.bfloat16
-    assert load_model(base, config, ALONE).dtype == torch.float32
+    assert load_model(base, make_settings(config).model, ALONE).dtype == torch.float32
 
 
 def test_the_pad_token_is_said(configure: Configure, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
-    open_base(configure())
+    open_base(make_settings(configure()).base)
     assert "added [PAD] as id 480" in caplog.text

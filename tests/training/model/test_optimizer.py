@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from alpaca.errors import InputError
-from alpaca.training import loop
+from alpaca.training import gradients, loop
 from alpaca.training import run as run_module
-from alpaca.training.config import TrainConfig, config_json, resolve
+from alpaca.training.configuration.config import TrainConfig, config_json
+from alpaca.training.configuration.resolving import make_settings, resolve
 from alpaca.training.distributed import clip_gradients, join_world
 from alpaca.training.loop import train
 from alpaca.training.model.optimizer import StochasticAdamW, make_keys, make_update
@@ -332,11 +333,13 @@ def test_fast_is_for_full_fine_tuning_and_one_of_two(configure: Configure):
 
 
 def test_on_a_cpu_bfloat16_stays_and_a_gpu_without_it_is_refused(configure: Configure, monkeypatch, caplog):
-    config = resolve(configure(numerics="fast", bf16=True), num_processes=1, device=CPU)
-    assert config.computes_low
-    assert not config.autocasts
+    model = make_settings(resolve(configure(numerics="fast", bf16=True), num_processes=1, device=CPU)).model
+    assert model.computes_low
+    assert not model.autocasts
     assert "bf16 dropped" not in caplog.text
-    assert resolve(configure(numerics="fast", bf16=False), num_processes=1, device=CPU).computes_low
+    assert make_settings(
+        resolve(configure(numerics="fast", bf16=False), num_processes=1, device=CPU)
+    ).model.computes_low
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla V100")
     with pytest.raises(InputError, match="computes in bfloat16, and Tesla V100 has none; use --numerics stanford"):
@@ -345,7 +348,6 @@ def test_on_a_cpu_bfloat16_stays_and_a_gpu_without_it_is_refused(configure: Conf
 
 def run_of(monkeypatch: pytest.MonkeyPatch) -> list[run_module.Run]:
     """What the loop prepares, from then on."""
-    from alpaca.training import loop
 
     runs: list[run_module.Run] = []
     prepare = loop.prepare
@@ -380,18 +382,20 @@ def test_a_steps_gradient_is_its_micro_batches_sum_to_float32s_precision(configu
     config = configure(
         data_path=str(path), numerics="fast", global_batch_size=128, per_device_train_batch_size=1, padding_free=False
     )
-    run = run_module.prepare(resolve(config, num_processes=1, device=CPU), join_world())
+    run = run_module.prepare(make_settings(resolve(config, num_processes=1, device=CPU)), join_world())
     parameters = dict(run.trainee.model.named_parameters())
     exact = {name: torch.zeros_like(own, dtype=torch.float64) for name, own in parameters.items()}
     low = {name: torch.zeros_like(own) for name, own in parameters.items()}
     assert len(run.data) >= 128
     for index in range(128):
-        (loop.sum_losses(run, run.data, torch.tensor([index])) / int(run.data.target_counts[:128].sum())).backward()
+        (
+            gradients.sum_losses(run, run.data, torch.tensor([index])) / int(run.data.target_counts[:128].sum())
+        ).backward()
         for name, own in parameters.items():
             exact[name] += own.grad.double()
             low[name] += own.grad.to(LOW)
             own.grad = None
-    loop.accumulate_gradients(run, torch.arange(128))
+    gradients.accumulate_gradients(run, torch.arange(128))
 
     def error(found: dict[str, Tensor]) -> float:
         difference = sum((found[name].double() - whole).square().sum() for name, whole in exact.items())
@@ -407,8 +411,8 @@ def test_a_steps_gradient_is_its_micro_batches_sum_to_float32s_precision(configu
 def test_one_micro_batch_keeps_its_gradient_in_bfloat16(configure: Configure):
     """Nothing is added up, so nothing is won by more bytes."""
     config = configure(numerics="fast", per_device_train_batch_size=8)
-    run = run_module.prepare(resolve(config, num_processes=1, device=CPU), join_world())
-    loop.accumulate_gradients(run, torch.arange(8))
+    run = run_module.prepare(make_settings(resolve(config, num_processes=1, device=CPU)), join_world())
+    gradients.accumulate_gradients(run, torch.arange(8))
     assert {own.grad.dtype for own in run.trainee.model.parameters()} == {LOW}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alpaca.formats.meta.to_hf import convert
-from alpaca.training.config import TrainConfig
+from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.loop import train
 from convert.convert_llama_weights_to_hf import parse_arguments
 

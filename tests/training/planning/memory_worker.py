@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from alpaca.training import loop
-from alpaca.training.config import make_config
+from alpaca.training.configuration.config import make_config
 from alpaca.training.run import Run
 
 

@@ -29,16 +29,18 @@ from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.text.sentencepiece import write_llama_tokenizer
 from alpaca.training import run
-from alpaca.training.config import TrainConfig, resolve
+from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.resolving import make_settings, resolve
 from alpaca.training.distributed import keeps_gradients_whole
 from alpaca.training.loop import train
 from alpaca.training.model import padding_free
 from alpaca.training.model.layers import checkpoint_layers
 from alpaca.training.planning import feasibility, hardware, words
 from alpaca.training.planning.command import format_table, open_planner, print_plan
-from alpaca.training.planning.footprint import Setup, Work, count_trained, make_setup, plan_memory, saved_bytes
+from alpaca.training.planning.footprint import count_trained, plan_memory, saved_bytes
 from alpaca.training.planning.hardware import Hardware
 from alpaca.training.planning.shape import Shape, read_shape
+from alpaca.training.planning.workload import Setup, Work, make_setup
 from tests.conftest import ROOT
 from tests.training.conftest import SAMPLE, SETTINGS, flags, run_train
 
@@ -372,7 +374,7 @@ def test_what_fits_and_what_would(card, arguments, fits, would, llama_7b: Path, 
 def test_gradients_are_planned_whole_where_training_keeps_them_so(llama_7b: Path, records: Path, tmp_path: Path):
     """By the rule of distributed.py, unless just that would not fit; and they are part of the planned peak."""
     config = TrainConfig(model_name_or_path=str(llama_7b), data_path=str(records), output_dir=str(tmp_path / "out"))
-    planner = open_planner(resolve(config, num_processes=4, device=CPU))
+    planner = open_planner(make_settings(resolve(config, num_processes=4, device=CPU)))
     setup = Setup(num_processes=4, num_checkpointed=None, global_batch_size=32, micro_batch_size=1)
     total = planner.shape.num_parameters
     kept_on = []
@@ -441,10 +443,10 @@ def test_a_hybrid_sharding_shards_inside_a_machine(llama_7b: Path, records: Path
 
 def test_in_a_run_a_machine_has_what_torchrun_says(configure: Configure, monkeypatch: pytest.MonkeyPatch):
     config = resolve(configure(fsdp="hybrid_shard auto_wrap"), num_processes=4, device=CPU)
-    shape = open_planner(config).shape
-    assert make_setup(config, shape, num_processes=4, on_gpu=False).num_shards == 4
+    shape = open_planner(make_settings(config)).shape
+    assert make_setup(make_settings(config), shape, num_processes=4, on_gpu=False).num_shards == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert make_setup(config, shape, num_processes=4, on_gpu=False).num_shards == 2
+    assert make_setup(make_settings(config), shape, num_processes=4, on_gpu=False).num_shards == 2
 
 
 def test_the_table_of_gpus_is_the_same_from_a_machine_without_one(llama_7b: Path, records: Path, tmp_path: Path):
@@ -507,8 +509,10 @@ def test_the_plan_is_what_training_does(configure: Configure, caplog: pytest.Log
 
 def test_table_names_every_part(configure: Configure):
     config = resolve(configure(), num_processes=1, device=CPU)
-    planner = open_planner(config)
-    own = planner.plan(make_setup(config, planner.shape, num_processes=1, on_gpu=False), hardware.find_hardware(CPU))
+    planner = open_planner(make_settings(config))
+    own = planner.plan(
+        make_setup(make_settings(config), planner.shape, num_processes=1, on_gpu=False), hardware.find_hardware(CPU)
+    )
     table = format_table(own, [])
     for name in ("weights", "gradients", "optimizer states", "activations", "logits", "checkpoint", "time"):
         assert name in table

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from alpaca.errors import InputError, MissingPackage
 from alpaca.text.loading import load_tokenizer
-from alpaca.training.config import TrainConfig, count_held_out, resolve
-from alpaca.training.flags import RENAMED
+from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.flags import RENAMED
+from alpaca.training.configuration.resolving import make_settings, resolve
 from alpaca.training.loop import TrainingStopped, train
 from alpaca.training.report import answers
 from alpaca.training.report.page import line_chart
 from alpaca.training.report.summary import MemoryMeter, evaluation_entry, mean_rate
+from alpaca.training.schedule import count_held_out
 
 Configure = Callable[..., TrainConfig]
 
@@ -191,9 +193,9 @@ def test_a_mistake_of_ours_while_answering_is_not_hidden(configure: Configure, m
 
 
 def test_held_out_share(configure: Configure):
-    assert count_held_out(configure(eval_fraction=0.02), 40) == 1
-    assert count_held_out(configure(eval_fraction=0.1), 40) == 4
-    assert count_held_out(configure(val_set_size=7), 40) == 7
+    assert count_held_out(make_settings(configure(eval_fraction=0.02)).data, 40) == 1
+    assert count_held_out(make_settings(configure(eval_fraction=0.1)).data, 40) == 4
+    assert count_held_out(make_settings(configure(val_set_size=7)).data, 40) == 7
     assert RENAMED["eval_data"] == "eval_data_path"
     cpu = torch.device("cpu")
     with pytest.raises(InputError, match="--val_set_size and --eval_fraction both say"):

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from alpaca.errors import InputError
-from alpaca.training.config import TrainConfig, make_config
-from alpaca.training.limits import value_types
-from alpaca.training.model.layers import parse_checkpointing
+from alpaca.training.configuration.config import TrainConfig, make_config
+from alpaca.training.configuration.limits import value_types
+from alpaca.training.configuration.parsing import parse_checkpointing
 
 logger = logging.getLogger(__name__)
 

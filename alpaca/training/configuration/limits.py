@@ -6,7 +6,7 @@ import types
 import typing
 
 from alpaca.errors import InputError
-from alpaca.files.reading import parse_size
+from alpaca.training.configuration.parsing import parse_memory
 
 _LEAST = {
     "model_max_length": 2, "val_set_size": 0, "global_batch_size": 1, "per_device_train_batch_size": 1,
@@ -26,7 +26,6 @@ _MOST = {  # far beyond any use, and within what torch and a float can count
 _POSITIVE = ("num_train_epochs", "adam_epsilon")
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "warmup_ratio", "lora_dropout", "eval_fraction")
 _MEMORIES = ("memory_limit", "plan_memory")
-_LEAST_PLAIN_BYTES = 10**6  # of a size without a unit; what is less has lost its own
 
 
 def check_each_value(config: object) -> None:
@@ -70,19 +69,3 @@ def value_types(hint: object) -> tuple[type, ...]:
     if isinstance(hint, types.UnionType):
         return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
     return (hint,)
-
-
-def parse_memory(name: str, text: str) -> int:
-    """Bytes of a flag such as `--memory_limit 80GB`. Raises InputError, for a number without its unit too."""
-    try:
-        size = parse_size(text)
-    except InputError as error:
-        raise InputError(f"--{name}: {error}") from error
-    except OverflowError as error:  # hundreds of digits
-        raise InputError(f'--{name}: expected a size such as "80GB", found one of {len(text)} characters') from error
-    if size < _LEAST_PLAIN_BYTES and not text.strip()[-1].isalpha():
-        raise InputError(
-            f"--{name}: expected a size with its unit, found {text!r}, which is {size:,} bytes; write "
-            f'"{text.strip()}GB" if gigabytes are meant'
-        )
-    return size
