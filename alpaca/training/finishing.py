@@ -38,7 +38,7 @@ def finish(run: Run, *, seconds: float, samples: list[Sample]) -> None:
 
 
 def _record(run: Run, summary: dict[str, object], samples: list[Sample]) -> Record:
-    """What report.html shows. Memory is read before the last answers are given."""
+    """Collect what report.html shows. Peak memory is read first, for generating the answers takes memory, too."""
     model, peak_bytes, rate = run.trainee.model, run.memory.peak_bytes(), mean_rate(run.progress.log_history)
     if samples:
         where = {"folder": run.settings.checkpoints.output_dir, "device": run.world.device}

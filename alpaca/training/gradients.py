@@ -1,9 +1,10 @@
-"""A step's gradients and losses: of one process's micro-batches, and of the held-out examples.
+"""A step's gradients and losses, by micro-batches; and the loss of the held-out examples.
 
 The loss is the sum of the target tokens' cross entropies over the number of target tokens in the whole step, which
-every process knows from the data; so the layout of processes and micro-batches does not change it. Gradients of
-micro-batches are added up in float32, those of bfloat16 weights too; but for shards in bfloat16 that FSDP reduces after
-each micro-batch (where whole gradients do not fit), which it adds up as they are: a rounding for each.
+every process knows from the data; so the layout of processes and micro-batches does not change it. The
+gradients of micro-batches are added up in float32, those of bfloat16 weights, too. There is one exception: where whole
+gradients do not fit, FSDP reduces bfloat16 shards after each micro-batch and adds them up in bfloat16,
+rounding each time.
 """
 
 import functools
@@ -31,13 +32,16 @@ def accumulate_gradients(run: Run, indices: Tensor) -> float:
     for number, micro_batch in enumerate(micro_batches, start=1):
         sync_gradients(run.trainee.model, last=number == len(micro_batches), whole=run.keeps_gradients)
         loss = sum_losses(run, run.data, micro_batch) / loss_divisor(run, indices, micro_batch)
-        (loss * run.world.num_processes).backward()  # FSDP takes the mean over the processes, the sum is wanted
+        (loss * run.world.num_processes).backward()  # FSDP takes the mean over the processes, and the sum is needed
         total += loss.detach()
     return total.item()
 
 
 def _micro_batches(run: Run, indices: Tensor) -> list[Tensor]:
-    """This process's part of a step. Without padding they have as many tokens as padded ones have at the most."""
+    """Cut this process's part of a step into micro-batches, each a tensor of example numbers.
+
+    Without padding a micro-batch holds as many tokens as a padded one holds at the most.
+    """
     settings, layout = run.settings, {"rank": run.world.rank, "num_processes": run.world.num_processes}
     if not padding_free.is_enabled(run.trainee.model):
         return split_step(indices, micro_batch_size=settings.batch.micro_batch_size, **layout)
@@ -46,9 +50,10 @@ def _micro_batches(run: Run, indices: Tensor) -> list[Tensor]:
 
 
 def loss_divisor(run: Run, indices: Tensor, micro_batch: Tensor) -> int:
-    """What a micro-batch's summed losses are divided by, so that all those of the step add up to its loss.
+    """The number that a micro-batch's summed losses are divided by, so that the quotients add up to the step's loss.
 
-    The step's target tokens; or with `--loss_average micro_batch` its own, times the number of micro-batches.
+    It is the number of target tokens in the step; with `--loss_average micro_batch`, of the micro-batch's own target
+    tokens times the number of micro-batches.
     """
     counts = run.data.target_counts
     if run.settings.batch.loss_average == "token" or not len(micro_batch):
@@ -78,7 +83,7 @@ def _sum_padded_losses(model: nn.Module, batch: MicroBatch, *, bf16: bool) -> Te
 
 @torch.no_grad()
 def explain_not_finite(run: Run, indices: Tensor, loss: float, grad_norm: float) -> str:
-    """Why training stops. The step's examples are gone through one by one, which all processes do together."""
+    """Say why training stops: compute each example's loss by itself. All processes call it together."""
     layout = {"rank": run.world.rank, "num_processes": run.world.num_processes}
     alone = [(own, sum_losses(run, run.data, own).item()) for own in split_step(indices, micro_batch_size=1, **layout)]
     broken = [index for own, value in alone if not math.isfinite(value) for index in own.tolist()]
@@ -94,8 +99,8 @@ def explain_not_finite(run: Run, indices: Tensor, loss: float, grad_norm: float)
 
 
 def _float32_flags(model: ModelSettings) -> str:
-    """What to pass for float32 products, "" where they are so already."""
-    if model.is_fast:  # whatever --bf16 says
+    """The flags that make products float32, or "" where they are so already."""
+    if model.is_fast:  # fast numerics compute in bfloat16 whatever --bf16 says
         return "--numerics stanford --bf16 False"
     return "--bf16 False" if model.bf16 else ""
 
@@ -107,12 +112,9 @@ def _name_example(run: Run, index: int) -> str:
     return f'number {index} ("{" ".join(words[:8])}{" …" if len(words) > 8 else ""}")'
 
 
-# Evaluation ---------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def evaluate(run: Run) -> float:
-    """The mean loss over the held-out examples' target tokens. Draws no random numbers."""
+    """The mean loss over the target tokens of the held-out examples. It draws no random numbers."""
     model, data = run.trainee.model.eval(), run.held_out
     micro_batches = split_step(
         torch.arange(len(data)),

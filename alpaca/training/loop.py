@@ -1,11 +1,6 @@
-"""The training loop: the one there is, for any method, on one process or many.
+"""The training loop. There is one, for every method, on one process or many.
 
-    for each step: examples -> micro-batches -> gradients -> clip -> AdamW -> log, evaluate, save
-
-The loss is the sum of the target tokens' cross entropies over the number of target tokens in the whole step, which
-every process knows from the data; so the layout of processes and micro-batches does not change it. Gradients of
-micro-batches are added up in float32, those of bfloat16 weights too; but for shards in bfloat16 that FSDP reduces after
-each micro-batch (where whole gradients do not fit), which it adds up as they are: a rounding for each.
+for each step: examples -> micro-batches -> gradients -> clip -> AdamW -> log, evaluate, save
 """
 
 import contextlib
@@ -47,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(AlpacaError):
-    """The run was asked to stop. Its state is saved. signal: the number of the signal that asked, 0 for none."""
+    """The run was asked to stop, and its state is saved. signal: the number of the signal that asked, or 0."""
 
     def __init__(self, message: str, *, signal: int) -> None:
         super().__init__(message)
@@ -62,7 +57,7 @@ def train(
 ) -> Path:
     """Fine-tune as `config` says and return the folder of the final model.
 
-    on_step hears each step's log entry (on the main process); should_stop is asked after each step. Raises
+    on_step is called with each step's log entry, on the main process; should_stop is asked after each step. Raises
     TrainingStopped after SIGTERM, SIGINT or should_stop, once a checkpoint is saved, and AlpacaErrors for what the
     user can mend.
     """
@@ -85,7 +80,7 @@ def _train_alone(
     on_step: Callable[[Entry], None] | None,
     should_stop: Callable[[], bool] | None,
 ) -> Path:
-    """`train`, once no other run can write to its output."""
+    """Run the training while this process holds the lock on its output folder."""
     output_dir = settings.checkpoints.output_dir
     checkpoint = find_checkpoint(output_dir, settings.checkpoints.resume, world=world)
     check_output(
@@ -116,22 +111,19 @@ def _prepare_output(run: Run, *, resumed: bool) -> None:
 
 
 def _identify_base(run: Run) -> dict[str, str]:
-    """An adapter's base by its tensors, for whoever serves it: a folder's name stays when another model moves in.
+    """The fingerprint of an adapter's base model, by which a server can tell whether it has the same base.
 
-    Nothing for a whole model, and for bases in other files than safetensors, which training takes, too.
+    It is empty for a whole model, and where the base's weights are not safetensors files.
     """
     if run.settings.model.is_full or run.base.fingerprint is None:
         return {}
     return {"base_fingerprint": run.base.fingerprint}
 
 
-# The loop -----------------------------------------------------------------------------------------------------
-
-
 def run_steps(
     run: Run, *, on_step: Callable[[Entry], None] | None = None, should_stop: Callable[[], bool] | None = None
 ) -> float:
-    """Train from where `run` stands to its last step; returns the seconds spent in training steps."""
+    """Train from the run's present step to its last one. Returns the seconds spent in training steps."""
     settings, progress = run.settings, run.progress
     meter, watch = Meter(), LossWatch([entry["loss"] for entry in progress.log_history if "loss" in entry])
     clock = SaveClock(limit_s=settings.checkpoints.minutes * 60, num_bytes=checkpoint_bytes(run.trainee))
@@ -157,19 +149,19 @@ def run_steps(
 
 @dataclass(frozen=True, kw_only=True)
 class _Requests:
-    """What any process may ask for, and all then do after the same step."""
+    """Stopping and saving, which any process may request and all then do after the same step."""
 
     stop: bool
     save: bool
 
 
 def _own_requests(signals: list[int], should_stop: Callable[[], bool] | None, clock: SaveClock) -> _Requests:
-    """What this process asks for now."""
+    """What this process requests now."""
     return _Requests(stop=bool(signals) or bool(should_stop and should_stop()), save=clock.is_due())
 
 
 def take_step(run: Run, ask: Callable[[], _Requests]) -> tuple[Entry, _Requests]:
-    """One optimizer step: its log entry (of this step alone), and what any process requests by the end of it."""
+    """Do one optimizer step. Returns its log entry and what any process has requested by its end."""
     settings, trainee, progress = run.settings, run.trainee, run.progress
     indices = step_examples(
         len(run.data), global_batch_size=settings.batch.global_batch_size, seed=settings.batch.seed, step=progress.step
@@ -192,7 +184,7 @@ def take_step(run: Run, ask: Callable[[], _Requests]) -> tuple[Entry, _Requests]
 
 
 def _is_due(run: Run, strategy: str, steps: int, *, at_end: bool) -> bool:
-    """Whether a strategy ("no", "steps", "epoch") asks for something after the present step."""
+    """Whether a strategy ("no", "steps" or "epoch") makes evaluation or saving due after the present step."""
     step, last = run.progress.step, run.progress.step == run.num_steps
     if strategy == "steps":
         return step % steps == 0 or (last and at_end)
@@ -211,9 +203,9 @@ def _wants_checkpoint(run: Run, requests: _Requests) -> bool:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT as entries of a list instead of an end in the middle of a step."""
+    """Collect SIGTERM and SIGINT in a list, so that the run ends after a step instead of in the middle of one."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+    if threading.current_thread() is not threading.main_thread():  # handlers can be set in the main thread alone
         yield received
         return
     numbers = (signal.SIGTERM, signal.SIGINT)
@@ -243,7 +235,7 @@ def _out_of_memory(run: Run, error: torch.OutOfMemoryError) -> str:
 
 
 def _answer_before(run: Run, *, resumed: bool) -> list[Sample]:
-    """The report's samples with the base model's answers; none on other processes."""
+    """Choose the report's samples and have the base model answer them; an empty list on all but the main process."""
     model, tokenizer, folder = run.trainee.model, run.base.tokenizer, run.settings.checkpoints.output_dir
     if not run.settings.report.num_samples or not run.world.is_main or is_sharded(model):
         return []

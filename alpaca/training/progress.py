@@ -16,15 +16,12 @@ from alpaca.training.run import Run
 logger = logging.getLogger(__name__)
 
 
-# Log, requests, end ---------------------------------------------------------------------------------------------
-
-
 class Meter:
-    """Useful tokens per second of training time: evaluation and saving are not counted."""
+    """Measures useful tokens per second of training. The time of evaluation and saving is left out."""
 
     def __init__(self) -> None:
         self.num_tokens, self._seconds, self.total_seconds = 0, 0.0, 0.0
-        self._step_seconds, self.last_rate = 0.0, 0.0  # last_rate: of the last step alone
+        self._step_seconds, self.last_rate = 0.0, 0.0  # last_rate: tokens per second of the last step
 
     @contextmanager
     def measure(self) -> Iterator[None]:
@@ -35,12 +32,12 @@ class Meter:
         self.total_seconds += self._step_seconds
 
     def count(self, num_tokens: int) -> None:
-        """Take the useful tokens of the step just measured."""
+        """Count the useful tokens of the step that was just measured."""
         self.num_tokens += num_tokens
         self.last_rate = num_tokens / self._step_seconds
 
     def rate(self) -> float:
-        """Tokens per second since the last call."""
+        """Return tokens per second since the last call."""
         rate = self.num_tokens / self._seconds
         self.num_tokens, self._seconds = 0, 0.0
         return round(rate, 1)
@@ -48,7 +45,7 @@ class Meter:
 
 @contextmanager
 def open_log(run: Run) -> Iterator[Callable[[Entry], None]]:
-    """A function that adds an entry to the history and, on the main process, to the recorder."""
+    """Give a function that adds an entry to the run's history and, on the main process, to its recorder."""
     progress = run.progress
     recorder = open_recorder(run.settings, first_step=progress.step) if run.world.is_main else NoRecorder()
 
@@ -75,7 +72,7 @@ def tell(
     bar: tqdm,
     on_step: Callable[[Entry], None] | None,
 ) -> None:
-    """Say what a step did: to the bar, to the caller, and every `logging_steps` to the log (its loss a mean)."""
+    """Report a step to the progress bar and the caller, and every `logging_steps` steps, averaged, to the log."""
     progress = run.progress
     rate = meter.last_rate
     share = share_of_peak(run.plan, rate) if run.plan else None

@@ -1,4 +1,4 @@
-"""A run before its first step: data, plan, model, optimizer and schedule, and what a checkpoint must share with it."""
+"""A run, prepared for its first step: data, plan, model, optimizer and schedule, and its identity for checkpoints."""
 
 import dataclasses
 import functools
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 class Run:
     """Everything the loop works with, made by `prepare`.
 
-    held_out: None where nothing is evaluated.    keeps_gradients: see `decide_gradient_sync`.
+    held_out: None where nothing is evaluated.    keeps_gradients: see `distributed.decide_gradient_sync`.
+    plan: None for a model of a kind that cannot be planned.
     """
 
     settings: RunSettings
@@ -44,7 +45,7 @@ class Run:
     num_steps: int
     steps_per_epoch: int
     keeps_gradients: bool
-    plan: Plan | None = None  # for a model of a kind that can be planned
+    plan: Plan | None = None
     memory: MemoryMeter
 
     @property
@@ -73,7 +74,7 @@ def prepare(settings: RunSettings, world: World) -> Run:
     trainee = _make_trainee(
         load_model(base, settings.model, world), settings, base, data, num_steps=num_steps, world=world
     )
-    torch.manual_seed(settings.data.seed + world.rank)  # dropout; each process draws its own
+    torch.manual_seed(settings.data.seed + world.rank)  # for dropout, which each process draws by itself
     return Run(
         settings=settings,
         base=base,
@@ -101,13 +102,13 @@ def _choose_checkpointing(settings: RunSettings, plan: Plan | None) -> RunSettin
 
 
 def _limit_memory(settings: RunSettings, device: torch.device) -> None:
-    """Hold torch's allocator to `--memory_limit`, less CUDA's context. On a CPU the plan alone keeps to it.
+    """Limit torch's GPU allocator to `--memory_limit` less what CUDA's context takes. On a CPU only the plan obeys it.
 
     Raises NotEnoughSpace for a limit that the context alone exceeds.
     """
     if device.type != "cuda":
         return
-    share = 1.0  # also takes back what an earlier run of this process set
+    share = 1.0  # set in any case: an earlier run of this process may have set another
     if settings.memory_limit:
         total = torch.cuda.get_device_properties(device).total_memory
         room = parse_memory_limit(settings.memory_limit) - CUDA_CONTEXT_BYTES
@@ -121,7 +122,7 @@ def _limit_memory(settings: RunSettings, device: torch.device) -> None:
 
 
 def _keeps_gradients(model: nn.Module, plan: Plan | None, world: World) -> bool:
-    """As planned, so that the planned peak is what happens."""
+    """Whether whole gradients are kept between micro-batches: as planned, so that the planned peak holds."""
     if plan and is_sharded(model):
         return plan.setup.whole_gradients
     return decide_gradient_sync(model, world)
@@ -165,9 +166,9 @@ _BIN_END_BYTES = 1 << 20
 def _identify(
     settings: RunSettings, base: Base, data: EncodedDataset, *, num_parameters: int, num_steps: int, warmup: int
 ) -> dict[str, object]:
-    """What a checkpoint must share with a run that resumes it; the layout of processes is not among it.
+    """What must be equal in a checkpoint and in the run that resumes it. The number of processes may differ.
 
-    An adapter's checkpoint does not hold the frozen base, so the base must be the same; a whole model's holds it all.
+    An adapter's checkpoint does not hold the frozen base, so its base must be the same model, too.
     """
     digest = hashlib.sha256()
     for tensor in (data.ids, data.offsets, data.prompt_lengths):
@@ -186,7 +187,10 @@ def _identify(
 
 
 def _digest_base(base: Base) -> str:
-    """Of the base's tensors, wherever its folder is; of a .bin file, of its end, where the checksums of all stand."""
+    """A digest of the base's tensors, wherever its folder lies.
+
+    Of a .bin file, a zip archive, its end is enough: the checksums of all its members stand there.
+    """
     if base.fingerprint:
         return base.fingerprint
     digest = hashlib.sha256()

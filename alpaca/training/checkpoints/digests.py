@@ -1,7 +1,7 @@
-"""SHA-256 of what a checkpoint was meant to hold, and of what the disk gives back.
+"""SHA-256 of checkpoint files: of what was to be written, compared with what the disk gives back.
 
-A file is hashed while it is written, so that the digest is of what was in memory, and is read from the disk afterwards.
-Each process does so for the files it wrote.
+A file is hashed while it is written, so the digest describes what was in memory. Afterwards the file is read from the
+disk and hashed again. Each process does this for the files it wrote.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from typing import TypedDict
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 _READ_BYTES = 8 << 20
-_HASH_ASIDE_BYTES = 1 << 20  # below, handing over to a thread takes longer than hashing
+_HASH_ASIDE_BYTES = 1 << 20  # smaller pieces are hashed at once: handing them to a thread takes longer
 
 
 class FileDigest(TypedDict):
-    """A file as trainer_state.json knows it."""
+    """The size and digest of a file, as trainer_state.json records them."""
 
     bytes: int
     sha256: str
@@ -32,14 +32,14 @@ def digest_bytes(content: bytes) -> FileDigest:
 
 
 def digest_json(content: object) -> str:
-    """SHA-256 of a value that goes into a JSON file, whatever its layout there."""
+    """SHA-256 of a JSON value. It does not depend on how the file is indented or its keys are ordered."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def find_damage(path: Path, expected: FileDigest, *, from_disk: bool = False) -> str:
-    """What is wrong with a file, in a sentence; "" for nothing.
+    """Say in a sentence what is wrong with a file, or "" where nothing is.
 
-    from_disk: have the kernel write out and forget what it holds of the file, so that the disk is what is read.
+    from_disk: have the kernel drop the file from its page cache first, so that the disk itself is read.
     """
     try:
         found = _digest_file(path, from_disk=from_disk)
@@ -58,7 +58,7 @@ def _digest_file(path: Path, *, from_disk: bool) -> FileDigest:
     digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         if from_disk:
-            os.fsync(file.fileno())  # what is not yet on the disk would not be forgotten
+            os.fsync(file.fileno())  # the kernel drops only what is on the disk already
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
@@ -67,10 +67,10 @@ def _digest_file(path: Path, *, from_disk: bool) -> FileDigest:
 
 
 class HashedFiles(FileSystem):
-    """The files of torch.distributed.checkpoint's writer, hashed on their way to the disk.
+    """A file system for torch.distributed.checkpoint's writer that hashes each file on its way to the disk.
 
-    digests: of the files written, by name.    error: what the operating system refused, which the writer's own
-    exceptions hide (a full disk is "unexpected pos" to them); None for nothing.
+    digests: the files' digests by name.    error: the operating system's error, or None. The writer's own exceptions
+    hide it (they call a full disk "unexpected pos").
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class HashedFiles(FileSystem):
 
 
 class _HashedStream(io.RawIOBase):
-    """A file opened for writing, from its start to its end (seeking is not possible)."""
+    """A file opened for writing from start to end; it cannot seek."""
 
     def __init__(self, files: HashedFiles, stream: io.IOBase, aside: ThreadPoolExecutor) -> None:
         self._files, self._stream, self._aside = files, stream, aside
@@ -104,7 +104,7 @@ class _HashedStream(io.RawIOBase):
         return True
 
     def write(self, data) -> int:
-        """Hash and write at the same time: both leave Python's lock."""
+        """Hash and write at the same time; both release Python's global lock."""
         view = memoryview(data).cast("B")
         hashing = self._aside.submit(self.digest.update, view) if len(view) > _HASH_ASIDE_BYTES else None
         try:
@@ -133,5 +133,5 @@ class _HashedStream(io.RawIOBase):
 
 
 def check_files(folder: Path, files: Mapping[str, FileDigest], *, from_disk: bool) -> str:
-    """The first damage among the files of a folder; "" for none."""
+    """Say what is wrong with the first damaged file of a folder, or "" where none is."""
     return next(filter(None, (find_damage(folder / name, files[name], from_disk=from_disk) for name in files)), "")

@@ -29,17 +29,14 @@ _MODEL_FILES = (
 _PROBES = ("Below is an instruction that describes a task.", " two  spaces\n\ttab", "สวัสดี 🦙 ¿Dónde está? 0123456789")
 
 
-# The final model ----------------------------------------------------------------------------------------------
-
-
 def save_final(
     model: nn.Module, base: Base, output_dir: Path, *, dtype: torch.dtype, learned: bool, world: World
 ) -> None:
     """Write the model folder, or the adapter's: weights, configs, tokenizer. All processes call it together.
 
     Everything is written aside, read back and compared with the model in memory, and only then moved into place, the
-    config last: a folder with one is whole. learned: whether a step had a learning rate above 0, so that an adapter
-    cannot be its base. Raises InputError when what was written is not what is in memory.
+    config last, so that a folder with a config is whole. learned: whether a step had a learning rate above 0; then an
+    adapter must differ from its first, empty state. Raises InputError when what was written is not what is in memory.
     """
     aside, specs, final = output_dir / _FINAL, final_specs(model, dtype), describe_final(model, base, dtype)
     if world.is_main:
@@ -60,7 +57,7 @@ def save_final(
 
 
 def final_specs(model: nn.Module, dtype: torch.dtype) -> list[TensorSpec]:
-    """The tensors of the final files; of tied ones the first."""
+    """Name, shape and dtype of each tensor in the final files. Of tied tensors only the first is written."""
     return [
         TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in final_tensors(model).items()
@@ -78,7 +75,7 @@ def _write_final_weights(final: Final, specs: list[TensorSpec], folder: Path, wo
             stem=final.stem,
         )
     else:
-        for spec in specs:  # the same collectives in the same order
+        for spec in specs:  # all processes take part, in the same order
             whole_tensor(tensors[spec.name], world)
 
 
@@ -91,7 +88,7 @@ def _verify(final: Final, specs: list[TensorSpec], tokenizer: Tokenizer, folder:
         expected = whole_tensor(final.tensors[spec.name], world).to(spec.dtype)
         if written and not _same_bits(expected, written.tensor(spec.name)):
             wrong.append(spec.name)
-        del expected  # before the next is gathered
+        del expected  # frees it before the next one is gathered
     if world.is_main and not _same_tokenizer(tokenizer, load_tokenizer(folder)):
         wrong.append("the tokenizer")
     if world.sum([float(len(wrong))])[0]:
@@ -102,7 +99,7 @@ def _verify(final: Final, specs: list[TensorSpec], tokenizer: Tokenizer, folder:
 
 
 def _verify_adapter(model: nn.Module, tokenizer: Tokenizer, folder: Path, *, learned: bool, world: World) -> None:
-    """Reload the written adapter onto the base and compare it with the one in memory by what they answer."""
+    """Load the written adapter onto the base, and compare its logits with those of the adapter in memory."""
     ids = [*tokenizer.prefix_ids, *tokenizer.encode(_PROBES[0])]
     written = open_adapter(folder) if world.is_main else None
     fault = world.gather(find_adapter_fault(model, written, ids, learned=learned, device=world.device))[0]
@@ -122,11 +119,11 @@ def _same_tokenizer(left: Tokenizer, right: Tokenizer) -> bool:
 
 
 def _move_into(output_dir: Path, aside: Path) -> None:
-    """Replace the model files in `output_dir`. While they are a mixture of old and new there is no config."""
+    """Replace the model files in `output_dir`. While old and new files are mixed there is no config."""
     for name in WHOLE:
         (output_dir / name).unlink(missing_ok=True)
     for old in (path for pattern in _MODEL_FILES for path in output_dir.glob(pattern)):
-        old.unlink()  # an earlier model's, of which the new one need not have all
+        old.unlink()  # the new model may have fewer files than an earlier one
     for new in sorted(aside.iterdir(), key=lambda path: path.name in WHOLE):
         fsync(new)
         new.rename(output_dir / new.name)

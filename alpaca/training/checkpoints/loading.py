@@ -1,4 +1,4 @@
-"""Checkpoints of a run, found and loaded again: the newest good one, a damaged one named."""
+"""Finding and loading a run's checkpoints: the newest undamaged one is taken, and damaged ones are named."""
 
 import logging
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(output_dir: Path, asked: str | None, *, world: World) -> Path | None:
-    """The checkpoint to resume: the folder asked for, or with "auto" the newest good one; None to start anew.
+    """The checkpoint to resume: the folder asked for, or with "auto" the newest undamaged one; None to start anew.
 
-    All processes call it together, each reads a part. Raises MissingInput for a folder that is not there, InputError
-    for a damaged one.
+    All processes call it together, and each verifies a part. Raises MissingInput for a folder that does not exist and
+    InputError for a damaged one.
     """
     if asked is None:
         return None
@@ -49,7 +49,7 @@ def find_checkpoint(output_dir: Path, asked: str | None, *, world: World) -> Pat
 
 
 def _find_damage(folder: Path, world: World) -> str:
-    """What is wrong with a checkpoint, the same in all processes; "" for nothing. Reads every byte of it once."""
+    """Say what is wrong with a checkpoint, or "". All processes get the same answer. Every byte is read once."""
     try:
         files = read_state(folder)["files"]
         own = sorted(files, key=lambda name: files[name]["bytes"])[world.rank :: world.num_processes]
@@ -60,7 +60,7 @@ def _find_damage(folder: Path, world: World) -> str:
 
 
 def load_checkpoint(trainee: Trainee, folder: Path) -> None:
-    """Put a run back where its checkpoint was saved, by as many processes or others.
+    """Put a run back to where its checkpoint was saved, whatever the number of processes was then.
 
     Raises InputError when the checkpoint belongs to a run of another configuration, naming what differs.
     """
@@ -68,7 +68,7 @@ def load_checkpoint(trainee: Trainee, folder: Path) -> None:
     _check_identity(folder, state["identity"], trainee.identity)
     saved = trained_state(trainee)
     with quiet_alone():
-        dcp.load(saved, checkpoint_id=folder)  # the weights into the model itself
+        dcp.load(saved, checkpoint_id=folder)  # writes the weights into the model in place
     set_optimizer_state_dict(trainee.model, trainee.optimizer, saved["optimizer"])
     trainee.scheduler.load_state_dict({**trainee.scheduler.state_dict(), **state["scheduler"]})
     progress = trainee.progress

@@ -1,4 +1,4 @@
-"""A run's output folder before and while it is written: free to use, shared by all processes, with room."""
+"""Checks of a run's output folder: nothing is overwritten unasked, all processes see it, the disk has room."""
 
 import contextlib
 import logging
@@ -23,12 +23,10 @@ logger = logging.getLogger(__name__)
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+|final|.+\.\d+-\d+)\.(partial|replaced|lock)")
 
 
-# The output folder --------------------------------------------------------------------------------------------
-
-
 def require_shared_folder(output_dir: Path, world: World) -> None:
-    """Raise InputError now rather than at the first checkpoint: for a folder that cannot be written to, or that the
-    processes on other machines do not see. All processes call it together.
+    """Check that the folder can be written to and that the processes on other machines see it.
+
+    All processes call it together, before the first step. Raises InputError.
     """
     number = world.gather(time.time_ns())[0]
     first, own = (output_dir / f".probe.{number}-{rank}.partial" for rank in (0, world.rank))
@@ -67,9 +65,10 @@ def _refusals_said(output_dir: Path) -> Iterator[None]:
 
 
 def check_output(output_dir: Path, *, resume: bool, checkpoint: Path | None, overwrite: bool) -> None:
-    """Raise OutputExists for a folder with something in it, unless this run resumes or overwrites.
+    """Raise OutputExists for a folder that is not empty, unless this run resumes or overwrites.
 
-    A run that may resume but found no checkpoint starts anew in what a killed one left, but not over a finished model.
+    A run that may resume but found no checkpoint starts anew beside what a killed run left, never over a finished
+    model.
     """
     resumes = checkpoint is not None or (resume and not any((output_dir / name).exists() for name in WHOLE))
     if resumes or overwrite or not output_dir.exists():
@@ -82,7 +81,7 @@ def check_output(output_dir: Path, *, resume: bool, checkpoint: Path | None, ove
 
 
 def clear_output(output_dir: Path, *, old_checkpoints: bool) -> None:
-    """Remove what killed runs left and, for a run that starts anew, checkpoints that are not its own."""
+    """Remove what killed runs left; for a run that starts anew, also the checkpoints of earlier runs."""
     output_dir.mkdir(parents=True, exist_ok=True)
     for entry in output_dir.iterdir():
         if _LEFTOVER.fullmatch(entry.name):
@@ -93,7 +92,7 @@ def clear_output(output_dir: Path, *, old_checkpoints: bool) -> None:
 
 
 def require_room(model: nn.Module, output_dir: Path, *, dtype: torch.dtype, checkpoints: bool) -> None:
-    """Raise NotEnoughSpace now rather than after the training: for the final weights and, if wanted, a checkpoint."""
+    """Raise NotEnoughSpace if the disk has no room for the final weights and, if wanted, a checkpoint."""
     specs = final_specs(model, dtype)
     in_checkpoint = state_bytes(model) if checkpoints else 0
     require_free_space(output_dir, sum(spec.num_bytes for spec in specs) + in_checkpoint)

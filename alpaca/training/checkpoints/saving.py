@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written: shards, their digests, and the state that is not sharded."""
+"""Writing a run's checkpoints: the shards of all processes, their digests, and the state that is not sharded."""
 
 import contextlib
 import errno
@@ -33,14 +33,11 @@ from alpaca.training.distributed import Result, World
 logger = logging.getLogger(__name__)
 
 
-# Saving -------------------------------------------------------------------------------------------------------
-
-
 def save_checkpoint(trainee: Trainee, output_dir: Path, *, keep: int) -> Path:
     """Write `checkpoint-N`, read it back, and remove the oldest beyond `keep`. All processes call it together.
 
-    Raises NotEnoughSpace for a full disk and InputError for what else the disk refuses or does not give back as it was
-    written; earlier checkpoints then stay as they are.
+    Raises NotEnoughSpace for a full disk, and InputError where the disk refuses something else or gives other bytes
+    back than were written. Earlier checkpoints then stay as they are.
     """
     world, folder, partial = trainee.world, *_folders(trainee, output_dir)
 
@@ -53,7 +50,7 @@ def save_checkpoint(trainee: Trainee, output_dir: Path, *, keep: int) -> Path:
         together(lambda: _read_back(partial, files))
         all_files = {name: digest for part in world.gather(files) for name, digest in part.items()}
         together(lambda: _write_state(trainee, partial, all_files) if world.is_main else None)
-        together(aside.close)  # renames it
+        together(aside.close)  # renames the folder to its final name
     if world.is_main:
         _remove_oldest(output_dir, keep=keep, newest=folder)
     world.wait_for_all()
@@ -61,13 +58,13 @@ def save_checkpoint(trainee: Trainee, output_dir: Path, *, keep: int) -> Path:
 
 
 def _folders(trainee: Trainee, output_dir: Path) -> tuple[Path, Path]:
-    """The folder of the present step's checkpoint, and where it is written."""
+    """The folder of the present step's checkpoint, and the temporary folder in which it is written."""
     folder = output_dir / f"checkpoint-{trainee.progress.step}"
     return folder, partial_folder(folder)
 
 
 def checkpoint_bytes(trainee: Trainee) -> int:
-    """What a checkpoint takes on the disk, about: what is trained, and AdamW's two moments of it."""
+    """About how many bytes a checkpoint takes on the disk: the trained weights and AdamW's two moments."""
     return state_bytes(trainee.model)
 
 
@@ -77,7 +74,7 @@ def _open_aside(aside: contextlib.ExitStack, trainee: Trainee, folder: Path) -> 
 
 
 def _say_failure(work: Callable[[], Result], folder: Path) -> Result:
-    """Do `work`; what the operating system refuses is said for a person."""
+    """Do `work`, and turn errors of the operating system into AlpacaErrors that name the folder."""
     try:
         return work()
     except AlpacaError:
@@ -92,14 +89,14 @@ def _say_failure(work: Callable[[], Result], folder: Path) -> Result:
 
 
 def _write_shards(trainee: Trainee, folder: Path) -> dict[str, FileDigest]:
-    """This process's part of a checkpoint; the digests of its files, taken from memory."""
+    """Write this process's part of a checkpoint. Returns the digests of its files, computed from memory."""
     state = trained_state(trainee)
     writer, files = FileSystemWriter(folder), HashedFiles()
     writer.fs = files
     try:
         with quiet_alone():
             dcp.save(state, storage_writer=writer)
-    except CheckpointException as error:  # in all processes where one fails
+    except CheckpointException as error:  # torch raises it in all processes if one fails
         refused = next(filter(None, trainee.world.gather(files.error)), error)
         raise refused from error
     name, content = f"random-{trainee.world.rank}.pt", io.BytesIO()
@@ -118,7 +115,7 @@ def _read_back(folder: Path, files: Mapping[str, FileDigest]) -> None:
 
 
 def _write_state(trainee: Trainee, folder: Path, files: Mapping[str, FileDigest]) -> None:
-    """What is neither weights nor optimizer, and the digests by which a damaged checkpoint is known."""
+    """Write trainer_state.json: all that is neither weights nor optimizer state, and the digests of all files."""
     progress = trainee.progress
     state = {
         "global_step": progress.step,
@@ -145,7 +142,10 @@ def _random_state(world: World) -> dict[str, Tensor]:
 
 
 def _remove_oldest(output_dir: Path, *, keep: int, newest: Path) -> None:
-    """Keep `newest` and those just before it. Those of later steps were damaged, or not chosen to go on from."""
+    """Keep `newest` and the checkpoints just before it.
+
+    Checkpoints of later steps go, too: they were damaged, or the run was resumed from an earlier one.
+    """
     others = [folder for folder in list_checkpoints(output_dir) if folder != newest]
     earlier = [folder for folder in others if step_of(folder) < step_of(newest)]
     for folder in others:

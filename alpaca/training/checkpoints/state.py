@@ -20,12 +20,12 @@ from alpaca.training.distributed import World, reshard
 
 STATE_NAME = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-WHOLE = ("config.json", CONFIG_NAME)  # whichever is there is put last, so that its folder is known to be whole
+WHOLE = ("config.json", CONFIG_NAME)  # a final folder's config is moved into place last, so a folder with one is whole
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run has come. losses: of the steps since the last log entry."""
+    """How far a run has come. losses: those of the steps since the last log entry."""
 
     step: int = 0
     log_history: list[dict[str, float]] = field(default_factory=list)
@@ -52,9 +52,9 @@ def state_bytes(model: nn.Module) -> int:
 
 
 def trained_state(trainee: Trainee) -> dict[str, dict]:
-    """What training changes, shards where there are such: the model's own tensors and copies of the optimizer's.
+    """The tensors that training changes: the model's own, and copies of the optimizer's; shards if it is sharded.
 
-    Neither an adapter's frozen base is in it, nor the quantized layers' extra state that torch cannot name.
+    An adapter's frozen base is left out, and so is extra state of quantized layers, which torch cannot name.
     """
     reshard(trainee.model)
     trained = {name: p.detach() for name, p in trainee.model.named_parameters() if p.requires_grad}
@@ -67,23 +67,20 @@ def step_of(folder: Path) -> int:
 
 @contextlib.contextmanager
 def quiet_alone() -> Iterator[None]:
-    """Without the warning that one process is one process."""
+    """Suppress torch.distributed.checkpoint's warning that there is only one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
 
 
-# Resuming -----------------------------------------------------------------------------------------------------
-
-
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders named as checkpoints, newest step first."""
+    """The folders named checkpoint-N, the one of the newest step first."""
     found = [path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def read_state(folder: Path) -> dict:
-    """A checkpoint's state as it was written. Raises MissingInput, InputError."""
+    """Read a checkpoint's trainer_state.json. Raises MissingInput, InputError."""
     state = read_json(folder / STATE_NAME)
     if state.pop("sha256", None) != digest_json(state):
         raise InputError(f"{folder / STATE_NAME} is damaged: its content does not have its SHA-256")
