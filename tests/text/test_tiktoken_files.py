@@ -81,7 +81,7 @@ def training_texts() -> Iterator[str]:
     real = Path(os.environ.get("ALPACA_REAL", ROOT.parent / "shared" / "real")) / "alpaca_4000.json"
     if real.is_file():
         yield from (text for example in json.loads(real.read_text())[:1500] for text in example.values())
-    for path in [ROOT / "README.md", *sorted((ROOT / "alpaca").rglob("*.py"))]:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "alpaca").rglob("*.py"))]:
         yield path.read_text()
     yield from [TEXT * 20, "สวัสดีครับ ประเทศไทย ขอบคุณ " * 30, "👩‍👩‍👧 🦙🦙 " * 30, " " * 64 + "\n\n\n" + "=" * 40] * 5
 
@@ -118,7 +118,12 @@ def ours(folder: Path) -> Tokenizer:
 
 
 def corpus() -> list[str]:
-    files = [ROOT / "README.md", *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "convert").glob("*.py"))]
+    files = [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "tests").glob("*.py")),
+        *sorted((ROOT / "convert").glob("*.py")),
+    ]
     lines = [line for path in files for line in path.read_text().splitlines(keepends=True)]
     blocks = ["".join(lines[i : i + 12]) for i in range(0, len(lines), 12)]
     broken = [random.Random(i).randbytes(60).decode("utf-8", errors="replace") for i in range(300)]

@@ -12,6 +12,7 @@ import torch
 from alpaca.errors import InputError
 from alpaca.training import gradients, loop
 from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.resolving import make_settings
 from alpaca.training.guards import LossWatch, SaveClock, describe_not_finite
 from alpaca.training.loop import train
 from alpaca.training.run import Run
@@ -93,7 +94,7 @@ def test_only_what_would_help_is_advised(settings: dict, advice: str, configure:
     for broken in ([], [7], [7, 8]):
         text = describe_not_finite(
             math.nan, 1.0, step=1, indices=[7, 8], broken=broken, name=str,
-            remedy=gradients._float32_flags(configure(**settings)),
+            remedy=gradients._float32_flags(make_settings(configure(**settings)).model),
         )  # fmt: skip
         assert (advice in text) == (broken != [7, 8])
         assert ("--bf16 False" in text) == ("bf16" in advice)
