@@ -494,7 +494,7 @@ def test_the_final_folder_is_what_was_trained(configure: Configure, tiny_llama: 
     LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).save_pretrained(half)
     kept = {}
     monkeypatch.setattr(
-        finishing, "finish", lambda run, *, real=finishing.finish, **given: (kept.update(run=run), real(run, **given))
+        finishing, "finish", lambda run, *, real=loop.finish, **given: (kept.update(run=run), real(run, **given))
     )
     folder = train(configure(model_name_or_path=str(half), max_steps=3, save_steps=2))
     exact = train(
