@@ -21,7 +21,7 @@ from alpaca.errors import InputError, MissingInput, NotEnoughSpace, OutputExists
 from alpaca.files import atomic
 from alpaca.files.locks import locked
 from alpaca.text.loading import load_tokenizer
-from alpaca.training import finishing
+from alpaca.training import loop
 from alpaca.training.checkpoints import digests, final, loading, saving, state
 from alpaca.training.checkpoints.loading import find_checkpoint
 from alpaca.training.checkpoints.state import list_checkpoints
@@ -494,7 +494,7 @@ def test_the_final_folder_is_what_was_trained(configure: Configure, tiny_llama: 
     LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).save_pretrained(half)
     kept = {}
     monkeypatch.setattr(
-        finishing, "finish", lambda run, *, real=loop.finish, **given: (kept.update(run=run), real(run, **given))
+        loop, "finish", lambda run, *, real=loop.finish, **given: (kept.update(run=run), real(run, **given))
     )
     folder = train(configure(model_name_or_path=str(half), max_steps=3, save_steps=2))
     exact = train(
