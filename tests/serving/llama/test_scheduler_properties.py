@@ -1,0 +1,243 @@
+"""The scheduler over random histories: arrivals, ends, cancels and preemptions, each step held against its rules.
+
+Tokens are integers here and the cache holds integers, so that every answer can be compared with the one that the same
+prompt gets alone, without a cache. No torch.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+
+from alpaca.serving.llama.cache import BlockPool
+from alpaca.serving.llama.scheduler import Scheduler, Sequence, Work
+
+SIZE = 4  # tokens in a block
+EOS = 0
+VOCABULARY = 40
+NUM_ARRIVAL_STEPS = 150
+MOST_STEPS = 3000
+
+
+# A model of integers ------------------------------------------------------------------------------------------------
+
+
+def compute_cell(before: int, token: int) -> int:
+    """What the cache holds for a token: like keys and values, it depends on all tokens up to this one."""
+    return hash((before, token))
+
+
+def choose_token(cells: list[int]) -> int:
+    """The next token, which depends on every cell that attention reads."""
+    return hash(tuple(cells)) % VOCABULARY
+
+
+def answer_alone(sequence: Sequence) -> list[int]:
+    """The tokens that the sequence gets where nothing is shared, cached, preempted or cut into chunks."""
+    cells: list[int] = []
+    tokens: list[int] = []
+    inputs = sequence.ids[: sequence.num_prompt]
+    while len(tokens) < sequence.max_new_tokens and EOS not in tokens:
+        for token in inputs:
+            cells.append(compute_cell(cells[-1] if cells else sequence.adapter, token))
+        inputs = [choose_token(cells)]
+        tokens += inputs
+    return tokens
+
+
+class Device:
+    """Computes steps in the order of their launch, as the runner and a GPU do: all writes of a step, then its reads."""
+
+    def __init__(self) -> None:
+        self.cells: dict[int, int] = {}
+        self.last_tokens: dict[int, int] = {}  # by slot: what the host does not know yet
+
+    def run(self, works: list[Work]) -> list[int]:
+        """The sampled tokens, one for each work that samples."""
+        for work in works:
+            self._write(work)
+        sampled = [work for work in works if work.samples]
+        tokens = [choose_token(self._read(work)) for work in sampled]
+        self.last_tokens.update((work.sequence.slot, token) for work, token in zip(sampled, tokens, strict=True))
+        return tokens
+
+    def _write(self, work: Work) -> None:
+        sequence, end = work.sequence, work.start + work.num_tokens
+        tokens = sequence.ids[work.start : end]
+        if len(tokens) < work.num_tokens:
+            tokens = [*tokens, self.last_tokens[sequence.slot]]
+        assert len(tokens) == work.num_tokens, "one token at most is not known yet"
+        for at, token in enumerate(tokens, start=work.start):
+            before = self.cells[self._place(sequence, at - 1)] if at else sequence.adapter
+            self.cells[self._place(sequence, at)] = compute_cell(before, token)
+
+    def _read(self, work: Work) -> list[int]:
+        return [self.cells[self._place(work.sequence, at)] for at in range(work.start + work.num_tokens)]
+
+    def _place(self, sequence: Sequence, at: int) -> int:
+        return sequence.blocks[at // SIZE] * SIZE + at % SIZE
+
+
+# A history ----------------------------------------------------------------------------------------------------------
+
+
+class History:
+    """Drives a scheduler as the engine does: with `ahead`, tokens are known only after the next step's launch."""
+
+    def __init__(self, seed: int, *, ahead: bool) -> None:
+        self.chance = random.Random(f"{seed}:{ahead}")
+        self.ahead = ahead
+        self.max_step_tokens = self.chance.randint(8, 60)
+        pool = BlockPool(self.chance.randint(8, 20), SIZE)
+        self.scheduler = Scheduler(pool, max_running=self.chance.randint(2, 6), max_step_tokens=self.max_step_tokens)
+        self.device = Device()
+        self.alive: list[Sequence] = []
+        self.ended: list[Sequence] = []
+        self.first_steps: dict[Sequence, int] = {}  # in which step a sequence's first token was computed
+        self.num_steps = 0
+        self._under_way: tuple[list[Work], list[int]] = ([], [])
+
+    def run(self) -> None:
+        """Arrivals for a while, then steps until every sequence has ended."""
+        while self.num_steps < NUM_ARRIVAL_STEPS or self.alive:
+            assert self.num_steps < MOST_STEPS, f"{len(self.alive)} sequences never end"
+            if self.num_steps < NUM_ARRIVAL_STEPS and self.chance.random() < 0.35:
+                self._add_request()
+            if self.alive and self.chance.random() < 0.04:
+                self._end(self.chance.choice(self.alive), cancelled=True)
+            self._step()
+
+    def _step(self) -> None:
+        running_before = list(self.scheduler.running)
+        works = self.scheduler.schedule()
+        check_works(works, self.scheduler, self.max_step_tokens)
+        check_blocks(self.scheduler)
+        check_admissions(running_before, works, self.scheduler, self.max_step_tokens)
+        tokens = self.device.run(works)
+        for work in works:
+            if work.samples:
+                self.first_steps.setdefault(work.sequence, self.num_steps)
+        self.scheduler.launched(works)
+        known = works, tokens
+        if self.ahead:
+            known, self._under_way = self._under_way, known
+        self._publish(*known)
+        self.num_steps += 1
+
+    def _publish(self, works: list[Work], tokens: list[int]) -> None:
+        for work, token in zip([work for work in works if work.samples], tokens, strict=True):
+            sequence = work.sequence
+            if sequence.is_finished:
+                continue
+            self.scheduler.append(sequence, token)
+            if token == EOS or len(sequence.ids) - sequence.num_prompt == sequence.max_new_tokens:
+                self._end(sequence)
+
+    def _add_request(self) -> None:
+        """One to three completions, or requests, of a prompt, which often begins like another one."""
+        prompt = ([1] * 20)[: self.chance.randint(1, 16)] + [self.chance.randint(1, 2)] * self.chance.randint(0, 5)
+        leader, adapter, has_leader = None, self.chance.choice([0, 0, 1]), self.chance.random() < 0.5
+        for _ in range(self.chance.choice([1, 1, 1, 3])):
+            sequence = Sequence(prompt, max_new_tokens=self.chance.randint(1, 24), adapter=adapter, leader=leader)
+            if self.scheduler.fits(sequence.num_prompt + sequence.max_new_tokens):
+                self.scheduler.add(sequence)
+                self.alive.append(sequence)
+                leader = leader or (sequence if has_leader else None)
+
+    def _end(self, sequence: Sequence, *, cancelled: bool = False) -> None:
+        self.scheduler.finish(sequence)
+        self.alive.remove(sequence)
+        if not cancelled:
+            self.ended.append(sequence)
+
+
+# The rules ----------------------------------------------------------------------------------------------------------
+
+
+def check_works(works: list[Work], scheduler: Scheduler, max_step_tokens: int) -> None:
+    """Each part of a step is what its sequence needs next, and all parts together keep to the budget."""
+    assert sum(work.num_tokens for work in works) <= max_step_tokens
+    assert len({work.sequence for work in works}) == len(works)
+    for work in works:
+        sequence, end = work.sequence, work.start + work.num_tokens
+        assert sequence in scheduler.running
+        assert work.start == sequence.num_computed < end
+        assert work.samples == (end == len(sequence))
+        written = {sequence.blocks[at // SIZE] for at in range(work.start, end)}
+        holders = Counter(block for other in scheduler.running for block in other.blocks)
+        assert {holders[block] for block in written} == {1}, "somebody else reads what this sequence writes"
+
+
+def check_blocks(scheduler: Scheduler) -> None:
+    """The pool counts exactly the holders that there are, and waiting sequences hold nothing."""
+    pool = scheduler.pool
+    holders = Counter(block for sequence in scheduler.running for block in sequence.blocks)
+    assert 0 not in holders, "block 0 is for padding"
+    assert pool._num_holders == [holders[block] for block in range(pool.capacity + 1)]
+    assert pool.num_free == pool.capacity - len(holders)
+    assert all(len(sequence.blocks) == len(set(sequence.blocks)) for sequence in scheduler.running)
+    assert not any(sequence.blocks or sequence.num_computed for sequence in scheduler.waiting)
+    slots = [sequence.slot for sequence in scheduler.running]
+    assert len(set(slots)) == len(slots)
+
+
+def check_admissions(before: list[Sequence], works: list[Work], scheduler: Scheduler, max_step_tokens: int) -> None:
+    """Who starts is first among those that could, has no token in flight and leaves the others a block each.
+
+    Nobody waits who could start: that would be time lost, and a waiting sequence might never run.
+    """
+    admitted = [sequence for sequence in scheduler.running if sequence not in before]
+    could_start = [sequence for sequence in scheduler.waiting if not is_behind_leader(sequence)]
+    for sequence in admitted:
+        assert sequence.num_in_flight == 0
+        assert all(sequence.order < other.order for other in could_start)
+    for sequences in (scheduler.running, scheduler.waiting):
+        assert sequences == sorted(sequences, key=lambda sequence: sequence.order)
+    if admitted:
+        assert scheduler.pool.num_free >= len(scheduler.running) - 1
+    if could_start and scheduler._free_slots and sum(work.num_tokens for work in works) < max_step_tokens:
+        first = could_start[0]
+        assert first.num_in_flight or num_blocks_wanted(first, scheduler) > scheduler.pool.num_free
+
+
+def is_behind_leader(sequence: Sequence) -> bool:
+    """Whether the prompt that a sequence shares with its leader is not computed yet."""
+    leader = sequence.leader
+    return leader is not None and not leader.is_finished and leader.num_computed < leader.num_prompt
+
+
+def num_blocks_wanted(sequence: Sequence, scheduler: Scheduler) -> int:
+    """Free blocks that a waiting sequence takes or finds, and the one that stays for each running sequence."""
+    found, _ = scheduler.pool.find_prefix(sequence.ids[:-1], sequence.root)
+    held = {block for other in scheduler.running for block in other.blocks}
+    return -(-len(sequence) // SIZE) - len(held.intersection(found)) + len(scheduler.running)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("seed", range(30))
+def test_random_histories_keep_the_rules(seed, ahead):
+    history = History(seed, ahead=ahead)
+    history.run()
+    scheduler = history.scheduler
+    assert not scheduler.waiting
+    assert not scheduler.running
+    assert scheduler.pool.num_free == scheduler.pool.capacity
+    assert len(history.ended) > 5
+    for sequence in history.ended:
+        assert sequence.ids[sequence.num_prompt :] == answer_alone(sequence)
+    # (Completions behind a leader wait for its prompt, so that others may pass them.)
+    leaders = sorted((s for s in history.first_steps if s.leader is None), key=lambda sequence: sequence.order)
+    steps = [history.first_steps[sequence] for sequence in leaders]
+    assert steps == sorted(steps)
+
+
+def test_the_histories_meet_every_case():
+    """Preemptions, chunked prompts, shared prefixes and tokens in flight occur, or the test above proves little."""
+    histories = [History(seed, ahead=True) for seed in range(30)]
+    for history in histories:
+        history.run()
+    sequences = [sequence for history in histories for sequence in history.ended]
+    assert sum(history.scheduler.num_preemptions for history in histories) > 100
+    assert sum(sequence.num_cached > 0 for sequence in sequences) > 100
+    assert sum(sequence.leader is not None for sequence in sequences) > 100
+    assert sum(sequence.num_admissions > 1 for sequence in sequences) > 50
