@@ -87,9 +87,11 @@ class History:
     def __init__(self, seed: int, *, ahead: bool) -> None:
         self.chance = random.Random(f"{seed}:{ahead}")
         self.ahead = ahead
-        self.max_step_tokens = self.chance.randint(8, 60)
+        self.max_step_tokens = self.chance.choice([8, 20, 60])
         pool = BlockPool(self.chance.randint(8, 20), SIZE)
-        self.scheduler = Scheduler(pool, max_running=self.chance.randint(2, 6), max_step_tokens=self.max_step_tokens)
+        self.scheduler = Scheduler(
+            pool, max_running=self.chance.choice([2, 3, 6]), max_step_tokens=self.max_step_tokens
+        )
         self.device = Device()
         self.alive: list[Sequence] = []
         self.ended: list[Sequence] = []
@@ -108,11 +110,11 @@ class History:
             self._step()
 
     def _step(self) -> None:
-        running_before = list(self.scheduler.running)
+        admissions = {sequence: sequence.num_admissions for sequence in self.alive}
         works = self.scheduler.schedule()
         check_works(works, self.scheduler, self.max_step_tokens)
         check_blocks(self.scheduler)
-        check_admissions(running_before, works, self.scheduler, self.max_step_tokens)
+        check_admissions(admissions, works, self.scheduler, self.max_step_tokens)
         tokens = self.device.run(works)
         for work in works:
             if work.samples:
@@ -135,8 +137,9 @@ class History:
 
     def _add_request(self) -> None:
         """One to three completions, or requests, of a prompt, which often begins like another one."""
-        prompt = ([1] * 20)[: self.chance.randint(1, 16)] + [self.chance.randint(1, 2)] * self.chance.randint(0, 5)
-        leader, adapter, has_leader = None, self.chance.choice([0, 0, 1]), self.chance.random() < 0.5
+        topic = self.chance.randint(1, 20)
+        prompt = [topic] * self.chance.randint(1, 16) + [self.chance.randint(1, 2)] * self.chance.randint(0, 5)
+        leader, adapter, has_leader = None, self.chance.choice([0, 0, 1]), self.chance.random() < 0.4
         for _ in range(self.chance.choice([1, 1, 1, 3])):
             sequence = Sequence(prompt, max_new_tokens=self.chance.randint(1, 24), adapter=adapter, leader=leader)
             if self.scheduler.fits(sequence.num_prompt + sequence.max_new_tokens):
@@ -181,12 +184,16 @@ def check_blocks(scheduler: Scheduler) -> None:
     assert len(set(slots)) == len(slots)
 
 
-def check_admissions(before: list[Sequence], works: list[Work], scheduler: Scheduler, max_step_tokens: int) -> None:
+def check_admissions(
+    before: dict[Sequence, int], works: list[Work], scheduler: Scheduler, max_step_tokens: int
+) -> None:
     """Who starts is first among those that could, has no token in flight and leaves the others a block each.
+
+    `before`: how often each sequence had been admitted before the step; one may be preempted and admitted in one step.
 
     Nobody waits who could start: that would be time lost, and a waiting sequence might never run.
     """
-    admitted = [sequence for sequence in scheduler.running if sequence not in before]
+    admitted = [sequence for sequence in scheduler.running if sequence.num_admissions > before[sequence]]
     could_start = [sequence for sequence in scheduler.waiting if not is_behind_leader(sequence)]
     for sequence in admitted:
         assert sequence.num_in_flight == 0
