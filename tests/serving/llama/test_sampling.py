@@ -113,14 +113,20 @@ def test_presence_and_frequency_count_generated_tokens_only():
     assert [choose(flat.clone(), [row]).item() for _ in range(4)] == [5, 5, 5, 0]  # 1, 0.35, 0.1, then below 0
 
 
-def test_eos_is_not_chosen_before_min_new_tokens():
-    certain = torch.zeros(1, 8)
-    certain[0, 2] = 100.0
-    for temperature in (0, 1.0):
-        row = choices(temperature=temperature, min_new_tokens=2)
-        chosen = [choose(certain.clone(), [row]).item() for _ in range(3)]
-        assert 2 not in chosen[:2]
-        assert chosen[2] == 2
+@pytest.mark.parametrize("eos_ids", [[2], [7, 2], [0, 4, 7]])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_no_eos_is_chosen_before_min_new_tokens(scores, eos_ids, temperature):
+    """As if the model had no such tokens: for every set of EOS ids, each of them the most likely one in turn."""
+    for likely in eos_ids:
+        certain = scores[:3].clone()
+        certain[:, likely] = 100.0
+        without = certain.clone()
+        without[:, eos_ids] = float("-inf")
+        request = Request(**{**DEFAULTS, "temperature": temperature, "min_new_tokens": 2})
+        row, free = Choices(request, 0, eos_ids=eos_ids), choices(temperature=temperature)
+        chosen = [choose(step.clone(), [row]).item() for step in certain[:, None]]
+        expected = [choose(step.clone(), [free]).item() for step in without[:2, None]]
+        assert chosen == [*expected, likely]
 
 
 def test_draws_follow_the_probabilities():
