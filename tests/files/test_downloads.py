@@ -19,6 +19,7 @@ from alpaca.errors import InputError, MissingInput, NotEnoughSpace
 from alpaca.files import downloads
 from alpaca.files.downloads import cache_folder, download, parse_address, upload
 from tests.conftest import ROOT
+from tests.disk_events import until_rename_to, watch_disk
 
 CONTENT = random.Random(0).randbytes(4_000_000)
 
@@ -134,6 +135,13 @@ def test_the_file_arrives_once(server):
     newer = download(server.url)
     assert newer != file
     assert newer.read_bytes() == CONTENT[::-1]
+
+
+def test_the_file_is_on_the_disk_before_it_takes_its_name(server, monkeypatch):
+    events = watch_disk(cache_folder() / "downloads", monkeypatch)
+    name = download(server.url).name
+    partial = f".{downloads._key(parse_address(server.url))}.partial"
+    assert partial in until_rename_to(events, name)
 
 
 def test_a_broken_connection_is_gone_on_with(server):

@@ -20,6 +20,7 @@ from alpaca.formats.gguf import writer
 from alpaca.formats.gguf.export import export
 from convert.export_gguf import parse_arguments
 from tests.conftest import ROOT
+from tests.disk_events import watch_disk
 from tests.formats.gguf_models import change_config, change_tensors, run, tensors_of, value, write_model
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
@@ -267,6 +268,12 @@ def test_damage_on_the_way_to_the_disk_is_found(folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"reads back otherwise than it was written \(\S+weight\)"):
         run(folder, tmp_path / "m.gguf", "--overwrite")
     assert (tmp_path / "m.gguf").read_text() == "old"
+
+
+def test_the_file_is_on_the_disk_before_it_takes_its_name(folder, tmp_path, monkeypatch):
+    events = watch_disk(tmp_path, monkeypatch)
+    run(folder, tmp_path / "m.gguf")
+    assert events == [("fsync", ".m.gguf.partial"), ("rename", "m.gguf"), ("fsync", ".")]
 
 
 @pytest.mark.parametrize("key", ["tokenizer.ggml.scores", "llama.rope.freq_base", "general.name"])
