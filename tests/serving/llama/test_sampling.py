@@ -63,6 +63,14 @@ def test_filters_keep_what_transformers_keeps_each_row_its_own(scores):
         assert set(kept) == transformers_keeps(scores[row], **options)
 
 
+@pytest.mark.parametrize(("top_p", "num_kept"), [(0.5, 1), (0.5001, 2), (0.75, 2), (0.875, 3), (0.9, 5)])
+def test_top_p_keeps_the_fewest_that_reach_it(top_p, num_kept):
+    """Probabilities 1/2, 1/4, 1/8, 1/16, 1/16: exact numbers, so that some reach top_p exactly; the last two tie."""
+    weights = torch.tensor([[1.0, 0.5, 0.25, 0.125, 0.125]])
+    (least,) = thresholds(weights, batch_of(choices(top_p=top_p)))
+    assert int((weights >= least).sum()) == num_kept
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_only_kept_tokens_are_chosen_and_all_of_them(scores, temperature):
     for options in FILTERS:
