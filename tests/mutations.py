@@ -87,7 +87,7 @@ MUTATIONS = [
         path="alpaca/serving/llama/planning.py",
         old='working *= 2 if device == "cuda" else 1',
         new="working *= 1",
-        killed_by="tests/serving/llama/test_plan.py",
+        killed_by="tests/serving/llama/test_plan.py::test_a_gpu_holds_the_working_memory_twice",
         why="the server runs out of GPU memory when it captures its graphs",
     ),
     Mutation(
@@ -137,7 +137,7 @@ MUTATIONS = [
         path="alpaca/serving/kernels/triton_linear.py",
         old="elements % 2 == 0, both >> 4, both & 15",
         new="elements % 2 == 0, both & 15, both >> 4",
-        killed_by="tests/serving/kernels/test_triton_linear.py::test_all_of_this_in_the_interpreter",
+        killed_by="tests/serving/kernels/test_triton_linear.py::test_dequantised_bit_for_bit",
         why="nf4 weights are swapped in pairs on a GPU",
     ),
     Mutation(
@@ -157,10 +157,10 @@ MUTATIONS = [
     ),
     Mutation(
         path="alpaca/formats/meta/layout.py",
-        old="return [embedding, *layers,",
-        new="return [embedding, *reversed(layers),",
-        killed_by="tests/formats/meta/test_convert_llama_weights_to_hf.py",
-        why="tensors are written in another order than Hugging Face's",
+        old='"lm_head.weight", 0)',
+        new='"lm_head.weight", 1)',
+        killed_by="tests/formats/meta/test_convert_llama_weights_to_hf.py::test_any_number_of_shards_gives_the_same_bytes",
+        why="shards of the head are joined along the wrong axis",
     ),
     Mutation(
         path="alpaca/formats/meta/checkpoint.py",
@@ -187,7 +187,7 @@ MUTATIONS = [
         path="alpaca/formats/gguf/model.py",
         old="if len(shape) == 1:",
         new="if not shape:",
-        killed_by="tests/formats/gguf/test_export_gguf.py",
+        killed_by="tests/formats/gguf/test_export_gguf.py::test_tensors_are_metas_own",
         why="llama.cpp refuses the norms' type",
     ),
     Mutation(
@@ -287,7 +287,7 @@ MUTATIONS = [
         path="alpaca/training/gradients.py",
         old="* math.ceil(len(indices) / run.settings",
         new="* math.floor(len(indices) / run.settings",
-        killed_by="tests/training/test_loop.py",
+        killed_by="tests/training/test_loop.py::test_losses_equal_a_plain_implementation",
         why="the loss of an incomplete batch is scaled wrongly",
     ),
     Mutation(
@@ -315,7 +315,7 @@ MUTATIONS = [
         path="alpaca/training/checkpoints/loading.py",
         old='torch.set_rng_state(state["cpu"])',
         new='state["cpu"]',
-        killed_by="tests/training/checkpoints/test_checkpoint.py::test_dropout_goes_on_where_it_was",
+        killed_by="tests/training/checkpoints/test_checkpoint.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit",
         why="a resumed run is not the uninterrupted one",
     ),
     Mutation(

@@ -1,12 +1,13 @@
 """The list of planted faults: its texts are there, and each named test sees its fault (slow).
 
-Each fault is planted in a copy of the tree, one process each, two at a time.
+Each fault is planted in a copy of the tree of its own, never in the checkout. `run_planted.py` runs the tests.
 """
 
+import json
+import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,64 +16,82 @@ from tests.conftest import ROOT
 from tests.mutations import MUTATIONS, Mutation
 
 COPIED = ("alpaca", "bench", "convert", "deploy", "script", "tests", "web", "predict.py", "train.py", "pyproject.toml")
-NUM_AT_ONCE = 2
-MOST_S = 300  # for one test, which takes a few seconds
-TESTS_FAILED = 1  # pytest's exit status; an error before a test could run has another
+MOST_S = 1800  # for all of them, which take a few minutes
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # two run at once
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # pytest warns of plugins that were imported before it ran
+    "TRITON_INTERPRET": "1",  # so that kernels are compared with their twins where there is no GPU
+}
+PASSED, FAILED = 0, 1  # pytest's exit statuses; others say that the test could not be run
+NOT_SEEN_BY_A_TEST = ("ImportError", "ModuleNotFoundError", "SyntaxError", "error at setup")
 
 
-def test_the_old_texts_occur_once():
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: f"{mutation.path}: {mutation.old}")
+def test_the_old_text_occurs_once(mutation: Mutation):
     """The list follows the code: a fault that cannot be planted is no test."""
-    for mutation in MUTATIONS:
-        count = (ROOT / mutation.path).read_text().count(mutation.old)
-        assert count == 1, (
-            f"tests/mutations.py: {mutation.path} has {mutation.old!r} {count} times, not once; "
-            "plant the fault in the line that replaced it"
-        )
-        assert mutation.new != mutation.old
-        assert (ROOT / mutation.killed_by.partition("::")[0]).is_file(), mutation.killed_by
+    count = (ROOT / mutation.path).read_text().count(mutation.old)
+    assert count == 1, (
+        f"tests/mutations.py: {mutation.path} has {mutation.old!r} {count} times, expected once; "
+        "plant the fault in the line that replaced it"
+    )
+    assert mutation.new != mutation.old
+    assert (ROOT / mutation.killed_by.partition("::")[0]).is_file(), f"no file for {mutation.killed_by}"
 
 
-def plant(mutation: Mutation, tree: Path) -> None:
-    """Copy the product and its tests into `tree` and put the fault into its file."""
+def copy_tree(tree: Path) -> Path:
+    """The product and its tests, in a new folder."""
     for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy2(source, tree / name)
-    path = tree / mutation.path
+            tree.mkdir(exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    return tree
+
+
+def plant(mutation: Mutation, tree: Path) -> Path:
+    """Copy the tree and put the fault into its file."""
+    path = copy_tree(tree) / mutation.path
     path.write_text(path.read_text().replace(mutation.old, mutation.new))
+    return tree
 
 
-def run_tests(names: list[str], tree: Path) -> subprocess.CompletedProcess[str]:
-    """Run tests in a tree, up to the first failure."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not slow", "--tb=line", *names]
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=MOST_S, check=False)
-
-
-def find_survival(mutation: Mutation, tree: Path) -> str | None:
-    """None where the named test fails on an assertion or an error in its own run; else what happened."""
-    tree.mkdir()
-    plant(mutation, tree)
-    done = run_tests([mutation.killed_by], tree)
-    shutil.rmtree(tree)
-    if done.returncode == TESTS_FAILED and "ImportError" not in done.stdout:
-        return None
-    fault = f"{mutation.path}: {mutation.new!r} for {mutation.old!r}"
-    return f"{fault} is not seen by {mutation.killed_by}:\n{done.stdout[-2000:]}"
+def run_planted(pairs: list[tuple[Path, str]]) -> dict[Path, dict[str, object]]:
+    """Run each test in its tree; what came of it by tree: status, seconds, output."""
+    command = [sys.executable, str(ROOT / "tests" / "run_planted.py"), *(str(part) for pair in pairs for part in pair)]
+    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=MOST_S, check=True)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    return {Path(result["tree"]): result for result in results}
 
 
 @pytest.mark.slow
-def test_the_named_tests_pass_without_a_fault():
+def test_the_named_tests_pass_without_a_fault(tmp_path: Path):
+    tree = copy_tree(tmp_path / "tree")
     names = sorted({mutation.killed_by for mutation in MUTATIONS})
-    done = run_tests(names, ROOT)
-    assert done.returncode == 0, done.stdout[-4000:]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", *names]
+    done = subprocess.run(
+        command, cwd=tree, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=MOST_S, check=False
+    )
+    assert done.returncode == PASSED, done.stdout[-4000:]
 
 
 @pytest.mark.slow
-def test_each_fault_is_seen(tmp_path):
-    trees = [tmp_path / str(number) for number in range(len(MUTATIONS))]
-    with ThreadPoolExecutor(NUM_AT_ONCE) as executor:
-        found = list(executor.map(find_survival, MUTATIONS, trees))
-    survivors = [text for text in found if text is not None]
-    assert not survivors, "\n\n".join(survivors)
+def test_each_fault_is_seen(tmp_path: Path):
+    trees = {plant(mutation, tmp_path / str(number)): mutation for number, mutation in enumerate(MUTATIONS)}
+    results = run_planted([(tree, mutation.killed_by) for tree, mutation in trees.items()])
+    assert results.keys() == trees.keys()
+    for tree, mutation in trees.items():
+        print(f"{results[tree]['seconds']:6.1f} s  {mutation.path}: {mutation.new!r}  {mutation.killed_by}")
+    survivors = [say_survival(mutation, results[tree]) for tree, mutation in trees.items()]
+    assert not any(survivors), "\n\n".join(filter(None, survivors))
+
+
+def say_survival(mutation: Mutation, result: dict[str, object]) -> str:
+    """ "" where the test ran and failed, else what happened instead."""
+    output = str(result["output"])
+    if result["status"] == FAILED and not any(text in output for text in NOT_SEEN_BY_A_TEST):
+        return ""
+    fault = f"{mutation.path}: {mutation.new!r} for {mutation.old!r}"
+    return f"{fault} is not seen by {mutation.killed_by} (status {result['status']}):\n{output[-2000:]}"

@@ -13,7 +13,15 @@ from alpaca.errors import InputError, MissingInput, NotEnoughSpace
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.llama.network import KeyValueCache
-from alpaca.serving.llama.planning import BLOCK_SIZE, MemoryPlan, max_running, plan_memory, weights_bytes, working_bytes
+from alpaca.serving.llama.planning import (
+    BLOCK_SIZE,
+    PREFILL_TOKENS,
+    MemoryPlan,
+    max_running,
+    plan_memory,
+    weights_bytes,
+    working_bytes,
+)
 from alpaca.serving.plan import main
 from alpaca.serving.settings import ServerSettings
 from tests.conftest import ROOT
@@ -108,6 +116,16 @@ def test_the_cache_gets_its_share_of_what_is_free(tmp_path):
         assert 0 <= room - found.kv_bytes < BLOCK_SIZE * found.kv_bytes_per_token  # not one block more would do
     on_cpu = plan(config, 80 * 10**9, device="cpu")
     assert on_cpu.kv_bytes <= 0.9 * 0.25 * 80 * 10**9
+
+
+def test_a_gpu_holds_the_working_memory_twice(tmp_path):
+    """Once in the graphs' own pool, once for steps with prompts."""
+    config = write_config(tmp_path, **SHAPES["7b"])
+    found = plan(config, 20 * 10**9)
+    one_step = working_bytes(
+        config, BF16, num_tokens=found.max_running + PREFILL_TOKENS["cuda"], num_sampled=found.max_running
+    )
+    assert found.working_bytes == 2 * one_step
 
 
 def test_a_wide_vocabulary_fits_a_cpu_with_room(tmp_path):
