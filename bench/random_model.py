@@ -31,7 +31,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(width=64, num_layers=2, num_heads=2, ffn_width=96),  # nothing to measure
+    "tiny": Shape(width=64, num_layers=2, num_heads=2, ffn_width=128),  # nothing to measure
     "20m": Shape(width=256, num_layers=4, num_heads=8, ffn_width=688),
     "46m": Shape(width=512, num_layers=4, num_heads=8, ffn_width=1376),
     "7b": Shape(width=4096, num_layers=32, num_heads=32, ffn_width=11008),

@@ -5,14 +5,14 @@ a part that is killed leaves what it has; a log a job; and the built kernels, pa
 a table of rows and of targets met and missed. The exit status is 1 if a row failed; a missed target is no failure.
 
 What the machine needs: one NVIDIA GPU of 80 GB with its driver; Python 3.12 with torch (CUDA), triton, transformers,
-peft, accelerate, safetensors, sentencepiece, numpy and pytest; this project's files. No network, no git. What is missing
-costs the rows that need it, and no others. Wheels of what the machine lacks go into the folder .whl/ of the project:
-cog, coglet and structlog for the rows over HTTP; bitsandbytes for QLoRA; trl, datasets and what datasets needs (pyarrow,
-pandas, multiprocess, dill, xxhash, multidict and its kin) for the row of TRL. Room for 14 GB in memory or on a disk.
+peft, accelerate, safetensors, sentencepiece, numpy and pytest; this project's files; room for 14 GB in memory or on a
+disk. No network, no git. What is missing costs the rows that need it, and no others. Wheels of what the machine lacks
+go into the folder .whl/ of the project: cog, coglet and structlog for the rows over HTTP; bitsandbytes for QLoRA; trl,
+datasets and what datasets needs (pyarrow, pandas, multiprocess, dill, xxhash and the like) for the row of TRL.
 
 variables:
   ALPACA_COMMIT          the commit, where there is no git to ask
-  ALPACA_REAL            the folder of real inputs: the 260K model with its published text, 4,000 examples, the tokenizer
+  ALPACA_REAL            the folder of real inputs: the 260K model with its published text, 4,000 examples, a tokenizer
   ALPACA_TRITON_CACHE    a folder that an earlier run has left its built kernels in (its OUT)
   ALPACA_BENCH_KEEP      leave the folder of random weights for the next part on the same machine
   ALPACA_BENCH_QUICK     tiny sizes, also on a CPU: whether the kit works; the figures mean nothing
@@ -81,7 +81,7 @@ def run(part: Part, record: Record, out: Path, *, deadline: float) -> None:
     run_job(part.name, MACHINE, record, last, environment)
     key = record.fact("kernel_cache_key")
     if key and key["device"] == "cpu" and not is_quick():
-        record.put({"name": part.name, "failure": "torch sees no GPU; ALPACA_BENCH_QUICK=1 tries the kit on a CPU"})
+        record.fail(part.name, "torch sees no GPU here; ALPACA_BENCH_QUICK=1 tries the kit on a CPU")
         return
     record.put_facts({"kernel_cache": take_kernels(kernels, key)})
     packed = _count_files(kernels)

@@ -97,6 +97,9 @@ def main() -> None:
     # The module's name, not this one's: run as __main__ it would be imported a second time.
     home = "machine_job" if job == "machine" else f"part_{part}"
     importlib.import_module(f"bench.gpu.{home}").JOBS[job](report)
+    report.channel.close()
+    sys.stderr.flush()
+    os._exit(0)  # all is told: a thread that hangs, or a library that fails while it is torn down, adds nothing
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from alpaca.training import model as training_model
-from bench.gpu.child import Report
+from bench.gpu.child import Report, free_memory
 from bench.gpu.model import DrawnAutoModel, hollow_folder
 from bench.gpu.scale import choose_scale
 from bench.machine import DEVICE, measure_matrix_rate, wake
@@ -16,10 +16,11 @@ Figures = dict[str, object]
 
 
 def train_row(report: Report, way: str, *, name: str, steps: int, folder: Path | None = None) -> None:
-    """One of bench.train's ways; its row grows with each step. `folder`: with real weights, where the way needs them."""
+    """One of bench.train's ways; its row grows with each step. `folder`: with real weights, where it must be read."""
     with report.guarded(name):
         wake()
         matrix_rate = measure_matrix_rate(choose_scale().matrix_width)
+        free_memory()  # the plan is made with what is free
 
         def on_step(rates: list[float]) -> None:
             known = {"tokens_per_second": statistics.median(rates[1:])} if rates[1:] else {}

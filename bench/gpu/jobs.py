@@ -65,9 +65,9 @@ def run_job(part: str, plan: JobPlan, record: Record, deadline: float, environme
     took = time.monotonic() - start
     print(f"{plan.name}: {took:.1f} s{'' if status == 0 else f', status {status}'}", file=sys.stderr, flush=True)
     if status is None:
-        record.put({"name": plan.name, "failure": f"ended after {took:.0f} s: its time was over"})
+        record.fail(plan.name, f"ended after {took:.0f} s: its time was over")
     elif status:
-        record.put({"name": plan.name, "failure": f"status {status} after {took:.0f} s: {_tail(log)}"})
+        record.fail(plan.name, f"status {status} after {took:.0f} s: {_tail(log)}")
 
 
 class _Job:

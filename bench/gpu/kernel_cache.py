@@ -8,7 +8,6 @@ code that will run: only take a cache that this project's own run has packed.
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import tarfile
@@ -156,7 +155,7 @@ def _extract_file(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Pat
     target.parent.mkdir(parents=True, exist_ok=True)
     with archive.extractfile(member) as source, open(target, "wb") as file:
         shutil.copyfileobj(source, file)
-    os.chmod(target, 0o755 if member.mode & 0o100 else 0o644)  # what torch's compiler builds may be run
+    target.chmod(0o755 if member.mode & 0o100 else 0o644)  # what torch's compiler builds may be run
 
 
 def _move_paths(folder: Path, *, before: Path, now: Path) -> None:

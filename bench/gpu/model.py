@@ -136,8 +136,8 @@ def filled_folder(shape: str, dtype: str) -> Iterator[Path]:
 
     It is removed in the end, unless ALPACA_BENCH_KEEP is set: a next part on the same machine then has it.
     """
-    specs_bytes = 2 * 10**10 if shape == "7b" else 10**9
-    folder = _roomy_place(specs_bytes) / f"alpaca-bench-{os.getuid()}-{shape}-{dtype}"
+    num_bytes = 2 * 10**10 if shape == "7b" else 10**9
+    folder = _roomy_place(num_bytes) / f"alpaca-bench-{os.getuid()}-{shape}-{dtype}"
     is_whole = folder / ".whole"
     if not (is_whole.is_file() and folder.stat().st_uid == os.getuid()):
         shutil.rmtree(folder, ignore_errors=True)
@@ -153,10 +153,8 @@ def filled_folder(shape: str, dtype: str) -> Iterator[Path]:
 
 def _roomy_place(num_bytes: int) -> Path:
     """/dev/shm where it and the memory behind it have room, else the folder for temporary files."""
-    if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > num_bytes:
-        if _available_memory() > 3 * num_bytes:
-            return _SHARED_MEMORY
-    return Path(tempfile.gettempdir())
+    has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > num_bytes
+    return _SHARED_MEMORY if has_room and _available_memory() > 3 * num_bytes else Path(tempfile.gettempdir())
 
 
 def _available_memory() -> int:

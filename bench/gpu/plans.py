@@ -128,7 +128,7 @@ PARTS = {
             help="bf16, int8 and nf4, sampling, first tokens, prefill, Cog's server; beside transformers",
             budget_s=300,
             stages=(
-                (JobPlan(name="engine", limit_s=150),),
+                (JobPlan(name="engine", limit_s=165),),
                 (JobPlan(name="int8", limit_s=60),),
                 (JobPlan(name="nf4", limit_s=60),),
                 (JobPlan(name="compiled", limit_s=110, least_s=30),),

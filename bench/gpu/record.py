@@ -44,6 +44,12 @@ class Record:
             self.rows[str(row["name"])] = row
             self._write(is_finished=False)
 
+    def fail(self, name: str, reason: str) -> None:
+        """Say of a row why it has no more than it has."""
+        with self._lock:
+            self.rows[name] = {**self.rows.get(name, {"name": name}), "failure": reason}
+            self._write(is_finished=False)
+
     def put_facts(self, facts: Mapping[str, object]) -> None:
         """Add what is true of the whole part: the card, versions, where kernels came from."""
         with self._lock:
