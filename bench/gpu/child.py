@@ -1,4 +1,4 @@
-"""One job of a part, in its own process: `python -m bench.gpu.child PART JOB SECONDS`, started by bench.gpu.jobs."""
+"""One job of a part, in its own process: `python -m bench.gpu.child MODULE JOB SECONDS`, by bench.gpu.jobs."""
 
 import contextlib
 import gc
@@ -90,13 +90,11 @@ def end_with_parent() -> None:
 
 
 def main() -> None:
-    part, job, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    module, job, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
     report = Report(channel=open_channel(), deadline=time.monotonic() + seconds)
     end_with_parent()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # The module's name, not this one's: run as __main__ it would be imported a second time.
-    home = "machine_job" if job == "machine" else f"part_{part}"
-    importlib.import_module(f"bench.gpu.{home}").JOBS[job](report)
+    importlib.import_module(module).JOBS[job](report)
     report.channel.close()
     sys.stderr.flush()
     os._exit(0)  # all is told: a thread that hangs, or a library that fails while it is torn down, adds nothing

@@ -30,6 +30,7 @@ class JobPlan:
     name: str
     limit_s: float
     least_s: float = 10.0
+    module: str = ""  # that has it in its JOBS; the part's own by default
 
 
 def run_stages(
@@ -57,7 +58,8 @@ def run_job(part: str, plan: JobPlan, record: Record, deadline: float, environme
     start = time.monotonic()
     print(f"{plan.name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
     with open(log, "w", encoding="utf-8") as errors:
-        job = _Job(part, plan.name, seconds=seconds, errors=errors, environment=environment)
+        module = plan.module or f"bench.gpu.part_{part}"
+        job = _Job(module, plan.name, seconds=seconds, errors=errors, environment=environment)
         try:
             status = job.follow(record, seconds=seconds)
         finally:
@@ -73,8 +75,10 @@ def run_job(part: str, plan: JobPlan, record: Record, deadline: float, environme
 class _Job:
     """A child process, the pipe its rows come through, and the pipe whose end tells it that nobody listens."""
 
-    def __init__(self, part: str, name: str, *, seconds: float, errors: object, environment: Mapping[str, str]) -> None:
-        command = [sys.executable, "-m", "bench.gpu.child", part, name, f"{seconds:.1f}"]
+    def __init__(
+        self, module: str, name: str, *, seconds: float, errors: object, environment: Mapping[str, str]
+    ) -> None:
+        command = [sys.executable, "-m", "bench.gpu.child", module, name, f"{seconds:.1f}"]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             text=True, start_new_session=True,
@@ -93,13 +97,14 @@ class _Job:
         return status
 
     def _read(self, record: Record) -> None:
-        for line in self._process.stdout:
-            with contextlib.suppress(ValueError):  # a line that was cut off
-                message = json.loads(line)
-                if "facts" in message:
-                    record.put_facts(message["facts"])
-                else:
-                    record.put(message["row"])
+        with self._process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):  # a line that was cut off
+                    message = json.loads(line)
+                    if "facts" in message:
+                        record.put_facts(message["facts"])
+                    else:
+                        record.put(message["row"])
 
     def _end(self) -> None:
         self._process.terminate()

@@ -102,11 +102,16 @@ def twin_of(engine: Engine, folder: Path, dtype: str) -> PreTrainedModel:
     return twin
 
 
-def drawn_model(folder: Path, dtype: str) -> PreTrainedModel:
-    """transformers' model of the folder's config on the device, with transformers' own random weights."""
+def drawn_model(folder: Path, dtype: str, *, attention: str | None = None) -> PreTrainedModel:
+    """transformers' model of the folder's config on the device, with transformers' own random weights.
+
+    attention: by transformers' name of it; None for its own choice.
+    """
     config = AutoConfig.from_pretrained(folder)
     with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), **({"attn_implementation": attention} if attention else {})
+        )
     model.generation_config.eos_token_id = None
     return model.eval()
 

@@ -9,14 +9,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from alpaca.data.batching import collate
-from alpaca.data.examples import EncodedDataset, encode_examples, read_examples
+from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples, read_examples
 from alpaca.tokenizer import load_tokenizer
 from bench.gpu.child import Report
 from bench.gpu.fine_tuning import examples_path
@@ -83,8 +82,7 @@ def train_with_trl(report: Report) -> None:
     if missing:
         report.row(name, left_out=f"not run: {' and '.join(missing)} not installed")
         return
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    import trl
 
     with report.guarded(name), hollow_folder(scale.shape, _dtype()) as folder:
         data, _ = encode(folder, scale)
@@ -92,14 +90,15 @@ def train_with_trl(report: Report) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         with tempfile.TemporaryDirectory() as out:
-            settings, fused = trl_settings(SFTConfig, trainer_settings(out, scale), scale)
-            trainer = SFTTrainer(
-                model=adapted_model(folder), args=SFTConfig(**settings), processing_class=tokenizer,
-                train_dataset=Dataset.from_list(lists_of(data)), callbacks=[timer],
+            args = trl.SFTConfig(**trl_settings(trainer_settings(out, scale)))
+            trainer = trl.SFTTrainer(
+                model=adapted_model(folder), args=args, processing_class=tokenizer, train_dataset=table_of(data),
+                callbacks=[timer],
             )  # fmt: skip
             trainer.data_collator = timer.counting(trainer.data_collator)
             attention = trainer.model.config._attn_implementation
-            run_trainer(report, name, trainer, timer, attention=attention, head=fused)
+            head = "liger" if args.use_liger_kernel else f"trl {trl.__version__}, loss_type {args.loss_type}"
+            run_trainer(report, name, trainer, timer, attention=attention, head=head)
 
 
 def run_trainer(report: Report, name: str, trainer: Trainer, timer: StepTimer, **more: object) -> None:
@@ -129,16 +128,15 @@ def trainer_settings(out: str, scale: Scale) -> dict[str, object]:
     }  # fmt: skip
 
 
-def trl_settings(config_class: type, settings: dict[str, object], scale: Scale) -> tuple[dict[str, object], str]:
-    """The same for TRL, without padding and with the leanest head that this version has; and what that head is."""
-    known = {item.name for item in fields(config_class)}
-    made = {**settings, "max_length": scale.max_length, "padding_free": True, "completion_only_loss": True}
-    made.pop("remove_unused_columns")
-    if importlib.util.find_spec("liger_kernel") is not None:
-        return {**made, "use_liger_kernel": True}, "liger"
-    if "loss_type" in known and "chunked_nll" in (config_class.__doc__ or ""):
-        return {**made, "loss_type": "chunked_nll"}, "chunked_nll"
-    return made, "plain: this version has no fused one"
+def trl_settings(settings: dict[str, object]) -> dict[str, object]:
+    """The same for TRL, without padding.
+
+    Its head computes target positions alone: liger's where that is installed, else TRL's own, the default of its
+    releases since 1.6.
+    """
+    made = {name: value for name, value in settings.items() if name != "remove_unused_columns"}
+    made |= {"max_length": None, "padding_free": True, "completion_only_loss": True}  # they are cut already
+    return {**made, "use_liger_kernel": importlib.util.find_spec("liger_kernel") is not None}
 
 
 def encode(folder: Path, scale: Scale) -> tuple[EncodedDataset, int]:
@@ -153,20 +151,26 @@ def tensors_of(data: EncodedDataset) -> Sequence[Feature]:
     return [dict(zip(("input_ids", "labels"), data.example(index), strict=True)) for index in range(len(data))]
 
 
-def lists_of(data: EncodedDataset) -> list[Feature]:
+def table_of(data: EncodedDataset) -> object:
     """The same as TRL reads examples that are encoded already: ids, and which of them carry loss."""
-    made = []
-    for index in range(len(data)):
-        ids, labels = data.example(index)
-        made.append({"input_ids": ids.tolist(), "completion_mask": (labels >= 0).long().tolist()})
-    return made
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    examples = [data.example(index) for index in range(len(data))]
+    columns = {
+        "input_ids": [ids.tolist() for ids, _ in examples],
+        "completion_mask": [(labels != MASKED_LABEL).long().tolist() for _, labels in examples],
+    }
+    # Named by hand: datasets would hash the table, at which it fails with some releases of pyarrow (5.2 with 26).
+    return Dataset(InMemoryTable.from_pydict(columns), fingerprint="alpaca-bench")
 
 
 def adapted_model(folder: Path) -> torch.nn.Module:
     """LoRA of rank 8 on query and value, as the recipe has it, on a model that was drawn on the device."""
     from peft import LoraConfig, get_peft_model
 
-    model = drawn_model(folder, _dtype())
+    has_flash = DEVICE == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    model = drawn_model(folder, _dtype(), attention="flash_attention_2" if has_flash else None)
     model.config.use_cache = False
     settings = LoraConfig(
         task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], bias="none"

@@ -9,7 +9,7 @@ from bench.targets import Target
 Row = Mapping[str, object]
 Rows = Mapping[str, Row]
 
-MACHINE = JobPlan(name="machine", limit_s=60)
+MACHINE = JobPlan(name="machine", limit_s=60, module="bench.gpu.machine_job")
 
 
 @dataclass(frozen=True, kw_only=True)
