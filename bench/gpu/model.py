@@ -25,7 +25,7 @@ from bench.machine import DEVICE
 from bench.random_model import SHAPES, Shape, random_tensor, write_hollow_llama, write_random_llama
 
 KEEP_VARIABLE = "ALPACA_BENCH_KEEP"
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @contextlib.contextmanager
@@ -158,8 +158,8 @@ def filled_folder(shape: str, dtype: str) -> Iterator[Path]:
 
 def _roomy_place(num_bytes: int) -> Path:
     """/dev/shm where it and the memory behind it have room, else the folder for temporary files."""
-    has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > num_bytes
-    return _SHARED_MEMORY if has_room and _available_memory() > 3 * num_bytes else Path(tempfile.gettempdir())
+    has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > num_bytes
+    return SHARED_MEMORY if has_room and _available_memory() > 3 * num_bytes else Path(tempfile.gettempdir())
 
 
 def _available_memory() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.cold_start import BASELINE, ENGINE, Start, start_script, start_server
 from bench.gpu import kernel_cache
 from bench.gpu.child import Report
-from bench.gpu.model import filled_folder
+from bench.gpu.model import SHARED_MEMORY, filled_folder
 from bench.gpu.scale import choose_scale
 from bench.machine import DEVICE
 
@@ -20,7 +20,7 @@ def measure_starts(report: Report) -> None:
     scale = choose_scale()
     start = time.perf_counter()
     with report.guarded("folder"), filled_folder(scale.shape, scale.dtype) as folder:
-        report.row("folder", seconds=round(time.perf_counter() - start, 1), place=str(folder.parent))
+        report.row("folder", seconds=round(time.perf_counter() - start, 1), is_in_memory=folder.parent == SHARED_MEMORY)
         arguments = [str(folder.absolute()), DEVICE, scale.dtype, "llama"]
         has_kernels = any(Path(os.environ.get("TRITON_CACHE_DIR", "nowhere")).glob("*/*.cubin"))
         if not has_kernels:

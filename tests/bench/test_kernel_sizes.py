@@ -1,0 +1,46 @@
+"""Kernels at LLaMA-7B's shapes fit an H100's multiprocessor, as far as a compiler without a GPU can tell."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from alpaca.serving import triton_ops
+from bench.gpu import kernel_sizes
+from bench.gpu.kernel_sizes import compile_launches, measure_kernels, programs_per_multiprocessor
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def test_programs_by_hand():
+    assert programs_per_multiprocessor(128, 0, 4) == 4  # 65,536 / (128 * 128 threads)
+    assert programs_per_multiprocessor(121, 0, 4) == 4  # by steps of 256 registers a warp: as 128
+    assert programs_per_multiprocessor(32, 100 << 10, 4) == 2
+    assert programs_per_multiprocessor(16, 0, 8) == 8  # 2,048 threads
+    assert programs_per_multiprocessor(16, 0, 1) == 32
+
+
+def test_launches_are_compiled_and_the_kernels_put_back():
+    before = triton_ops._rms_norm_kernel
+    x, weight = torch.empty(32, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(4096, device="meta")
+    (row,) = compile_launches("norm", [triton_ops], lambda: triton_ops.rms_norm(x, weight, 1e-6))
+    assert triton_ops._rms_norm_kernel is before
+    assert (row["setting"], row["kernel"], row["num_warps"]) == ("norm", "_rms_norm_kernel", 8)
+    assert row["programs"] == [32]
+    assert row["constants"] == {"width": 4096, "block": 4096, "adds_residual": False}
+    assert 0 < row["registers"] < 256
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_at_7bs_shapes():
+    rows = measure_kernels()
+    assert {row["kernel"] for row in rows} >= {
+        "_attention_kernel", "_combine_kernel", "_int8_one_row", "_nf4_one_row", "_int8_few_rows", "_nf4_few_rows",
+        "_shrink_kernel", "_expand_kernel", "_adamw_kernel",
+    }  # fmt: skip
+    assert [row for row in rows if row["spilled_bytes"]] == []
+    assert max(row["shared_bytes"] for row in rows) <= 227 << 10
+    assert "_adamw_kernel" in kernel_sizes.describe(rows)
