@@ -1,12 +1,16 @@
 """Kernels at LLaMA-7B's shapes fit an H100's multiprocessor, as far as a compiler without a GPU can tell."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from alpaca.serving import triton_ops
-from bench.gpu import kernel_sizes
+from bench.gpu import kernel_cache, kernel_sizes
+from bench.gpu.builds import BuildLog
 from bench.gpu.kernel_sizes import compile_launches, measure_kernels, programs_per_multiprocessor
 
 
@@ -44,3 +48,28 @@ def test_no_kernel_spills_at_7bs_shapes():
     assert [row for row in rows if row["spilled_bytes"]] == []
     assert max(row["shared_bytes"] for row in rows) <= 227 << 10
     assert "_adamw_kernel" in kernel_sizes.describe(rows)
+
+
+def test_kernels_that_have_moved_with_their_cache_are_found_again(tmp_path, monkeypatch):
+    """What the kit carries from machine to machine, with Triton's own compiler and cache."""
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+    x, weight = torch.empty(4, 512, dtype=torch.bfloat16, device="meta"), torch.empty(512, device="meta")
+    there, here = tmp_path / "there" / "kernels", tmp_path / "here" / "kernels"
+
+    def build(folder: Path) -> list[dict[str, object]]:
+        monkeypatch.setenv("TRITON_CACHE_DIR", kernel_cache.environment(folder)["TRITON_CACHE_DIR"])
+        log = BuildLog()
+        list(compile_launches("norm", [triton_ops], lambda: triton_ops.rms_norm(x, weight, 1e-6)))
+        return [row for _, row in log.rows([triton_ops])]
+
+    (built,) = build(there)
+    assert (built["kernel"], built["from_cache"], built["num_warps"]) == ("_rms_norm_kernel", False, 1)
+    assert built["build_s"] > 0
+    assert built["constants"] == {"width": 512, "block": 512, "adds_residual": False}
+    kernel_cache.pack(there, tmp_path, {"device": "H100"})
+    kernel_cache.unpack(tmp_path, here, {"device": "H100"})
+    shutil.rmtree(there)
+    (found,) = build(here)
+    assert found["from_cache"] is True
