@@ -20,8 +20,8 @@ from alpaca import cpu_threads
 
 cpu_threads.set_defaults()  # before anything below imports torch
 
-from alpaca.archives import open_weights
 from alpaca.errors import AlpacaError
+from alpaca.files.places import open_weights
 from alpaca.serving.housekeeping import Phases, PredictionFolders, process_age_s
 
 if TYPE_CHECKING:

@@ -65,7 +65,7 @@ def main() -> None:
     """Parse the command line and train; several processes started by torchrun share the work."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("alpaca").setLevel(logging.INFO if _is_main() else logging.ERROR)
-    from alpaca.training.flags import parse_flags
+    from alpaca.training.configuration.flags import parse_flags
 
     config = parse_flags(sys.argv[1:])
     from alpaca.training.distributed import leave_world  # after the flags: these imports take seconds

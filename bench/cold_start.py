@@ -32,7 +32,7 @@ from bench.provenance import ROOT, provenance
 from bench.random_model import SHAPES, model_folder
 from bench.serve_report import median
 from bench.targets import Target, rounded
-from script.local_server import LocalServer, stop_children_on_sigterm
+from deploy.local_server import LocalServer, stop_children_on_sigterm
 
 _READY_LINE = re.compile(r"ready: (.*)")
 _PHASE = re.compile(r"([a-z][a-z ]*) (\d+\.\d+) s\b")

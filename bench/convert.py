@@ -32,11 +32,14 @@ import torch
 from tqdm import tqdm
 
 from alpaca.errors import MissingInput, run_command
-from alpaca.hf_files import TensorSpec, WeightsFolder, require_free_space, write_weights
-from alpaca.tokenizer import SentencePieceTokenizer
+from alpaca.files.outputs import require_free_space
+from alpaca.formats.hf.folder import TensorSpec, WeightsFolder
+from alpaca.formats.hf.writing import write_weights
+from alpaca.formats.meta import checkpoint as meta_files
+from alpaca.formats.meta import layout
+from alpaca.text.sentencepiece import SentencePieceTokenizer
 from bench.provenance import REAL, ROOT, provenance
 from bench.random_model import Shape, write_random_llama
-from convert import layout, meta_files
 
 WORK = ROOT / ".bench"
 THEIR_VERSION = "4.46.3"
@@ -260,7 +263,7 @@ def num_layers(gigabytes: float, vocab_size: int) -> int:
 def make_checkpoint(gigabytes: float, num_shards: int, tokenizer: Path) -> Path:
     """A random float16 LLaMA of LLaMA-7B's proportions, half as wide, with as many layers as the size asks for."""
     vocab_size = SentencePieceTokenizer(tokenizer).size
-    shape = layout.ModelShape(
+    shape = layout.describe(
         width=_WIDTH, num_layers=num_layers(gigabytes, vocab_size), num_heads=_HEADS, num_kv_heads=_HEADS,
         ffn_width=layout.ffn_width(_WIDTH, _MULTIPLE_OF, None), vocab_size=vocab_size, norm_eps=1e-6, rope_theta=1e4,
     )  # fmt: skip

@@ -28,8 +28,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alpaca.data.examples import MASKED_LABEL, EncodedDataset, Example, encode_examples, read_examples
 from alpaca.errors import InputError, MissingInput, run_command
-from alpaca.prompts import alpaca_prompt
-from alpaca.tokenizer import PAD_TOKEN, SentencePieceTokenizer, write_llama_tokenizer
+from alpaca.text.prompts import alpaca_prompt
+from alpaca.text.sentencepiece import SentencePieceTokenizer, write_llama_tokenizer
+from alpaca.text.tokenizer import PAD_TOKEN
 from bench.provenance import REAL, ROOT, provenance
 
 MAX_LENGTH = 512

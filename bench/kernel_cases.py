@@ -17,10 +17,10 @@ from types import ModuleType
 import torch
 from torch.nn import functional
 
-from alpaca.quantization import Int8Weight, Nf4Weight, quantize_parts
-from alpaca.serving import linear, ops
-from alpaca.serving.ops import AttentionBatch
-from alpaca.serving.plan import BLOCK_SIZE
+from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight, quantize_parts
+from alpaca.serving.kernels import linear, ops
+from alpaca.serving.kernels.ops import AttentionBatch
+from alpaca.serving.llama.planning import BLOCK_SIZE
 from bench.random_model import CONTEXT, SHAPES, VOCAB_SIZE, Shape
 from bench.stopwatch import Call
 

@@ -11,8 +11,11 @@ import torch
 from transformers import LlamaConfig
 
 from alpaca.errors import MissingInput
-from alpaca.hf_files import SAFETENSORS_NAMES, TensorSpec, require_free_space, write_json, write_weights
-from alpaca.tokenizer import SentencePieceTokenizer, write_llama_tokenizer
+from alpaca.files.atomic import write_json
+from alpaca.files.outputs import require_free_space
+from alpaca.formats.hf.folder import SAFETENSORS_NAMES, TensorSpec
+from alpaca.formats.hf.writing import write_weights
+from alpaca.text.sentencepiece import SentencePieceTokenizer, write_llama_tokenizer
 from bench.machine import DEVICE
 from bench.provenance import REAL
 

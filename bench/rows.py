@@ -5,9 +5,9 @@ import random
 from dataclasses import dataclass, field
 
 from alpaca.errors import InputError
-from alpaca.prompts import RAW_TEMPLATE
 from alpaca.serving.request import PredictionInputs
-from alpaca.tokenizer import Tokenizer
+from alpaca.text.prompts import RAW_TEMPLATE
+from alpaca.text.tokenizer import Tokenizer
 from bench.machine import DEVICE
 
 BASELINES = ("generate", "compiled", "batching")

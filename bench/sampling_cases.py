@@ -5,7 +5,7 @@ from functools import cache, partial
 
 import torch
 
-from alpaca.serving.sampling import SamplingBatch, at_least_float32, sample
+from alpaca.serving.llama.sampling import SamplingBatch, at_least_float32, sample
 from bench.kernel_cases import Case, Plan, name_of, random
 
 SAMPLINGS = {"greedy": (0.0, 1.0), "sampled": (0.75, 1.0), "top_p": (0.75, 0.9)}  # temperature, top_p

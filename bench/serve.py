@@ -41,7 +41,7 @@ from alpaca.errors import InputError, run_command
 from alpaca.serving.engine import Engine
 from alpaca.serving.loading import load_engine
 from alpaca.serving.settings import ServerSettings
-from alpaca.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from bench.machine import DEVICE, describe_device, measure_bandwidth, others_cpu_seconds
 from bench.provenance import provenance
 from bench.random_model import SHAPES, model_folder
@@ -60,7 +60,7 @@ from bench.ways import (
     load_model,
     make_requests,
 )
-from script.local_server import running_server, stop_children_on_sigterm
+from deploy.local_server import running_server, stop_children_on_sigterm
 
 PACKAGES = ("torch", "transformers")
 _LOADING_LIMIT_S = 300.0

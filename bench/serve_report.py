@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from alpaca.hf_files import WeightsFolder
+from alpaca.formats.hf.folder import WeightsFolder
 from bench.machine import DEVICE
 from bench.rows import BASELINES, SAMPLINGS, Row, Sample, num_streams, num_together
 from bench.targets import Target, rounded

@@ -2,7 +2,7 @@
 
     python -m bench.similarity
 
-full:     alpaca.data.similarity.InstructionPool.compare: the 10 nearest and the mean score, whatever the candidate.
+full:     InstructionPool.compare: the 10 nearest and the mean score, whatever the candidate.
 judge:    what generation calls: where a score is above 0.7 that alone, found among the few texts that the bound leaves.
 original: its way: a pool of 16 processes made for the candidate, rouge_score's function mapped over all texts, then the
           10 highest and the mean.
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from alpaca.data.similarity import InstructionPool
+from alpaca.data.generation.similarity import InstructionPool
 from alpaca.errors import InputError, MissingPackage, run_command
 from bench.provenance import REAL, ROOT, provenance
 

@@ -128,12 +128,12 @@ def run_row(
     config: BenchConfig, row: str, folder: Path, *, on_step: Callable[[list[float]], None] | None = None
 ) -> dict:
     """Train for `steps` steps and say how it went. In each step `on_step` hears the rates of the steps before it."""
-    from alpaca.training import loop
-    from alpaca.training.config import make_config
-    from alpaca.training.plan import count_flops, share_of_peak
+    from alpaca.training import gradients, loop
+    from alpaca.training.configuration.config import make_config
+    from alpaca.training.planning.plan import count_flops, share_of_peak
 
     if row == "packed all":
-        loop.pack = pack_with_all_logits
+        gradients.pack = pack_with_all_logits
     runs, prepare = [], loop.prepare
     loop.prepare = lambda *arguments: runs.append(prepare(*arguments)) or runs[0]
     loop.finish = lambda run, **rest: None

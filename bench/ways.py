@@ -29,7 +29,7 @@ from transformers import (
 
 from alpaca.serving.engine import Engine, Generation, GenerationCancelledError, TokenEvent
 from alpaca.serving.request import NO_ADAPTERS, AdapterNames, PredictionInputs, Request, make_request
-from alpaca.tokenizer import Tokenizer
+from alpaca.text.tokenizer import Tokenizer
 from bench.load import Load, Plan
 from bench.machine import DEVICE
 from bench.provenance import ROOT

@@ -15,11 +15,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "script")]
-
-from local_server import LocalServer, running_server, stop_children_on_sigterm  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from alpaca.data.examples import Example, read_examples, split_examples  # noqa: E402
+from deploy.local_server import LocalServer, running_server, stop_children_on_sigterm  # noqa: E402
 
 WORK = Path(".demo")
 DATA = Path("alpaca/data/sample.json")

@@ -1,57 +1,98 @@
-"""The import rule of the design: an arrow that is not drawn is a mistake."""
+"""The rooms of the tree: arrows between them run one way, nothing goes round in a circle, and no room is too full."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-STAGES = {"data", "training", "serving"}
-ALLOWED_BETWEEN_STAGES = {("training", "data")}
-NOBODY_IMPORTS = {"convert", "bench", "web", "predict", "train", "tests", "script"}
-COG_USERS = {"predict.py", "train.py", "script/schema.py"}
-FILES = sorted(path for folder in ("alpaca", "convert") for path in (ROOT / folder).rglob("*.py"))
+# A room imports itself and the rooms before it; of those on one line, none imports another.
+LAYERS = (
+    {"alpaca.errors", "alpaca.memory", "alpaca.cpu_threads"},
+    {"alpaca.architecture", "alpaca.files", "alpaca.pages"},
+    {"alpaca.text"},
+    {"alpaca.formats"},
+    {"alpaca.data"},
+    {"alpaca.training", "alpaca.serving"},
+    {"convert", "predict", "train"},
+    {"deploy"},
+    {"bench", "web", "script"},
+)
+MAY_NOT_IMPORT = {"web": {"alpaca.serving", "alpaca.training", "predict", "train"}}  # the page talks HTTP
+COG_USERS = {"predict.py", "train.py", "deploy/schema.py"}
+MOST_FILES = 11
+ROOMS = ("alpaca", "convert", "deploy", "web", "bench", "script")
+SOURCES = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")] + [ROOT / "predict.py", ROOT / "train.py"]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in SOURCES}
 
 
 def imported(path: Path) -> set[str]:
-    """The modules a file names in its imports, wherever they stand."""
+    """The names a file imports, wherever the statement stands: modules, and what is taken from them."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def stage(name: str) -> str | None:
-    parts = name.split(".")
-    return parts[1] if parts[0] == "alpaca" and len(parts) > 1 and parts[1] in STAGES else None
+def own_imports(module: str) -> set[str]:
+    """The project's modules that a module imports."""
+    names = imported(MODULES[module])
+    return (
+        {name for name in names if name in MODULES} | {name.rpartition(".")[0] for name in names}
+    ) & MODULES.keys() - {module}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_arrows(path):
-    relative = path.relative_to(ROOT)
-    own = relative.parts[1] if relative.parts[0] == "alpaca" and relative.parts[1] in STAGES else None
-    for name in imported(path):
-        first = name.split(".")[0]
-        allowed_first = NOBODY_IMPORTS - ({"convert"} if relative.parts[0] == "convert" else set())
-        assert first not in allowed_first, f"{relative} imports {name}"
-        other = stage(name)
-        if other and other != own:
-            assert own, f"{relative}, a root module, imports the stage {name}"
-            assert (own, other) in ALLOWED_BETWEEN_STAGES, f"{relative} imports {name}"
-        if relative.parts[0] == "convert":
-            assert other is None, f"{relative} imports {name}"
+def room_of(module: str) -> str:
+    return ".".join(module.split(".")[:2]) if module.startswith("alpaca.") else module.split(".")[0]
+
+
+def layer_of(room: str) -> int:
+    return next(number for number, rooms in enumerate(LAYERS) if room in rooms)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "alpaca"])
+def test_arrows_run_one_way(module):
+    room = room_of(module)
+    for other in map(room_of, own_imports(module) - {"alpaca"}):
+        assert other == room or layer_of(other) < layer_of(room), f"{module} imports from {other}"
+        assert other not in MAY_NOT_IMPORT.get(room, ()), f"{module} imports from {other}"
+
+
+def test_no_import_circle():
+    """Statements inside functions and under TYPE_CHECKING count, too."""
+    graph = {module: own_imports(module) for module in MODULES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"modules import each other in a circle: {' <- '.join(error.args[1])}")
+
+
+def test_no_room_is_too_full():
+    full = {}
+    for folder in {path.parent for path in (ROOT / "alpaca").rglob("*.py")}:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        if len(files) > MOST_FILES:
+            full[str(folder.relative_to(ROOT))] = len(files)
+    assert not full
 
 
 def test_only_these_import_cog():
     users = {
         str(path.relative_to(ROOT))
         for path in ROOT.rglob("*.py")
-        if not {".venv", ".bench"} & set(path.relative_to(ROOT).parts)
+        if not {".venv", ".venv.old", ".bench"} & set(path.relative_to(ROOT).parts)
         and any(name.split(".")[0] in ("cog", "coglet") for name in imported(path))
     }
     assert users == COG_USERS
@@ -61,6 +102,7 @@ def test_packages_have_empty_inits():
     assert not [path for path in ROOT.glob("alpaca/**/__init__.py") if path.read_text()]
 
 
-def test_scheduler_side_of_serving_needs_no_torch():
-    for name in ("request", "detokenize", "engine", "settings", "cache", "scheduler", "housekeeping"):
-        assert not [n for n in imported(ROOT / f"alpaca/serving/{name}.py") if n.split(".")[0] == "torch"]
+def test_the_deciding_side_of_serving_needs_no_torch():
+    decides = ("request", "detokenize", "engine", "settings", "housekeeping", "llama.cache", "llama.scheduler")
+    for name in decides:
+        assert not [n for n in imported(MODULES[f"alpaca.serving.{name}"]) if n.split(".")[0] == "torch"]

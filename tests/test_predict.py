@@ -13,19 +13,19 @@ from concurrent.futures import Future
 import httpx
 import pytest
 import torch
-from local_server import LocalServer, ServerFailedError, running_server
 
 from alpaca.errors import InputError
 from alpaca.memory import free_memory
 from alpaca.serving.engine import Generation
 from alpaca.serving.housekeeping import PredictionFolders
-from alpaca.serving.llama import LlamaConfig
+from alpaca.serving.llama.planning import BLOCK_SIZE, max_running, working_bytes
+from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.loading import load_engine
-from alpaca.serving.plan import BLOCK_SIZE, max_running, working_bytes
 from alpaca.serving.request import PredictionInputs
 from alpaca.serving.settings import ServerSettings
+from deploy.local_server import LocalServer, ServerFailedError, running_server
 from tests.conftest import ROOT
-from tests.serving.test_llama_engine import request
+from tests.serving.llama.test_llama_engine import request
 
 RAW = {"prompt": "", "prompt_template": "{prompt}"}
 LONG = {**RAW, "max_new_tokens": 400, "min_new_tokens": 400, "seed": 1, "stream": True}
@@ -57,10 +57,12 @@ class ScarceServer:
 
 @pytest.fixture(scope="module")
 def scarce(llama_folder) -> Iterator[ScarceServer]:
-    settings, config = ServerSettings(concurrency=4), LlamaConfig.read(llama_folder)
+    settings, config = ServerSettings(concurrency=4), read_llama(llama_folder)
     rows = max_running(settings)
     wanted = working_bytes(config, torch.float32, num_tokens=rows + 128, num_sampled=rows)
-    wanted += 4 * 145 * BLOCK_SIZE * config.kv_bytes_per_token(torch.float32)  # of which the cache gets a quarter
+    wanted += (
+        4 * 145 * BLOCK_SIZE * config.kv_elements_per_token() * torch.float32.itemsize
+    )  # of which the cache gets a quarter
     fraction = wanted / free_memory(torch.device("cpu"))
     flags = ["--weights", str(llama_folder), "--concurrency", "4", "--memory_fraction", str(fraction)]
     with running_server(flags, on_failure=print) as server:
@@ -106,7 +108,8 @@ def in_threads(count: int, function: Callable[[int], object]) -> list:
 
 
 def test_published_text_over_http(tmp_path, real):
-    from convert.convert_llama_weights_to_hf import convert, parse_arguments
+    from alpaca.formats.meta.to_hf import convert
+    from convert.convert_llama_weights_to_hf import parse_arguments
 
     flags = ["--input_dir", str(real / "unconverted-weights"), "--model_size", "260K", "--output_dir", str(tmp_path)]
     folder = convert(parse_arguments(flags))
@@ -210,7 +213,7 @@ def test_the_second_time_a_prompt_is_found_in_the_cache(server):
 def test_beam_search_says_which_engine_it_is(server, llama_folder):
     from transformers import LlamaForCausalLM
 
-    from alpaca.tokenizer import load_tokenizer
+    from alpaca.text.loading import load_tokenizer
 
     asked = {**RAW, "prompt": "The capital of", "num_beams": 3, "n": 2, "max_new_tokens": 8, "min_new_tokens": 8}
     prediction = server.predict(asked)
@@ -481,7 +484,7 @@ def test_one_signal_stops_server_and_worker(llama_folder):
 def test_script_predict_ended_by_a_signal_leaves_no_server(llama_folder):
     import psutil
 
-    command = [sys.executable, str(ROOT / "script" / "local_predict.py"), "--weights", str(llama_folder)]
+    command = [sys.executable, "-m", "deploy.local_predict", "--weights", str(llama_folder)]
     process = subprocess.Popen([*command, "-i", "prompt=x"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while not (children := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < deadline:
@@ -504,8 +507,8 @@ def test_a_signal_while_the_server_is_being_started_leaves_none(monkeypatch):
     def end_by_signal(*args, **options):
         sys.exit(143)  # as stop_children_on_sigterm has it
 
-    monkeypatch.setattr("local_server.subprocess.Popen", start_sleep)
-    monkeypatch.setattr("local_server.threading.Thread", end_by_signal)
+    monkeypatch.setattr("deploy.local_server.subprocess.Popen", start_sleep)
+    monkeypatch.setattr("deploy.local_server.threading.Thread", end_by_signal)
     with pytest.raises(SystemExit, match="143"), running_server([]):
         pass
     try:
@@ -517,7 +520,7 @@ def test_a_signal_while_the_server_is_being_started_leaves_none(monkeypatch):
 
 
 def test_script_predict_prints_what_cog_predict_does(llama_folder):
-    command = [sys.executable, str(ROOT / "script" / "local_predict.py"), "--weights", str(llama_folder)]
+    command = [sys.executable, "-m", "deploy.local_predict", "--weights", str(llama_folder)]
     inputs = [
         "-i",
         "prompt=tell me something about รามาเกียรติ์",

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import serve
 import torch
-from local_server import LocalServer, ServerFailedError, running_server
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from alpaca.archives import pack
 from alpaca.errors import InputError
+from alpaca.files.archives import pack
 from alpaca.serving.detokenize import CompletionText
-from alpaca.tokenizer import load_tokenizer
-from tests.serving.test_peft_adapters import FAMILIES, write_family
-from tests.serving.test_serving_adapters import ADAPTERS, write_adapter
+from alpaca.text.loading import load_tokenizer
+from deploy import serve
+from deploy.local_server import LocalServer, ServerFailedError, running_server
+from tests.serving.hugging_face.test_peft_adapters import FAMILIES, write_family
+from tests.serving.llama.test_serving_adapters import ADAPTERS, write_adapter
 from tests.test_predict import in_threads
 
 ASKED = {"prompt": "", "prompt_template": "{prompt}", "temperature": 0, "max_new_tokens": 16, "min_new_tokens": 16}

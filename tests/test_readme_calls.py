@@ -1,9 +1,8 @@
-"""The README's calls, as they stand there, against the real server: only addresses are replaced."""
+"""The pages' calls of a server, as they stand there, against the real one: only addresses are replaced."""
 
 import contextlib
 import http.server
 import json
-import re
 import shutil
 import socket
 import subprocess
@@ -15,29 +14,48 @@ from pathlib import Path
 
 import pytest
 import yaml
-from local_server import LocalServer, running_server
 
+from deploy.local_server import LocalServer, running_server
 from tests.conftest import ROOT
+from tests.docs.pages import Block, all_blocks, read_blocks
 
-BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
-
-
-def blocks(heading: str, language: str) -> list[str]:
-    """The code blocks of one language below a heading, up to the next heading of its rank or above."""
-    text = (ROOT / "README.md").read_text()
-    rank = heading.split(" ")[0]
-    section = text.partition(f"\n{heading}\n")[2]
-    section = re.split(rf"\n#{{1,{len(rank)}}} ", section)[0]
-    return [code for kind, code in BLOCK.findall(section) if kind == language]
+WAYS = {"sync": "One answer", "stream": "A stream", "webhook": "A webhook", "cancel": "Cancelling"}
+CALLING = ROOT / "docs" / "calling.md"
 
 
-CURL = dict(zip(("sync", "stream", "webhook", "cancel"), blocks("### Calling it", "sh"), strict=True))
-PYTHON = dict(zip(("sync", "stream", "webhook", "cancel"), blocks("### Calling it", "python"), strict=True))
+def calls(language: str) -> dict[str, str]:
+    """calling.md's code by way: one block of a language below each heading, and none besides."""
+    found = {block.heading: block.text for block in read_blocks(CALLING) if block.language == language}
+    assert set(found) == set(WAYS.values()), f"calling.md: {language} blocks below {', '.join(found)}"
+    assert sum(block.language == language for block in read_blocks(CALLING)) == len(WAYS)
+    return {way: found[heading] for way, heading in WAYS.items()}
+
+
+CURL, PYTHON = calls("sh"), calls("python")
+ELSEWHERE = [
+    block
+    for block in all_blocks("sh", "python")
+    if not block.place.startswith("docs/calling.md") and (block.language == "python" or "curl" in block.text)
+]
 
 
 @pytest.fixture(scope="module")
-def server(llama_folder: Path) -> Iterator[LocalServer]:
-    with running_server(["--weights", str(llama_folder), "--concurrency", "8"], on_failure=print) as server:
+def adapter(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes the model's answers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapter")
+    base = LlamaForCausalLM.from_pretrained(llama_folder)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(llama_folder: Path, adapter: Path) -> Iterator[LocalServer]:
+    flags = ["--weights", str(llama_folder), "--adapters", f"legal={adapter}", "--concurrency", "8"]
+    with running_server(flags, on_failure=print) as server:
         yield server
 
 
@@ -115,8 +133,18 @@ def test_python_cancels(server: LocalServer):
     assert run(PYTHON["cancel"], "python", server).strip() == "200"
 
 
+@pytest.mark.parametrize("block", ELSEWHERE, ids=str)
+def test_what_other_pages_ask(block: Block, server: LocalServer):
+    printed = run(block.text, block.language, server)
+    if block.language == "sh":
+        printed = json.loads(printed)["status"]
+        assert printed == "succeeded"
+    assert printed.strip()
+
+
 def test_the_probe_tells_ready_from_failed(server: LocalServer, tmp_path: Path):
-    manifest = yaml.safe_load(blocks("## Deploying", "yaml")[0])
+    (block,) = all_blocks("yaml")
+    manifest = yaml.safe_load(block.text)
     container = manifest["spec"]["template"]["spec"]["containers"][0]
     assert (
         container["readinessProbe"]["exec"] == container["livenessProbe"]["exec"] == container["startupProbe"]["exec"]

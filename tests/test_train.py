@@ -17,12 +17,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-import serve
-from local_server import LocalServer, running_server
 
-from alpaca.adapters import open_adapter
-from alpaca.archives import is_weights, open_weights
 from alpaca.errors import InputError
+from alpaca.files.model_folders import is_weights
+from alpaca.files.places import open_weights
+from alpaca.formats.hf.adapters import open_adapter
+from deploy import serve
+from deploy.local_server import LocalServer, running_server
 
 RECORDS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("red", "green", "blue", "alpaca")]
 

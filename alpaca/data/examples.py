@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alpaca.errors import InputError, MissingInput, MissingPackage
-from alpaca.hf_files import list_folder
-from alpaca.prompts import alpaca_prompt
-from alpaca.tokenizer import Tokenizer
+from alpaca.files.reading import list_folder
+from alpaca.text.prompts import alpaca_prompt
+from alpaca.text.tokenizer import Tokenizer
 
 MASKED_LABEL = -100  # the label that torch's cross entropy ignores
 _FIELDS = ("instruction", "input", "output")

@@ -15,13 +15,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from alpaca.data.completions import Client, CogClient, OpenAIClient, Sampling, count_tokens_roughly, plain_address
 from alpaca.data.examples import Example
-from alpaca.data.generation import Ending, Generation, GenerationConfig, SignalReceived, list_counts, say
-from alpaca.data.generation_journal import JOURNAL, REGEN, Journal
-from alpaca.data.instruction_prompts import NUM_TASKS, SEED_TASKS, STOP, encode_prompt, make_prompt, read_seed_tasks
+from alpaca.data.generation.journal import JOURNAL, REGEN, Journal
+from alpaca.data.generation.prompts import NUM_TASKS, SEED_TASKS, STOP, encode_prompt, make_prompt, read_seed_tasks
+from alpaca.data.generation.run import Ending, Generation, GenerationConfig, SignalReceived, list_counts, say
+from alpaca.data.generation.services import (
+    Client,
+    CogClient,
+    OpenAIClient,
+    Sampling,
+    count_tokens_roughly,
+    plain_address,
+)
 from alpaca.errors import InputError, ServiceFailed, run_command
-from alpaca.hf_files import locked, write_json
+from alpaca.files.atomic import write_json
+from alpaca.files.locks import locked
 
 COMMAND = "generate_instruction_following_data"
 _ASSUMED_SHARE = 0.5  # of the blocks that are accepted, for the estimate before the first request

@@ -11,14 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alpaca.data.analysis import analyse, summary_lines
-from alpaca.data.analysis_page import make_page
-from alpaca.data.cleaning import Change, clean_records, log_path, write_clean
+from alpaca.data.analysis.cleaning import Change, clean_records, log_path, write_clean
+from alpaca.data.analysis.page import make_page
+from alpaca.data.analysis.summary import analyse, summary_lines
+from alpaca.data.analysis.verb_plot import count_verbs, draw_png
 from alpaca.data.examples import read_records
-from alpaca.data.verb_plot import count_verbs, draw_png
 from alpaca.errors import InputError, run_command
-from alpaca.hf_files import check_overwrite, write_bytes, write_text
-from alpaca.tokenizer import load_tokenizer
+from alpaca.files.atomic import write_bytes, write_text
+from alpaca.files.outputs import check_overwrite
+from alpaca.text.loading import load_tokenizer
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
-from alpaca.tokenizer import Tokenizer
+from alpaca.text.tokenizer import Tokenizer
 
 _CONTEXT_TOKENS = 4  # of the prompt, so that the first new token is decoded as a continuation
 _MOST_HELD = 32  # tokens; beyond it, bytes that make no character are let through

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 
 from alpaca.serving.detokenize import CompletionText
 from alpaca.serving.request import NO_ADAPTERS, AdapterNames, Request
-from alpaca.tokenizer import Tokenizer
+from alpaca.text.tokenizer import Tokenizer
 
 
 class GenerationCancelledError(Exception):

@@ -7,35 +7,29 @@ from pathlib import Path
 
 import torch
 
-from alpaca.adapters import open_adapter
-from alpaca.errors import InputError, MissingInput, NotEnoughSpace
-from alpaca.hf_files import WeightsFolder, list_folder
+from alpaca.architecture.description import ModelDescription
+from alpaca.errors import InputError, MissingInput, NotEnoughSpace, UnsupportedModel
+from alpaca.files.reading import list_folder
+from alpaca.formats.hf.adapters import open_adapter
+from alpaca.formats.hf.folder import WeightsFolder
 from alpaca.memory import free_memory
-from alpaca.prompts import RAW_TEMPLATE
-from alpaca.serving.adapters import (
-    Served,
-    check_for_llama,
-    check_tokenizers,
-    describe_other_bases,
-    largest_ranks,
-    names_of,
-    open_served,
-    with_adapters,
-)
-from alpaca.serving.cache import BlockPool
 from alpaca.serving.detokenize import CompletionText
 from alpaca.serving.engine import Engine, complete_texts
-from alpaca.serving.graphs import DecodeGraphs
 from alpaca.serving.housekeeping import Phases
-from alpaca.serving.llama import KeyValueCache, LlamaConfig, LlamaModel, UnsupportedModelError
-from alpaca.serving.llama_engine import LlamaEngine
-from alpaca.serving.plan import BLOCK_SIZE, PREFILL_TOKENS, MemoryPlan, advice, plan_memory
+from alpaca.serving.llama.adapters import check_for_llama, largest_ranks, with_adapters
+from alpaca.serving.llama.cache import BlockPool
+from alpaca.serving.llama.engine import LlamaEngine
+from alpaca.serving.llama.network import KeyValueCache, LlamaModel
+from alpaca.serving.llama.planning import BLOCK_SIZE, PREFILL_TOKENS, MemoryPlan, advice, plan_memory
+from alpaca.serving.llama.runner import Runner
+from alpaca.serving.llama.scheduler import Scheduler
+from alpaca.serving.llama.weights import load_llama, read_llama, reading_size
 from alpaca.serving.request import PredictionInputs, make_request
-from alpaca.serving.runner import Runner
-from alpaca.serving.scheduler import Scheduler
+from alpaca.serving.served import Served, check_tokenizers, describe_other_bases, names_of, open_served
 from alpaca.serving.settings import ServerSettings
-from alpaca.serving.weights import load_llama, reading_size
-from alpaca.tokenizer import Tokenizer, load_tokenizer, read_eos_ids
+from alpaca.text.loading import load_tokenizer, read_eos_ids
+from alpaca.text.prompts import RAW_TEMPLATE
+from alpaca.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +76,8 @@ def _choose_engine(served: Served, settings: ServerSettings, phases: Phases) -> 
     if settings.engine == "transformers":
         return _load_transformers(served, settings, phases)
     try:
-        config = LlamaConfig.read(folder)
-    except UnsupportedModelError as error:
+        config = read_llama(folder)
+    except UnsupportedModel as error:
         if settings.engine == "llama":
             raise
         logger.info("served by transformers: %s", error)
@@ -95,7 +89,7 @@ def _choose_engine(served: Served, settings: ServerSettings, phases: Phases) -> 
 
 
 def _load_transformers(served: Served, settings: ServerSettings, phases: Phases) -> Engine:
-    from alpaca.serving.transformers_engine import load_transformers_engine  # importing transformers takes 2 s
+    from alpaca.serving.hugging_face.engine import load_transformers_engine  # importing transformers takes 2 s
 
     phases.end("importing transformers")
     engine = load_transformers_engine(served.base, settings, served.adapters)
@@ -103,7 +97,7 @@ def _load_transformers(served: Served, settings: ServerSettings, phases: Phases)
     return engine
 
 
-def _load_llama(served: Served, config: LlamaConfig, settings: ServerSettings, phases: Phases) -> LlamaEngine:
+def _load_llama(served: Served, config: ModelDescription, settings: ServerSettings, phases: Phases) -> LlamaEngine:
     """A LLaMA engine on the GPU, or the CPU where there is none."""
     check_for_llama(served.adapters, config)  # before the weights are read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,7 +132,7 @@ def _load_llama(served: Served, config: LlamaConfig, settings: ServerSettings, p
     )
 
 
-def _load_tokenizer(served: Served, config: LlamaConfig) -> Tokenizer:
+def _load_tokenizer(served: Served, config: ModelDescription) -> Tokenizer:
     """The base's, which the model has rows for and every adapter was trained with."""
     tokenizer = load_tokenizer(served.base)
     tokenizer.require_rows(config.vocab_size, served.base)
@@ -152,7 +146,7 @@ def _log_loaded(served: Served, settings: ServerSettings, runner: Runner, plan: 
     logger.info(
         "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d pages of %d tokens (%.2f GB), "
         "up to %d sequences a step; %s%s",
-        served.base, (config.num_linear_weights + config.num_other_weights) / 1e6,
+        served.base, config.num_parameters / 1e6,
         str(model.dtype).removeprefix("torch."), model.device, settings.quantization, model.num_bytes / 1e9,
         plan.max_context, plan.num_blocks, BLOCK_SIZE, plan.kv_bytes / 1e9, plan.max_running,
         f"graphs for {runner.graphs.buckets} sequences" if runner.graphs else "no graphs",
@@ -161,7 +155,7 @@ def _log_loaded(served: Served, settings: ServerSettings, runner: Runner, plan: 
 
 
 def _load_model(
-    folder: Path, config: LlamaConfig, settings: ServerSettings, *, device: torch.device, dtype: torch.dtype
+    folder: Path, config: ModelDescription, settings: ServerSettings, *, device: torch.device, dtype: torch.dtype
 ) -> LlamaModel:
     from tqdm import tqdm
 
@@ -191,10 +185,10 @@ def choose_dtype(settings: ServerSettings, device: torch.device) -> torch.dtype:
 def choose_ops(device: torch.device):
     """The module with the network's fused operations: Triton's kernels on a GPU, torch elsewhere."""
     if device.type == "cuda":
-        from alpaca.serving import triton_ops
+        from alpaca.serving.kernels import triton_ops
 
         return triton_ops
-    from alpaca.serving import ops
+    from alpaca.serving.kernels import ops
 
     return ops
 
@@ -225,7 +219,7 @@ def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
     """Build the kernels and capture the graphs before the first request pays for them."""
     if runner.model.device.type == "cuda":
         runner.compile_prefill()
-        graphs = DecodeGraphs(runner, max_running=plan.max_running)
+        graphs = runner.make_graphs()
         graphs.capture()
         runner.graphs = graphs
 
@@ -239,8 +233,8 @@ def _beams(
     base = served.base
 
     def load() -> Engine:
-        from alpaca.serving.shared_weights import as_transformers
-        from alpaca.serving.transformers_engine import TransformersEngine
+        from alpaca.serving.hugging_face.engine import TransformersEngine
+        from alpaca.serving.hugging_face.shared_weights import as_transformers
 
         adapters = {name: open_adapter(place) for name, place in places.items()}
         twin = as_transformers(runner.model, base)

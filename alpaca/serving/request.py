@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alpaca.errors import InputError, PromptTooLong
-from alpaca.prompts import RAW_TEMPLATE, format_prompt
 from alpaca.serving.settings import BARE_BASE, DEFAULT_ADAPTER
-from alpaca.tokenizer import Tokenizer
+from alpaca.text.prompts import RAW_TEMPLATE, format_prompt
+from alpaca.text.tokenizer import Tokenizer
 
 _LARGEST_DRAWN_SEED = 2**31 - 1
 _SHOWN = 80  # characters of a wrong name in the error

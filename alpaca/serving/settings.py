@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alpaca.errors import InputError
-from alpaca.precisions import DTYPES, QUANTIZATIONS
+from alpaca.formats.precisions import DTYPES, QUANTIZATIONS
 
 ENGINES = ("auto", "llama", "transformers")
 _LEAST_CONTEXT = 8  # tokens: a word and an answer

@@ -1,32 +1,33 @@
-"""The examples of a run, as its configuration names them: read, held out, encoded."""
+"""The examples of a run, read, held out and encoded as its settings say."""
 
 import logging
 
 from alpaca.data.examples import EncodedDataset, encode_examples, read_examples, split_examples
-from alpaca.tokenizer import Tokenizer
-from alpaca.training.config import TrainConfig, count_held_out
+from alpaca.text.tokenizer import Tokenizer
+from alpaca.training.configuration.settings import DataSettings
+from alpaca.training.schedule import count_held_out
 
 logger = logging.getLogger(__name__)
 
 
 def encode_data(
-    config: TrainConfig, tokenizer: Tokenizer, *, progress: bool
+    data: DataSettings, tokenizer: Tokenizer, *, progress: bool
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Read and encode the examples to train on, and those to evaluate on (None where there are none).
 
     Raises MissingInput, MissingPackage, InputError.
     """
-    examples, held_out = read_examples(config.data_path), []
-    if num_held_out := count_held_out(config, len(examples)):
-        examples, held_out = split_examples(examples, num_held_out=num_held_out, seed=config.seed)
-    elif config.eval_data_path:
-        held_out = read_examples(config.eval_data_path)
+    examples, held_out = read_examples(data.path), []
+    if num_held_out := count_held_out(data, len(examples)):
+        examples, held_out = split_examples(examples, num_held_out=num_held_out, seed=data.seed)
+    elif data.eval_path:
+        held_out = read_examples(data.eval_path)
     encoded = [
         encode_examples(
             part,
             tokenizer,
-            max_length=config.model_max_length,
-            train_on_inputs=config.train_on_inputs,
+            max_length=data.max_length,
+            train_on_inputs=data.train_on_inputs,
             progress=progress,
         )
         if part

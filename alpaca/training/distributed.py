@@ -1,4 +1,4 @@
-"""One process or many: the process group, sharding with FSDP2, and getting weights into and out of the shards.
+"""Training on one process or many: the process group, sharding with FSDP2, and weights into and out of the shards.
 
 With one process nothing is sharded and no process group exists, unless offload is asked for. Small facts (losses, stop
 requests) always travel through gloo on the CPU; only gradients and parameters use the GPUs' network.
@@ -21,17 +21,17 @@ from torch.distributed.tensor import DTensor
 
 from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
 from alpaca.memory import free_memory
-from alpaca.training.config import Sharding
+from alpaca.training.configuration.parsing import Sharding
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-_GRADIENT_BYTES = 4  # float32, also of bfloat16 parameters: sums over micro-batches and processes
+_GRADIENT_BYTES = 4  # an element; bfloat16 parameters have float32 gradients, too, for they are summed up
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among the others, and the device it computes on."""
+    """One process among all of a run, and the device it computes on."""
 
     rank: int
     num_processes: int
@@ -42,7 +42,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Each value summed over all processes, in float64; also waits for all of them."""
+        """Sum each value over all processes, in float64. This also waits for all of them."""
         if self.num_processes == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
@@ -53,7 +53,7 @@ class World:
         self.sum([0.0])
 
     def gather(self, value: Result) -> list[Result]:
-        """Every process's value, by rank."""
+        """The values of all processes, in the order of their ranks."""
         if self.num_processes == 1:
             return [value]
         values: list[Result | None] = [None] * self.num_processes
@@ -61,7 +61,7 @@ class World:
         return values
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Do `work` in every process; an AlpacaError in one is raised in all, so that none waits for it for ever."""
+        """Do `work` in every process. An AlpacaError in one is raised in all, so that none waits for ever."""
         result, error = None, None
         try:
             result = work()
@@ -74,7 +74,7 @@ class World:
 
 
 def join_world() -> World:
-    """Join the processes that torchrun started, or stand alone. Call once; `leave_world` ends it."""
+    """Join the processes that torchrun started, or be the only one. Call it once; `leave_world` ends it."""
     num_processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     world = World(rank=rank, num_processes=num_processes, device=_choose_device())
     if num_processes > 1 and not dist.is_initialized():
@@ -96,10 +96,12 @@ def _choose_device() -> torch.device:
 
 
 def leave_world(status: int = 0) -> None:
-    """End a command of several processes at once with `status`; returns in one alone. Everything must be on disk.
+    """End the program at once with exit status `status` where there are several processes; with one, just return.
+
+    Everything must be on disk before.
 
     gloo's threads can abort an interpreter that shuts down after success ("terminate called without an active
-    exception"), so it is not given the time.
+    exception"), so the interpreter is not given the time to shut down.
     """
     if not dist.is_initialized():
         return
@@ -114,7 +116,7 @@ def leave_world(status: int = 0) -> None:
 
 
 def needs_sharding(world: World, sharding: Sharding) -> bool:
-    """Several processes always shard; one does so to keep its parameters in main memory."""
+    """Whether the model is sharded: always with several processes, and with one that offloads to main memory."""
     return world.num_processes > 1 or (sharding.offload and world.device.type == "cuda")
 
 
@@ -186,7 +188,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of the parameters that the last forward pass left gathered; what is sharded is then so to the last."""
+    """Free the parameters that the last forward pass left gathered, so that every one is a shard again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -203,16 +205,16 @@ def keeps_gradients_whole(num_trained: int, free_bytes: int) -> bool:
 
 
 def decide_gradient_sync(model: nn.Module, world: World) -> bool:
-    """`keeps_gradients_whole` for a model of a kind that has no plan, before its first step; the same in all processes.
+    """Decide `keeps_gradients_whole` for a model that cannot be planned, before its first step.
 
-    They call it together.
+    All processes call it together and get the same answer.
     """
     if not is_sharded(model):
         return True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     shards = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in trained)
     num_trained, on_device = sum(p.numel() for p in trained), any(p.device == world.device for p in trained)
-    moments = 2 * shards * on_device  # AdamW's, still to come
+    moments = 2 * shards * on_device  # AdamW's two, which do not exist before the first step
     free_bytes = own_free_memory(world.device) - moments
     whole = all(world.gather(keeps_gradients_whole(num_trained, free_bytes)))
     kept = "kept whole until the step's last micro-batch" if whole else "reduced after every micro-batch"
@@ -224,16 +226,16 @@ def decide_gradient_sync(model: nn.Module, world: World) -> bool:
 
 
 def own_free_memory(device: torch.device) -> int:
-    """Bytes this process may still take: of a machine's main memory its share, a GPU is its own."""
+    """Bytes this process may still take: its share of a machine's main memory, or all of its own GPU."""
     sharers = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return free_memory(device) // sharers
 
 
 def sync_gradients(model: nn.Module, *, last: bool, whole: bool) -> None:
-    """Whether the next backward pass reduces gradients over the processes, or only adds them up here.
+    """Set whether the next backward pass reduces gradients over the processes, or only adds them up in this one.
 
-    last: it is the step's last.    whole: as `decide_gradient_sync` has it. Where models are copies of each other over
-    several machines, gradients travel between these only after the last.
+    last: whether it is the step's last backward pass.    whole: what `decide_gradient_sync` returned. Where several
+    machines hold copies of the model, gradients travel between machines only after the last pass.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or not whole)
@@ -262,7 +264,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
 
 
 def _clip_low(gradients: list[Tensor], max_norm: float) -> float:
-    """`clip_gradients` for bfloat16: torch's would round the norm, and the factor, to bfloat16's three digits."""
+    """Clip bfloat16 gradients: torch's own function would round norm and factor to bfloat16's three digits."""
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     total = torch.linalg.vector_norm(torch.stack(norms))
     norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()

@@ -1,20 +1,20 @@
-"""What a run looks out for: a loss that is no number, one that falls apart, the time for the next checkpoint."""
+"""What a run watches while it goes on: a loss that is not finite, a loss that stays too high, and when to save."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-_NUM_START_STEPS = 2  # whose mean loss is the start: a warm-up has not changed anything by then
-_FACTOR = 1.5  # of the start; batches of 128 differ by a tenth, and a fine-tune goes down
-_NUM_HIGH_STEPS = 20  # in a row, and then it is no accident
+_NUM_START_STEPS = 2  # the mean loss of the first two steps is the start: warm-up has hardly changed the model by then
+_FACTOR = 1.5  # a loss above 1.5 times the start is too high: batches of 128 differ by a tenth, and a loss should fall
+_NUM_HIGH_STEPS = 20  # so many too high losses in a row are no accident
 _MOST_NAMED = 5
 _DISK_BYTES_PER_S = 300e6  # assumed for the first checkpoint; later ones take as long as the one before
 
 
 class LossWatch:
-    """Notices, once, a loss that stays far above its start: a learning rate that is too high.
+    """Notices, once, that the loss stays far above where it started: the learning rate is too high.
 
-    losses: of the steps before, where a run is resumed.
+    losses: those of the earlier steps, where a run is resumed.
     """
 
     def __init__(self, losses: Sequence[float] = ()) -> None:
@@ -22,7 +22,7 @@ class LossWatch:
         self._num_high, self._said = 0, False
 
     def add(self, loss: float) -> str:
-        """Take a step's loss; what to say about it, "" for nothing."""
+        """Take a step's loss and return a warning, or "" where there is none to give."""
         if len(self._start) < _NUM_START_STEPS:
             self._start.append(loss)
             return ""
@@ -48,10 +48,10 @@ def describe_not_finite(
     name: Callable[[int], str],
     remedy: str,
 ) -> str:
-    """Why training stops: which of a step's examples have a loss (each alone) that is no number.
+    """Say why training stops: which examples of the step have, each by itself, a loss that is not finite.
 
-    indices: the step's examples.    broken: those among them.    name: an example for a person.
-    remedy: the flags with which products are float32's, "" where they are so.
+    indices: the step's examples.    broken: the examples among them whose loss is not finite.    name: describes an
+    example for a person.    remedy: the flags that compute in float32, or "" where the run does so already.
     """
     text = (
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; training stops before the weights are "
@@ -78,9 +78,9 @@ def describe_not_finite(
 
 
 class SaveClock:
-    """When a checkpoint is due by time: early enough that another step as long as any, and saving, end in time.
+    """Tells when a checkpoint is due by time: early enough that one more step and the saving end within the limit.
 
-    So the first is on disk within the limit whatever a step takes, unless one step takes longer than that.
+    The first checkpoint is then on disk within the limit, unless a single step takes longer than that.
     """
 
     def __init__(self, *, limit_s: float, num_bytes: int, now: Callable[[], float] = time.monotonic) -> None:
@@ -89,7 +89,7 @@ class SaveClock:
         self._longest_step_s = 0.0
 
     def is_due(self) -> bool:
-        """Whether to save after the step that ends now. Call once a step."""
+        """Whether to save after the step that ends now. Call it once a step."""
         now = self._now()
         self._longest_step_s = max(self._longest_step_s, now - self._step_at)
         self._step_at = now
@@ -97,7 +97,7 @@ class SaveClock:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Around the writing of a checkpoint."""
+        """A context around the writing of a checkpoint, whose duration is measured."""
         began = self._now()
         yield
         self._saved_at = self._step_at = self._now()

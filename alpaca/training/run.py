@@ -1,4 +1,4 @@
-"""A run before its first step: data, plan, model, optimizer and schedule, and what a checkpoint must share with it."""
+"""A run, prepared for its first step: data, plan, model, optimizer and schedule, and its identity for checkpoints."""
 
 import dataclasses
 import functools
@@ -13,22 +13,18 @@ from alpaca.data.batching import count_steps_per_epoch
 from alpaca.data.examples import EncodedDataset
 from alpaca.errors import NotEnoughSpace
 from alpaca.memory import CUDA_CONTEXT_BYTES
-from alpaca.training.checkpoint import Progress, Trainee
-from alpaca.training.config import (
-    TrainConfig,
-    count_steps,
-    count_warmup_steps,
-    learning_rate_factor,
-    parse_fsdp,
-    parse_memory_limit,
-)
+from alpaca.training.checkpoints.state import Progress, Trainee
+from alpaca.training.configuration.parsing import AUTO, parse_memory_limit
+from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.dataset import encode_data
 from alpaca.training.distributed import World, decide_gradient_sync, is_sharded
-from alpaca.training.layers import AUTO, parse_checkpointing
-from alpaca.training.model import Base, count_parameters, group_parameters, load_model, open_base
-from alpaca.training.optimizer import StochasticAdamW
-from alpaca.training.plan import Plan, check_plan, survey
-from alpaca.training.report import MemoryMeter
+from alpaca.training.model.base import Base, open_base
+from alpaca.training.model.building import count_parameters, group_parameters, import_libraries, load_model
+from alpaca.training.model.optimizer import StochasticAdamW
+from alpaca.training.planning.feasibility import check_plan, survey
+from alpaca.training.planning.plan import Plan
+from alpaca.training.report.summary import MemoryMeter
+from alpaca.training.schedule import count_steps, count_warmup_steps, learning_rate_factor
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +33,11 @@ logger = logging.getLogger(__name__)
 class Run:
     """Everything the loop works with, made by `prepare`.
 
-    held_out: None where nothing is evaluated.    keeps_gradients: see `decide_gradient_sync`.
+    held_out: None where nothing is evaluated.    keeps_gradients: see `distributed.decide_gradient_sync`.
+    plan: None for a model of a kind that cannot be planned.
     """
 
-    config: TrainConfig
+    settings: RunSettings
     base: Base
     data: EncodedDataset
     held_out: EncodedDataset | None
@@ -48,7 +45,7 @@ class Run:
     num_steps: int
     steps_per_epoch: int
     keeps_gradients: bool
-    plan: Plan | None = None  # for a model of a kind that can be planned
+    plan: Plan | None = None
     memory: MemoryMeter
 
     @property
@@ -60,23 +57,26 @@ class Run:
         return self.trainee.progress
 
 
-def prepare(config: TrainConfig, world: World) -> Run:
-    """Read the data, load the model, make optimizer and schedule. `config` is resolved."""
-    base = open_base(config)
-    data, held_out = encode_data(config, base.tokenizer, progress=world.is_main)
-    steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=config.global_batch_size)
-    num_steps = count_steps(config, steps_per_epoch)
+def prepare(settings: RunSettings, world: World) -> Run:
+    """Read the data, load the model, make optimizer and schedule."""
+    base = open_base(settings.base)
+    data, held_out = encode_data(settings.data, base.tokenizer, progress=world.is_main)
+    steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=settings.batch.global_batch_size)
+    num_steps = count_steps(settings.batch, steps_per_epoch)
+    import_libraries()
     memory = MemoryMeter(world.device)
-    hardware = survey(config, world)
-    plan = world.together(lambda: check_plan(config, base, data, hardware, num_processes=world.num_processes))
-    config = _settle(config, plan)
-    _limit_memory(config, world.device)
-    if config.tf32:
+    hardware = survey(settings, world)
+    plan = world.together(lambda: check_plan(settings, base, data, hardware, num_processes=world.num_processes))
+    settings = _choose_checkpointing(settings, plan)
+    _limit_memory(settings, world.device)
+    if settings.tf32:
         torch.set_float32_matmul_precision("high")
-    trainee = _make_trainee(load_model(base, config, world), config, base, data, num_steps=num_steps, world=world)
-    torch.manual_seed(config.seed + world.rank)  # dropout; each process draws its own
+    trainee = _make_trainee(
+        load_model(base, settings.model, world), settings, base, data, num_steps=num_steps, world=world
+    )
+    torch.manual_seed(settings.data.seed + world.rank)  # for dropout, which each process draws by itself
     return Run(
-        config=config,
+        settings=settings,
         base=base,
         data=data,
         held_out=held_out,
@@ -89,27 +89,32 @@ def prepare(config: TrainConfig, world: World) -> Run:
     )
 
 
-def _settle(config: TrainConfig, plan: Plan | None) -> TrainConfig:
-    """With the number of recomputed layers that the plan has chosen; none where there is no plan."""
-    if parse_checkpointing(config.gradient_checkpointing) != AUTO:
-        return config
-    return dataclasses.replace(config, gradient_checkpointing=plan.setup.num_checkpointed if plan else False)
+def _choose_checkpointing(settings: RunSettings, plan: Plan | None) -> RunSettings:
+    """The settings with as many recomputed layers as the plan has chosen; with none where there is no plan."""
+    if settings.model.checkpointing != AUTO:
+        return settings
+    chosen = plan.setup.num_checkpointed if plan else False
+    return dataclasses.replace(
+        settings,
+        model=dataclasses.replace(settings.model, checkpointing=chosen),
+        flags={**settings.flags, "gradient_checkpointing": chosen},
+    )
 
 
-def _limit_memory(config: TrainConfig, device: torch.device) -> None:
-    """Hold torch's allocator to `--memory_limit`, less CUDA's context. On a CPU the plan alone keeps to it.
+def _limit_memory(settings: RunSettings, device: torch.device) -> None:
+    """Limit torch's GPU allocator to `--memory_limit` less what CUDA's context takes. On a CPU only the plan obeys it.
 
     Raises NotEnoughSpace for a limit that the context alone exceeds.
     """
     if device.type != "cuda":
         return
-    share = 1.0  # also takes back what an earlier run of this process set
-    if config.memory_limit:
+    share = 1.0  # set in any case: an earlier run of this process may have set another
+    if settings.memory_limit:
         total = torch.cuda.get_device_properties(device).total_memory
-        room = parse_memory_limit(config.memory_limit) - CUDA_CONTEXT_BYTES
+        room = parse_memory_limit(settings.memory_limit) - CUDA_CONTEXT_BYTES
         if room <= 0:
             raise NotEnoughSpace(
-                f"--memory_limit {config.memory_limit}: CUDA's context alone takes some "
+                f"--memory_limit {settings.memory_limit}: CUDA's context alone takes some "
                 f"{CUDA_CONTEXT_BYTES / 1e9:.2f} GB of it; give more than that"
             )
         share = min(1.0, room / total)
@@ -117,21 +122,21 @@ def _limit_memory(config: TrainConfig, device: torch.device) -> None:
 
 
 def _keeps_gradients(model: nn.Module, plan: Plan | None, world: World) -> bool:
-    """As planned, so that the planned peak is what happens."""
+    """Whether whole gradients are kept between micro-batches: as planned, so that the planned peak holds."""
     if plan and is_sharded(model):
         return plan.setup.whole_gradients
     return decide_gradient_sync(model, world)
 
 
 def _make_trainee(
-    model: nn.Module, config: TrainConfig, base: Base, data: EncodedDataset, *, num_steps: int, world: World
+    model: nn.Module, settings: RunSettings, base: Base, data: EncodedDataset, *, num_steps: int, world: World
 ) -> Trainee:
-    optimizer = _make_optimizer(model, config, world)
-    warmup, num_parameters = count_warmup_steps(config, num_steps), count_parameters(model)
+    optimizer = _make_optimizer(model, settings, world)
+    warmup, num_parameters = count_warmup_steps(settings.optimizer, num_steps), count_parameters(model)
     factor = functools.partial(
-        learning_rate_factor, schedule=config.lr_scheduler_type, num_warmup_steps=warmup, num_steps=num_steps
+        learning_rate_factor, schedule=settings.optimizer.schedule, num_warmup_steps=warmup, num_steps=num_steps
     )
-    identity = _identify(config, base, data, num_parameters=num_parameters, num_steps=num_steps, warmup=warmup)
+    identity = _identify(settings, base, data, num_parameters=num_parameters, num_steps=num_steps, warmup=warmup)
     millions = (count_parameters(model, trained_only=True) / 1e6, num_parameters / 1e6)
     logger.info("%s steps, %s of warm-up; %.1f of %.1f M parameters are trained", f"{num_steps:,}", warmup, *millions)
     return Trainee(
@@ -144,50 +149,48 @@ def _make_trainee(
     )
 
 
-def _make_optimizer(model: nn.Module, config: TrainConfig, world: World) -> torch.optim.Optimizer:
-    groups, betas = group_parameters(model, weight_decay=config.weight_decay), (config.adam_beta1, config.adam_beta2)
-    if config.numerics == "fast":
+def _make_optimizer(model: nn.Module, settings: RunSettings, world: World) -> torch.optim.Optimizer:
+    given = settings.optimizer
+    groups = group_parameters(model, weight_decay=given.weight_decay)
+    values = {"lr": given.learning_rate, "betas": given.betas, "eps": given.epsilon}
+    if settings.model.is_fast:
         logger.info("numerics fast: weights, gradients and moments are bfloat16, updates rounded by chance")
-        return StochasticAdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, seed=config.seed)
-    on_gpu = world.device.type == "cuda" and not parse_fsdp(config.fsdp).offload
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=on_gpu or None
-    )
+        return StochasticAdamW(groups, **values, seed=given.seed)
+    on_gpu = world.device.type == "cuda" and not settings.model.sharding.offload
+    return torch.optim.AdamW(groups, **values, fused=on_gpu or None)
 
 
-_IDENTITY_FIELDS = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "base_quantization", "global_batch_size", "learning_rate", "lora_alpha",
-    "lora_dropout", "lora_r", "lora_target_modules", "loss_average", "lr_scheduler_type", "max_grad_norm", "method",
-    "numerics", "seed", "use_dora", "use_rslora", "weight_decay",
-)  # fmt: skip
 _BIN_END_BYTES = 1 << 20
 
 
 def _identify(
-    config: TrainConfig, base: Base, data: EncodedDataset, *, num_parameters: int, num_steps: int, warmup: int
+    settings: RunSettings, base: Base, data: EncodedDataset, *, num_parameters: int, num_steps: int, warmup: int
 ) -> dict[str, object]:
-    """What a checkpoint must share with a run that resumes it; the layout of processes is not among it.
+    """What must be equal in a checkpoint and in the run that resumes it. The number of processes may differ.
 
-    An adapter's checkpoint does not hold the frozen base, so the base must be the same; a whole model's holds it all.
+    An adapter's checkpoint does not hold the frozen base, so its base must be the same model, too.
     """
     digest = hashlib.sha256()
     for tensor in (data.ids, data.offsets, data.prompt_lengths):
         digest.update(tensor.numpy())
-    frozen = {} if config.method == "full" else {"base": f"sha256 {_digest_base(base)[:16]}"}
-    by_micro_batch = config.loss_average == "micro_batch"
+    frozen = {} if settings.model.is_full else {"base": f"sha256 {_digest_base(base)[:16]}"}
+    by_micro_batch = settings.batch.loss_average == "micro_batch"
     return {
         **frozen,
         "data": f"{len(data)} examples, sha256 {digest.hexdigest()[:16]}",
-        "micro_batch_size": config.per_device_train_batch_size if by_micro_batch else "any",
+        "micro_batch_size": settings.batch.micro_batch_size if by_micro_batch else "any",
         "parameters": num_parameters,
         "steps": num_steps,
         "warmup_steps": warmup,
-        **{name: getattr(config, name) for name in _IDENTITY_FIELDS},
+        **settings.identity,
     }
 
 
 def _digest_base(base: Base) -> str:
-    """Of the base's tensors, wherever its folder is; of a .bin file, of its end, where the checksums of all stand."""
+    """A digest of the base's tensors, wherever its folder lies.
+
+    Of a .bin file, a zip archive, its end is enough: the checksums of all its members stand there.
+    """
     if base.fingerprint:
         return base.fingerprint
     digest = hashlib.sha256()

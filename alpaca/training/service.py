@@ -1,6 +1,6 @@
-"""A training behind HTTP: one at a time, its archive returned or uploaded, its size known before it starts.
+"""Training behind HTTP: one at a time. Its archive is returned or uploaded, and its size is checked before it starts.
 
-Cog itself is known to train.py alone: metrics go through `record(name, value)`.
+Only train.py knows Cog: metrics leave this module through a function `record(name, value)`.
 """
 
 import contextlib
@@ -19,19 +19,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alpaca.archives import choose_base, open_weights, pack
-from alpaca.downloads import parse_address, upload
 from alpaca.errors import AlpacaError, InputError
-from alpaca.hf_files import read_json, require_free_space
+from alpaca.files.archives import pack
+from alpaca.files.downloads import parse_address, upload
+from alpaca.files.outputs import require_free_space
+from alpaca.files.places import choose_base, open_weights
+from alpaca.files.reading import read_json
 
 if TYPE_CHECKING:
-    from alpaca.training.config import TrainConfig
+    from alpaca.training.configuration.config import TrainConfig
 
 _one_training = threading.Lock()
-_stop_of_last = threading.Event()  # of the training that runs, if one does
-_last_output: tempfile.TemporaryDirectory | None = None  # the runtime reads it after `train` returned
+_stop_of_last = threading.Event()  # set to stop the training that runs now, if one does
+_last_output: tempfile.TemporaryDirectory | None = None  # kept, for the runtime reads it after `train` has returned
 _STOPPING_S = 10  # how long a training waits for one that was cancelled to end its step
-_TELL_S = 10.0  # between two lines of the log
+_TELL_S = 10.0  # seconds between two lines of the log
 # The runtime returns a file in base64 inside its answer, and holds some 8 times the file in memory meanwhile: measured
 # with Cog 0.23.1, 64 MiB took 0.5 GB and 0.5 s, 256 MiB 2.2 GB and 4.6 s.
 _MOST_INLINE_BYTES = 256 << 20
@@ -41,10 +43,10 @@ _OTHER_FILES_BYTES = 1 << 20  # what a training adds to the base's own JSON file
 def serve_training(
     values: Mapping[str, object], *, stop: threading.Event, record: Callable[[str, float], None]
 ) -> Path | str:
-    """Train as train.py's inputs `values` say; the archive's path, or where it was uploaded to.
+    """Train with train.py's inputs `values`. Returns the archive's path, or the address it was uploaded to.
 
-    One training at a time; what it printed and why it failed stand in its log. `stop` ends it after a step. Raises the
-    errors of `alpaca.errors`, and `TrainingStopped`.
+    Only one training runs at a time. Setting `stop` ends it after a step. Raises AlpacaErrors, TrainingStopped among
+    them.
     """
     global _stop_of_last
     if not _one_training.acquire(timeout=_STOPPING_S if _stop_of_last.is_set() else 0):
@@ -62,8 +64,8 @@ def serve_training(
         if isinstance(error, AlpacaError):
             print(f"ended: {error}")
         else:
-            traceback.print_exc(file=sys.stdout)  # the runtime reports the message alone
-        traceback.clear_frames(error.__traceback__)  # they hold the model
+            traceback.print_exc(file=sys.stdout)  # the runtime itself reports only the message
+        traceback.clear_frames(error.__traceback__)  # the frames hold the model
         raise
     finally:
         _free_memory()
@@ -99,7 +101,7 @@ def _train_to_archive(
     report = _Report(record)
     trained = run_training(config, on_step=report.step, should_stop=stop.is_set)
     report.end(read_json(trained / "trainer_state.json")["log_history"])
-    # Uploads go by the file's name, so no two trainings may have the same.
+    # An upload's address ends in the file's name, so each training needs a name of its own.
     archive = pack(trained, folder / f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}.tar")
     shutil.rmtree(trained)
     print(f"packed: {archive.name}, {archive.stat().st_size / 1e6:,.1f} MB")
@@ -116,7 +118,7 @@ def _open_base(model: str) -> Path:
 
 def _make_config(values: Mapping[str, object], *, base: Path, output_dir: Path) -> "TrainConfig":
     """The run's configuration. An `eval_fraction` has it evaluated, too: by the recipe's steps, else each epoch."""
-    from alpaca.training.config import RECIPES, make_config
+    from alpaca.training.configuration.config import RECIPES, make_config
 
     flags = {**values, "data_path": str(values["data"]), "model_name_or_path": str(base)}
     del flags["data"], flags["model"]
@@ -125,7 +127,7 @@ def _make_config(values: Mapping[str, object], *, base: Path, output_dir: Path) 
         flags |= {"val_set_size": 0, "eval_strategy": often if flags["eval_fraction"] else "no"}
     for name in ("learning_rate", "num_train_epochs", "lora_alpha", "lora_dropout", "eval_fraction"):
         if name in flags:
-            flags[name] = float(flags[name])  # JSON's 1 is an int
+            flags[name] = float(flags[name])  # a JSON client may write 1 for 1.0
     return make_config({**flags, "output_dir": str(output_dir), "save_strategy": "no", "report_to": "none"})
 
 
@@ -133,7 +135,7 @@ def _make_config(values: Mapping[str, object], *, base: Path, output_dir: Path) 
 
 
 def _check_size(config: "TrainConfig", folder: Path) -> None:
-    """Refuse, before training, an archive that the runtime could not well return, or the disk not hold."""
+    """Refuse a training whose archive the runtime could not return or the disk could not hold."""
     num_bytes = _estimate_archive(config)
     require_free_space(folder, 2 * num_bytes)  # the trained folder, and the archive of it
     if num_bytes <= _MOST_INLINE_BYTES or _upload_address():
@@ -148,26 +150,27 @@ def _check_size(config: "TrainConfig", folder: Path) -> None:
 
 
 def _estimate_archive(config: "TrainConfig") -> int:
-    """Bytes of the archive a run will make, by the plan's own count of what is trained; no weight is read."""
+    """Estimate the bytes of a run's archive from the planned number of trained parameters; no weight is read."""
     import torch
 
-    from alpaca.training.config import resolve
-    from alpaca.training.footprint import count_trained, make_setup
-    from alpaca.training.model import choose_save_dtype, open_base
-    from alpaca.training.shape import read_shape
+    from alpaca.training.configuration.resolving import resolve_settings
+    from alpaca.training.model.base import open_base
+    from alpaca.training.model.final import choose_save_dtype
+    from alpaca.training.planning.footprint import count_trained
+    from alpaca.training.planning.workload import make_setup, read_model
 
-    with _quiet():  # the run itself will say it all
-        config = resolve(config, num_processes=1, device=torch.device("cpu"))
-        base = open_base(config)
+    with _quiet():  # the run itself logs the same again
+        settings = resolve_settings(config, num_processes=1, device=torch.device("cpu"))
+        base = open_base(settings.base)
     kept = [*base.folder.glob("*.json"), *base.folder.glob("tokenizer.model"), *base.folder.glob("*.txt")]
     others = sum(file.stat().st_size for file in kept) + _OTHER_FILES_BYTES
     try:
-        shape = read_shape(base.folder, num_tokens=base.tokenizer.size if config.method == "full" else 0)
-    except InputError:  # of a kind without a plan: a whole model is as large as it was
+        shape = read_model(base.folder, num_tokens=base.tokenizer.size if config.method == "full" else 0)
+    except InputError:  # a kind of model that cannot be planned; a whole one is as large as its base
         weights = [*base.folder.glob("*.safetensors"), *base.folder.glob("*.bin")]
         return others + (sum(file.stat().st_size for file in weights) if config.method == "full" else 0)
-    setup = make_setup(config, shape, num_processes=1, on_gpu=False)
-    return others + count_trained(shape, setup) * choose_save_dtype(config, base).itemsize
+    setup = make_setup(settings, shape, num_processes=1, on_gpu=False)
+    return others + count_trained(shape, setup) * choose_save_dtype(settings, base).itemsize
 
 
 @contextlib.contextmanager
@@ -182,9 +185,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _upload_address() -> str | None:
-    """Where the runtime was told to upload files: by its --upload-url, else by ALPACA_UPLOAD_URL.
+    """Where files are uploaded to: the runtime's --upload-url, else ALPACA_UPLOAD_URL.
 
-    This process is the runtime's worker, its parent the server: a detail of Cog 0.23, so the variable stands in.
+    The flag is read from the command line of the parent process, which is the server in Cog 0.23. That is a detail of
+    that release, so the variable can be set instead.
     """
     with contextlib.suppress(OSError, ValueError):
         command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
@@ -195,7 +199,7 @@ def _upload_address() -> str | None:
 
 
 def _check_upload_address() -> None:
-    """Raise InputError, before hours of training, for an address that nothing could be uploaded to."""
+    """Raise InputError, before hours of training, for an upload address that cannot work."""
     if place := _upload_address():
         try:
             parse_address(place)
@@ -204,10 +208,10 @@ def _check_upload_address() -> None:
 
 
 def _deliver(archive: Path, stop: threading.Event) -> Path | str:
-    """Upload an archive where there is an address for that, and return where it is then.
+    """Upload an archive if an upload address is set. Returns the archive's new address, or else its path.
 
-    The runtime would, too, but gives up after 25 s (measured, Cog 0.23.1: "upload request timed out") and holds the
-    file twice in memory. Given an address instead of a file it passes that on. Where this fails the archive is kept.
+    The runtime would upload it, too, but it gives up after 25 s (measured, Cog 0.23.1: "upload request timed out") and
+    holds the file twice in memory; an address it passes on as it is. If the upload fails the archive is kept.
     """
     place = _upload_address()
     if place is None:
@@ -219,7 +223,7 @@ def _deliver(archive: Path, stop: threading.Event) -> Path | str:
 
     try:
         return upload(archive, place, on_piece=end_if_stopped)
-    except Exception as error:  # whatever it is, the training shall not be lost
+    except Exception as error:  # whatever the error is, the trained weights must not be lost
         if stop.is_set():
             raise
         kept = f"while this server runs, and until its next training, the archive stays here as {archive}"
@@ -228,15 +232,15 @@ def _deliver(archive: Path, stop: threading.Event) -> Path | str:
         raise RuntimeError(f"the upload failed ({type(error).__name__}: {error}); {kept}") from error
 
 
-# What is told meanwhile -----------------------------------------------------------------------------------------
+# Progress -------------------------------------------------------------------------------------------------------
 
 
 class _Report:
-    """Metrics of each step, and now and then a line in the log."""
+    """Records metrics of each step, and prints a line every few seconds."""
 
     def __init__(self, record: Callable[[str, float], None]) -> None:
         self._record = record
-        self._start: tuple[int, float] | None = None  # the first step, and when it was done
+        self._start: tuple[int, float] | None = None  # the number of the first step, and when it ended
         self._told_at = 0.0
 
     def step(self, entry: Mapping[str, float]) -> None:
@@ -257,8 +261,8 @@ class _Report:
             print(f"step {step}/{last}: loss {entry['loss']:.4f}{rest}")
 
     def end(self, history: list[dict[str, float]]) -> None:
-        """Record what the run's own log knows besides: the last held-out loss, and the mean rate."""
-        from alpaca.training.report import mean_rate
+        """Record what is known only at the end: the last held-out loss and the mean rate."""
+        from alpaca.training.report.summary import mean_rate
 
         self._record("tokens_per_second", round(float(mean_rate(history)), 1))
         if held_out := [entry["eval_loss"] for entry in history if "eval_loss" in entry]:

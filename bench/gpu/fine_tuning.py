@@ -3,7 +3,8 @@
 import statistics
 from pathlib import Path
 
-from alpaca.training import model as training_model
+import transformers
+
 from bench.gpu.child import Report, free_memory
 from bench.gpu.model import DrawnAutoModel, hollow_folder
 from bench.gpu.scale import choose_scale
@@ -26,7 +27,7 @@ def train_row(report: Report, way: str, *, name: str, steps: int, folder: Path |
             known = {"tokens_per_second": statistics.median(rates[1:])} if rates[1:] else {}
             report.row(name, steps=steps, steps_done=len(rates) + 1, rates=rates, **known)
 
-        training_model.AutoModelForCausalLM = DrawnAutoModel
+        transformers.AutoModelForCausalLM = DrawnAutoModel
         if folder is not None:
             figures = run_row(bench_config(way, steps), way, folder, on_step=on_step)
         else:

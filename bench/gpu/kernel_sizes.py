@@ -19,12 +19,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from alpaca.quantization import Int8Weight, Nf4Weight
-from alpaca.serving import triton_linear, triton_low_rank, triton_ops
-from alpaca.serving.low_rank import AdapterRows, LowRankStack
-from alpaca.serving.ops import AttentionBatch
-from alpaca.training import triton_adamw
-from alpaca.training.optimizer import Update
+from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
+from alpaca.serving.kernels import triton_linear, triton_low_rank, triton_ops
+from alpaca.serving.kernels.low_rank import AdapterRows, LowRankStack
+from alpaca.serving.kernels.ops import AttentionBatch
+from alpaca.training.model import triton_adamw
+from alpaca.training.model.rounding import Update
 
 Row = dict[str, object]
 

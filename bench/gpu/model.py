@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from alpaca.serving import weights as serving_weights
 from alpaca.serving.engine import Engine
 from alpaca.serving.housekeeping import Phases
+from alpaca.serving.hugging_face.shared_weights import as_transformers
+from alpaca.serving.llama import weights as serving_weights
 from alpaca.serving.loading import load_engine
 from alpaca.serving.settings import ServerSettings
-from alpaca.serving.shared_weights import as_transformers
 from bench.machine import DEVICE
 from bench.random_model import SHAPES, Shape, random_tensor, write_hollow_llama, write_random_llama
 

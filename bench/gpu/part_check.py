@@ -31,7 +31,7 @@ from bench.ways import EngineWay
 
 _REAL_VARIABLE = "ALPACA_REAL"
 _BFLOAT16_TOKENS = 64
-_KERNEL_TESTS = ("tests/serving/test_triton_ops.py", "tests/serving/test_triton_linear.py")
+_KERNEL_TESTS = ("tests/serving/kernels/test_triton_ops.py", "tests/serving/kernels/test_triton_linear.py")
 _MOST_NAMES = 20
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected)")
 
@@ -178,7 +178,7 @@ def build_engine_kernels(report: Report, quantization: str) -> None:
     if DEVICE != "cuda":
         report.row(name, left_out="not run: Triton builds kernels for a GPU alone, and there is none")
         return
-    from alpaca.serving import triton_linear, triton_ops
+    from alpaca.serving.kernels import triton_linear, triton_ops
 
     log = BuildLog()
     with report.guarded(name), hollow_folder(scale.one_layer, scale.dtype) as folder:
@@ -207,8 +207,8 @@ def build_other_kernels(report: Report) -> None:
     if DEVICE != "cuda":
         report.row(name, left_out="not run: Triton builds kernels for a GPU alone, and there is none")
         return
-    from alpaca.serving import triton_low_rank
-    from alpaca.training import triton_adamw
+    from alpaca.serving.kernels import triton_low_rank
+    from alpaca.training.model import triton_adamw
 
     log = BuildLog()
     with report.guarded(name):
@@ -220,8 +220,8 @@ def build_other_kernels(report: Report) -> None:
 
 
 def _run_adapter(num_rows: int, *, width: int = 4096, rank: int = 8) -> None:
-    from alpaca.serving.low_rank import AdapterRows, LowRankStack
-    from alpaca.serving.triton_low_rank import add_low_rank
+    from alpaca.serving.kernels.low_rank import AdapterRows, LowRankStack
+    from alpaca.serving.kernels.triton_low_rank import add_low_rank
 
     made = {"dtype": torch.bfloat16, "device": DEVICE}
     a, b = torch.zeros(1, 3 * rank, width, **made), torch.zeros(1, 3 * width, rank, **made)
@@ -233,7 +233,7 @@ def _run_adapter(num_rows: int, *, width: int = 4096, rank: int = 8) -> None:
 
 
 def _run_optimizer() -> None:
-    from alpaca.training.optimizer import StochasticAdamW
+    from alpaca.training.model.optimizer import StochasticAdamW
 
     parameter = torch.nn.Parameter(torch.zeros(4096, 4096, dtype=torch.bfloat16, device=DEVICE))
     parameter.grad = torch.zeros_like(parameter)

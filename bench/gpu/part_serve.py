@@ -169,7 +169,7 @@ def serve_compiled(report: Report) -> None:
         return
     with report.guarded(name), hollow_folder(scale.shape, scale.dtype) as folder:
         model = drawn_model(folder, scale.dtype)
-        from alpaca.tokenizer import load_tokenizer
+        from alpaca.text.loading import load_tokenizer
 
         sampler = Sampler(report, folder, GenerateWay(model, load_tokenizer(folder)), dtype=scale.dtype)
         row = row_of(name, 1, scale.prompt, scale.new, way="compiled", num_requests=1)
@@ -184,7 +184,7 @@ def serve_over_http(report: Report) -> None:
     if missing:
         report.row(name, left_out=f"not run: {' and '.join(missing)} not installed")
         return
-    from script.local_server import running_server
+    from deploy.local_server import running_server
 
     scale = choose_scale()
     with report.guarded(name), filled_folder(scale.shape, scale.dtype) as folder:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArgume
 
 from alpaca.data.batching import collate
 from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples, read_examples
-from alpaca.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from bench.gpu.child import Report
 from bench.gpu.fine_tuning import examples_path
 from bench.gpu.model import drawn_model, hollow_folder

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from alpaca.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from bench.gpu.child import Report
 from bench.gpu.scale import choose_scale
 from bench.machine import measure_bandwidth, wake

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alpaca.hf_files import WeightsFolder
+from alpaca.formats.hf.folder import WeightsFolder
 from bench.gpu import __main__ as kit
 from bench.gpu.model import drawn_model, hollow_folder, open_engine, twin_of
 from bench.gpu.part_check import add_up, greedy_text, read_counts

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from alpaca.serving import triton_ops
+from alpaca.serving.kernels import triton_ops
 from bench.gpu import kernel_cache, kernel_sizes
 from bench.gpu.builds import BuildLog
 from bench.gpu.kernel_sizes import compile_launches, measure_kernels, programs_per_multiprocessor

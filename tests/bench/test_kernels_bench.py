@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from alpaca.serving import linear, ops
+from alpaca.serving.kernels import linear, ops
 from bench import kernels, machine
 from bench.kernel_cases import make_plan, small_cases
 from bench.sampling_cases import sampling_cases

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alpaca.errors import MissingInput
-from alpaca.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
 from bench import random_model
 from bench.random_model import VOCAB_SIZE, Shape, model_folder, write_random_llama
 from bench.rows import Prompts, Row

@@ -14,7 +14,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from alpaca.data import examples as module
 from alpaca.data.examples import EncodedDataset, Example, encode_examples, read_examples, split_examples
 from alpaca.errors import InputError, MissingInput, MissingPackage
-from alpaca.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from alpaca.text.hugging_face import HuggingFaceTokenizer
+from alpaca.text.sentencepiece import SentencePieceTokenizer
 
 SAMPLE = Path(module.__file__).with_name("sample.json")
 HOSTILE = [  # what tokenizers and formats trip over; an answer that starts with " or - merges with the prompt's colon

@@ -12,21 +12,28 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from alpaca.errors import AlpacaError, EngineClosed, InputError, MissingInput, NotEnoughSpace, PromptTooLong
+from alpaca.errors import (
+    AlpacaError,
+    EngineClosed,
+    InputError,
+    MissingInput,
+    NotEnoughSpace,
+    PromptTooLong,
+    UnsupportedModel,
+)
 from alpaca.serving import loading
-from alpaca.serving.adapters import Served
 from alpaca.serving.engine import Engine
 from alpaca.serving.housekeeping import Phases
-from alpaca.serving.llama import UnsupportedModelError
-from alpaca.serving.llama_engine import LlamaEngine
+from alpaca.serving.hugging_face.engine import TransformersEngine
+from alpaca.serving.llama.engine import LlamaEngine
+from alpaca.serving.llama.planning import BLOCK_SIZE, max_running, working_bytes
 from alpaca.serving.loading import load_engine
-from alpaca.serving.plan import BLOCK_SIZE, max_running, working_bytes
 from alpaca.serving.request import PredictionInputs, Request, make_request
+from alpaca.serving.served import Served
 from alpaca.serving.settings import ServerSettings
-from alpaca.serving.transformers_engine import TransformersEngine
-from alpaca.tokenizer import load_tokenizer, read_eos_ids
-from tests.serving.test_llama import logits
-from tests.serving.test_llama_engine import DEFAULTS, tokens
+from alpaca.text.loading import load_tokenizer, read_eos_ids
+from tests.serving.llama.test_llama import logits
+from tests.serving.llama.test_llama_engine import DEFAULTS, tokens
 
 PROMPT = (1, 300, 310, 320)
 
@@ -103,18 +110,18 @@ def test_an_opt_goes_to_transformers_and_the_log_says_why(load, opt_folder, capl
     caplog.set_level(logging.INFO)
     engine = load(opt_folder)
     assert type(engine) is TransformersEngine
-    assert f"served by transformers: {opt_folder} holds a model of type 'opt', not llama" in caplog.messages
+    assert f"served by transformers: {opt_folder}: its model_type is 'opt', not llama" in caplog.messages
     assert len(tokens(engine.submit(request(min_new_tokens=20)))[0]) == 20
 
 
 def test_the_llama_engine_refuses_an_opt(load, opt_folder):
-    with pytest.raises(UnsupportedModelError, match="holds a model of type 'opt', not llama"):
+    with pytest.raises(UnsupportedModel, match="its model_type is 'opt', not llama"):
         load(opt_folder, engine="llama")
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"attention_bias": True}, "has attention_bias"), ({"hidden_act": "gelu"}, "has hidden_act 'gelu'")],
+    [({"attention_bias": True}, "has attention_bias"), ({"hidden_act": "gelu"}, "its hidden_act is 'gelu'")],
 )
 def test_llamas_it_does_not_know_are_transformers(copy, monkeypatch, caplog, change, reason):
     caplog.set_level(logging.INFO)
@@ -152,7 +159,7 @@ def test_phases_of_transformers(load):
 
 def test_a_line_now_and_then_says_what_runs(load, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("alpaca.serving.llama_engine._REPORT_S", 0.05)
+    monkeypatch.setattr("alpaca.serving.llama.engine._REPORT_S", 0.05)
     engine = load(concurrency=1, max_context=512)  # five sequences at once
     full = [engine.submit(request(n=5, max_new_tokens=400, min_new_tokens=400, temperature=1.0)) for _ in range(2)]
     for generation in full:
@@ -181,7 +188,7 @@ def test_a_first_request_that_fails_fails_the_start(load, monkeypatch):
     def fail(*args):
         raise RuntimeError("no kernel for this device")
 
-    monkeypatch.setattr("alpaca.serving.runner.Runner.launch", fail)
+    monkeypatch.setattr("alpaca.serving.llama.runner.Runner.launch", fail)
     with pytest.raises(RuntimeError, match="no kernel for this device"):
         load()
 
@@ -307,7 +314,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[AlpacaError], str]] = {
         lambda folder: cut(folder / "config.json", 100), InputError, r"copy/config\.json is not valid JSON: ",
     ),
     "a config without a size": (
-        lambda folder: remove_key(folder, "hidden_size"), InputError, r"copy/config\.json has no 'hidden_size'",
+        lambda folder: remove_key(folder, "hidden_size"), InputError, r"copy/config\.json: 'hidden_size' is missing",
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
@@ -366,7 +373,7 @@ def have_free(monkeypatch, num_bytes: int) -> None:
 
 
 def test_too_little_memory_names_the_sizes(load, llama_folder, monkeypatch):
-    config, running = loading.LlamaConfig.read(llama_folder), max_running(ServerSettings())
+    config, running = loading.read_llama(llama_folder), max_running(ServerSettings())
     have_free(monkeypatch, working_bytes(config, torch.float32, num_tokens=running + 128, num_sampled=running))
     sizes = r"0\.0\d GB are free after the weights, .* a step takes 0\.0\d GB and .* 0\.001 MB a token"
     with pytest.raises(NotEnoughSpace, match=rf"{sizes}: no request fits"):
@@ -374,11 +381,11 @@ def test_too_little_memory_names_the_sizes(load, llama_folder, monkeypatch):
 
 
 def test_a_scarce_cache_cuts_the_context_and_names_it(load, llama_folder, monkeypatch):
-    config = loading.LlamaConfig.read(llama_folder)
+    config = loading.read_llama(llama_folder)
     settings = ServerSettings(concurrency=2, memory_fraction=1.0)
     running = max_running(settings)
     working = working_bytes(config, torch.float32, num_tokens=running + 128, num_sampled=running)
-    have_free(monkeypatch, working + 4 * 11 * BLOCK_SIZE * config.kv_bytes_per_token(torch.float32))
+    have_free(monkeypatch, working + 4 * 11 * BLOCK_SIZE * config.kv_elements_per_token() * torch.float32.itemsize)
     engine = load(concurrency=2, memory_fraction=1.0)
     assert engine.max_context == 10 * BLOCK_SIZE
     asked = request(max_new_tokens=156, min_new_tokens=156)

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from alpaca.errors import InputError, PromptTooLong
-from alpaca.prompts import alpaca_prompt
 from alpaca.serving.request import PredictionInputs, make_request, strips_leading_space
-from alpaca.tokenizer import load_tokenizer
+from alpaca.text.loading import load_tokenizer
+from alpaca.text.prompts import alpaca_prompt
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ import httpx
 import psutil
 import pytest
 import torch
-from local_server import LocalServer, running_server
 
 from alpaca.errors import InputError, PromptTooLong
 from alpaca.serving.engine import FinishedEvent, GenerationCancelledError, TokenEvent
-from alpaca.serving.llama_engine import LlamaEngine
+from alpaca.serving.llama.engine import LlamaEngine
 from alpaca.serving.request import Request
-from tests.serving.test_llama import load, save_model
-from tests.serving.test_llama_engine import CONTEXT, MODES, make_engine, request
+from deploy.local_server import LocalServer, running_server
+from tests.serving.llama.test_llama import load, save_model
+from tests.serving.llama.test_llama_engine import CONTEXT, MODES, make_engine, request
 
 pytestmark = pytest.mark.slow
 

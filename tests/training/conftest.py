@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alpaca.tokenizer import write_llama_tokenizer
-from alpaca.training.config import TrainConfig, make_config
+from alpaca.text.sentencepiece import write_llama_tokenizer
+from alpaca.training.configuration.config import TrainConfig, make_config
 from tests.conftest import ROOT
 
 SAMPLE = ROOT / "alpaca" / "data" / "sample.json"
@@ -25,20 +25,6 @@ SETTINGS = {  # float32, no files but what a test looks at
     "global_batch_size": 8,
     "model_max_length": 256,
 }
-
-
-@pytest.fixture(scope="session")
-def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece BPE model of Meta's kind, trained on the sample."""
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    texts = [text for record in json.loads(SAMPLE.read_text()) for text in record.values() if text]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=480, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    return folder / "tokenizer.model"
 
 
 @pytest.fixture(scope="session")

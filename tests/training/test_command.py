@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from alpaca.training.checkpoint import list_checkpoints
-from alpaca.training.config import TrainConfig
+from alpaca.training.checkpoints.state import list_checkpoints
+from alpaca.training.configuration.config import TrainConfig
 from tests.conftest import ROOT
+from tests.training.checkpoints.test_checkpoint import assert_same_run, wait_until
 from tests.training.conftest import command, flags, run_train
-from tests.training.test_checkpoint import assert_same_run, wait_until
 from tests.training.test_loop import history
 
 SEEDS = """--model_name_or_path weights/llama-7b --tokenizer_name_or_path weights/tokenizer --data_path ./data.json

@@ -13,20 +13,12 @@ from transformers import get_scheduler
 
 from alpaca.data.batching import count_steps_per_epoch
 from alpaca.errors import InputError
-from alpaca.training import limits
-from alpaca.training.config import (
-    RECIPES,
-    SCHEDULES,
-    TrainConfig,
-    config_json,
-    count_held_out,
-    count_steps,
-    count_warmup_steps,
-    learning_rate_factor,
-    parse_fsdp,
-    resolve,
-)
-from alpaca.training.flags import parse_flags
+from alpaca.training.configuration import limits
+from alpaca.training.configuration.config import RECIPES, SCHEDULES, TrainConfig, config_json
+from alpaca.training.configuration.flags import parse_flags
+from alpaca.training.configuration.parsing import parse_fsdp
+from alpaca.training.configuration.resolving import make_settings, resolve
+from alpaca.training.schedule import count_held_out, count_steps, count_warmup_steps, learning_rate_factor
 
 NEEDED = ["--model_name_or_path", "weights/llama-7b", "--data_path", "data.json"]
 CPU = torch.device("cpu")
@@ -35,8 +27,8 @@ NO_UNIT = "expected a size with its unit, found '80', which is 80 bytes; write .
 
 def test_the_recipes_defaults():
     config = parse_flags(NEEDED)
-    steps = count_steps(config, count_steps_per_epoch(52_002, global_batch_size=128))
-    assert (steps, count_warmup_steps(config, steps)) == (1218, 37)
+    steps = count_steps(make_settings(config).batch, count_steps_per_epoch(52_002, global_batch_size=128))
+    assert (steps, count_warmup_steps(make_settings(config).optimizer, steps)) == (1218, 37)
     assert resolve(config, num_processes=1, device=CPU).global_batch_size == 128
     assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm) == (0.9, 0.999, 1e-8, 1)
     assert (config.learning_rate, config.model_max_length, config.bf16, config.seed) == (2e-5, 512, True, 42)
@@ -133,8 +125,8 @@ def test_every_number_has_a_least_and_a_most():
 def test_a_share_that_leaves_nothing_to_train_on_is_named():
     config = parse_flags([*NEEDED, "--eval_fraction", "0.999"])
     with pytest.raises(InputError, match=r"--eval_fraction 0.999 holds out 64 of 64 examples of data.json, and leaves"):
-        count_held_out(config, 64)
-    assert count_held_out(config, 2000) == 1998
+        count_held_out(make_settings(config).data, 64)
+    assert count_held_out(make_settings(config).data, 2000) == 1998
 
 
 def test_qlora_asked_for_is_4_bit_whatever_the_recipe_has():
@@ -191,7 +183,7 @@ def test_what_the_hardware_lacks_is_dropped_with_one_warning(caplog: pytest.LogC
 
 def test_warmup_as_transformers_counts_it():
     def warmup(*arguments: str) -> int:
-        return count_warmup_steps(parse_flags([*NEEDED, *arguments]), 100)
+        return count_warmup_steps(make_settings(parse_flags([*NEEDED, *arguments])).optimizer, 100)
 
     assert warmup("--warmup_steps", "7") == 7
     assert warmup("--warmup_steps", "0.055") == 6
@@ -200,8 +192,8 @@ def test_warmup_as_transformers_counts_it():
 
 
 def test_epochs_and_steps():
-    assert count_steps(parse_flags([*NEEDED, "--num_train_epochs", "2.5"]), 3) == 8
-    assert count_steps(parse_flags([*NEEDED, "--max_steps", "5"]), 406) == 5
+    assert count_steps(make_settings(parse_flags([*NEEDED, "--num_train_epochs", "2.5"])).batch, 3) == 8
+    assert count_steps(make_settings(parse_flags([*NEEDED, "--max_steps", "5"])).batch, 406) == 5
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alpaca.errors import InputError
-from alpaca.training.checkpoint import list_checkpoints
-from alpaca.training.config import TrainConfig, config_json
+from alpaca.training.checkpoints.state import list_checkpoints
+from alpaca.training.configuration.config import TrainConfig, config_json
 from alpaca.training.distributed import World, clip_gradients, keeps_gradients_whole
 from alpaca.training.loop import train
 from tests.conftest import ROOT
+from tests.training.checkpoints.test_checkpoint import assert_same_run
 from tests.training.conftest import flags, torchrun
-from tests.training.test_checkpoint import assert_same_run
 from tests.training.test_loop import history, largest_difference
 
 Configure = Callable[..., TrainConfig]

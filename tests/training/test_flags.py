@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from alpaca.errors import InputError
-from alpaca.training.config import TrainConfig, resolve
-from alpaca.training.flags import IGNORED, REFUSED, RENAMED, parse_flags
+from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.flags import IGNORED, REFUSED, RENAMED, parse_flags
+from alpaca.training.configuration.resolving import resolve
 
 NEEDED = ["--model_name_or_path", "weights/llama-7b", "--data_path", "data.json"]
 CPU = torch.device("cpu")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from alpaca.errors import InputError
-from alpaca.training import loop
-from alpaca.training.config import TrainConfig
+from alpaca.training import gradients, loop
+from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.resolving import make_settings
 from alpaca.training.guards import LossWatch, SaveClock, describe_not_finite
 from alpaca.training.loop import train
 from alpaca.training.run import Run
@@ -46,14 +47,14 @@ class Stage:
 def test_the_examples_without_a_finite_loss_are_named(
     padding_free: bool, configure: Configure, records: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    stage, real = Stage(monkeypatch), loop.sum_losses
+    stage, real = Stage(monkeypatch), gradients.sum_losses
     later = loop.step_examples(40, global_batch_size=8, seed=42, step=2).tolist()
     bad = sorted(later[2:4])
 
     def broken(run, data, indices):
         return real(run, data, indices) * (math.inf if set(indices.tolist()) & set(bad) else 1)
 
-    monkeypatch.setattr(loop, "sum_losses", broken)
+    monkeypatch.setattr(gradients, "sum_losses", broken)
     config = configure(padding_free=padding_free, save_strategy="no")
     with pytest.raises(InputError, match=r"step 3: the loss is inf .* before the weights are touched") as caught:
         train(config, on_step=stage.remember)
@@ -93,7 +94,7 @@ def test_only_what_would_help_is_advised(settings: dict, advice: str, configure:
     for broken in ([], [7], [7, 8]):
         text = describe_not_finite(
             math.nan, 1.0, step=1, indices=[7, 8], broken=broken, name=str,
-            remedy=loop._float32_flags(configure(**settings)),
+            remedy=gradients._float32_flags(make_settings(configure(**settings)).model),
         )  # fmt: skip
         assert (advice in text) == (broken != [7, 8])
         assert ("--bf16 False" in text) == ("bf16" in advice)

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from alpaca.data.batching import step_examples
 from alpaca.errors import InputError, NotEnoughSpace
-from alpaca.prompts import alpaca_prompt
-from alpaca.tokenizer import load_tokenizer
-from alpaca.training import loop
-from alpaca.training.config import TrainConfig
+from alpaca.text.loading import load_tokenizer
+from alpaca.text.prompts import alpaca_prompt
+from alpaca.training import gradients
+from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.loop import TrainingStopped, train
 
 Configure = Callable[..., TrainConfig]
@@ -206,7 +206,7 @@ def test_a_tiny_model_learns_its_examples_by_heart(configure: Configure, records
 
 def test_bf16_training_stays_near_float32(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     full = train(configure(output_dir=str(tmp_path / "float32")))
-    monkeypatch.setattr("alpaca.training.config._has_bf16", lambda device: True)
+    monkeypatch.setattr("alpaca.training.configuration.resolving._has_bf16", lambda device: True)
     half = train(configure(output_dir=str(tmp_path / "bf16"), bf16=True))
     assert history(half) == pytest.approx(history(full), abs=0.05)
     assert history(half) != history(full)
@@ -253,13 +253,13 @@ def test_evaluation_on_a_file_leaves_the_training_alone(configure: Configure, re
 def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ):
-    config, real = configure(save_steps=2, save_total_limit=9), loop.sum_losses
+    config, real = configure(save_steps=2, save_total_limit=9), gradients.sum_losses
     calls = iter(range(1000))
 
     def broken(*arguments):
         return real(*arguments) * (math.nan if next(calls) >= 2 * 5 else 1)  # 2 micro-batches a step
 
-    monkeypatch.setattr(loop, "sum_losses", broken)
+    monkeypatch.setattr(gradients, "sum_losses", broken)
     with pytest.raises(InputError, match=r"step 6: the loss is nan .* nothing was saved over the last checkpoint"):
         train(config)
     names = {path.name for path in Path(config.output_dir).iterdir()}
@@ -281,7 +281,7 @@ def test_too_little_memory_says_what_to_lower(configure: Configure, monkeypatch:
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(loop, "sum_losses", full)
+    monkeypatch.setattr(gradients, "sum_losses", full)
     with pytest.raises(
         NotEnoughSpace, match=r"in step 1: CUDA out of memory.*2.00 GiB.\nlower --per_device_train_batch"
     ):

@@ -20,8 +20,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from alpaca.errors import AlpacaError
-from alpaca.training import checkpoint, digests, distributed
-from alpaca.training.config import make_config
+from alpaca.training import distributed
+from alpaca.training.checkpoints import digests, final
+from alpaca.training.configuration.config import make_config
 from alpaca.training.distributed import join_world, leave_world
 from alpaca.training.loop import train
 
@@ -106,9 +107,9 @@ def run(job: dict) -> None:
     if job.pop("full_disk", None) == world.rank:
         digests._HashedStream.write = fill_disk(digests._HashedStream.write)
     if "largest_gathered" in job:
-        from alpaca.training import loop
+        from alpaca.training import finishing
 
-        loop.save_final = save_final_counted(Path(job.pop("largest_gathered")), world.rank, checkpoint.save_final)
+        finishing.save_final = save_final_counted(Path(job.pop("largest_gathered")), world.rank, final.save_final)
     try:
         train(make_config(job), on_step=lambda entry: crash_after(step, entry))
     except AlpacaError as caught:

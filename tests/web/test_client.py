@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import psutil
 import pytest
-from local_server import LocalServer, running_server
 
 from alpaca.errors import InputError
+from deploy.local_server import LocalServer, running_server
 from tests.conftest import ROOT
 from tests.test_imports import imported
 from web.client import (

@@ -4,10 +4,10 @@ import copy
 import inspect
 
 import pytest
-import schema
 
 from alpaca.errors import InputError
 from alpaca.serving.request import PredictionInputs
+from deploy import schema
 from web.knobs import OMITTED, Knob, read_knobs
 
 

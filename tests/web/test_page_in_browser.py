@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_server import LocalServer, running_server
 
+from deploy.local_server import LocalServer, running_server
 from tests.conftest import ROOT
 
 CHROMIUM = os.environ.get("ALPACA_CHROMIUM") or next(
@@ -56,7 +56,8 @@ class PageProcess:
 @pytest.fixture(scope="module")
 def slow_folder(tmp_path_factory) -> Path:
     """A random LLaMA large enough that a person could press Stop before it is done."""
-    from convert.convert_llama_weights_to_hf import convert, parse_arguments
+    from alpaca.formats.meta.to_hf import convert
+    from convert.convert_llama_weights_to_hf import parse_arguments
     from tests.tiny import TinyLlama, train_tokenizer, write_meta
 
     base = tmp_path_factory.mktemp("slow")

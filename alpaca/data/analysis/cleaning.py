@@ -1,0 +1,164 @@
+"""Mending of a data set by named rules, each change logged; what is ambiguous is left as it is.
+
+Rules that change a text: line_ends, control_characters, surrounding_whitespace, no_input_placeholder, leaked_task.
+Rules that drop a record: unreadable_record, empty_instruction, empty_output, placeholder_output, exact_duplicate.
+A record is mended until no rule changes it, so a clean set comes out as it went in. Further fields are kept.
+Not mended, for want of a safe rule: wrong sums, links, refusals, near copies, several answers to one prompt.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from alpaca.data.analysis.checks import before_leaked_block, says_no_input, says_no_output
+from alpaca.data.examples import Example, check_record
+from alpaca.errors import InputError
+from alpaca.files.atomic import write_text
+
+MEANINGS = {
+    "line_ends": "carriage returns become line feeds",
+    "control_characters": "control characters and byte order marks are removed",
+    "surrounding_whitespace": "white space around a text is removed (but not the first indentation of several lines)",
+    "no_input_placeholder": 'an input such as "<noinput>", "No input" or "N/A" becomes empty',
+    "leaked_task": 'an answer is cut before the header of a further task ("### Instruction:", "8. Instruction:")',
+    "unreadable_record": "dropped: no object with the texts instruction and output",
+    "empty_instruction": "dropped: instruction and input are both empty",
+    "empty_output": "dropped: the answer is empty",
+    "placeholder_output": 'dropped: the answer is only "<nooutput>", "<noinput>", "null", "TODO" or the like',
+    "exact_duplicate": "dropped: instruction, input and output equal those of an earlier record",
+}
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
+_TEXTS = ("instruction", "input", "output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One line of the log: a rule changed a field, or dropped a record (field None; before: the record, after None).
+
+    index: of the record in what was read, counted from 0.   same_as: for a copy, the index of the one that is kept.
+    """
+
+    index: int
+    rule: str
+    field: str | None = None
+    before: object = None
+    after: str | None = None
+    same_as: int | None = None
+
+    def as_json(self) -> dict[str, object]:
+        entry = {
+            "index": self.index,
+            "rule": self.rule,
+            "field": self.field,
+            "before": self.before,
+            "after": self.after,
+        }
+        return entry if self.same_as is None else {**entry, "same_as": self.same_as}
+
+
+def clean_records(
+    records: Sequence[tuple[str, object]], *, progress: bool = True
+) -> tuple[list[Mapping[str, object]], list[Change]]:
+    """(the records that are left, mended; every change) of records as `read_records` gives them."""
+    kept: list[Mapping[str, object]] = []
+    changes: list[Change] = []
+    first: dict[Example, int] = {}
+    bar = tqdm(records, desc="clean", unit=" records", delay=1, disable=None if progress else True)
+    for index, (where, record) in enumerate(bar):
+        try:
+            check_record(record, where)
+        except InputError:
+            changes.append(Change(index=index, rule="unreadable_record", before=record))
+            continue
+        mended, made = _mend(index, dict(record))
+        changes += made
+        example = check_record(mended, where)
+        if dropped := _reason_to_drop(example):
+            changes.append(Change(index=index, rule=dropped, before=record))
+        elif (same_as := first.setdefault(example, index)) != index:
+            changes.append(Change(index=index, rule="exact_duplicate", before=record, same_as=same_as))
+        else:
+            kept.append(mended)
+    return kept, changes
+
+
+def write_clean(path: Path, kept: Sequence[Mapping[str, object]], changes: Sequence[Change]) -> Path:
+    """Write the mended set as a JSON list that train.py reads, and its log beside it; returns the log's path.
+
+    Raises InputError when nothing would be left.
+    """
+    if not kept:
+        raise InputError(f"cleaning would leave no record; {path} was not written (the report says what is wrong)")
+    log = log_path(path)
+    write_text(log, "".join(f"{_json(change.as_json())}\n" for change in changes))
+    write_text(path, _json(list(kept), indent=2) + "\n")
+    return log
+
+
+def _json(content: object, *, indent: int | None = None) -> str:
+    """JSON as UTF-8 can hold it: a lone surrogate, which a dropped record may have, stays an escape."""
+    text = json.dumps(content, ensure_ascii=False, default=str, indent=indent)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def log_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.log.jsonl")
+
+
+def _reason_to_drop(example: Example) -> str | None:
+    if not example.instruction and not example.input:
+        return "empty_instruction"
+    if not example.output:
+        return "empty_output"
+    return "placeholder_output" if says_no_output(example.output) else None
+
+
+def _mend(index: int, record: dict[str, object]) -> tuple[dict[str, object], list[Change]]:
+    """The record with each rule applied until none changes it, and the changes."""
+    changes: list[Change] = []
+    changed = True
+    while changed:
+        changed = False
+        for rule, mend in _MENDS.items():
+            for field in _TEXTS:
+                before = record.get(field)
+                after = mend(field, before) if isinstance(before, str) else before
+                if after != before:
+                    changes.append(Change(index=index, rule=rule, field=field, before=before, after=after))
+                    record[field], changed = after, True
+    return record, changes
+
+
+def _mend_line_ends(_field: str, text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _mend_controls(_field: str, text: str) -> str:
+    return _CONTROLS.sub("", text)
+
+
+def _mend_whitespace(_field: str, text: str) -> str:
+    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text).rstrip()
+    return text if "\n" in text else text.strip()  # in a block of code the first line's indentation counts
+
+
+def _mend_no_input(field: str, text: str) -> str:
+    return "" if field == "input" and says_no_input(text) else text
+
+
+def _mend_leaked_task(field: str, text: str) -> str:
+    answer = before_leaked_block(text) if field == "output" else None
+    return text if answer is None else answer
+
+
+_MENDS: dict[str, Callable[[str, str], str]] = {
+    "line_ends": _mend_line_ends,
+    "control_characters": _mend_controls,
+    "surrounding_whitespace": _mend_whitespace,
+    "no_input_placeholder": _mend_no_input,
+    "leaked_task": _mend_leaked_task,
+}

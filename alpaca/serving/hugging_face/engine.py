@@ -1,0 +1,295 @@
+"""The engine for any causal model of transformers (LLaMA, OPT, BLOOM …): one request at a time, in order.
+
+The completions of one request run as one batch on the prompt's keys and values. Beam search is transformers' own.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from alpaca.architecture.inventory import check_layers
+from alpaca.errors import EngineClosed, InputError, MissingInput, NotEnoughSpace
+from alpaca.files.reading import list_folder
+from alpaca.formats.hf.adapters import AdapterFolder
+from alpaca.formats.hf.folder import loading_errors, require_all_weights
+from alpaca.formats.hf.quantization import allow_any_width_on_cpu, bitsandbytes_config
+from alpaca.serving.engine import Engine, Generation, is_device_lost
+from alpaca.serving.llama.sampling import Choices, choose, note, require_finite
+from alpaca.serving.request import Request
+from alpaca.serving.served import check_tokenizers, names_of
+from alpaca.serving.settings import ServerSettings
+from alpaca.text.loading import load_tokenizer, read_eos_ids
+from alpaca.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_PREFILL_TOKENS = 512  # a long prompt is read in pieces, so that a cancelled request ends between them
+_DEFAULT_CONTEXT = 2048  # for models that name none (BLOOM)
+
+
+class TransformersEngine(Engine):
+    """Runs requests one after the other on a transformers model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        max_context: int,
+        eos_ids: frozenset[int] | None = None,
+        adapters: Mapping[str, AdapterFolder] = MappingProxyType({}),
+    ) -> None:
+        """Takes the model over: its layers are wrapped where `adapters` change them. Raises InputError."""
+        self.tokenizer = tokenizer
+        self.max_context = max_context
+        self.adapters = names_of(adapters)
+        self._use_adapter = _switch_of(model, adapters)
+        self._model = model.eval()
+        self._eos_ids = eos_ids or frozenset([tokenizer.eos_id])
+        self._waiting: deque[Generation] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._lost: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="transformers-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Generation:
+        if request.adapter is not None and request.adapter not in self.adapters.named:
+            raise InputError(f"this engine has no adapter {request.adapter!r}")
+        generation = Generation(request)
+        with self._changed:
+            if self._closed or self._lost is not None:
+                raise EngineClosed(f"the engine takes no requests: {self._lost or 'it is shut down'}")
+            self._waiting.append(generation)
+            self._changed.notify()
+        return generation
+
+    def is_healthy(self) -> bool:
+        return self._thread.is_alive() and self._lost is None and not self._closed
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    # The engine's thread
+
+    def _serve(self) -> None:
+        while (generation := self._next()) is not None:
+            if generation.is_cancelled:
+                continue
+            generation.start()
+            try:
+                self._run(generation)
+                if self._closed:
+                    generation.fail(EngineClosed("the engine was shut down"))
+            except Exception as error:
+                logger.exception("a request failed in the engine")
+                generation.fail(error)
+                self._check_device(error)
+        while self._waiting:
+            self._waiting.popleft().fail(EngineClosed(f"the engine stopped: {self._lost or 'it was shut down'}"))
+
+    def _next(self) -> Generation | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed or self._lost is not None)
+            return None if self._closed or self._lost is not None else self._waiting.popleft()
+
+    def _check_device(self, error: Exception) -> None:
+        """Out of memory passes; any other CUDA error leaves the device unusable in this process."""
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        elif is_device_lost(error):
+            with self._changed:
+                self._lost = error
+
+    @torch.inference_mode()
+    def _run(self, generation: Generation) -> None:
+        self._use_adapter(generation.request.adapter)
+        if generation.request.num_beams > 1:
+            self._beam_search(generation)
+            return
+        cache = DynamicCache(config=self._model.config)
+        logits = self._prefill(generation, cache)
+        if logits is not None:
+            self._decode(generation, cache, logits)
+
+    def _prefill(self, generation: Generation, cache: DynamicCache) -> torch.Tensor | None:
+        """Read the prompt; the logits [n, V] after it, or None when the request was cancelled meanwhile."""
+        request = generation.request
+        prompt = torch.tensor([request.prompt_ids], device=self._model.device)
+        for piece in prompt.split(_PREFILL_TOKENS, dim=1):
+            if generation.is_cancelled:
+                return None
+            logits = self._forward(piece, cache)
+        if request.n > 1:
+            cache.batch_repeat_interleave(request.n)
+        return logits.repeat(request.n, 1)
+
+    def _decode(self, generation: Generation, cache: DynamicCache, logits: torch.Tensor) -> None:
+        """Generate token after token for the completions still running, as one batch."""
+        request = generation.request
+        vocab_size = min(logits.shape[-1], self.tokenizer.size)  # an embedding may be padded beyond the tokenizer
+        choices = [Choices(request, i, eos_ids=self._eos_ids) for i in range(request.n)]
+        running = list(range(request.n))
+        for num_generated in range(1, request.max_new_tokens + 1):
+            rows = [choices[i] for i in running]
+            ids = choose(logits[:, :vocab_size], rows)
+            note(rows, ids)
+            chosen = ids.tolist()
+            for token_id in chosen:
+                require_finite(token_id)
+            is_last = num_generated == request.max_new_tokens
+            kept = [row for row in range(len(running)) if self._publish(generation, running[row], chosen[row], is_last)]
+            generation.flush()
+            if generation.is_cancelled or self._closed or not kept:
+                return
+            if len(kept) < len(running):
+                cache.batch_select_indices(torch.tensor(kept, device=logits.device))
+                running, chosen = [running[row] for row in kept], [chosen[row] for row in kept]
+            logits = self._forward(torch.tensor(chosen, device=logits.device)[:, None], cache)
+
+    def _publish(self, generation: Generation, completion: int, token_id: int, is_last: bool) -> bool:
+        """Hand on one token; whether its completion goes on."""
+        if generation.is_stopped(completion):
+            generation.finish(completion)
+            return False
+        is_eos = token_id in self._eos_ids
+        if not is_eos:
+            generation.put_token(completion, token_id)
+        if is_eos or is_last:
+            generation.finish(completion)
+        return not (is_eos or is_last)
+
+    def _forward(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits [R, V] after the last of ids [R, T]; the cache grows by T."""
+        return self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def _beam_search(self, generation: Generation) -> None:
+        request = generation.request
+        prompt = torch.tensor([request.prompt_ids], device=self._model.device)
+        sequences = self._model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=_beam_config(request, sorted(self._eos_ids)),
+            stopping_criteria=StoppingCriteriaList([_StopWhenCancelled(generation)]),
+        )
+        for completion, sequence in enumerate(sequences[:, prompt.shape[1] :].tolist()):
+            ends = [at for at, token_id in enumerate(sequence) if token_id in self._eos_ids]
+            for token_id in sequence[: ends[0] if ends else None]:
+                generation.put_token(completion, token_id)
+            generation.finish(completion)
+        generation.flush()
+
+
+def _switch_of(model: PreTrainedModel, adapters: Mapping[str, AdapterFolder]) -> Callable[[str | None], None]:
+    """What makes the model compute with an adapter, by its name."""
+    if not adapters:
+        return lambda name: None
+    from alpaca.serving.hugging_face.peft_adapters import PeftAdapters  # importing PEFT takes a second or two
+
+    return PeftAdapters(model, adapters).use
+
+
+class _StopWhenCancelled(StoppingCriteria):
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._generation.is_cancelled, device=input_ids.device)
+
+
+def _beam_config(request: Request, eos_ids: list[int]) -> GenerationConfig:
+    return GenerationConfig(
+        num_beams=request.num_beams,
+        num_return_sequences=request.n,
+        do_sample=False,
+        max_new_tokens=request.max_new_tokens,
+        min_new_tokens=request.min_new_tokens,
+        repetition_penalty=request.repetition_penalty,
+        eos_token_id=eos_ids,
+        pad_token_id=eos_ids[0],
+    )
+
+
+# Loading ------------------------------------------------------------------------------------------------------
+
+
+def load_transformers_engine(
+    folder: Path, settings: ServerSettings, adapters: Mapping[str, AdapterFolder] = MappingProxyType({})
+) -> TransformersEngine:
+    """Load a model folder onto the GPU, or the CPU where there is none, and adapters of it.
+
+    Raises the errors of `alpaca.errors`.
+    """
+    if not (folder / "config.json").is_file():
+        raise MissingInput(f"{folder} holds no model: no config.json; found: {list_folder(folder)}")
+    start = time.monotonic()
+    tokenizer = load_tokenizer(folder)
+    check_tokenizers(adapters, tokenizer)
+    model = _load_model(folder, settings)
+    tokenizer.require_rows(model.get_input_embeddings().weight.shape[0], folder)
+    if model.device.type == "cuda":
+        _bound_gpu_memory(settings.memory_fraction)
+    max_context = _max_context(model, settings)
+    logger.info(
+        "loaded %s in %.1f s: %.1f M parameters, %s on %s, quantization %s, context %d tokens",
+        folder, time.monotonic() - start, model.num_parameters() / 1e6, str(model.dtype).removeprefix("torch."),
+        model.device, settings.quantization, max_context,
+    )  # fmt: skip
+    eos_ids = read_eos_ids(folder, tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
+    return TransformersEngine(model, tokenizer, max_context=max_context, eos_ids=eos_ids, adapters=adapters)
+
+
+def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            output_loading_info=True,
+            dtype=dtype,
+            device_map={"": device},
+            local_files_only=True,
+            quantization_config=bitsandbytes_config(settings.quantization, dtype),
+        )
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughSpace(
+            f"{folder} does not fit the GPU as {dtype}: set ALPACA_QUANTIZATION to int8 or nf4 ({error})"
+        ) from error
+    except loading_errors() as error:
+        raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    require_all_weights(folder, found["missing_keys"])
+    num_layers = model.config.get_text_config().num_hidden_layers
+    check_layers(num_layers, found["unexpected_keys"], where=str(folder))
+    if settings.quantization == "nf4" and device.type == "cpu":
+        allow_any_width_on_cpu(model)
+    return model
+
+
+def _bound_gpu_memory(fraction: float) -> None:
+    """Let the allocator have what the weights took and `fraction` of what is free after them."""
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + fraction * free) / total)
+
+
+def _max_context(model: PreTrainedModel, settings: ServerSettings) -> int:
+    own = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_CONTEXT
+    if settings.max_context is not None and settings.max_context > own:
+        logger.warning("ALPACA_MAX_CONTEXT %d is cut to the model's context of %d tokens", settings.max_context, own)
+    return min(settings.max_context or own, own)

@@ -1,0 +1,234 @@
+"""The linear layers of the engine: one interface, and one place that chooses what stands behind it.
+
+Legend: N rows (packed tokens), I input width, O output width. A layer may be several matrices laid end to end by rows
+(query, key and value; gate and up), so that one product reads the input once.
+"""
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+
+from alpaca.errors import InputError
+from alpaca.formats.hf.quantization import INT8_STEP, Int8Weight, Nf4Weight, quantize_parts
+
+AnyWeight = TypeVar("AnyWeight", Int8Weight, Nf4Weight)
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_FEW_ROWS_CUDA = 64  # above, the tensor cores are the limit and not the reading of the weights
+_FEW_ROWS_CPU = 32
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a dequantised block: what stays in a cache; 128 MiB of a GPU
+
+
+class Linear(ABC):
+    """x [N, I] -> x W^T [N, O], without bias. `num_bytes` is what the weight occupies on its device."""
+
+    in_features: int
+    out_features: int
+    num_bytes: int
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, I] -> [N, O], in the dtype of x."""
+
+
+class PlainLinear(Linear):
+    """The whole weight [O, I], multiplied by torch: every device and dtype, and the twin of the other kinds."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.out_features, self.in_features = weight.shape
+        self.num_bytes = weight.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight)
+
+
+class PackedLinear(Linear):
+    """The weight laid out once the way oneDNN's CPU kernels read it: 2 to 7 times as fast as PlainLinear.
+
+    The operators are private to torch (checked in 2.11 and 2.13), so `make_packed` verifies them on every weight. No
+    batch size is given to the packing: that one layout was the fastest, or as fast, from 1 to 512 rows.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Packs weight [O, I]; raises whatever torch raises where it cannot."""
+        self.out_features, self.in_features = weight.shape
+        self.num_bytes = weight.nbytes  # the packed tensor does not tell its size; at most a few rows of padding more
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+
+
+class Int8Linear(Linear):
+    """int8 weights with a scale per row; activations stay as they are.
+
+    On a GPU the bytes are read once by our kernels. On a CPU torch multiplies bfloat16 rows with int8 weights directly
+    (for few rows 3 to 7 times as fast as the way for everything else: dequantising a block of rows at a time).
+    """
+
+    def __init__(self, weight: Int8Weight) -> None:
+        self._weight = weight
+        self.out_features, self.in_features = weight.shape
+        self.num_bytes = weight.num_bytes
+        self._kernels = _load_kernels(weight.codes.device)
+        self._ones = torch.ones(self.out_features, dtype=torch.bfloat16, device=weight.codes.device)
+        # torch's kernel reads 16 columns at a time and does not check: another width is a segmentation fault
+        self._is_fused = weight.codes.device.type == "cpu" and weight.shape[1] % 32 == 0 and _fused_int8_agrees(self)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._kernels and x.dtype in _KERNEL_DTYPES:
+            if x.shape[0] <= _FEW_ROWS_CUDA:
+                return self._kernels.multiply_int8(x, self._weight)
+            return _multiply_by_row_blocks(x, self._weight, self._kernels.dequantize_int8)
+        if self._is_fused and x.dtype == torch.bfloat16 and x.shape[0] <= _FEW_ROWS_CPU:
+            return self._multiply_fused(x)
+        return _multiply_by_row_blocks(x, self._weight)
+
+    def _multiply_fused(self, x: torch.Tensor) -> torch.Tensor:
+        # The operator wants the scales in bfloat16, where each would be off by up to 0.2 %: they come after it.
+        x = x.contiguous()
+        if x.data_ptr() % 64:
+            x = x.clone()  # the kernel's loads are aligned ones: from another address they are a segmentation fault
+        products = torch._weight_int8pack_mm(x, self._weight.codes, self._ones)
+        return (products * (self._weight.absmax * INT8_STEP)).to(x.dtype)
+
+
+class Nf4Linear(Linear):
+    """4-bit NF4 weights with a scale for each 64; activations stay as they are.
+
+    On a GPU our kernels read the bytes once where 64 divides the width; everything else dequantises blocks of rows.
+    """
+
+    def __init__(self, weight: Nf4Weight) -> None:
+        self._weight = weight
+        self.out_features, self.in_features = weight.shape
+        self.num_bytes = weight.num_bytes
+        self._kernels = _load_kernels(weight.packed.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._kernels is None or x.dtype not in _KERNEL_DTYPES:
+            return _multiply_by_row_blocks(x, self._weight)
+        if x.shape[0] <= _FEW_ROWS_CUDA and self._weight.row_step == 1:
+            return self._kernels.multiply_nf4(x, self._weight)
+        return _multiply_by_row_blocks(x, self._weight, self._kernels.dequantize_nf4)
+
+
+class SideBySide(Linear):
+    """Layers of one input whose outputs are laid side by side: for weights that cannot be laid end to end."""
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self._layers = list(layers)
+        self.in_features = layers[0].in_features
+        self.out_features = sum(layer.out_features for layer in layers)
+        self.num_bytes = sum(layer.num_bytes for layer in layers)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self._layers], dim=1)
+
+
+def make_linear(
+    parts: Sequence[torch.Tensor], *, quantization: str, device: torch.device, dtype: torch.dtype
+) -> Linear:
+    """The layer for the matrices `parts`, each [O_i, I] on any device and of any float dtype, laid end to end by rows.
+
+    Parts may be memory-mapped; they are read one after the other and not kept, except that a single part already of
+    `device` and `dtype` is used as it is. Each part is quantised by itself, on `device`, from the dtype it has: as
+    bitsandbytes would. Packing holds the layer twice for a moment.
+    Raises InputError for another quantization, and for parts that do not fit together.
+    """
+    widths = {part.shape[1] for part in parts if part.dim() == 2}
+    if len(widths) != 1 or any(part.dim() != 2 for part in parts):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts) or "none"
+        raise InputError(f"a linear layer needs matrices of one input width; found {shapes}")
+    if quantization == "none":
+        weight = lay_end_to_end(parts, device=device, dtype=dtype)
+        return make_packed(weight) or PlainLinear(weight)
+    if quantization == "int8":
+        return Int8Linear(quantize_parts(parts, quantization="int8", device=device))
+    if quantization == "nf4":
+        return make_nf4(parts, device)
+    raise InputError(f"quantization must be none, int8 or nf4; found {quantization!r}")
+
+
+def make_nf4(parts: Sequence[torch.Tensor], device: torch.device) -> Linear:
+    """One layer of the parts end to end, or one beside the other where a block of 64 would straddle two of them."""
+    if all(part.numel() % 64 == 0 for part in parts[:-1]):
+        return Nf4Linear(quantize_parts(parts, quantization="nf4", device=device))
+    return SideBySide([Nf4Linear(quantize_parts([part], quantization="nf4", device=device)) for part in parts])
+
+
+def lay_end_to_end(parts: Sequence[torch.Tensor], *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[O_i, I] each -> [O, I] of `dtype` on `device`; never more than the result and one part at once."""
+    if len(parts) == 1:
+        return parts[0].detach().to(device=device, dtype=dtype).contiguous()
+    whole = torch.empty(sum(part.shape[0] for part in parts), parts[0].shape[1], device=device, dtype=dtype)
+    row = 0
+    for part in parts:
+        whole[row : row + part.shape[0]].copy_(part.detach())
+        row += part.shape[0]
+    return whole
+
+
+def make_packed(weight: torch.Tensor) -> PackedLinear | None:
+    """weight [O, I] packed, or None where torch cannot, or where the packed product is not the plain one."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    try:
+        packed = PackedLinear(weight)
+        return packed if _products_agree(packed, PlainLinear(weight)) else None
+    except (AttributeError, RuntimeError, TypeError):  # no such operator, not on this CPU, other arguments
+        return None
+
+
+def _products_agree(layer: Linear, twin: PlainLinear) -> bool:
+    """Whether both give the same for 3 random rows, but for rounding; the global random numbers stay untouched."""
+    x = torch.randn(3, twin.in_features, generator=torch.Generator().manual_seed(0)).to(twin.weight.dtype)
+    return _is_close(layer(x), twin(x))
+
+
+def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two products differ by no more than the rounding of `found`'s dtype; never for one that is not finite."""
+    if found.shape != expected.shape:
+        return False
+    largest = expected.float().abs().amax().item()
+    return bool((found.float() - expected.float()).abs().amax() <= 64 * torch.finfo(found.dtype).eps * largest)
+
+
+def _load_kernels(device: torch.device) -> ModuleType | None:
+    """Our Triton kernels, on a GPU with Triton installed."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from alpaca.serving.kernels import triton_linear
+
+    return triton_linear
+
+
+def _multiply_by_row_blocks(
+    x: torch.Tensor, weight: AnyWeight, dequantize: Callable[[AnyWeight, torch.dtype], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """x [N, I] -> [N, O], with no more than one block of the weight dequantised at a time."""
+    dequantize = dequantize or type(weight).dequantize
+    num_rows, width = weight.shape
+    step = max(1, _BLOCK_ELEMENTS[x.device.type] // (width * weight.row_step)) * weight.row_step
+    if step >= num_rows:
+        return torch.nn.functional.linear(x, dequantize(weight, x.dtype))
+    out = x.new_empty(x.shape[0], num_rows)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        out[:, start:stop] = torch.nn.functional.linear(x, dequantize(weight.rows(start, stop), x.dtype))
+    return out
+
+
+def _fused_int8_agrees(layer: Int8Linear) -> bool:
+    """Whether torch's private product of bfloat16 and int8 exists, takes this shape, and is right."""
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    try:
+        found = layer._multiply_fused(x)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return _is_close(found, _multiply_by_row_blocks(x.float(), layer._weight))

@@ -1,0 +1,224 @@
+"""The model's operations between its matrix products in plain torch: what a CPU runs, and what `triton_ops` must equal.
+
+Legend: N packed tokens of a step, S sequences, H query heads, K key/value heads, d head width, D model width,
+F feed-forward width, B pages in the cache, P pages per sequence at most, `page` tokens per page. A slot is
+page number * page + offset: one token's place in the cache. A group is the H // K query heads that share a key head.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch.nn import functional
+
+from alpaca.serving.kernels.low_rank import add_low_rank as add_low_rank
+
+# Copied pages of one attention call. Larger buffers come from mmap, and its page faults cost more than the attention.
+_MOST_GATHERED_BYTES = 4 << 20
+_MOST_PADDING_BYTES = 1 << 20  # copying this much costs about as much as one more call
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBatch:
+    """Which keys each packed query of one step sees.
+
+    Sequence s owns the rows query_starts[s] to query_starts[s + 1]; they are its last positions, and causal among
+    themselves. The functions here read the tensors once per batch and remember; whoever overwrites tensors in place,
+    as a captured graph's owner does, calls `triton_ops` or builds a new batch.
+    """
+
+    block_tables: torch.Tensor  # [S, P] int32
+    seq_lens: torch.Tensor  # [S] int32: tokens in the cache once this step's are written; 0 marks a padding row
+    query_starts: torch.Tensor  # [S + 1] int32
+    max_query_len: int  # bounds, not necessarily reached
+    max_seq_len: int
+    _pieces: dict[tuple[int, int], list["_Piece"]] = field(default_factory=dict, init=False, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """One call of attention: s sequences of one query each, or one sequence of n queries."""
+
+    rows: torch.Tensor | slice | None  # of the packed queries; None: all
+    pages: torch.Tensor  # [s * pages of the longest]
+    num_sequences: int
+    num_keys: int  # of the longest
+    mask: torch.Tensor | None = None  # [s, 1, 1, num_keys] or [n, num_keys], True where seen
+    is_causal: bool = False
+    unused: torch.Tensor | None = None  # gathered tokens past their sequence's end, in [0, s * pages * page)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Divide each row by its root mean square, then scale. x [N, D], weight [D] -> [N, D].
+
+    Narrow types are rounded before they are scaled, as transformers' LlamaRMSNorm does; torch's own rounds once.
+    """
+    if x.dtype in (torch.float32, torch.float64):
+        return functional.rms_norm(x, weight.shape, weight, eps)
+    return functional.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype).mul_(weight)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add x [N, D] to the residual stream [N, D]; returns (the sum's norm [N, D], the sum [N, D])."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> torch.Tensor:
+    """Rotate queries and keys (Hugging Face's half-split rotary embedding); write keys and values into the cache.
+
+    qkv [N, (H + 2K) * d], cos_sin [positions, d] (cosines, then sines), positions [N], slots [N],
+    caches [B, page, K, d] -> queries [N, H, d], a view. Of tokens that share a slot any one stays.
+    """
+    num_kv_heads, width = key_cache.shape[2:]
+    heads = qkv.view(qkv.shape[0], -1, width)
+    num_rotated = heads.shape[1] - num_kv_heads
+    rotated = _rotate(heads[:, :num_rotated], cos_sin.index_select(0, positions)[:, None])
+    # Not index_copy_, which takes tens of microseconds where index_put_ takes a few.
+    key_cache.view(-1, num_kv_heads, width).index_put_((slots,), rotated[:, num_rotated - num_kv_heads :])
+    value_cache.view(-1, num_kv_heads, width).index_put_((slots,), heads[:, num_rotated:])
+    return rotated[:, : num_rotated - num_kv_heads]
+
+
+def _rotate(heads: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """heads [N, heads, d], cos_sin [N, 1, d] -> [N, heads, d]; narrow types are computed in float32."""
+    dtype = heads.dtype if heads.dtype == torch.float64 else torch.float32
+    cos, sin = cos_sin.to(dtype).chunk(2, -1)
+    first, second = heads.to(dtype).chunk(2, -1)
+    rotated = torch.empty(heads.shape, dtype=dtype, device=heads.device)
+    rotated_first, rotated_second = rotated.chunk(2, -1)
+    torch.mul(first, cos, out=rotated_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=rotated_second).addcmul_(first, sin)
+    return rotated.to(heads.dtype)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu of the first half times the second. [N, 2F] -> [N, F]."""
+    gate, up = gate_up.chunk(2, -1)
+    return functional.silu(gate).mul_(up)
+
+
+def paged_attention(
+    q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: AttentionBatch, scale: float
+) -> torch.Tensor:
+    """Causal attention of packed queries over paged keys and values; zeros for rows that see no key.
+
+    q [N, H, d], caches [B, page, K, d] -> [N, H, d].
+    """
+    pieces = _split_into_pieces(batch, q.shape[0], key_cache)
+    if len(pieces) == 1 and pieces[0].rows is None:
+        return _attend(q, key_cache, value_cache, pieces[0], scale)
+    attended = q.new_zeros(q.shape)
+    for piece in pieces:
+        attended[piece.rows] = _attend(q[piece.rows], key_cache, value_cache, piece, scale)
+    return attended
+
+
+def _attend(
+    q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, piece: _Piece, scale: float
+) -> torch.Tensor:
+    """One piece's queries [s or n, H, d] -> [s or n, H, d]."""
+    num_kv_heads, width = key_cache.shape[2:]
+    keys, values = _gather(key_cache, value_cache, piece)
+    grouped = q.view(q.shape[0], num_kv_heads, -1, width)
+    if piece.num_sequences == q.shape[0]:  # the heads of a group are the queries of one attention: [s, K, H // K, d]
+        mixed = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=piece.mask, scale=scale)
+        return mixed.reshape(q.shape)
+    queries = grouped.permute(1, 2, 0, 3)  # [K, H // K, n, d]; the group's keys are not copied but seen again
+    seen_again = (-1, queries.shape[1], -1, -1)
+    mixed = functional.scaled_dot_product_attention(
+        queries, keys.transpose(0, 1).expand(seen_again), values.transpose(0, 1).expand(seen_again),
+        attn_mask=piece.mask, is_causal=piece.is_causal, scale=scale,
+    )  # fmt: skip
+    return mixed.permute(2, 0, 1, 3).reshape(q.shape)
+
+
+def _gather(key_cache: torch.Tensor, value_cache: torch.Tensor, piece: _Piece) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a piece's sequences, [s, K, num_keys, d] each.
+
+    One buffer for both: glibc returns memory to the system, for the next call to fault in again, when what is free
+    exceeds twice its largest block.
+    """
+    pages = key_cache.new_empty(2, len(piece.pages), *key_cache.shape[1:])
+    torch.index_select(key_cache, 0, piece.pages, out=pages[0])
+    torch.index_select(value_cache, 0, piece.pages, out=pages[1])
+    tokens = pages.flatten(1, 2)
+    if piece.unused is not None:  # another sequence's NaN would come through the mask: 0 * NaN is NaN
+        tokens.index_fill_(1, piece.unused, 0)
+    keys, values = tokens.unflatten(1, (piece.num_sequences, -1))[:, :, : piece.num_keys].transpose(2, 3)
+    return keys, values
+
+
+# The pieces of a step: found once, used by every layer
+
+
+def _split_into_pieces(batch: AttentionBatch, num_rows: int, key_cache: torch.Tensor) -> list[_Piece]:
+    """The calls that make up the batch's attention, remembered in it: every layer has the same."""
+    page = key_cache.shape[1]
+    page_bytes = key_cache[0].numel() * key_cache.element_size()
+    if (page, page_bytes) not in batch._pieces:
+        batch._pieces[page, page_bytes] = list(_find_pieces(batch, num_rows, page, page_bytes))
+    return batch._pieces[page, page_bytes]
+
+
+def _find_pieces(batch: AttentionBatch, num_rows: int, page: int, page_bytes: int) -> Iterator[_Piece]:
+    lengths, starts = batch.seq_lens.tolist(), batch.query_starts.tolist()
+    num_queries = [end - start for start, end in pairwise(starts)]
+    decoding = [s for s, length in enumerate(lengths) if length and num_queries[s] == 1]
+    for group in _group_by_length(decoding, lengths, page, page_bytes):
+        yield _decode_piece(batch, group, [lengths[s] for s in group], [starts[s] for s in group], num_rows, page)
+    for s, length in enumerate(lengths):
+        if length and num_queries[s] > 1:
+            yield _prefill_piece(batch, s, length, starts[s], num_queries[s], num_rows, page)
+
+
+def _group_by_length(sequences: list[int], lengths: list[int], page: int, page_bytes: int) -> Iterator[list[int]]:
+    """Neighbours in length together: little is copied as padding, no buffer grows large. Groups are in row order."""
+    groups: list[list[int]] = []
+    num_pages = 0
+    for s in sorted(sequences, key=lambda s: lengths[s]):
+        pages = -(-lengths[s] // page)
+        padded = (len(groups[-1]) + 1) * pages if groups else 0
+        too_long = padded * page_bytes > _MOST_GATHERED_BYTES
+        if not groups or too_long or 2 * (padded - num_pages - pages) * page_bytes > _MOST_PADDING_BYTES:
+            groups.append([])
+            num_pages = 0
+        groups[-1].append(s)
+        num_pages += pages
+    return (sorted(group) for group in groups)
+
+
+def _decode_piece(
+    batch: AttentionBatch, sequences: list[int], lengths: list[int], first_rows: list[int], num_rows: int, page: int
+) -> _Piece:
+    longest, device = max(lengths), batch.block_tables.device
+    rows = None if len(first_rows) == num_rows else torch.tensor(first_rows, device=device)
+    pages = batch.block_tables[:, : -(-longest // page)].index_select(0, torch.tensor(sequences, device=device))
+    if min(lengths) == longest:
+        return _Piece(rows, pages.flatten(), len(sequences), longest)
+    used = torch.arange(pages.shape[1] * page, device=device) < torch.tensor(lengths, device=device)[:, None]
+    pages = pages.where(used[:, ::page], 0)  # table entries past the end may be anything; page 0 exists
+    unused = used.flatten().logical_not().nonzero().flatten()
+    return _Piece(rows, pages.flatten(), len(sequences), longest, used[:, None, None, :longest], unused=unused)
+
+
+def _prefill_piece(
+    batch: AttentionBatch, sequence: int, length: int, start: int, num_queries: int, num_rows: int, page: int
+) -> _Piece:
+    device, pages = batch.block_tables.device, batch.block_tables[sequence, : -(-length // page)]
+    rows = None if num_queries == num_rows else slice(start, start + num_queries)
+    if num_queries == length:
+        return _Piece(rows, pages, 1, length, is_causal=True)
+    last_seen = torch.arange(length - num_queries, length, device=device)
+    mask = torch.arange(length, device=device) <= last_seen[:, None]
+    return _Piece(rows, pages, 1, length, mask)

@@ -1,0 +1,324 @@
+"""The engine for LLaMA models: continuous batching. One thread owns the device and does step after step:
+
+    schedule   which tokens of which sequences            scheduler.py
+    run        the network over them, and sample          runner.py
+    publish    hand the new tokens on, end what has ended
+
+On a GPU step n + 1 is scheduled and launched while the device still computes step n.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+import torch
+
+from alpaca.errors import EngineClosed, InputError, NumbersOverflow, PromptTooLong
+from alpaca.serving.engine import Engine, Generation, is_device_lost
+from alpaca.serving.llama.runner import Runner
+from alpaca.serving.llama.sampling import Choices, require_finite
+from alpaca.serving.llama.scheduler import Scheduler, Sequence, Work
+from alpaca.serving.llama.step import Launched
+from alpaca.serving.request import NO_ADAPTERS, AdapterNames, Request
+from alpaca.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_REPORT_S = 10.0
+_IDLE_WAIT_S = 1.0
+# Waking a reader and sending its piece through Cog costs about 0.1 ms of a core; per running sequence a reader gets
+# its next piece after this long at the earliest, so that handing on takes a small share of the time.
+_PIECE_INTERVAL_S = 0.0015
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Whose a sequence is."""
+
+    generation: Generation
+    index: int
+    choices: Choices
+
+
+class LlamaEngine(Engine):
+    """Runs many requests at once on one LLaMA. `beams` gives the engine for beam search, made when first wanted."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        *,
+        max_context: int,
+        beams: Callable[[], Engine],
+        launches_ahead: bool,
+        adapters: AdapterNames = NO_ADAPTERS,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_context = max_context
+        self.adapters = adapters
+        self._runner = runner
+        self._scheduler = scheduler
+        self._beams = _Lazily(beams)
+        self._launches_ahead = launches_ahead
+        names = runner.model.adapters.names if runner.model.adapters else ()
+        self._slots = {name: slot for slot, name in enumerate((None, *names))}
+        self._arrivals: SimpleQueue[Generation | None] = SimpleQueue()
+        self._sequences: dict[Generation, list[Sequence]] = {}  # those that have not ended
+        self._in_flight: Launched | None = None
+        self._report = _Report()
+        self._is_closed = False
+        self._lost: BaseException | None = None
+        self._closing = threading.Lock()
+        self._thread = threading.Thread(target=self._serve, name="llama-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Generation:
+        if request.num_beams > 1:
+            self._require_open()
+            logger.info("num_beams %d: beam search, by the transformers engine", request.num_beams)
+            return self._beams.get().submit(request)
+        self._check(request)
+        generation = Generation(request)
+        with self._closing:
+            self._require_open()
+            self._arrivals.put(generation)
+        return generation
+
+    def _require_open(self) -> None:
+        if self._is_closed or self._lost is not None:
+            raise EngineClosed(f"the engine takes no requests: {self._lost or 'it is shut down'}")
+
+    def is_healthy(self) -> bool:
+        return self._thread.is_alive() and self._lost is None and not self._is_closed
+
+    def close(self) -> None:
+        with self._closing:
+            self._is_closed = True
+            self._arrivals.put(None)
+        self._thread.join()
+        self._beams.close()
+
+    def _check(self, request: Request) -> None:
+        """Refuse at once what could never run."""
+        if request.adapter not in self._slots:
+            raise InputError(f"this engine has no adapter {request.adapter!r}")
+        num_rows = self._runner.model.config.vocab_size
+        outside = [token_id for token_id in request.prompt_ids if not 0 <= token_id < num_rows]
+        if outside:
+            raise InputError(f"token id {outside[0]} is outside of the model's {num_rows} rows")
+        length = len(request.prompt_ids) + request.max_new_tokens
+        if length > self.max_context or not self._scheduler.fits(length):
+            raise PromptTooLong(
+                f"prompt ({len(request.prompt_ids)} tokens) and answer (up to {request.max_new_tokens}) need {length} "
+                f"tokens; this server has room for {self.max_context}: shorten them or give the server more memory"
+            )
+
+    # The engine's thread
+
+    def _serve(self) -> None:
+        try:
+            while not self._is_closed and self._lost is None:
+                self._step()
+        except Exception as error:  # a bug; nobody may wait for ever because of it
+            logger.exception("the engine's thread failed")
+            with self._closing:
+                self._lost = error
+        self._fail_all(EngineClosed(f"the engine stopped: {self._lost or 'it was shut down'}"))
+
+    def _step(self) -> None:
+        self._take_arrivals()
+        self._drop_cancelled()
+        launched = self._launch(self._scheduler.schedule())
+        if self._launches_ahead:
+            launched, self._in_flight = self._in_flight, launched
+        if launched is not None:
+            self._publish(launched)
+        self._report.write_if_due(self._scheduler)
+
+    def _take_arrivals(self) -> None:
+        """Queue what was submitted; wait for it when there is nothing else to do."""
+        is_idle = not self._sequences and self._in_flight is None
+        try:
+            while True:
+                generation = self._arrivals.get(timeout=_IDLE_WAIT_S) if is_idle else self._arrivals.get_nowait()
+                is_idle = False
+                if generation is not None:
+                    self._enqueue(generation)
+        except Empty:
+            pass
+
+    def _enqueue(self, generation: Generation) -> None:
+        request = generation.request
+        adapter = self._slots[request.adapter]
+        sequences = self._sequences[generation] = []
+        for index in range(request.n):
+            owner = Completion(generation, index, Choices(request, index, eos_ids=self._runner.eos_ids))
+            leader = sequences[0] if sequences else None
+            sequences.append(
+                Sequence(
+                    request.prompt_ids, max_new_tokens=request.max_new_tokens, adapter=adapter, leader=leader,
+                    owner=owner,
+                )
+            )  # fmt: skip
+            self._scheduler.add(sequences[-1])
+
+    def _drop_cancelled(self) -> None:
+        for generation in [generation for generation in self._sequences if generation.is_cancelled]:
+            self._drop(generation)
+
+    def _drop(self, generation: Generation) -> None:
+        for sequence in self._sequences.pop(generation, []):
+            self._scheduler.finish(sequence)
+
+    # Run
+
+    def _launch(self, works: list[Work]) -> Launched | None:
+        if not works:
+            return None
+        for work in works:
+            if work.sequence.num_admissions == 1 and work.start == work.sequence.num_cached:
+                self._note_start(work.sequence)
+        try:
+            launched = self._runner.launch(works)
+        except Exception as error:
+            return self._launch_one_by_one(works, error)
+        self._scheduler.launched(works)
+        return launched
+
+    def _note_start(self, sequence: Sequence) -> None:
+        completion: Completion = sequence.owner
+        if completion.index == 0:
+            completion.generation.cached_tokens = sequence.num_cached
+            completion.generation.start()
+
+    def _launch_one_by_one(self, works: list[Work], error: Exception) -> None:
+        """After a step that failed: each sequence's part alone, so that only those fail that cannot be computed."""
+        logger.exception("a step of %d sequences failed", len(works))
+        self._note_loss(error)
+        if self._in_flight is not None:
+            self._publish(self._in_flight)  # their tokens come first
+            self._in_flight = None
+        for work in works:
+            if self._lost is not None or work.sequence.is_finished:
+                continue
+            try:
+                if len(works) == 1:
+                    raise error
+                launched = self._runner.launch([work])
+                self._scheduler.launched([work])
+                self._publish(launched)
+            except Exception as own_error:
+                self._note_loss(own_error)
+                self._fail(work.sequence.owner.generation, own_error)
+
+    def _note_loss(self, error: Exception) -> None:
+        """A lost device stays lost in this process. Out of memory passes."""
+        if is_device_lost(error):
+            with self._closing:
+                self._lost = error
+        elif torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _fail(self, generation: Generation, error: Exception) -> None:
+        self._drop(generation)
+        generation.fail(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        for generation in list(self._sequences):
+            generation.fail(error)
+        while not self._arrivals.empty():
+            if (generation := self._arrivals.get()) is not None:
+                generation.fail(error)
+
+    # Publish
+
+    def _publish(self, launched: Launched) -> None:
+        """Hand on a step's tokens. Waits for the device."""
+        try:
+            ids = launched.ids()
+        except Exception as error:
+            logger.exception("a step failed on the device")
+            self._note_loss(error)
+            for work in launched.works:
+                self._fail(work.sequence.owner.generation, error)
+            return
+        for work, token_id in zip(launched.sampled, ids, strict=True):
+            if not work.sequence.is_finished:
+                self._scheduler.append(work.sequence, token_id)
+                self._advance(work.sequence, token_id)
+        self._report.num_tokens += len(ids)
+        interval_s = _PIECE_INTERVAL_S * len(self._scheduler.running)
+        for generation in list(self._sequences):
+            generation.flush(interval_s=interval_s)
+
+    def _advance(self, sequence: Sequence, token_id: int) -> None:
+        """One more token of a completion, which may be its last."""
+        completion: Completion = sequence.owner
+        generation = completion.generation
+        try:
+            require_finite(token_id)
+        except NumbersOverflow as error:
+            self._fail(generation, error)
+            return
+        is_eos, is_stopped = token_id in self._runner.eos_ids, generation.is_stopped(completion.index)
+        if not (is_eos or is_stopped):
+            generation.put_token(completion.index, token_id)
+        if is_eos or is_stopped or len(sequence.ids) - sequence.num_prompt == sequence.max_new_tokens:
+            generation.finish(completion.index)
+            self._end(sequence, generation)
+
+    def _end(self, sequence: Sequence, generation: Generation) -> None:
+        self._scheduler.finish(sequence)
+        self._sequences[generation].remove(sequence)
+        if not self._sequences[generation]:
+            del self._sequences[generation]
+            generation.flush()
+
+
+class _Lazily:
+    """An engine that is made when it is first wanted."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        self._make = make
+        self._engine: Engine | None = None
+        self._is_closed = False
+        self._lock = threading.Lock()
+
+    def get(self) -> Engine:
+        with self._lock:
+            if self._is_closed:
+                raise EngineClosed("the engine takes no requests: it is shut down")
+            if self._engine is None:
+                self._engine = self._make()
+            return self._engine
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            if self._engine is not None:
+                self._engine.close()
+
+
+class _Report:
+    """A line in the log now and then while there is work."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._since = time.monotonic()
+
+    def write_if_due(self, scheduler: Scheduler) -> None:
+        now = time.monotonic()
+        seconds = now - self._since
+        if seconds < _REPORT_S:
+            return
+        if self.num_tokens:
+            logger.info(
+                "engine: running %d, waiting %d, pages used %d of %d, %.1f tokens/s",
+                len(scheduler.running), len(scheduler.waiting), scheduler.pool.num_used, scheduler.pool.capacity,
+                self.num_tokens / seconds,
+            )  # fmt: skip
+        self.num_tokens, self._since = 0, now

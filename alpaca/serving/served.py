@@ -1,0 +1,116 @@
+"""What a server serves: the base model's folder and the adapters over it, found and held against each other."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from alpaca.errors import InputError, MissingInput
+from alpaca.files.model_folders import is_adapter
+from alpaca.files.places import open_weights
+from alpaca.formats.hf.adapters import AdapterFolder, open_adapter
+from alpaca.formats.hf.folder import find_fingerprint
+from alpaca.formats.hf.merging import read_base_fingerprint, read_base_record
+from alpaca.serving.request import AdapterNames
+from alpaca.serving.settings import DEFAULT_ADAPTER, ServerSettings, parse_adapters
+from alpaca.text.loading import load_tokenizer
+from alpaca.text.prompts import format_prompt
+from alpaca.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What a server was given: a base model, and adapters by the names that requests use."""
+
+    base: Path
+    adapters: dict[str, AdapterFolder]
+
+
+def names_of(adapters: Mapping[str, AdapterFolder]) -> AdapterNames:
+    """What requests may ask for."""
+    return AdapterNames(named=tuple(adapters), default=DEFAULT_ADAPTER if DEFAULT_ADAPTER in adapters else None)
+
+
+def open_served(folder: Path, settings: ServerSettings) -> Served:
+    """The base model and the adapters: `folder` is the one or the other, the settings name more.
+
+    Raises InputError, MissingInput.
+    """
+    adapters: dict[str, AdapterFolder] = {}
+    base = folder
+    if is_adapter(folder):
+        adapters[DEFAULT_ADAPTER] = open_adapter(folder)
+        base = _find_base(adapters[DEFAULT_ADAPTER], settings)
+    elif settings.base_model:
+        logger.warning("ALPACA_BASE_MODEL is not used: %s is no adapter but a whole model", folder)
+    for name, place in parse_adapters(settings.adapters or "").items():
+        found = open_weights(place, named=f"ALPACA_ADAPTERS: {name}")
+        if not is_adapter(found):
+            raise InputError(f"ALPACA_ADAPTERS: {name}={place} is no adapter: it has no adapter_config.json")
+        adapters[name] = open_adapter(found)
+    return Served(base=base, adapters=adapters)
+
+
+def _find_base(adapter: AdapterFolder, settings: ServerSettings) -> Path:
+    """The model folder under an adapter: the setting's, else the one its config names, from the working directory."""
+    if settings.base_model:
+        base = open_weights(settings.base_model, named="ALPACA_BASE_MODEL")
+    else:
+        base = Path(adapter.base_name)
+        if not adapter.base_name or not base.is_dir():
+            looked = f"no folder {base.absolute()}" if adapter.base_name else "no base_model_name_or_path"
+            raise MissingInput(
+                f"{adapter.path} is an adapter, and its base model {adapter.base_name!r} is not here ({looked}). Set "
+                "ALPACA_BASE_MODEL (--base_model) to the folder of that model, such as weights/llama-7b"
+            )
+    if is_adapter(base):
+        raise InputError(f"{base} is an adapter itself; the base model of {adapter.path} must be a whole model")
+    if not (base / "config.json").is_file():
+        raise MissingInput(f"{base}, the base model of {adapter.path}, holds no config.json")
+    return base
+
+
+def check_tokenizers(adapters: Mapping[str, AdapterFolder], tokenizer: Tokenizer) -> None:
+    """Where an adapter brings a tokenizer it must be the base's, which all are served with; a [PAD] more is none less.
+
+    Raises InputError.
+    """
+    text = format_prompt("Name three alpacas.", "", "alpaca")
+    for name, adapter in adapters.items():
+        if not any((adapter.path / file).is_file() for file in _TOKENIZER_FILES):
+            continue
+        own = load_tokenizer(adapter.path)
+        if own.base_size != tokenizer.base_size or own.encode(text) != tokenizer.encode(text):
+            raise InputError(
+                f"adapter {name}: the tokenizer in {adapter.path} ({own.base_size} tokens) is not the base model's "
+                f"({tokenizer.base_size} tokens), and adapters add no rows to its embedding: this is another model's "
+                "adapter, or another base is needed (ALPACA_BASE_MODEL)"
+            )
+
+
+def describe_other_bases(served: Served, settings: ServerSettings) -> Iterator[str]:
+    """Where an adapter meets another base than it was trained on, as train.py recorded it beside the adapter.
+
+    For warnings: a base of other tensors may be the same in another dtype, and a rounded one what was wanted.
+    """
+    own = None
+    for name, adapter in served.adapters.items():
+        quantization, _ = read_base_record(adapter.path)
+        if quantization not in (None, settings.quantization):
+            yield (
+                f"adapter {name} was trained on its base with quantization {quantization}, and is served on one with "
+                f"{settings.quantization}, which is another model: set ALPACA_QUANTIZATION={quantization} to serve "
+                "what was trained"
+            )
+        trained_on = read_base_fingerprint(adapter.path)
+        if trained_on:
+            own = own or find_fingerprint(served.base)
+        if trained_on and own and own != trained_on:
+            yield (
+                f"adapter {name} was trained on a base of other tensors (fingerprint {trained_on[:16]}) than "
+                f"{served.base} ({own[:16]}): fine for the same model in another dtype; else set ALPACA_BASE_MODEL to "
+                f"the folder of its own base, {adapter.base_name or 'which it does not name'}"
+            )

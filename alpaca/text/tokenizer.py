@@ -1,0 +1,74 @@
+"""What every tokenizer is to the rest of the program.
+
+In user text a special token is text; BOS and EOS are added by id.
+"""
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from alpaca.errors import InputError
+
+logger = logging.getLogger(__name__)
+PAD_TOKEN = "[PAD]"  # what the original recipe adds when a tokenizer has no padding token
+
+
+class Tokenizer(ABC):
+    """What the stages need of a tokenizer.
+
+    prefix_ids: what stands before every text (BOS, for most).   size: number of ids, added tokens included.
+    special_ids: ids that stand for no text.                      base_size: without the added tokens.
+    pad_id, bos_id: None where there is none.
+    """
+
+    bos_id: int | None
+    eos_id: int
+    pad_id: int | None
+    size: int
+    base_size: int
+    prefix_ids: list[int]
+    special_ids: frozenset[int]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without prefix or EOS; literal special tokens in the text stay text."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a whole sequence; special tokens stand for nothing."""
+
+    @abstractmethod
+    def add_pad_token(self) -> bool:
+        """Add `[PAD]` as the last id where there is no padding token; true if it was added."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write files that `load_tokenizer` and AutoTokenizer read back to the same ids."""
+
+    @property
+    def fill_id(self) -> int:
+        """What fills rows up, masked and without loss: the padding token, or EOS where there is none."""
+        return self.eos_id if self.pad_id is None else self.pad_id
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def require_rows(self, num_rows: int, folder: Path) -> None:
+        """Raise InputError when a model's embedding has fewer rows than this tokenizer had from the start."""
+        if self.base_size > num_rows:
+            raise InputError(
+                f"the tokenizer has {self.base_size} tokens, the embedding of {folder} {num_rows} rows: "
+                "this is another model's tokenizer"
+            )
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The UTF-8 bytes one id stands for, or None where that depends on its neighbours."""
+        return None
+
+
+def tokenizer_summary(tokenizer: Tokenizer) -> str:
+    """One line for a log."""
+    ids = {"BOS": tokenizer.bos_id, "EOS": tokenizer.eos_id, "PAD": tokenizer.pad_id}
+    return f"{tokenizer.size} tokens, " + json.dumps(ids)

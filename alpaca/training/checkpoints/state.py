@@ -1,0 +1,87 @@
+"""What a checkpoint holds: the state of a run that is saved and restored, and which folders are checkpoints."""
+
+import contextlib
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from alpaca.errors import InputError
+from alpaca.files.model_folders import CONFIG_NAME
+from alpaca.files.reading import read_json
+from alpaca.training.checkpoints.digests import digest_json
+from alpaca.training.distributed import World, reshard
+
+STATE_NAME = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+WHOLE = ("config.json", CONFIG_NAME)  # a final folder's config is moved into place last, so a folder with one is whole
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come. losses: those of the steps since the last log entry."""
+
+    step: int = 0
+    log_history: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """What a checkpoint saves and restores.
+
+    identity: what must be equal for a checkpoint to belong to this run (data, seed, batch, learning rate, steps, ...).
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    progress: Progress
+    identity: Mapping[str, object]
+    world: World
+
+
+def state_bytes(model: nn.Module) -> int:
+    return sum(math.prod(p.shape) * p.itemsize * 3 for p in model.parameters() if p.requires_grad)
+
+
+def trained_state(trainee: Trainee) -> dict[str, dict]:
+    """The tensors that training changes: the model's own, and copies of the optimizer's; shards if it is sharded.
+
+    An adapter's frozen base is left out, and so is extra state of quantized layers, which torch cannot name.
+    """
+    reshard(trainee.model)
+    trained = {name: p.detach() for name, p in trainee.model.named_parameters() if p.requires_grad}
+    return {"model": trained, "optimizer": get_optimizer_state_dict(trainee.model, trainee.optimizer)}
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
+
+
+@contextlib.contextmanager
+def quiet_alone() -> Iterator[None]:
+    """Suppress torch.distributed.checkpoint's warning that there is only one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The folders named checkpoint-N, the one of the newest step first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def read_state(folder: Path) -> dict:
+    """Read a checkpoint's trainer_state.json. Raises MissingInput, InputError."""
+    state = read_json(folder / STATE_NAME)
+    if state.pop("sha256", None) != digest_json(state):
+        raise InputError(f"{folder / STATE_NAME} is damaged: its content does not have its SHA-256")
+    return state

@@ -1,0 +1,202 @@
+"""What a training run is asked to be: one frozen dataclass of plain values, and the recipes that fill it.
+
+Its fields are the command line's flags (flags.py).
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from alpaca.architecture.families import USUAL_TARGETS
+from alpaca.errors import InputError
+from alpaca.formats.precisions import DTYPES
+
+logger = logging.getLogger(__name__)
+DEFAULT_GLOBAL_BATCH_SIZE = 128
+DEFAULT_MICRO_BATCH_SIZE = 4
+# What a recipe sets where no flag does. The fields' defaults are alpaca-7b.
+RECIPES: dict[str, dict[str, object]] = {
+    "alpaca-7b": {},
+    "alpaca-13b": {"learning_rate": 1e-5, "num_train_epochs": 5.0},
+    "alpaca-lora": {
+        "method": "lora", "base_quantization": "int8", "train_on_inputs": True, "learning_rate": 3e-4,
+        "num_train_epochs": 3.0, "model_max_length": 256, "val_set_size": 2000, "lr_scheduler_type": "linear",
+        "warmup_steps": 100.0, "logging_steps": 10, "eval_strategy": "steps", "eval_steps": 200, "save_steps": 200,
+        "save_total_limit": 3,
+    },
+}  # fmt: skip
+ADAPTER_LEARNING_RATE = 3e-4  # alpaca-lora's; a full fine-tune's hardly moves an adapter
+ADAPTER_DEFAULTS: dict[str, object] = {"lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
+ALL_LINEAR = "all-linear"
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
+METHODS = ("full", "lora", "qlora")
+NUMERICS = ("stanford", "fast")
+
+
+def _flag(help: str, *choices: str) -> dict[str, object]:
+    return {"help": help, "choices": choices}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. None means "worked out" (`resolve`) or "none"; the defaults are the recipe alpaca-7b."""
+
+    model_name_or_path: str = field(metadata=_flag("folder of the base model (or its Hugging Face name)"))
+    data_path: str = field(metadata=_flag("JSON list, JSON lines, or the name of a Hugging Face data set"))
+    tokenizer_name_or_path: str | None = field(default=None, metadata=_flag("folder of the tokenizer: the model's"))
+    output_dir: str = field(default="alpaca_out", metadata=_flag("where the fine-tuned model goes"))
+    recipe: str = field(
+        default="alpaca-7b",
+        metadata=_flag(
+            "defaults of the flags not given. alpaca-lora: its 8-bit base, rank, rates, lengths and loss on prompts "
+            "too; unlike the original: Stanford's prompt (no line feed after Response:, so that predict.py's fits), "
+            "no left padding, bfloat16 for float16, a seeded order, and the last weights rather than the best",
+            *RECIPES,
+        ),
+    )
+    method: str = field(
+        default="full",
+        metadata=_flag(
+            "full: every weight; lora: an adapter on a frozen base; qlora: the same on a base in 4 bit", *METHODS
+        ),
+    )
+    lora_r: int | None = field(default=None, metadata=_flag("rank of the adapter: 8"))
+    lora_alpha: float | None = field(
+        default=None, metadata=_flag("scale of the adapter, divided by its rank (rsLoRA: by the root of it): 16")
+    )
+    lora_dropout: float | None = field(default=None, metadata=_flag("dropout before the adapter's matrices: 0.05"))
+    lora_target_modules: str | None = field(
+        default=None,
+        metadata=_flag(
+            f'layers that get one: "{",".join(USUAL_TARGETS)}" (BLOOM: query_key_value), or "{ALL_LINEAR}": all of a '
+            "decoder layer"
+        ),
+    )
+    use_dora: bool = field(default=False, metadata=_flag("learn magnitudes apart from directions (DoRA)"))
+    use_rslora: bool = field(default=False, metadata=_flag("rank-stabilized scale (rsLoRA)"))
+    base_quantization: str | None = field(
+        default=None,
+        metadata=_flag(
+            "precision of an adapter's frozen base: none with lora, nf4 (double quantisation) with qlora",
+            "none", "int8", "nf4",
+        ),
+    )  # fmt: skip
+    train_on_inputs: bool = field(default=False, metadata=_flag("prompts carry loss too, as in alpaca-lora"))
+    cache_dir: str | None = field(default=None, metadata=_flag("where models named by their hub name are kept"))
+
+    model_max_length: int = field(default=512, metadata=_flag("tokens an example is cut to"))
+    val_set_size: int = field(default=0, metadata=_flag("examples of data_path held out for evaluation"))
+    eval_fraction: float = field(default=0.0, metadata=_flag("share of data_path held out, instead of a number"))
+    eval_data_path: str | None = field(
+        default=None, metadata=_flag("examples to evaluate on, instead of held-out ones")
+    )
+
+    num_train_epochs: float = field(default=3.0, metadata=_flag("passes over the data"))
+    max_steps: int = field(default=-1, metadata=_flag("optimizer steps instead of epochs, where above 0"))
+    global_batch_size: int | None = field(default=None, metadata=_flag("examples of an optimizer step: 128"))
+    per_device_train_batch_size: int | None = field(default=None, metadata=_flag("examples of a micro-batch: 4"))
+    per_device_eval_batch_size: int = field(default=4, metadata=_flag("examples of a micro-batch in evaluation"))
+    gradient_accumulation_steps: int | None = field(default=None, metadata=_flag("micro-batches of a step: worked out"))
+    padding_free: bool = field(
+        default=True, metadata=_flag("lay examples end to end in micro-batches of as many tokens; False pads them")
+    )
+    loss_average: str = field(
+        default="token",
+        metadata=_flag("mean over a step's target tokens, or of the micro-batches' means", "token", "micro_batch"),
+    )
+
+    learning_rate: float = field(
+        default=2e-5, metadata=_flag(f"highest learning rate; with lora and qlora {ADAPTER_LEARNING_RATE:g}")
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata=_flag("schedule of the learning rate", *SCHEDULES))
+    warmup_ratio: float = field(default=0.03, metadata=_flag("share of the steps with a rising learning rate"))
+    warmup_steps: float = field(default=0.0, metadata=_flag("their number instead, where above 0 (below 1: a ratio)"))
+    optim: str = field(
+        default="adamw_torch", metadata=_flag("optimizer (fused on a GPU)", "adamw_torch", "adamw_torch_fused")
+    )
+    weight_decay: float = field(default=0.0, metadata=_flag("not applied to biases and norms"))
+    adam_beta1: float = field(default=0.9, metadata=_flag("AdamW's first beta"))
+    adam_beta2: float = field(default=0.999, metadata=_flag("AdamW's second beta"))
+    adam_epsilon: float = field(default=1e-8, metadata=_flag("AdamW's epsilon"))
+    max_grad_norm: float = field(default=1.0, metadata=_flag("gradients are clipped to this norm; 0 does not clip"))
+    seed: int = field(default=42, metadata=_flag("of the order of the data, held-out examples and dropout"))
+
+    numerics: str = field(
+        default="stanford",
+        metadata=_flag(
+            "stanford: float32 weights, gradients and moments; fast: all of them bfloat16, what the optimizer writes "
+            "rounded by chance: half the memory, or five eighths with several micro-batches, whose gradients are added "
+            "up in float32 (--method full; computes in bfloat16 whatever --bf16 says)",
+            *NUMERICS,
+        ),
+    )
+    bf16: bool = field(default=True, metadata=_flag("bfloat16 autocast over float32 weights, where the GPU has it"))
+    tf32: bool = field(default=True, metadata=_flag("TF32 matrix products, where the GPU has them"))
+    gradient_checkpointing: bool | int | str = field(
+        default="auto",
+        metadata=_flag(
+            "decoder layers whose activations are recomputed in the backward pass (less memory, slower, the same "
+            "numbers): auto for the fewest with which the run fits, True for all, False for none, or how many"
+        ),
+    )
+    compile_layers: bool = field(
+        default=False, metadata=_flag("compile decoder layers by torch.compile (needs a C compiler): faster steps")
+    )
+    memory_limit: str | None = field(
+        default=None,
+        metadata=_flag('the most this run may take of each device ("80GB", "7.4GiB"): what is free there now'),
+    )
+    fsdp: str = field(
+        default="", metadata=_flag('"full_shard auto_wrap", shard_grad_op or hybrid_shard, with "offload" added')
+    )
+    fsdp_transformer_layer_cls_to_wrap: str | None = field(
+        default=None, metadata=_flag("taken from the model; a wrong name is corrected")
+    )
+
+    logging_steps: int = field(default=1, metadata=_flag("steps between log entries"))
+    report_to: str = field(default="tensorboard", metadata=_flag("where they go", "tensorboard", "wandb", "none"))
+    run_name: str | None = field(default=None, metadata=_flag("the run's name there: that of output_dir"))
+    eval_strategy: str = field(default="no", metadata=_flag("when to evaluate", "no", "steps", "epoch"))
+    eval_steps: int | None = field(default=None, metadata=_flag("steps between evaluations: logging_steps"))
+    save_strategy: str = field(default="steps", metadata=_flag("when to save checkpoints", "no", "steps", "epoch"))
+    save_steps: int = field(default=2000, metadata=_flag("steps between checkpoints"))
+    save_minutes: float = field(default=10.0, metadata=_flag("minutes between checkpoints, besides; 0 is off"))
+    save_total_limit: int = field(default=1, metadata=_flag("checkpoints that are kept"))
+    save_dtype: str | None = field(
+        default=None, metadata=_flag("dtype of the final weights: the base model's", *DTYPES)
+    )
+    resume_from_checkpoint: str | None = field(default=None, metadata=_flag('"auto", or the folder of a checkpoint'))
+    overwrite_output_dir: bool = field(default=False, metadata=_flag("replace what output_dir holds"))
+
+    num_samples: int = field(default=3, metadata=_flag("prompts answered before and after, for report.html"))
+    plan_only: bool = field(default=False, metadata=_flag("show what the run will take, as a table and JSON, and end"))
+    plan_memory: str | None = field(default=None, metadata=_flag('plan for GPUs of this memory ("80GB"): those here'))
+    plan_gpus: int | None = field(default=None, metadata=_flag("plan for so many of them: torchrun's number"))
+    plan_gpus_per_machine: int | None = field(
+        default=None, metadata=_flag("of them in one machine, over which --fsdp hybrid_shard shards: 8")
+    )
+    plan_tflops: float | None = field(default=None, metadata=_flag("peak of each in TFLOP/s: a usual card's"))
+
+
+def make_config(given: Mapping[str, object]) -> TrainConfig:
+    """Given values over those of their recipe. Raises InputError."""
+    recipe = given.get("recipe", "alpaca-7b")
+    if recipe not in RECIPES:
+        raise InputError(f"--recipe: expected one of {', '.join(RECIPES)}, found {recipe!r}")
+    missing = [f"--{name}" for name in ("model_name_or_path", "data_path") if not given.get(name)]
+    if missing:
+        raise InputError(f"{' and '.join(missing)} must be given; --help lists the flags")
+    values = {**RECIPES[recipe], **given}
+    if values.get("method", "full") != "full" and "learning_rate" not in given:
+        values["learning_rate"] = ADAPTER_LEARNING_RATE
+    if given.get("method") == "qlora" and given.get("base_quantization") is None:
+        values["base_quantization"] = None  # a recipe's gives way: qlora is 4 bit
+    if "val_set_size" not in given and (given.get("eval_fraction") or given.get("eval_data_path")):
+        values["val_set_size"] = 0  # a recipe's gives way
+    return TrainConfig(**values)
+
+
+def config_json(config: TrainConfig) -> dict[str, object]:
+    """The configuration for a JSON file; `TrainConfig(**…)` of it is the same."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,60 @@
+"""The end of a run: its final model, verified, and its report."""
+
+import logging
+
+from alpaca.training.checkpoints.final import save_final
+from alpaca.training.distributed import is_sharded
+from alpaca.training.model.final import choose_save_dtype
+from alpaca.training.planning.plan import share_of_peak
+from alpaca.training.report.answers import Sample, answer_after
+from alpaca.training.report.page import Record, write_report
+from alpaca.training.report.summary import describe_summary, draw_losses, mean_rate, summarize, write_trainer_state
+from alpaca.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def finish(run: Run, *, seconds: float, samples: list[Sample]) -> None:
+    """Write and verify the final model and the run's report."""
+    settings, output_dir = run.settings, run.settings.checkpoints.output_dir
+    dtype = choose_save_dtype(settings, run.base)
+    learned = any(entry.get("learning_rate", 0) > 0 for entry in run.progress.log_history)
+    save_final(run.trainee.model, run.base, output_dir, dtype=dtype, learned=learned, world=run.world)
+    if run.world.is_main:
+        history = run.progress.log_history
+        summary = summarize(history, seconds=seconds)
+        write_trainer_state(
+            output_dir,
+            settings,
+            history,
+            num_steps=run.num_steps,
+            steps_per_epoch=run.steps_per_epoch,
+            summary=summary,
+        )
+        draw_losses(output_dir / "loss.png", history)
+        write_report(output_dir, _record(run, summary, samples))
+        logger.info("done: %s (%s), verified; %s", output_dir, str(dtype)[6:], describe_summary(summary))
+    run.world.wait_for_all()
+
+
+def _record(run: Run, summary: dict[str, object], samples: list[Sample]) -> Record:
+    """Collect what report.html shows. Peak memory is read first, for generating the answers takes memory, too."""
+    model, peak_bytes, rate = run.trainee.model, run.memory.peak_bytes(), mean_rate(run.progress.log_history)
+    if samples:
+        where = {"folder": run.settings.checkpoints.output_dir, "device": run.world.device}
+        samples = answer_after(samples, model, run.base.tokenizer, **where)
+    return Record(
+        flags=run.settings.flags,
+        plan=run.plan,
+        history=run.progress.log_history,
+        summary=summary,
+        data=run.data.report,
+        held_out=run.held_out.report if run.held_out else None,
+        num_processes=run.world.num_processes,
+        device=run.world.device,
+        peak_bytes=peak_bytes,
+        tokens_per_second=rate,
+        share_of_peak=share_of_peak(run.plan, rate) if run.plan else None,
+        samples=samples,
+        no_samples="The model was sharded: none were asked for." if is_sharded(model) else "None were asked for.",
+    )

@@ -1,0 +1,108 @@
+"""The base of a run: which folder it is, what its files say of it, and its tokenizer."""
+
+import functools
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alpaca.architecture.inventory import check_tensors
+from alpaca.errors import InputError, MissingInput, UnsupportedModel
+from alpaca.files.reading import list_folder, read_json
+from alpaca.formats.hf.folder import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, find_fingerprint, read_description
+from alpaca.text.loading import load_tokenizer
+from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer, tokenizer_summary
+from alpaca.training.configuration.settings import BaseSettings
+
+logger = logging.getLogger(__name__)
+_HUB_IGNORES = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "original/*"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What training starts from.
+
+    folder: the base model's.    tokenizer: its own or the one named, for full fine-tuning with a padding token.
+    dtype: of the weights in the folder; the final ones get it too unless asked otherwise.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    dtype: torch.dtype
+
+    @functools.cached_property
+    def fingerprint(self) -> str | None:
+        """Of its tensors; None where they are no safetensors."""
+        return find_fingerprint(self.folder)
+
+
+def open_base(settings: BaseSettings) -> Base:
+    """Find the base model and its tokenizer, without reading weights. Raises MissingInput, InputError."""
+    folder = locate_model(settings.model, cache_dir=settings.cache_dir)
+    if not (folder / "config.json").is_file():
+        raise MissingInput(_no_model(folder))
+    _check_files(folder)
+    tokenizer = load_tokenizer(_locate_tokenizer(settings, folder))
+    if settings.needs_pad_token and tokenizer.add_pad_token():
+        logger.info("added %s as id %d: the tokenizer had no padding token", PAD_TOKEN, tokenizer.pad_id)
+    logger.info("tokenizer: %s", tokenizer_summary(tokenizer))
+    return Base(folder=folder, tokenizer=tokenizer, dtype=_weights_dtype(folder))
+
+
+def _check_files(folder: Path) -> None:
+    """Raise InputError where config.json cannot be meant, or the safetensors files hold other tensors than it says."""
+    try:
+        model = read_description(folder)
+    except UnsupportedModel:  # whatever is wrong with it, transformers will say
+        return
+    if any(folder.glob("*.safetensors")) and not model.quantized_by:
+        check_tensors(model, {spec.name: spec.shape for spec in WeightsFolder(folder).specs()}, where=str(folder))
+
+
+def locate_model(name: str, *, cache_dir: str | None) -> Path:
+    """A model's folder: `name` itself, or where the hub's model of that name was downloaded to. Raises MissingInput."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.parent.exists()
+    if looks_local:
+        raise MissingInput(_no_model(folder))
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, ignore_patterns=_HUB_IGNORES))
+    except Exception as error:  # hub, network and cache errors have no common class
+        raise MissingInput(f"{_no_model(folder)}\n(nor could it be had from the Hugging Face hub: {error})") from error
+
+
+def _no_model(folder: Path) -> str:
+    return (
+        f"no model at {folder} (found there: {list_folder(folder)}): expected a Hugging Face folder with config.json "
+        "and weights; convert Meta's checkpoint first: python -m convert.convert_llama_weights_to_hf "
+        "--input_dir unconverted-weights --model_size 7B --output_dir weights"
+    )
+
+
+def _locate_tokenizer(settings: BaseSettings, model_folder: Path) -> Path:
+    if not settings.tokenizer:
+        return model_folder
+    return locate_model(settings.tokenizer, cache_dir=settings.cache_dir)
+
+
+def _weights_dtype(folder: Path) -> torch.dtype:
+    """The dtype most of the folder's weights have; safetensors' headers know, older formats leave it to the config."""
+    if (folder / "model.safetensors").is_file() or (folder / INDEX_NAME).is_file():
+        sizes: Counter[torch.dtype] = Counter()
+        for spec in WeightsFolder(folder).specs():
+            sizes[spec.dtype] += spec.num_bytes
+        dtype = sizes.most_common(1)[0][0]
+    else:
+        config = read_json(folder / "config.json")
+        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
+    if dtype not in FLOAT_DTYPES.values():
+        raise InputError(
+            f"{folder} holds {dtype} weights; expected one of {', '.join(FLOAT_DTYPES)}: give it unquantized"
+        )
+    return dtype

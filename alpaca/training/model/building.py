@@ -1,0 +1,187 @@
+"""The model that is trained: full fine-tuning, LoRA and QLoRA differ here and in `adapting`, and nowhere else."""
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from alpaca.architecture.inventory import check_layers
+from alpaca.errors import InputError
+from alpaca.formats.hf.folder import loading_errors, require_all_weights
+from alpaca.formats.hf.quantization import bitsandbytes_config, require_readable_on_cpu
+from alpaca.text.tokenizer import Tokenizer
+from alpaca.training.configuration.parsing import count_checkpointed
+from alpaca.training.configuration.settings import ModelSettings
+from alpaca.training.distributed import World, needs_sharding, shard_model
+from alpaca.training.model import padding_free
+from alpaca.training.model.adapting import add_adapter
+from alpaca.training.model.base import Base
+from alpaca.training.model.layers import (
+    check_layer_class,
+    checkpoint_layers,
+    compile_layers,
+    find_layer_class,
+    require_compiler,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+# Loading ------------------------------------------------------------------------------------------------------
+
+
+def import_libraries() -> None:
+    """Import what `load_model` needs, before a run's memory is measured: some 100 MB that are not the run's own."""
+    from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
+
+
+def load_model(base: Base, settings: ModelSettings, world: World) -> nn.Module:
+    """The model to train, on this process's device and sharded over all of them; an adapter's is PEFT's around it.
+
+    Where it is sharded, only rank 0 reads the weights, and no process but that one ever holds them whole; but a 4-bit
+    base each process reads, since its scales are no parameters.
+    """
+    if settings.compile_layers:
+        require_compiler()
+    sharding = settings.sharding
+    sharded, quantized = needs_sharding(world, sharding), settings.base_quantization != "none"
+    model = _make_empty(base, settings) if sharded and not quantized else _load_whole(base, settings, world)
+    layer_class = find_layer_class(model)
+    check_layer_class(settings.layer_class, layer_class)
+    if settings.padding_free and not padding_free.enable(model):
+        logger.info("micro-batches are padded: %s has attention of its own", type(model).__name__)
+    layers = [module for module in model.modules() if type(module).__name__ == layer_class]
+    checkpoint_layers(layers, count_checkpointed(settings.checkpointing, len(layers)) or 0)
+    model = add_adapter(model, settings)
+    if settings.compile_layers:
+        padding_free.keep_out_of_graphs()
+        compile_layers(layers)
+    if sharded:
+        weights = None if quantized else {}
+        if world.is_main and not quantized:
+            weights = add_adapter(_load_whole(base, settings, world), settings).state_dict()
+        shard_model(model, layer_class, weights, world=world, sharding=sharding, bf16=settings.computes_low)
+    elif not quantized:
+        model.to(world.device)
+    return model.train()
+
+
+def add_up_in_float32(model: nn.Module) -> None:
+    """Have autograd add up bfloat16 parameters' gradients in float32, at two bytes more each; not for sharded ones.
+
+    In bfloat16 the sum of 128 micro-batches would be off by 1.3 % (rounded by chance 1.9 %), where one rounding is
+    0.17 %; and it would depend on how a step is cut into micro-batches. Call it once a checkpoint is loaded: torch
+    gives the parameters gradients of their own dtype then.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16 and parameter.requires_grad:
+            parameter.grad_dtype = torch.float32
+
+
+def _dtype(settings: ModelSettings) -> torch.dtype:
+    """Of weights in memory: what is trained is float32 (fast: bfloat16); a frozen base has the dtype it computes in."""
+    low = settings.is_fast if settings.is_full else settings.bf16
+    return torch.bfloat16 if low else torch.float32
+
+
+def _load_whole(base: Base, settings: ModelSettings, world: World) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            base.folder, dtype=_dtype(settings), output_loading_info=True, **_quantized_loading(settings, world)
+        )
+    except loading_errors() as error:
+        raise InputError(f"{base.folder} cannot be loaded as a language model: {error}") from error
+    require_all_weights(base.folder, found["missing_keys"])
+    check_layers(model.config.num_hidden_layers, found["unexpected_keys"], where=str(base.folder))
+    num_rows = model.get_input_embeddings().num_embeddings
+    base.tokenizer.require_rows(num_rows, base.folder)
+    if not settings.is_full and base.tokenizer.size > num_rows:
+        raise InputError(
+            f"the tokenizer has {base.tokenizer.size} tokens, the embedding of {base.folder} {num_rows} rows, and an "
+            "adapter adds none: use the base model's own tokenizer, or --method full"
+        )
+    if settings.base_quantization == "nf4" and world.device.type == "cpu":
+        require_readable_on_cpu(model)
+    grow_embeddings(model, base.tokenizer.size)
+    return _set_up(model, base.tokenizer)
+
+
+def _quantized_loading(settings: ModelSettings, world: World) -> dict[str, object]:
+    """What from_pretrained needs to load linear layers in 8 or 4 bit on the device; nothing where they stay whole."""
+    quantization = settings.base_quantization
+    if quantization == "none":
+        return {}
+    if quantization == "int8":  # it says in each call that it computes in float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    storage = _dtype(settings) if needs_sharding(world, settings.sharding) else torch.uint8
+    how = bitsandbytes_config(quantization, _dtype(settings), storage_dtype=storage)
+    return {"quantization_config": how, "device_map": {"": str(world.device)}}
+
+
+def _make_empty(base: Base, settings: ModelSettings) -> "PreTrainedModel":
+    """The same model with its parameters on the meta device, and its buffers real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        model_config = AutoConfig.from_pretrained(base.folder)
+    except loading_errors() as error:
+        raise InputError(f"{base.folder / 'config.json'} cannot be read: {error}") from error
+    model_config.vocab_size = max(model_config.vocab_size, base.tokenizer.size)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=_dtype(settings))
+    model.tie_weights()  # replacing the parameters untied them
+    return _set_up(model, base.tokenizer)
+
+
+def _set_up(model: "PreTrainedModel", tokenizer: Tokenizer) -> "PreTrainedModel":
+    """Settings that weights do not hold: the tokenizer's special tokens, and no key/value cache while training."""
+    config = model.config
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    config.use_cache = False
+    model.get_input_embeddings().padding_idx = None  # would stop that row's gradient, and may name a real token's
+    return model
+
+
+def grow_embeddings(model: "PreTrainedModel", num_tokens: int) -> None:
+    """Give the model a row for each token; new input and output rows are the mean of those before them.
+
+    Rows beyond the tokenizer's are kept: some models are padded to a round number of them.
+    """
+    old = model.get_input_embeddings().num_embeddings
+    if num_tokens <= old:
+        return
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    tables = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    with torch.no_grad():
+        for table in tables.values():  # one where input and output are tied
+            table[old:] = table[:old].mean(dim=0, keepdim=True)
+    logger.info("embeddings grown from %d to %d rows; each new row is the mean of the others", old, num_tokens)
+
+
+def group_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
+    """Parameters for the optimizer: matrices decay, biases and norms do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def count_parameters(model: nn.Module, *, trained_only: bool = False) -> int:
+    """Parameters, however they are stored: several 4-bit ones may be one element, of a type that sharding asks for."""
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            matrix = name == "weight" and isinstance(module, nn.Linear)
+            if parameter.requires_grad or not trained_only:
+                shape = (module.out_features, module.in_features) if matrix else parameter.shape
+                sizes[id(parameter)] = math.prod(shape)
+    return sum(sizes.values())

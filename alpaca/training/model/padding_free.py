@@ -1,0 +1,166 @@
+"""Examples laid end to end in one row, without padding: attention that stays inside each, and a head on targets alone.
+
+The recipe's batches stay what they are; only the waste goes. transformers' models take part through two of their own
+doors: an attention function registered by name, and `logits_to_keep` with the positions wanted.
+
+Legend: N packed tokens, R target positions, H heads, K key/value heads, d head width, V vocabulary.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from alpaca.data.batching import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "alpaca_packed"
+CHUNK_LOGITS = 32 << 20  # elements of logits that exist at a time: 128 MB in float32
+# Where the head is frozen: no gradient of its weight is added up for each chunk. Above 32 MiB in float32: a CPU's heap
+# keeps smaller blocks.
+FROZEN_CHUNK_LOGITS = 9 << 20
+
+
+class Packing:
+    """Where packed examples begin and end, for all layers of a pass.
+
+    An object rather than the list of lengths: torch.compile would guard every length in it, and compile each layer anew
+    for each micro-batch; what it does not look into it does not guard.
+    """
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths, self.longest = lengths, max(lengths)
+        self._ends: Tensor | None = None
+
+    def ends_on(self, device: torch.device) -> Tensor:
+        """0 and the end of each example, int32 on the device; copied there once, not in every layer."""
+        if self._ends is None or self._ends.device != device:
+            self._ends = torch.tensor([0, *self.lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+        return self._ends
+
+
+def enable(model: "PreTrainedModel") -> bool:
+    """Let `sum_packed_losses` run on the model; False for one whose attention cannot be replaced (BLOOM)."""
+    head = model.get_output_embeddings()
+    if not getattr(model, "_supports_attention_backend", False) or type(head) is not nn.Linear:
+        return False
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, attend_within_examples)
+    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    model.set_attn_implementation(ATTENTION)
+    head.__class__ = TargetHead
+    head.target_ids = None
+    return True
+
+
+def keep_out_of_graphs() -> None:
+    """Have layers that are compiled call the attention as it is: it depends on the lengths, which always differ."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(attend_within_examples))
+
+
+def chunk_rows(vocab_size: int, *, trained: bool) -> int:
+    """Positions whose logits exist at a time."""
+    return max(1, (CHUNK_LOGITS if trained else FROZEN_CHUNK_LOGITS) // vocab_size)
+
+
+def is_enabled(model: "PreTrainedModel") -> bool:
+    return isinstance(model.get_output_embeddings(), TargetHead)
+
+
+def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool) -> Tensor:
+    """The summed cross entropy (float32 scalar) of a batch's target tokens, differentiable."""
+    head = model.get_output_embeddings()
+    head.target_ids = batch.target_ids
+    try:
+        with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bf16):
+            outputs = model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                logits_to_keep=batch.target_positions,
+                use_cache=False,
+                packing=Packing(batch.lengths),
+            )
+    finally:
+        head.target_ids = None
+    return outputs.logits.sum()  # losses, by TargetHead
+
+
+class TargetHead(nn.Linear):
+    """The output layer; where `target_ids` are set it gives their cross entropies instead of logits.
+
+    Logits are made a chunk of rows at a time, and made again for the gradient: all of them never exist. It is called,
+    and sharded, as the layer it was.
+    """
+
+    target_ids: Tensor | None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[1, R, D] -> [1, R, 1] losses in float32, or [..., V] logits."""
+        if self.target_ids is None:
+            return super().forward(hidden)
+        num_rows = chunk_rows(self.out_features, trained=self.weight.requires_grad)
+        losses = [
+            checkpoint(_losses, rows, self.weight, self.bias, ids, use_reentrant=False)
+            for rows, ids in zip(hidden[0].split(num_rows), self.target_ids.split(num_rows), strict=True)
+        ]
+        return torch.cat(losses)[None, :, None] if losses else hidden.new_zeros(1, 0, 1)
+
+
+def _losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    return cross_entropy(linear(hidden, weight, bias).float(), ids, reduction="none")
+
+
+def attend_within_examples(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Causal attention of packed examples: query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d].
+
+    The signature is transformers' for attention functions.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
+    if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout:
+        return _attend_on_gpu(query, key, value, packing, scaling), None
+    dtype = value.dtype
+    if dtype == torch.bfloat16 and not query.is_cuda and not torch.is_autocast_enabled(query.device.type):
+        # A CPU's kernels for bfloat16 are kept for every length there has been, 1.6 MB each (torch 2.13).
+        query, key, value = query.float(), key.float(), value.float()
+    parts = [tensor.split(packing.lengths, dim=2) for tensor in (query, key, value)]
+    mixed = [
+        scaled_dot_product_attention(
+            *one, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        for one in zip(*parts, strict=True)
+    ]
+    return torch.cat(mixed, dim=2).transpose(1, 2).to(dtype), None
+
+
+def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
+    """By torch's variable-length flash attention, as torch 2.11 has it: no grouped heads, causal as a window."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    group = query.shape[1] // key.shape[1]
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if group > 1:
+        k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
+    ends, longest = packing.ends_on(q.device), packing.longest
+    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))[None]
+
+
+def _no_mask(*args: object, **kwargs: object) -> None:
+    """The lengths say it all."""

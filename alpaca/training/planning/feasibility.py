@@ -1,0 +1,81 @@
+"""Whether a run fits the hardware at hand, and what would where it does not."""
+
+import dataclasses
+import logging
+
+from alpaca.data.examples import EncodedDataset
+from alpaca.errors import InputError, NotEnoughSpace
+from alpaca.training.configuration.parsing import count_checkpointed, parse_memory_limit
+from alpaca.training.configuration.settings import RunSettings
+from alpaca.training.distributed import World
+from alpaca.training.model.base import Base
+from alpaca.training.planning.hardware import Hardware, find_hardware
+from alpaca.training.planning.plan import Plan, Planner, make_planner
+from alpaca.training.planning.words import describe, describe_checkpointing
+from alpaca.training.planning.workload import make_setup
+
+logger = logging.getLogger(__name__)
+
+
+def survey(settings: RunSettings, world: World) -> Hardware:
+    """The device of a process that has the least for the run, the same in all of them; they call it together.
+
+    So all choose alike: which layers are recomputed, and when gradients are reduced.
+    """
+    hardware = find_hardware(world.device)
+    least = min(world.gather(hardware.memory_bytes))
+    return limit_hardware(dataclasses.replace(hardware, memory_bytes=least), settings.memory_limit)
+
+
+def limit_hardware(hardware: Hardware, limit: str | None) -> Hardware:
+    """With no more than `--memory_limit`."""
+    if limit is None:
+        return hardware
+    memory = min(parse_memory_limit(limit), hardware.memory_bytes)
+    return dataclasses.replace(hardware, memory_bytes=memory, name=f"{hardware.name} (--memory_limit {limit})")
+
+
+def check_plan(
+    settings: RunSettings, base: Base, data: EncodedDataset, hardware: Hardware, *, num_processes: int
+) -> Plan | None:
+    """Make the plan for this hardware and log it; None for a model of another kind than those known.
+
+    A GPU's memory is what it is, so a run that cannot fit is refused: NotEnoughSpace. Main memory also holds what can
+    be dropped or swapped, and other processes come and go: there it is a warning, but for a limit that was asked for.
+    """
+    try:
+        planner = make_planner(settings, base, data)
+    except InputError as error:
+        logger.warning("%s; training goes on without one", error)
+        return None
+    setup = make_setup(settings, planner.shape, num_processes=num_processes, on_gpu=hardware.on_gpu)
+    plan = planner.plan(setup, hardware)
+    for line in describe(plan):
+        logger.info("%s", line)
+    if recomputed := describe_checkpointing(plan):
+        logger.info("--gradient_checkpointing %s: %s", settings.model.checkpointing, recomputed)
+    if not plan.fits and (plan.hardware.on_gpu or settings.memory_limit):
+        raise NotEnoughSpace(refusal(plan, planner))
+    if not plan.fits:
+        logger.warning("%s", refusal(plan, planner))
+    return plan
+
+
+def refusal(plan: Plan, planner: Planner) -> str:
+    """That a plan does not fit, by how much, and what would."""
+    would = suggest_for(plan, planner)
+    moment = plan.memory.peak_moment
+    if recomputed := describe_checkpointing(plan):
+        moment += f"; with {recomputed}"
+    advice = f"these would fit: {'; or '.join(would)}" if would else "no setting of one machine would fit"
+    return (
+        f"this run needs {plan.memory.peak_bytes / 1e9:.2f} GB on each device ({moment}), and "
+        f"{plan.hardware.name} has {plan.hardware.usable_bytes / 1e9:.2f} GB to use; {advice}"
+    )
+
+
+def suggest_for(plan: Plan, planner: Planner) -> list[str]:
+    """`Planner.suggest` for the setup that was asked for, in which the number of recomputed layers may be open."""
+    asked = count_checkpointed(planner.settings.model.checkpointing, plan.shape.num_layers)
+    setup = dataclasses.replace(plan.setup, num_checkpointed=asked, whole_gradients=False)
+    return planner.suggest(setup, plan.hardware)

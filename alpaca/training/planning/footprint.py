@@ -1,0 +1,276 @@
+"""The bytes that a training run takes, by part and at its largest moment, and those of its checkpoints.
+
+Memory is counted, not guessed: the tensors that autograd keeps for a decoder layer follow from its operations
+(transformers' LlamaDecoderLayer), and the tests hold that count against the tensors that autograd does keep, byte for
+byte. What is not derived is a constant below, and named as one.
+
+Legend: N packed tokens of a micro-batch, R target positions, D width, F width of the feed-forward layer, V vocabulary,
+Q = heads * head width, K = key/value heads * head width, L layers; all bytes are of one process.
+"""
+
+import os
+from dataclasses import dataclass
+
+from alpaca.architecture.description import ModelDescription
+from alpaca.memory import CUDA_CONTEXT_BYTES
+from alpaca.training.model.padding_free import chunk_rows
+from alpaca.training.model.rounding import CHUNK_ELEMENTS
+from alpaca.training.planning.workload import Setup, Work
+
+# On a CPU glibc gives freed blocks back to the system only from 32 MiB on; smaller ones stay in a heap with holes. Held
+# besides what lives is about once what comes and goes in a backward pass (0.8 to 1.1 times, measured on models of 5 and
+# 20 M parameters; with adapters, whose blocks are many and small, once what a forward pass keeps). With
+# MALLOC_MMAP_THRESHOLD_=131072 in the environment it is nothing, and steps may take longer.
+_HEAP_BLOCK = 32 << 20
+_PROCESS_BYTES = 6 << 20  # Python objects and late imports; measured too
+_PEFT_BYTES = 50 << 20  # what importing PEFT, with bitsandbytes, adds to the process; measured too
+_CHUNKS = 16  # of the stochastic AdamW's float32 and int32 temporaries, at the most
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, an 8-bit scale for 64, a float32 scale for 256 of those
+
+
+# Memory -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device by part, and the most at a moment; host_bytes: in main memory instead, by offload."""
+
+    weights_bytes: int
+    copies_bytes: int  # of weights: autocast's in bfloat16, FSDP's gathered layers, a dequantized matrix
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+    working_bytes: int  # what one layer's backward pass or the optimizer adds for a moment
+    overhead_bytes: int  # CUDA's context, or on a CPU what the heap and Python hold besides; empirical
+    peak_bytes: int
+    peak_moment: str
+    host_bytes: int = 0
+
+
+def plan_memory(shape: ModelDescription, setup: Setup, work: Work) -> Memory:
+    """The parts, and the largest of the moments that hold several of them.
+
+    Loss: everything saved by the forward pass, and the logits' chunk. Backward: gradients grow while activations go;
+    where micro-batches are accumulated the gradients of all are there from the second on. The layers that are
+    recomputed are the first ones, so that those of the others are gone when one of them comes to life. Step: AdamW.
+    """
+    weights, gradients = weights_bytes(shape, setup), gradient_bytes(shape, setup)
+    accumulated = accumulated_bytes(shape, setup) if work.num_micro_batches > 1 else 0
+    optimizer = moments_bytes(shape, setup)
+    saved, layer = saved_bytes(shape, setup, work), layer_bytes(shape, setup, work)
+    recomputed = recomputed_bytes(shape, setup, work) + layer if setup.num_checkpointed else 0
+    logits, backward = logits_bytes(shape, setup, work), backward_bytes(shape, setup, work)
+    copies = copies_bytes(shape, setup)
+    overhead = overhead_bytes(
+        shape, setup, work, transient_bytes=layer + backward + gradients if setup.method == "full" else saved,
+        logits_bytes=logits,
+    )  # fmt: skip
+    host = 0
+    if setup.offload and setup.on_gpu:
+        host, weights, optimizer, gradients = weights + optimizer + gradients, 0, 0, 0
+    kept, above = weights + optimizer + overhead, 1 - setup.num_checkpointed / shape.num_layers
+    passes = (
+        accumulated + copies + saved,  # before the last layer
+        max(accumulated, int(above * gradients)) + copies + recomputed,  # in the last of those recomputed
+        max(accumulated, gradients),  # in the first layer
+    )
+    moments = {
+        "loss": kept + accumulated + copies + saved + logits,
+        "backward": kept + max(passes) + backward,
+        "optimizer step": kept + gradients + step_bytes(shape, setup),
+    }
+    moment = max(moments, key=moments.__getitem__)
+    working = step_bytes(shape, setup) if moment == "optimizer step" else backward
+    return Memory(
+        weights_bytes=weights, copies_bytes=copies, gradients_bytes=max(gradients, accumulated),
+        optimizer_bytes=optimizer, activations_bytes=max(saved, recomputed), logits_bytes=logits,
+        working_bytes=working, overhead_bytes=overhead,
+        peak_bytes=moments[moment], peak_moment=moment, host_bytes=host,
+    )  # fmt: skip
+
+
+def count_trained(shape: ModelDescription, setup: Setup) -> int:
+    if setup.method == "full":
+        return shape.num_parameters
+    return shape.num_adapter(rank=setup.lora_rank, targets=setup.lora_targets, dora=setup.dora)
+
+
+def weights_bytes(shape: ModelDescription, setup: Setup) -> int:
+    """A process's share of them: float32 (fast: bfloat16) if trained; a frozen base in the dtype it computes in."""
+    if setup.method == "full":
+        return setup.state_bytes * shape.num_parameters // setup.num_shards
+    per_linear = {"none": setup.compute_bytes, "nf4": _NF4_BYTES, "int8": 1 + 4 / shape.width}[setup.base_quantization]
+    frozen = shape.num_linear * per_linear + (shape.num_parameters - shape.num_linear) * setup.compute_bytes
+    return int(frozen + 4 * count_trained(shape, setup)) // setup.num_shards
+
+
+def moments_bytes(shape: ModelDescription, setup: Setup) -> int:
+    """A process's share of AdamW's two moments."""
+    return 2 * setup.state_bytes * count_trained(shape, setup) // setup.num_shards
+
+
+def gradient_bytes(shape: ModelDescription, setup: Setup) -> int:
+    """Gradients, added up; of sharded ones the shard, which is what the optimizer steps with."""
+    return setup.gradient_bytes * count_trained(shape, setup) // setup.num_shards
+
+
+def accumulated_bytes(shape: ModelDescription, setup: Setup) -> int:
+    """Gradients on the device between micro-batches: sharded ones as shards, which offload moves away, or whole."""
+    if setup.sharded and setup.whole_gradients:
+        return 4 * count_trained(shape, setup)
+    return 0 if setup.offload and setup.on_gpu else gradient_bytes(shape, setup)
+
+
+def bytes_for_gradients(shape: ModelDescription, setup: Setup, memory_bytes: int) -> int:
+    """What model, optimizer and CUDA's context leave of a device: that of which `keeps_gradients_whole` is asked."""
+    context = CUDA_CONTEXT_BYTES if setup.on_gpu else 0
+    if setup.offload and setup.on_gpu:
+        return memory_bytes - context
+    return memory_bytes - context - weights_bytes(shape, setup) - moments_bytes(shape, setup)
+
+
+def overhead_bytes(
+    shape: ModelDescription, setup: Setup, work: Work, *, transient_bytes: int, logits_bytes: int
+) -> int:
+    """What the tensors' sizes do not explain: CUDA's context; on a CPU the heap's holes, where blocks are small."""
+    if setup.on_gpu:
+        return CUDA_CONTEXT_BYTES
+    limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _HEAP_BLOCK))
+    in_heap = _PROCESS_BYTES + (_PEFT_BYTES if setup.method != "full" else 0)
+    if work.max_tokens * shape.ffn_width * setup.compute_bytes < limit:
+        in_heap += transient_bytes
+    if 4 * _logits_rows(shape, setup, work) * shape.vocab_size < limit:
+        in_heap += logits_bytes
+    return in_heap
+
+
+def _logits_rows(shape: ModelDescription, setup: Setup, work: Work) -> int:
+    """Positions whose logits exist at a time."""
+    if not setup.padding_free:
+        return work.max_targets
+    return min(work.max_targets, chunk_rows(shape.vocab_size, trained=setup.method == "full"))
+
+
+def copies_bytes(shape: ModelDescription, setup: Setup) -> int:
+    """Copies of weights beside the weights.
+
+    Autocast keeps a bfloat16 copy of each float32 matrix until the forward pass ends, and the graph keeps it on. FSDP
+    gathers embeddings and head for the whole pass, and two layers at a time, or all without resharding. A quantized
+    matrix is dequantized for its product.
+    """
+    largest = max(rows * columns for rows, columns in shape.linears.values())
+    dequantized = largest * setup.compute_bytes if setup.base_quantization != "none" else 0
+    if setup.sharded:
+        per_layer = shape.num_linear // shape.num_layers + shape.num_layer_vectors
+        num_gathered = min(2, shape.num_layers) if setup.reshard else shape.num_layers
+        return (shape.num_outside + num_gathered * per_layer) * setup.compute_bytes + dequantized
+    if setup.bf16 and setup.method == "full" and not setup.fast:
+        return (shape.num_linear + shape.num_head) * 2
+    return dequantized
+
+
+def layer_bytes_per_token(shape: ModelDescription, setup: Setup) -> int:
+    """What autograd keeps of one decoder layer for each of N tokens, every operation in its order.
+
+    Each of two norms: its input in float32 (D), the reciprocal root, the normalized row where its scale is trained.
+    Inputs of q, k, v and of gate and up: one tensor where it has the products' dtype; under autocast from float32 each
+    matrix has a cast of its own. Attention: q, k, v, its output, a float32 log-sum per head, and o_proj's input, which
+    the CPU's kernel needs as a copy; on a GPU grouped keys and values are repeated. Feed-forward: gate, its
+    activation, up, and their product (down_proj's input). Inputs of frozen matrices are not kept; an adapter keeps
+    its input (with the mask of dropout) and its narrow product.
+    """
+    c, s, width = setup.compute_bytes, setup.stream_bytes, shape.width
+    full = setup.method == "full"
+    rms = shape.family.block == "llama"  # LayerNorm is one operation: its input, mean and deviation
+    total = 2 * (4 * width + 4 + (s * width if full else 0)) if rms else 2 * (s * width + 8)
+    for names in shape.family.input_groups:
+        trained = [name for name in names if setup.trains(name)]
+        columns = shape.linears[names[0]][1]
+        casts_each = s != c if full else (c == 2 or setup.lora_dropout > 0)
+        own_casts = casts_each and (not full or names[0] in shape.family.reads_stream)
+        total += c * columns * (len(trained) if own_casts else min(1, len(trained)))
+        if not full:
+            mask = (1 if setup.on_gpu else c) if setup.lora_dropout else 0  # a CPU keeps it as factors
+            total += len(trained) * (setup.lora_rank * c + columns * mask)
+    keys = shape.query_width if setup.on_gpu else shape.kv_width
+    in_attention = 4 if setup.fast and not setup.on_gpu and setup.padding_free else c  # float32 on a CPU
+    total += in_attention * (2 * shape.query_width + 2 * keys) + 4 * shape.num_heads
+    if full and setup.on_gpu:
+        total -= c * shape.query_width  # o_proj's input is attention's output itself
+    inner = {"llama": 3, "opt": 0 if full else 1, "bloom": 1}[shape.family.block]  # ReLU's result is down_proj's input
+    return total + inner * c * shape.ffn_width
+
+
+def layer_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
+    """What autograd keeps of one layer."""
+    scores = 3 * setup.compute_bytes * shape.num_heads * work.max_length if shape.family.keeps_scores else 0
+    return work.max_tokens * (layer_bytes_per_token(shape, setup) + scores)
+
+
+def saved_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
+    """What the forward pass leaves: the layers, of checkpointed ones the inputs; the last norm, the head's input."""
+    num_kept = shape.num_layers - setup.num_checkpointed
+    return recomputed_bytes(shape, setup, work) + num_kept * layer_bytes(shape, setup, work)
+
+
+def recomputed_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
+    """What is left of that when the first checkpointed layer is recomputed: the other layers are done with."""
+    s, width = setup.stream_bytes, shape.width
+    full = setup.method == "full"
+    rotary = 2 * s * (shape.query_width // shape.num_heads)
+    per_token = 4 * width + 4 + (s * width if full and shape.family.block == "llama" else 0) + rotary + 16
+    outside = work.max_tokens * per_token + work.max_targets * (s * width + 16)
+    return outside + setup.num_checkpointed * work.max_tokens * s * width
+
+
+def logits_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
+    """The loss's largest moment: a chunk's logits (padding-free), or all of them.
+
+    log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
+    beside the gradient of the head's weight before it is added up.
+    """
+    rows = _logits_rows(shape, setup, work)
+    scores = 3 * 4 * rows * shape.vocab_size + (2 * rows * shape.vocab_size if setup.compute_bytes == 2 else 0)
+    if setup.method != "full":
+        return scores
+    converted = (setup.bf16 and not setup.fast) or setup.adds_up_in_float32
+    weight_gradient = shape.num_head * (setup.gradient_bytes + (2 if converted else 0))
+    return max(scores, setup.compute_bytes * rows * shape.vocab_size + weight_gradient)
+
+
+def backward_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
+    """Gradients alive inside one layer: two of feed-forward width, three of the stream, and one matrix's.
+
+    FSDP holds those of a layer, and of what stands outside the layers, whole before it reduces them.
+    """
+    per_token = 2 * setup.compute_bytes * shape.ffn_width + 3 * setup.stream_bytes * shape.width
+    whole = 0
+    if setup.method == "full" and setup.sharded:
+        whole = 4 * (shape.num_linear // shape.num_layers + shape.num_outside)
+    elif setup.method == "full":
+        each = setup.gradient_bytes + (2 if setup.adds_up_in_float32 else 0)  # as it comes, and converted
+        whole = each * max(rows * columns for rows, columns in shape.linears.values())
+    return work.max_tokens * per_token + whole
+
+
+def step_bytes(shape: ModelDescription, setup: Setup) -> int:
+    """AdamW's temporaries: none when fused, else two of its largest parameter.
+
+    Of fast numerics the float32 copy of a bfloat16 gradient that a CPU takes the norm of; AdamW itself goes through
+    chunks.
+    """
+    if (setup.on_gpu and not setup.offload) or setup.method != "full":
+        return 0
+    if setup.fast:
+        norm = 0 if setup.adds_up_in_float32 else 4 * shape.num_head // setup.num_shards
+        return norm + _CHUNKS * 4 * CHUNK_ELEMENTS
+    return 2 * 4 * shape.num_head // setup.num_shards
+
+
+# Disk --------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(shape: ModelDescription, setup: Setup) -> int:
+    """The weights that are trained and AdamW's two moments of them."""
+    return 3 * setup.state_bytes * count_trained(shape, setup)

@@ -1,0 +1,192 @@
+"""What of a run decides its memory and time: its setup, and the largest micro-batch of its data."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alpaca.architecture.description import ModelDescription
+from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_by_tokens, step_examples
+from alpaca.data.examples import EncodedDataset
+from alpaca.errors import InputError
+from alpaca.formats.hf.folder import read_description
+from alpaca.training.configuration.config import ALL_LINEAR
+from alpaca.training.configuration.parsing import count_checkpointed
+from alpaca.training.configuration.settings import RunSettings
+
+# Empirical.
+_MOST_SIMULATED = 500  # steps whose micro-batches are laid out to find the largest
+GPUS_PER_MACHINE = 8  # where nothing says their number
+
+
+# The run ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What of a configuration decides memory and time."""
+
+    method: str = "full"
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
+    dora: bool = False
+    base_quantization: str = "none"
+    micro_batch_size: int = 4
+    global_batch_size: int = 128
+    max_length: int = 512
+    num_checkpointed: int | None = 0  # the first layers, whose activations are recomputed; None: a planner chooses
+    whole_gradients: bool = False  # between micro-batches, where parameters are sharded
+    padding_free: bool = True
+    offload: bool = False
+    reshard: bool = True
+    bf16: bool = True
+    numerics: str = "stanford"
+    num_processes: int = 1
+    on_machine: int = GPUS_PER_MACHINE  # processes of a machine, at the most
+    hybrid: bool = False  # each machine has a copy of the model
+    on_gpu: bool = True
+
+    @property
+    def sharded(self) -> bool:
+        return self.num_processes > 1 or (self.offload and self.on_gpu)
+
+    @property
+    def num_shards(self) -> int:
+        """Processes that a copy of the model is cut into parts for."""
+        return min(self.on_machine, self.num_processes) if self.hybrid else self.num_processes
+
+    @property
+    def fast(self) -> bool:
+        return self.numerics == "fast"
+
+    @property
+    def state_bytes(self) -> int:
+        """Of an element that is trained, and of either of its moments."""
+        return 2 if self.fast else 4
+
+    @property
+    def adds_up_in_float32(self) -> bool:
+        """Whether gradients have another dtype than their bfloat16 parameters: see `model.add_up_in_float32`."""
+        num_micro_batches = -(-self.global_batch_size // (self.micro_batch_size * self.num_processes))
+        return self.fast and not self.sharded and num_micro_batches > 1
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of an element's gradient."""
+        return 4 if self.adds_up_in_float32 else self.state_bytes
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of an element in matrix products."""
+        return 2 if self.bf16 or self.fast else 4
+
+    @property
+    def stream_bytes(self) -> int:
+        """Of an element of the residual stream: it has the embeddings' dtype, float32 under autocast alone."""
+        return 2 if self.fast or (self.bf16 and (self.sharded or self.method != "full")) else 4
+
+    def trains(self, linear: str) -> bool:
+        """Whether a gradient of this matrix, or of an adapter on it, needs the matrix's input."""
+        return self.method == "full" or linear in self.lora_targets
+
+
+def read_model(folder: Path, *, num_tokens: int = 0) -> ModelDescription:
+    """The model that a plan is for, its vocabulary grown to `num_tokens`. Raises InputError where none can be made."""
+    try:
+        model = read_description(folder)
+    except InputError as error:
+        raise InputError(f"no plan can be made: {error}") from error
+    return model.with_vocab(max(num_tokens, model.vocab_size))
+
+
+def make_setup(
+    settings: RunSettings, shape: ModelDescription, *, num_processes: int, on_gpu: bool, on_machine: int | None = None
+) -> Setup:
+    """The setup of a run. on_machine: processes of a machine; left out, torchrun's number, else all of them."""
+    model, batch, adapter = settings.model, settings.batch, settings.model.adapter
+    adapted: dict[str, object] = {}
+    if adapter is not None:
+        adapted = {
+            "lora_rank": adapter.rank,
+            "lora_targets": _targets(adapter.targets, shape),
+            "lora_dropout": adapter.dropout,
+            "dora": adapter.use_dora,
+        }
+    return Setup(
+        method=model.method,
+        **adapted,
+        base_quantization=model.base_quantization,
+        micro_batch_size=batch.micro_batch_size,
+        global_batch_size=batch.global_batch_size,
+        max_length=batch.max_length,
+        num_checkpointed=count_checkpointed(model.checkpointing, shape.num_layers),
+        padding_free=model.padding_free and not shape.family.keeps_scores,
+        offload=model.sharding.offload,
+        reshard=model.sharding.reshard_after_forward,
+        bf16=model.bf16,
+        numerics=model.numerics,
+        num_processes=num_processes,
+        on_machine=on_machine or int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)),
+        hybrid=model.sharding.hybrid,
+        on_gpu=on_gpu,
+    )
+
+
+def _targets(asked: Sequence[str], shape: ModelDescription) -> tuple[str, ...]:
+    """The matrices of a layer that get an adapter. A name the model does not have is refused when it is loaded."""
+    if list(asked) == [ALL_LINEAR]:
+        return tuple(shape.linears)
+    wanted = asked or shape.family.adapter_targets
+    return tuple(name for name in shape.linears if name in wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What there is to do. The largest micro-batch is that of the steps that were laid out."""
+
+    num_examples: int
+    num_tokens: int  # of the whole run
+    num_targets: int
+    num_steps: int
+    num_micro_batches: int  # of a step and process, at the most
+    max_tokens: int  # N of the largest micro-batch, padding included
+    max_targets: int  # R; padded micro-batches make logits of all N
+    max_length: int  # of an example
+
+
+def measure_work(setup: Setup, data: EncodedDataset, *, num_steps: int, seed: int) -> Work:
+    """Lay out the micro-batches of the first steps as training does, and take the largest."""
+    largest, targets, most = 0, 0, 0
+    for step in range(min(num_steps, _MOST_SIMULATED)):
+        indices = step_examples(len(data), global_batch_size=setup.global_batch_size, seed=seed, step=step)
+        micro_batches = _lay_out(setup, data, indices)
+        most = max(most, len(micro_batches))
+        for own in micro_batches:
+            if len(own):
+                lengths = data.lengths[own]
+                size = int(lengths.sum()) if setup.padding_free else int(lengths.max()) * len(own)
+                largest = max(largest, size)
+                targets = max(targets, int(data.target_counts[own].sum()))
+    steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=setup.global_batch_size)
+    share = num_steps * min(setup.global_batch_size * steps_per_epoch, len(data)) / steps_per_epoch / len(data)
+    return Work(
+        num_examples=len(data),
+        num_tokens=round(share * int(data.lengths.sum())),
+        num_targets=round(share * int(data.target_counts.sum())),
+        num_steps=num_steps,
+        num_micro_batches=most,
+        max_tokens=largest,
+        max_targets=targets if setup.padding_free else largest,
+        max_length=int(data.lengths.max()),
+    )
+
+
+def _lay_out(setup: Setup, data: EncodedDataset, indices: torch.Tensor) -> list[torch.Tensor]:
+    layout = {"rank": 0, "num_processes": setup.num_processes}
+    if not setup.padding_free:
+        return split_step(indices, micro_batch_size=setup.micro_batch_size, **layout)
+    max_tokens = setup.micro_batch_size * setup.max_length
+    return split_step_by_tokens(indices, data.lengths, max_tokens=max_tokens, **layout)

@@ -1,0 +1,84 @@
+"""What `cog predict` does, without Docker: start the server, make one prediction, print its output, stop.
+
+    script/predict -i prompt="tell me something about รามาเกียรติ์" -i temperature=0
+
+A list is given by repeating its name (-i stop=a -i stop=b), a text from a file as name=@file. Logs go to stderr.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+from alpaca.errors import InputError, MissingInput, run_command
+from deploy.local_server import ServerFailedError, running_server, stop_children_on_sigterm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_TRUTH = {"true": True, "false": False, "1": True, "0": False}
+
+
+def parse_inputs(pairs: list[str], properties: dict[str, Any]) -> dict[str, Any]:
+    """Inputs from "name=value" texts, typed as the schema's `properties` say. Raises InputError, MissingInput."""
+    inputs: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            name, text = "prompt", pair
+        if name not in properties:
+            near = difflib.get_close_matches(name, properties, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(properties)}"
+            raise InputError(f"no input is named {name!r}{hint}")
+        value = _typed(name, _text(text), properties[name])
+        if properties[name]["type"] == "array":
+            inputs.setdefault(name, []).append(value)
+        else:
+            inputs[name] = value
+    return inputs
+
+
+def _text(text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    file = Path(os.environ.get("ALPACA_CALLER", "."), text[1:])
+    if not file.is_file():
+        raise MissingInput(f"no file {file} (a value that starts with @ names a file)")
+    return file.read_text(encoding="utf-8")
+
+
+def _typed(name: str, text: str, entry: dict[str, Any]) -> Any:
+    kind = entry["type"] if entry["type"] != "array" else entry["items"]["type"]
+    try:
+        if kind == "boolean":
+            return _TRUTH[text.lower()]
+        return {"integer": int, "number": float, "string": str}[kind](text)
+    except (ValueError, KeyError):
+        raise InputError(f"{name} must be of type {kind}; found {text!r}") from None
+
+
+def main() -> None:
+    stop_children_on_sigterm()
+    parser = argparse.ArgumentParser(prog="script/predict", description="One prediction, without Docker.")
+    parser.add_argument("-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input")
+    parser.add_argument("--json", action="store_true", help="print the whole prediction, metrics and logs included")
+    options, serve_flags = parser.parse_known_args()
+    try:
+        with running_server(serve_flags) as server:
+            schema = server.request("/openapi.json")["components"]["schemas"]["Input"]
+            prediction = server.predict(parse_inputs(options.input, schema["properties"]))
+    except ServerFailedError as error:
+        sys.exit(f"error: {error}")
+    except urllib.error.HTTPError as error:
+        sys.exit(f"error: {error.code}: {error.read().decode(errors='replace')}")
+    print(prediction.get("logs", ""), end="", file=sys.stderr)
+    if prediction["status"] != "succeeded" and not options.json:
+        sys.exit(f"error: {prediction.get('error') or prediction['status']}")
+    print(json.dumps(prediction if options.json else prediction["output"], indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,179 @@
+"""The engine's way on a GPU: Triton's kernels, quantized layers' kernels, and decode graphs, in one piece.
+
+On a GPU as it is; elsewhere float32 in Triton's interpreter, where a function called anew stands in for a captured
+graph. The interpreter is chosen for a whole process, so without a GPU one test runs this file in its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from alpaca.formats.hf.adapters import AdapterFolder, open_adapter
+from alpaca.formats.hf.folder import WeightsFolder
+from alpaca.serving.kernels import ops
+from alpaca.serving.llama.adapters import with_adapters
+from alpaca.serving.llama.graphs import DecodeGraphs
+from alpaca.serving.llama.network import KeyValueCache, LlamaModel
+from alpaca.serving.llama.runner import Runner
+from alpaca.serving.llama.sampling import Choices
+from alpaca.serving.llama.step import HostStep
+from alpaca.serving.llama.weights import load_llama, read_llama
+from tests.conftest import ROOT
+from tests.serving.kernels.test_triton_ops import DEVICE, INTERPRETED, let_numbers_be_indices
+from tests.serving.llama.test_llama import save_model
+from tests.serving.llama.test_llama_engine import CalledEachTime, engine_of, naive, request, tokens
+from tests.serving.llama.test_serving_adapters import ADAPTERS, Oracle, write_adapter
+
+pytest.importorskip("triton")
+
+ON_GPU = DEVICE == "cuda"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+SIZE = 16
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+TOLERANCE = 0.06 if ON_GPU else 1e-4
+SHAPE = dict(num_key_value_heads=2, hidden_size=64, num_attention_heads=4, intermediate_size=96, num_hidden_layers=2)
+
+
+@pytest.fixture
+def triton_ops(monkeypatch):
+    if not ON_GPU and not INTERPRETED:
+        pytest.skip("run by test_the_gpu_path_in_the_interpreter, in a process of its own")
+    if INTERPRETED:
+        let_numbers_be_indices(monkeypatch)
+    from alpaca.serving.kernels import triton_ops
+
+    return triton_ops
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the path runs in this process")
+def test_the_gpu_path_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def load(folder, module, quantization: str = "none") -> LlamaModel:
+    config = read_llama(folder)
+    return load_llama(
+        WeightsFolder(folder), config, device=torch.device(DEVICE), dtype=DTYPE, quantization=quantization,
+        num_positions=config.max_context, ops=module,
+    )  # fmt: skip
+
+
+def make_runner(model: LlamaModel, *, max_running: int) -> Runner:
+    cache = KeyValueCache(model.config, num_blocks=80, block_size=SIZE, dtype=model.dtype, device=model.device)
+    for layer in (*cache.keys, *cache.values):
+        layer.normal_(generator=torch.Generator(model.device).manual_seed(1))
+    return Runner(model, cache, max_running=max_running, max_context=128, vocab_size=120, eos_ids=frozenset([2]))
+
+
+def make_graphs(runner: Runner, max_running: int) -> DecodeGraphs:
+    graphs = runner.make_graphs(None if ON_GPU else CalledEachTime)
+    graphs.capture()
+    return graphs
+
+
+def decode_step(lengths: list[int], step: int, slots_of: list[int] | None = None) -> tuple[HostStep, torch.Tensor]:
+    """A step in which sequence i computes its token number lengths[i] + step, in blocks of its own.
+
+    slots_of: each sequence's adapter.
+    """
+    places = [length + step for length in lengths]
+    tables = torch.arange(1, 1 + 8 * len(lengths), dtype=torch.int32).view(-1, 8)
+    slots = [int(tables[i, at // SIZE]) * SIZE + at % SIZE for i, at in enumerate(places)]
+    made = HostStep(
+        [3 + (7 * i + step) % 100 for i in range(len(lengths))], places, slots, [at + 1 for at in places],
+        list(range(len(lengths) + 1)), list(range(len(lengths))), slots_of or [0] * len(lengths),
+    )  # fmt: skip
+    return made, tables
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"] if ON_GPU else ["none"])
+def test_every_bucket_gives_the_twins_logits_while_lengths_change(tmp_path, triton_ops, quantization):
+    """A stale parameter baked into a graph would show as soon as a length, a block or a row count changes."""
+    save_model(tmp_path, torch.float32, **SHAPE)
+    runner = make_runner(load(tmp_path, triton_ops, quantization), max_running=9)
+    twin = make_runner(load(tmp_path, ops, quantization), max_running=9)
+    graphs = make_graphs(runner, 9)
+    lengths = [5, 70, 16, 31, 100, 1, 47, 15, 64]
+    for step, num_rows in enumerate([9, 1, 2, 3, 5, 8, 9]):
+        made, tables = decode_step(lengths[:num_rows], step)
+        rows = [Choices(request(), 0, eos_ids=[2])] * num_rows
+        with torch.inference_mode():
+            found = graphs.launch(made, tables.numpy(), rows)
+            hidden = twin.model.forward(twin._inputs(made, tables.numpy()), twin.cache)
+            torch.testing.assert_close(found.float(), twin.model.logits(hidden).float(), rtol=0, atol=TOLERANCE)
+            assert graphs.sample(num_rows).tolist() == found.argmax(-1).tolist()
+
+
+def test_graphs_with_and_without_adapters_share_what_samples(tmp_path, triton_ops):
+    """Steps with adapters, other mixtures of them, and none, one after the other in the same buffers."""
+    base = save_model(tmp_path / "base", torch.float32, **{**SHAPE, "num_hidden_layers": 1})
+    adapters = write_adapters(base, tmp_path)
+    runner = make_runner(with_adapters(load(tmp_path / "base", triton_ops), adapters), max_running=4)
+    twin = make_runner(with_adapters(load(tmp_path / "base", ops), adapters), max_running=4)
+    graphs = make_graphs(runner, 4)
+    lengths = [5, 33, 16, 1]
+    for step, slots in enumerate([[1, 1, 1], [0] * 4, [0, 1, 2, 2], [0], [2]]):
+        made, tables = decode_step(lengths[: len(slots)], step, slots)
+        rows = [Choices(request(), 0, eos_ids=[2])] * len(slots)
+        with torch.inference_mode():
+            found = graphs.launch(made, tables.numpy(), rows)
+            hidden = twin.model.forward(twin._inputs(made, tables.numpy()), twin.cache)
+            torch.testing.assert_close(found.float(), twin.model.logits(hidden).float(), rtol=0, atol=TOLERANCE)
+            assert graphs.sample(len(slots)).tolist() == found.argmax(-1).tolist()
+
+
+def write_adapters(base, folder) -> dict[str, AdapterFolder]:
+    return {
+        name: open_adapter(write_adapter(base, folder / name, seed=seed, **ADAPTERS[name]))
+        for seed, name in enumerate(("alpaca-lora", "dora"))
+    }
+
+
+def test_the_engine_with_adapters_gives_what_pefts_model_gives(tmp_path, triton_ops):
+    base = save_model(tmp_path / "base", torch.float32, **{**SHAPE, "num_hidden_layers": 1})
+    adapters = write_adapters(base, tmp_path)
+    oracle = Oracle(base.to(DEVICE), {name: adapter.path for name, adapter in adapters.items()})
+    runner = make_runner(with_adapters(load(tmp_path / "base", triton_ops), adapters), max_running=2)
+    runner.graphs = make_graphs(runner, 2)
+    engine = engine_of(runner, launches_ahead=True)
+    asked = [
+        request(prompt_ids=tuple(3 + (i * 5 + j) % 110 for j in range(2 + 5 * i)), max_new_tokens=4, seed=i,
+                reads_along=False, adapter=name)
+        for i, name in enumerate(("dora", None, "alpaca-lora", "dora"))
+    ]  # fmt: skip
+    generations = [engine.submit(one) for one in asked]
+    found = [tokens(generation) for generation in generations]
+    engine.close()
+    if ON_GPU:  # bfloat16: one tie decided otherwise changes the rest
+        assert [len(rows[0]) for rows in found] == [4] * 4
+    else:
+        assert found == [naive(oracle.using(one.adapter), one) for one in asked]
+
+
+def test_the_engine_gives_what_naive_decoding_gives(tmp_path, triton_ops):
+    reference = save_model(tmp_path, torch.float32, **SHAPE).to(DEVICE)
+    runner = make_runner(load(tmp_path, triton_ops), max_running=3)
+    if torch.float32 != DTYPE:
+        reference = reference.to(DTYPE)
+    runner.compile_prefill()
+    runner.graphs = make_graphs(runner, 3)
+    engine = engine_of(runner, launches_ahead=True)
+    asked = [
+        request(prompt_ids=tuple(3 + (i * 5 + j) % 110 for j in range(2 + 9 * i)), max_new_tokens=6, seed=i,
+                temperature=0.9 * (i % 2), top_k=5 * (i == 3), repetition_penalty=1.0 + (i == 2), reads_along=False)
+        for i in range(5)
+    ]  # fmt: skip
+    generations = [engine.submit(one) for one in asked]
+    found = [tokens(generation) for generation in generations]
+    engine.close()
+    if ON_GPU:  # bfloat16: one tie decided otherwise changes the rest
+        assert [len(rows[0]) for rows in found] == [6] * 5
+    else:
+        assert found == [naive(reference, one) for one in asked]

@@ -1,0 +1,243 @@
+"""Properties of the block pool and the scheduler over random histories, and the rules they promise. No torch."""
+
+import random
+import sys
+
+import pytest
+
+from alpaca.serving.llama.cache import NO_PREFIX, BlockPool, NoFreeBlocks
+from alpaca.serving.llama.scheduler import Scheduler, Sequence
+
+SIZE = 4
+
+
+# The pool -----------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_come_back_and_block_zero_is_nobodys():
+    pool = BlockPool(6, SIZE)
+    blocks = pool.allocate(5)
+    assert sorted(blocks) == [1, 2, 3, 4, 5]
+    with pytest.raises(NoFreeBlocks, match="1 blocks were asked for and 0 are free"):
+        pool.allocate(1)
+    pool.hold(blocks[:2])
+    pool.release(blocks)
+    assert pool.num_free == 3
+    pool.release(blocks[:2])
+    assert pool.num_free == pool.capacity == 5
+
+
+def test_a_prefix_is_found_until_its_room_is_needed():
+    pool = BlockPool(4, SIZE)
+    ids = list(range(10))
+    blocks = pool.allocate(3)
+    prefix = pool.remember(blocks[0], ids[:4], NO_PREFIX)
+    pool.remember(blocks[1], ids[4:8], prefix)
+    assert pool.find_prefix(ids)[0] == blocks[:2]
+    assert pool.find_prefix([*ids[:4], 9, 9, 9, 9])[0] == blocks[:1]
+    assert pool.find_prefix([9, *ids[1:]])[0] == []
+    assert pool.find_prefix(ids[:3])[0] == []
+    pool.release(blocks)
+    assert pool.find_prefix(ids)[0] == blocks[:2]  # nobody holds them, and they are still known
+    assert pool.allocate(1) == blocks[2:]  # what holds nothing known goes first
+    assert pool.allocate(1) == blocks[1:2]  # then a chain's end
+    assert pool.find_prefix(ids)[0] == blocks[:1]
+
+
+def test_the_same_tokens_after_another_prefix_are_another_block():
+    pool = BlockPool(6, SIZE)
+    a, b, c, d = pool.allocate(4)
+    first, second = pool.remember(a, [1] * 4, NO_PREFIX), pool.remember(b, [2] * 4, NO_PREFIX)
+    pool.remember(c, [3] * 4, first)
+    assert pool.find_prefix([2] * 4 + [3] * 4)[0] == [b]
+    pool.remember(d, [3] * 4, second)
+    assert pool.find_prefix([2] * 4 + [3] * 4)[0] == [b, d]
+    assert pool.find_prefix([1] * 4 + [3] * 4)[0] == [a, c]
+
+
+def test_two_who_computed_the_same_share_what_follows():
+    pool = BlockPool(6, SIZE)
+    a, b, c = pool.allocate(3)
+    first = pool.remember(a, [1] * 4, NO_PREFIX)
+    assert pool.remember(b, [1] * 4, NO_PREFIX) == first  # b stays unknown, and its chain goes on after a
+    pool.remember(c, [2] * 4, first)
+    assert pool.find_prefix([1] * 4 + [2] * 4)[0] == [a, c]
+
+
+# The scheduler ------------------------------------------------------------------------------------------------------
+
+
+def scheduler(num_blocks: int, *, max_running: int = 8, max_step_tokens: int = 16) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks, SIZE), max_running=max_running, max_step_tokens=max_step_tokens)
+
+
+def run_step(it: Scheduler, *, token: int = 7) -> list[Sequence]:
+    """One step whose tokens are known at once; the sequences that were part of it."""
+    works = it.schedule()
+    it.launched(works)
+    for work in works:
+        if work.samples:
+            it.append(work.sequence, token)
+            if work.sequence.num_generated == work.sequence.max_new_tokens:
+                it.finish(work.sequence)
+    return [work.sequence for work in works]
+
+
+def test_first_come_first_served():
+    it = scheduler(100, max_running=2)
+    sequences = [Sequence([1] * 5, max_new_tokens=3) for _ in range(4)]
+    for sequence in sequences:
+        it.add(sequence)
+    assert run_step(it) == sequences[:2]
+    run_step(it)
+    run_step(it)
+    assert run_step(it) == sequences[2:]
+
+
+def test_a_long_prompt_is_read_in_chunks_beside_running_streams():
+    it = scheduler(100)
+    stream, long = Sequence([1, 2], max_new_tokens=20), Sequence(range(50), max_new_tokens=2)
+    it.add(stream)
+    run_step(it)
+    it.add(long)
+    steps = []
+    while long.num_generated < 1:
+        works = it.schedule()
+        steps.append([(work.sequence is stream, work.num_tokens) for work in works])
+        it.launched(works)
+        for work in works:
+            if work.samples:
+                it.append(work.sequence, 7)
+    assert steps == [[(True, 1), (False, 15)]] * 3 + [[(True, 1), (False, 5)]]
+
+
+def test_completions_of_one_prompt_share_its_blocks():
+    it = scheduler(100, max_step_tokens=64)
+    prompt = list(range(18))
+    leader = Sequence(prompt, max_new_tokens=5)
+    others = [Sequence(prompt, max_new_tokens=5, leader=leader) for _ in range(3)]
+    for sequence in (leader, *others):
+        it.add(sequence)
+    assert run_step(it) == [leader]  # the others wait until there is something to share
+    assert set(run_step(it)) == {leader, *others}
+    assert [sequence.num_cached for sequence in others] == [16] * 3
+    assert all(sequence.blocks[:4] == leader.blocks[:4] for sequence in others)
+    assert it.pool.num_used == 4 + 4  # the prompt's once, and one for each answer
+
+
+def test_a_known_prefix_is_not_computed_again_but_its_last_token_is():
+    it = scheduler(100, max_step_tokens=64)
+    for expected in ([(0, 16)], [(12, 4)]):  # the whole prompt is known, yet its logits are wanted
+        it.add(sequence := Sequence(range(16), max_new_tokens=1))
+        works = it.schedule()
+        assert [(work.start, work.num_tokens) for work in works] == expected
+        it.launched(works)
+        it.append(sequence, 7)
+        it.finish(sequence)
+
+
+def test_the_youngest_makes_room_and_goes_on_later():
+    it = scheduler(1 + 6)  # two sequences of 4 blocks do not fit
+    old, young = (Sequence([i] * 6, max_new_tokens=10) for i in (1, 2))
+    it.add(old)
+    it.add(young)
+    order: list[Sequence] = []
+    while not (old.is_finished and young.is_finished):
+        ran = run_step(it)
+        assert old.is_finished or old in ran  # the oldest is never stopped
+        order += [sequence for sequence in ran if sequence.is_finished]
+    assert order == [old, young]
+    assert young.num_admissions == 2
+    assert len(young.ids) == 16
+    assert it.pool.num_free == it.pool.capacity
+
+
+def test_what_can_never_fit_is_known_beforehand():
+    it = scheduler(1 + 4)
+    assert it.fits(17)  # the last token is never an input
+    assert not it.fits(18)
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("ahead", [False, True])
+def test_random_histories_leak_no_block_and_starve_nobody(seed, ahead):
+    """Arrivals, ends and cancels at random; with `ahead` a step's tokens are known only after the next is scheduled."""
+    chance = random.Random(f"{seed}:{ahead}")
+    it = scheduler(chance.randint(8, 30), max_running=chance.randint(1, 6), max_step_tokens=chance.randint(8, 30))
+    alive: list[Sequence] = []
+    results: dict[Sequence, int] = {}
+    in_flight: list = []
+    step = 0
+    while step < 200 or alive:
+        step += 1
+        assert step < 5000, "somebody starves"
+        if step < 200 and chance.random() < 0.3:
+            add_some(it, alive, chance)
+        if alive and chance.random() < 0.05:
+            cancelled = alive.pop(chance.randrange(len(alive)))
+            it.finish(cancelled)
+        works = it.schedule()
+        check_step(it, works)
+        it.launched(works)
+        done, in_flight = (in_flight, works) if ahead else (works, [])
+        for work in done:
+            sequence = work.sequence
+            if work.samples and not sequence.is_finished:
+                it.append(sequence, chance.randrange(3))
+                if len(sequence.ids) - sequence.num_prompt == sequence.max_new_tokens or chance.random() < 0.02:
+                    it.finish(sequence)
+                    alive.remove(sequence)
+                    results[sequence] = len(sequence.ids)
+    assert not alive
+    assert not it.waiting
+    assert not it.running
+    assert len(results) > 5
+    assert it.pool.num_free == it.pool.capacity
+    assert not any(it.pool._num_holders)
+
+
+def add_some(it: Scheduler, alive: list[Sequence], chance: random.Random) -> None:
+    leader = None
+    prompt = [chance.randrange(3) for _ in range(chance.randint(1, 20))]
+    for _ in range(chance.choice([1, 1, 1, 3])):
+        sequence = Sequence(prompt, max_new_tokens=chance.randint(1, 12), leader=leader)
+        if it.fits(sequence.num_prompt + sequence.max_new_tokens):
+            it.add(sequence)
+            alive.append(sequence)
+            leader = leader or sequence
+
+
+def check_step(it: Scheduler, works: list) -> None:
+    assert len({work.sequence for work in works}) == len(works)
+    assert sum(work.num_tokens for work in works) <= it._max_step_tokens
+    held: dict[int, int] = {}
+    for sequence in it.running:
+        assert len(sequence.blocks) * SIZE >= sequence.num_computed
+        for block in sequence.blocks:
+            held[block] = held.get(block, 0) + 1
+    assert 0 not in held
+    assert [it.pool._num_holders[block] for block in held] == list(held.values())  # every holder is counted
+    assert it.pool.num_used == len(held)
+    for work in works:
+        sequence = work.sequence
+        assert sequence in it.running
+        assert work.num_tokens >= 1
+        assert work.start == sequence.num_computed
+        assert work.samples == (work.start + work.num_tokens == len(sequence))
+        assert (work.start + work.num_tokens - 1) // SIZE < len(sequence.blocks)
+        # Nobody writes into a block that another one reads.
+        for at in range(work.start, work.start + work.num_tokens):
+            assert it.pool._num_holders[sequence.blocks[at // SIZE]] == 1
+    if it.running:  # the oldest that runs is in every step, unless all of its tokens are under way
+        oldest = it.running[0]
+        all_under_way = oldest.num_generated >= oldest.max_new_tokens
+        assert all_under_way or any(work.sequence is oldest for work in works)
+    orders = [sequence.order for sequence in it.running]
+    assert orders == sorted(orders)
+
+
+def test_no_torch_behind_the_scheduler():
+    import subprocess
+
+    code = "import sys, alpaca.serving.llama.scheduler; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
