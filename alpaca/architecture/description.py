@@ -30,7 +30,8 @@ class ModelDescription:
 
     width: of the residual stream.    head_width: of one head's query, key and value.    ties_embeddings: the head is
     the embedding and has no tensor of its own.    quantized_by: the method in quantization_config, "" for whole
-    weights.    embedding_width, has_final_norm: OPT's alone.
+    weights.    attention_bias, mlp_bias: whether config.json asks for them, in a family that listens.
+    embedding_width, has_final_norm: OPT's alone.
     """
 
     model_type: str = "llama"
@@ -146,7 +147,7 @@ class _Reader:
     """Reads one config.json; every value it gives is checked."""
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
-        self._config, self._source = config, source
+        self._config, self._source, self._family = config, source, FAMILIES["llama"]
 
     def read(self) -> ModelDescription:
         kind = self._config.get("model_type")
@@ -154,7 +155,7 @@ class _Reader:
             raise UnsupportedModel(
                 f"{self._source}: model_type {kind!r} is not known here; known are {', '.join(FAMILIES)}"
             )
-        family = FAMILIES[kind]
+        family = self._family = FAMILIES[kind]
         sizes = {name: self._size(name, *family.keys[name]) for name in ("width", "num_layers", "num_heads")}
         width, heads = sizes["width"], sizes["num_heads"]
         kv_heads = self._size("num_kv_heads", "num_key_value_heads", default=heads)
@@ -167,15 +168,15 @@ class _Reader:
             ffn_width=self._size("ffn_width", *family.keys["ffn_width"]) if "ffn_width" in family.keys else 4 * width,
             vocab_size=self._size("vocab_size", "vocab_size"),
             max_context=self._size("max_context", "max_position_embeddings", default=2048, takes_null=False),
-            norm_eps=self._share("rms_norm_eps", 1e-6),
+            norm_eps=self._epsilon("rms_norm_eps", default=family.defaults.get("norm_eps", 1e-6)),
             activation=self._activation(),
             rope=read_rope(self._config, source=self._source),
             ties_embeddings=self._flag("tie_word_embeddings", default=family.ties_by_default),
-            attention_bias=self._flag("attention_bias"),
-            mlp_bias=self._flag("mlp_bias"),
+            **{name: self._flag(key, default=default) for name, (key, default) in family.biases.items()},
             quantized_by=self._quantization(),
             embedding_width=self._size("width", "word_embed_proj_dim", default=width),
-            has_final_norm=self._flag("do_layer_norm_before", default=True),
+            has_final_norm=self._flag("do_layer_norm_before", default=True)
+            and not self._flag("_remove_final_layer_norm"),
         )
         self._check(description)
         return description
@@ -188,26 +189,29 @@ class _Reader:
             )
         if made.family.block == "llama" and made.head_width % 2:
             self._refuse(f"expected an even head width, for rotary embedding turns pairs; found {made.head_width}")
-        if self._config.get("head_dim") is None and made.width % made.num_heads:
-            self._refuse(f"hidden_size {made.width} does not divide into {made.num_heads} heads; give head_dim")
+        if (made.model_type == "llama" or self._config.get("head_dim") is None) and made.width % made.num_heads:
+            self._refuse(f"hidden_size {made.width} does not divide into num_attention_heads {made.num_heads}")
 
     def _size(self, name: str, *keys: str, default: int | None = None, takes_null: bool = True) -> int:
         """A whole number above 0 under the first of `keys` that is there; null stands for the default."""
         key = next((key for key in keys if self._config.get(key) is not None), keys[0])
         value = self._config.get(key)
+        if key not in self._config:
+            default = self._family.defaults.get(name, default)
         if value is None and default is not None and (takes_null or key not in self._config):
-            return default
+            return int(default)
         if key not in self._config:
             self._refuse(f"{key!r} is missing; copy the model's own config.json again")
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST[name]:
             self._refuse(f"expected a whole number from 1 to {_MOST[name]:,} for {key!r}, found {value!r}")
         return value
 
-    def _share(self, key: str, default: float) -> float:
+    def _epsilon(self, key: str, *, default: float) -> float:
+        """A share of one. transformers takes no whole number there, not even 0."""
         value = self._config.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-            self._refuse(f"expected a number from 0 up to (not including) 1 for {key!r}, found {value!r}")
-        return float(value)
+        if not isinstance(value, float) or not 0 <= value < 1:
+            self._refuse(f"expected a number from 0.0 up to (not including) 1.0 for {key!r}, found {value!r}")
+        return value
 
     def _flag(self, key: str, *, default: bool = False) -> bool:
         value = self._config.get(key, default)

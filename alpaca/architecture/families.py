@@ -5,7 +5,7 @@ a `description.ModelDescription` and read its sizes alone.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from alpaca.architecture.tensors import LAYER, LAYER_PREFIX, OUTER, Shape
@@ -48,6 +48,8 @@ class Family:
     reads_stream: of these, the ones that read the normalized residual stream; the others read products.
     adapter_targets: the matrices that LoRA changes where nothing else is asked for.
     ties_by_default: whether head and embedding are one matrix where config.json does not say.
+    defaults: what transformers takes for a size that config.json lacks, where that is not what LLaMA has.
+    biases: for `attention_bias` and `mlp_bias` the key that asks for them and its default; {} where none does.
     biased_attention: whether query, key and value always have biases.
     keeps_scores: whether attention materializes its scores, having no fused kernel.
     one_naming: whether all checkpoints of the family name their tensors alike, so that the names can be checked.
@@ -60,6 +62,8 @@ class Family:
     keys: Mapping[str, tuple[str, ...]]
     input_groups: tuple[tuple[str, ...], ...]
     reads_stream: tuple[str, ...]
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    biases: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
     adapter_targets: tuple[str, ...] = USUAL_TARGETS
     ties_by_default: bool = False
     biased_attention: bool = False
@@ -88,9 +92,12 @@ def _llama_layer(model: Sizes) -> Shapes:
 def _llama_outer(model: Sizes) -> Shapes:
     table = (model.vocab_size, model.width)
     shapes: Shapes = {f"{OUTER['embedding'].hf}.weight": table, f"{OUTER['norm'].hf}.weight": (model.width,)}
-    if not model.ties_embeddings:
-        shapes[f"{OUTER['head'].hf}.weight"] = table
-    return shapes
+    return shapes | _own_head(model, model.width)
+
+
+def _own_head(model: Sizes, width: int) -> Shapes:
+    """The head's matrix, where it is not the embedding."""
+    return {} if model.ties_embeddings else {f"{OUTER['head'].hf}.weight": (model.vocab_size, width)}
 
 
 def _qwen3_layer(model: Sizes) -> Shapes:
@@ -115,9 +122,9 @@ def _phi3_layer(model: Sizes) -> Shapes:
 def _opt_layer(model: Sizes) -> Shapes:
     width, shapes = model.width, {}
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        _matrix(shapes, f"self_attn.{name}", width, width, bias=True)
-    _matrix(shapes, "fc1", model.ffn_width, width, bias=True)
-    _matrix(shapes, "fc2", width, model.ffn_width, bias=True)
+        _matrix(shapes, f"self_attn.{name}", width, width, bias=model.attention_bias)
+    _matrix(shapes, "fc1", model.ffn_width, width, bias=model.mlp_bias)
+    _matrix(shapes, "fc2", width, model.ffn_width, bias=model.mlp_bias)
     norms = [f"{name}.{part}" for name in ("self_attn_layer_norm", "final_layer_norm") for part in ("weight", "bias")]
     return shapes | dict.fromkeys(norms, (width,))
 
@@ -131,7 +138,7 @@ def _opt_outer(model: Sizes) -> Shapes:
         shapes |= {f"{prefix}.project_in.weight": (width, embedded), f"{prefix}.project_out.weight": (embedded, width)}
     if model.has_final_norm:
         shapes |= dict.fromkeys((f"{prefix}.final_layer_norm.{part}" for part in ("weight", "bias")), (width,))
-    return shapes
+    return shapes | _own_head(model, embedded)
 
 
 def _bloom_layer(model: Sizes) -> Shapes:
@@ -148,7 +155,8 @@ def _bloom_layer(model: Sizes) -> Shapes:
 
 def _bloom_outer(model: Sizes) -> Shapes:
     norms = [f"{name}.{part}" for name in ("word_embeddings_layernorm", "ln_f") for part in ("weight", "bias")]
-    return {"word_embeddings.weight": (model.vocab_size, model.width), **dict.fromkeys(norms, (model.width,))}
+    table = {"word_embeddings.weight": (model.vocab_size, model.width)}
+    return {**table, **dict.fromkeys(norms, (model.width,)), **_own_head(model, model.width)}
 
 
 _LLAMA_KEYS = {
@@ -157,11 +165,12 @@ _LLAMA_KEYS = {
     "num_heads": ("num_attention_heads",),
     "ffn_width": ("intermediate_size",),
 }
+_BIASES = {name: (name, False) for name in ("attention_bias", "mlp_bias")}
 _OPT_KEYS = {**_LLAMA_KEYS, "ffn_width": ("ffn_dim",)}
 _BLOOM_KEYS = {
-    "width": ("hidden_size", "n_embed"),
-    "num_layers": ("n_layer", "num_hidden_layers"),
-    "num_heads": ("n_head", "num_attention_heads"),
+    "width": ("n_embed", "hidden_size"),
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "num_heads": ("num_attention_heads", "n_head"),
 }
 
 
@@ -176,18 +185,25 @@ def _llama_like(**differs: object) -> Family:
 
 # A model of another type that has an intermediate_size is something else: experts, tied tables, another feed-forward.
 FAMILIES: Mapping[str, Family] = {
-    "llama": _llama_like(),
-    "mistral": _llama_like(),
-    "qwen2": _llama_like(biased_attention=True),
-    "qwen3": _llama_like(layer=_qwen3_layer),
+    "llama": _llama_like(biases=_BIASES),
+    "mistral": _llama_like(defaults={"num_kv_heads": 8, "max_context": 131072}),
+    "qwen2": _llama_like(
+        biased_attention=True, defaults={"num_kv_heads": 32, "max_context": 32768},
+    ),
+    "qwen3": _llama_like(
+        layer=_qwen3_layer, biases={"attention_bias": _BIASES["attention_bias"]},
+        defaults={"num_kv_heads": 32, "max_context": 32768, "head_width": 128},
+    ),
     "phi3": _llama_like(
-        layer=_phi3_layer, input_groups=(("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
+        layer=_phi3_layer, defaults={"max_context": 4096, "norm_eps": 1e-5},
+        input_groups=(("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
         reads_stream=("qkv_proj", "gate_up_proj"),
     ),
     "opt": Family(
         block="opt", layer=_opt_layer, outer=_opt_outer, prefix="model.decoder.layers.", keys=_OPT_KEYS,
         input_groups=(("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)),
         reads_stream=("q_proj", "fc1"), ties_by_default=True, one_naming=False,
+        biases=dict.fromkeys(_BIASES, ("enable_bias", True)),
     ),
     "bloom": Family(
         block="bloom", layer=_bloom_layer, outer=_bloom_outer, prefix="h.", keys=_BLOOM_KEYS,

@@ -1,20 +1,41 @@
 """Whether a folder holds exactly the tensors that its config.json calls for: asked by serving, training and exports."""
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.architecture.tensors import Shape, hf_name, is_rotary_table
 from alpaca.errors import InputError
 
 _SHOWN = 5
+# Tensors that nobody reads: buffers that older programs stored, and the value head of reinforcement learning.
+_UNREAD = re.compile(r"(.*\.)?(rotary_emb\.(cos|sin)_cached|masked_bias)|v_head\..*")
+
+
+def untie(
+    description: ModelDescription, found: Mapping[str, Shape], *, has_equal_head: Callable[[], bool]
+) -> ModelDescription:
+    """The model as its folder holds it: a head that is not the embedding is one of its own, whatever config.json says.
+
+    So transformers has it since version 5; PEFT writes such folders where the head of a tied model was trained.
+    found: shapes by name.    has_equal_head: compares the values of embedding and head; asked only where both are
+    there in one shape.
+    """
+    embedding, head = hf_name("embedding"), hf_name("head")
+    if not (description.family.one_naming and description.ties_embeddings and embedding in found and head in found):
+        return description
+    if tuple(found[embedding]) == tuple(found[head]) and has_equal_head():
+        return description
+    return dataclasses.replace(description, ties_embeddings=False)
 
 
 def check_tensors(description: ModelDescription, found: Mapping[str, Shape], *, where: str) -> None:
     """Raise InputError unless `found`, shapes by name, are the model's tensors: none missing, none more, all in shape.
 
-    Two kinds may be there besides, which nobody reads: stored rotary tables, and the head of a model that ties it to
-    its embedding. A model whose family has several namings is not checked. where: the folder, for errors.
+    Some may be there besides, which nobody reads: stored buffers (rotary tables, `masked_bias`), a value head
+    (`v_head`), and the head of a model that ties it to its embedding (`untie` comes first, as that head may be another).
+    A model whose family has several namings is not checked. where: the folder, for errors.
     """
     if not description.family.one_naming:
         return
@@ -44,7 +65,8 @@ def check_layers(num_layers: int, unread: Iterable[str], *, where: str) -> None:
 
 
 def _is_tolerated(name: str, description: ModelDescription) -> bool:
-    return is_rotary_table(name) or (description.ties_embeddings and name == hf_name("head"))
+    is_buffer = is_rotary_table(name) or _UNREAD.fullmatch(name) is not None
+    return is_buffer or (description.ties_embeddings and name == hf_name("head"))
 
 
 def _superfluous(unknown: list[str], description: ModelDescription) -> str:

@@ -26,7 +26,7 @@ from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.base_model import find_base
 from alpaca.formats.hf.folder import FLOAT_DTYPES, read_description
 from alpaca.formats.hf.merging import MergedWeights, open_merged
-from alpaca.formats.hf.pickled import Weights, open_weights
+from alpaca.formats.hf.pickled import Weights, as_stored, open_weights
 
 logger = logging.getLogger(__name__)
 OUTTYPES = ("f16", "bf16", "f32", "q8_0")
@@ -120,7 +120,7 @@ def _read_model(source: Source) -> ModelDescription:
     if reason := supports(model):
         raise InputError(f"{source.folder}: {reason}")
     added = source.weights.num_added_rows if isinstance(source.weights, MergedWeights) else 0
-    return model.with_vocab(model.vocab_size + added)
+    return as_stored(model.with_vocab(model.vocab_size + added), source.weights)
 
 
 def plan_tensors(model: ModelDescription, weights: Weights, outtype: str) -> list[Placed]:

@@ -20,7 +20,7 @@ from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.base_model import find_base
 from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, read_description, require_all_weights
 from alpaca.formats.hf.merging import MergedWeights, open_merged
-from alpaca.formats.hf.pickled import Weights, open_weights
+from alpaca.formats.hf.pickled import Weights, as_stored, open_weights
 from alpaca.formats.meta import checkpoint as meta_files
 from alpaca.formats.meta import layout, sharding
 from alpaca.formats.meta import params as meta_params
@@ -121,6 +121,7 @@ def open_source(config: ExportConfig) -> Source:
             device="cuda" if torch.cuda.is_available() else "cpu",
             base_is_named=config.adapter is not None,
         )
+    model = as_stored(model, weights)
     num_tokens, has_tiktoken = _count_tokens(tokenizer_file)
     stored = _stored_rows(weights)
     if stored < num_tokens:

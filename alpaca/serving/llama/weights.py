@@ -14,6 +14,7 @@ from alpaca.architecture.rope import NUMBERS_OF
 from alpaca.architecture.tensors import FUSED, LAYER, hf_name
 from alpaca.errors import UnsupportedModel
 from alpaca.formats.hf.folder import WeightsFolder, read_description
+from alpaca.formats.hf.pickled import as_stored
 from alpaca.serving.kernels.linear import Linear, make_linear
 from alpaca.serving.llama.network import LlamaLayer, LlamaModel, rotary_table
 
@@ -42,6 +43,8 @@ def read_llama(folder: Path) -> ModelDescription:
     config = read_description(folder, only="llama")
     if reason := supports(config):
         raise UnsupportedModel(f"{folder}: {reason}")
+    if config.ties_embeddings and any(folder.glob("*.safetensors")):
+        return as_stored(config, WeightsFolder(folder))
     return config
 
 

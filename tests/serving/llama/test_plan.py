@@ -259,7 +259,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         run_main(monkeypatch, capsys, tmp_path / "nothing", "--memory", "80GB")
     (tmp_path / "opt").mkdir()
     (tmp_path / "opt" / "config.json").write_text('{"model_type": "opt"}')
-    with pytest.raises(InputError, match="holds a model of type 'opt', not llama"):
+    with pytest.raises(InputError, match="its model_type is 'opt', not llama"):
         run_main(monkeypatch, capsys, tmp_path / "opt", "--memory", "80GB")
 
 
