@@ -156,9 +156,9 @@ MUTATIONS = [
         why="the rotary permutation is lost: a converted model talks nonsense",
     ),
     Mutation(
-        path="alpaca/formats/meta/layout.py",
-        old='"lm_head.weight", 0)',
-        new='"lm_head.weight", 1)',
+        path="alpaca/architecture/tensors.py",
+        old='"lm_head", "output", 0)',
+        new='"lm_head", "output", 1)',
         killed_by="tests/formats/meta/test_convert_llama_weights_to_hf.py::test_any_number_of_shards_gives_the_same_bytes",
         why="shards of the head are joined along the wrong axis",
     ),

@@ -12,6 +12,9 @@ from typing import Protocol
 
 import torch
 
+from alpaca.architecture.description import ModelDescription
+from alpaca.architecture.inventory import untie
+from alpaca.architecture.tensors import hf_name
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.model_folders import is_adapter
 from alpaca.files.reading import list_folder, read_json
@@ -87,6 +90,16 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise InputError(f"{path} holds something else than a plain table of tensors; expected a model's weights")
     return dict(content)
+
+
+def as_stored(description: ModelDescription, weights: Weights) -> ModelDescription:
+    """The model as its folder holds it: a head that differs from the embedding is not tied, whatever config.json says.
+
+    transformers has it so since version 5.
+    """
+    names = hf_name("embedding"), hf_name("head")
+    shapes = {spec.name: spec.shape for spec in weights.specs()}
+    return untie(description, shapes, has_equal_head=lambda: torch.equal(*map(weights.tensor, names)))
 
 
 def open_weights(folder: str | Path) -> Weights:
