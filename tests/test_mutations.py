@@ -95,3 +95,28 @@ def say_survival(mutation: Mutation, result: dict[str, object]) -> str:
         return ""
     fault = f"{mutation.path}: {mutation.new!r} for {mutation.old!r}"
     return f"{fault} is not seen by {mutation.killed_by} (status {result['status']}):\n{output[-2000:]}"
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "is_seen"),
+    [
+        (FAILED, "E   assert 1 == 2", True),
+        (PASSED, "1 passed", False),
+        (FAILED, "E   ImportError: cannot import name 'x'", False),
+        (2, "Interrupted: 1 error during collection", False),
+        (4, "no tests ran", False),
+        (-9, "", False),
+    ],
+)
+def test_only_a_test_that_ran_and_failed_has_seen_a_fault(status: int, output: str, is_seen: bool):
+    said = say_survival(MUTATIONS[0], {"status": status, "output": output})
+    assert (said == "") == is_seen
+    assert is_seen or MUTATIONS[0].killed_by in said
+
+
+def test_a_fault_is_planted_in_the_copy_alone(tmp_path: Path):
+    mutation = MUTATIONS[0]
+    before = (ROOT / mutation.path).read_text()
+    planted = (plant(mutation, tmp_path / "tree") / mutation.path).read_text()
+    assert planted == before.replace(mutation.old, mutation.new) != before
+    assert (ROOT / mutation.path).read_text() == before
