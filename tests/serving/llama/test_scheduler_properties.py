@@ -90,7 +90,7 @@ class History:
         self.max_step_tokens = self.chance.choice([8, 20, 60])
         pool = BlockPool(self.chance.randint(8, 20), SIZE)
         self.scheduler = Scheduler(
-            pool, max_running=self.chance.choice([2, 3, 6]), max_step_tokens=self.max_step_tokens
+            pool, max_running=self.chance.choice([1, 2, 3, 6]), max_step_tokens=self.max_step_tokens
         )
         self.device = Device()
         self.alive: list[Sequence] = []
@@ -158,7 +158,7 @@ class History:
 
 
 def check_works(works: list[Work], scheduler: Scheduler, max_step_tokens: int) -> None:
-    """Each part of a step is what its sequence needs next, and all parts together keep to the budget."""
+    """Each part of a step is what its sequence needs next, all keep to the budget, and the oldest goes on."""
     assert sum(work.num_tokens for work in works) <= max_step_tokens
     assert len({work.sequence for work in works}) == len(works)
     for work in works:
@@ -169,6 +169,8 @@ def check_works(works: list[Work], scheduler: Scheduler, max_step_tokens: int) -
         written = {sequence.blocks[at // SIZE] for at in range(work.start, end)}
         holders = Counter(block for other in scheduler.running for block in other.blocks)
         assert {holders[block] for block in written} == {1}, "somebody else reads what this sequence writes"
+    for oldest in scheduler.running[:1]:  # it is in every step, unless all of its tokens are under way
+        assert oldest.num_generated >= oldest.max_new_tokens or oldest in {work.sequence for work in works}
 
 
 def check_blocks(scheduler: Scheduler) -> None:
@@ -179,6 +181,7 @@ def check_blocks(scheduler: Scheduler) -> None:
     assert pool._num_holders == [holders[block] for block in range(pool.capacity + 1)]
     assert pool.num_free == pool.capacity - len(holders)
     assert all(len(sequence.blocks) == len(set(sequence.blocks)) for sequence in scheduler.running)
+    assert all(len(sequence.blocks) * SIZE >= sequence.num_computed for sequence in scheduler.running)
     assert not any(sequence.blocks or sequence.num_computed for sequence in scheduler.waiting)
     slots = [sequence.slot for sequence in scheduler.running]
     assert len(set(slots)) == len(slots)
@@ -189,9 +192,8 @@ def check_admissions(
 ) -> None:
     """Who starts is first among those that could, has no token in flight and leaves the others a block each.
 
-    `before`: how often each sequence had been admitted before the step; one may be preempted and admitted in one step.
-
     Nobody waits who could start: that would be time lost, and a waiting sequence might never run.
+    before: how often each sequence had been admitted before this step, in which one may be preempted and admitted.
     """
     admitted = [sequence for sequence in scheduler.running if sequence.num_admissions > before[sequence]]
     could_start = [sequence for sequence in scheduler.waiting if not is_behind_leader(sequence)]
