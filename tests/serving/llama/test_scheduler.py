@@ -56,11 +56,24 @@ def test_the_same_tokens_after_another_prefix_are_another_block():
 
 def test_two_who_computed_the_same_share_what_follows():
     pool = BlockPool(6, SIZE)
-    a, b, c = pool.allocate(3)
+    a, b, c, another = pool.allocate(4)
     first = pool.remember(a, [1] * 4, NO_PREFIX)
+    pool.remember(another, [3] * 4, NO_PREFIX)
     assert pool.remember(b, [1] * 4, NO_PREFIX) == first  # b stays unknown, and its chain goes on after a
     pool.remember(c, [2] * 4, first)
     assert pool.find_prefix([1] * 4 + [2] * 4)[0] == [a, c]
+
+
+def test_what_followed_a_block_does_not_follow_what_its_room_holds_next():
+    pool = BlockPool(4, SIZE)
+    a, b, c = pool.allocate(3)
+    first = pool.remember(a, [1] * 4, NO_PREFIX)
+    pool.remember(b, [1] * 4, NO_PREFIX)  # a second sequence computed the same, and goes on after it
+    pool.remember(c, [2] * 4, first)
+    pool.release([a])
+    assert pool.allocate(1) == [a]
+    pool.remember(a, [9] * 4, NO_PREFIX)
+    assert pool.find_prefix([9] * 4 + [2] * 4)[0] == [a]
 
 
 # The scheduler ------------------------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ class History:
             if work.samples:
                 self.first_steps.setdefault(work.sequence, self.num_steps)
         self.scheduler.launched(works)
+        check_cache(works, self.scheduler)
         known = works, tokens
         if self.ahead:
             known, self._under_way = self._under_way, known
@@ -166,6 +167,7 @@ def check_works(works: list[Work], scheduler: Scheduler, max_step_tokens: int) -
         assert sequence in scheduler.running
         assert work.start == sequence.num_computed < end
         assert work.samples == (end == len(sequence))
+        assert sequence.num_generated < sequence.max_new_tokens, "its last token is under way"
         written = {sequence.blocks[at // SIZE] for at in range(work.start, end)}
         holders = Counter(block for other in scheduler.running for block in other.blocks)
         assert {holders[block] for block in written} == {1}, "somebody else reads what this sequence writes"
@@ -185,6 +187,18 @@ def check_blocks(scheduler: Scheduler) -> None:
     assert not any(sequence.blocks or sequence.num_computed for sequence in scheduler.waiting)
     slots = [sequence.slot for sequence in scheduler.running]
     assert len(set(slots)) == len(slots)
+
+
+def check_cache(works: list[Work], scheduler: Scheduler) -> None:
+    """A later prompt that begins with a sequence's tokens finds all of its full blocks whose tokens are known.
+
+    Not so where another sequence computed the same at the same time: the blocks of only one of the two are found.
+    """
+    for sequence in (work.sequence for work in works):
+        known = sequence.ids[: sequence.num_computed]
+        full = sequence.blocks[: len(known) // SIZE]
+        if all(block in scheduler.pool._key_of for block in full):
+            assert scheduler.pool.find_prefix(known, sequence.root)[0] == full
 
 
 def check_admissions(
