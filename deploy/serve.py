@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from alpaca.errors import InputError, run_command
-from alpaca.files.downloads import parse_address
+from alpaca.files.network.addresses import parse_address
 from alpaca.serving.settings import ServerSettings, parse_adapters, setting_type
 from deploy import schema
 

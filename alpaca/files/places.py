@@ -5,10 +5,11 @@ from pathlib import Path
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.archives import unpack, unpack_to
-from alpaca.files.downloads import cache_folder, download, find_remote, is_address
+from alpaca.files.downloads import cache_folder, download, find_remote
 from alpaca.files.locks import waiting_lock
 from alpaca.files.model_folders import is_weights
 from alpaca.files.names import is_path, shown
+from alpaca.files.network.addresses import is_address
 from alpaca.files.reading import list_folder
 
 TRAINED = Path("alpaca_out")
