@@ -291,7 +291,7 @@ def test_an_upload_ends_with_the_error_that_its_caller_raises(server, tmp_path, 
             raise InputError("stopped while uploading")
 
     monkeypatch.setattr(_Handler, "do_PUT", lambda handler: handler.rfile.read(len(CONTENT)), raising=False)
-    with pytest.raises(InputError, match="^stopped while uploading$"):
+    with pytest.raises(InputError, match=r"^stopped while uploading$"):
         upload(tmp_path / "w.tar", f"http://127.0.0.1:{server.server_port}/to", on_piece=stop)
     assert len(calls) == 2
 
@@ -327,7 +327,7 @@ def test_the_environment_names_the_proxy(server, monkeypatch):
     assert download(server.url).read_bytes() == CONTENT
     assert seen["/weights.tar"] is None
     monkeypatch.setenv("http_proxy", "socks5://me:hidden@127.0.0.1:1")
-    with pytest.raises(InputError, match="http_proxy: expected an http or https proxy, .* 'socks5'") as caught:
+    with pytest.raises(InputError, match=r"http_proxy: expected an http or https proxy, .* 'socks5'") as caught:
         download("http://example.invalid/w.tar")
     assert "hidden" not in str(caught.value)
 
