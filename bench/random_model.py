@@ -16,7 +16,7 @@ from alpaca.formats.hf.folder import TensorSpec
 from alpaca.formats.hf.writing import write_weights
 from alpaca.text.sentencepiece import SentencePieceTokenizer, write_llama_tokenizer
 from bench.machine import DEVICE
-from bench.provenance import REAL
+from bench.provenance import find_real
 
 VOCAB_SIZE = 32_000
 CONTEXT = 2048
@@ -54,8 +54,8 @@ def model_folder(weights: Path | None, shape: str, dtype: str) -> Iterator[Path]
 
 def write_random_llama(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
     """A LLaMA whose logits vary by about 2, far from flat and far from overflow, with a vocabulary of 32,000."""
-    real_model = REAL / "llama-tokenizer" / "tokenizer.model"
-    model_file = real_model if real_model.is_file() else write_synthetic_tokenizer(folder / "tokenizer.model")
+    real_model = find_real("llama-tokenizer/tokenizer.model")
+    model_file = real_model or write_synthetic_tokenizer(folder / "tokenizer.model")
     write_llama_tokenizer(model_file, folder, max_length=CONTEXT)
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     assert tokenizer.size == VOCAB_SIZE, tokenizer.size
