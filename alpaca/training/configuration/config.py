@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from alpaca.architecture.families import USUAL_TARGETS
 from alpaca.errors import InputError
 from alpaca.formats.precisions import DTYPES
 
@@ -68,7 +69,8 @@ class TrainConfig:
     lora_target_modules: str | None = field(
         default=None,
         metadata=_flag(
-            f'layers that get one: "q_proj,v_proj" (BLOOM: query_key_value), or "{ALL_LINEAR}": all of a decoder layer'
+            f'layers that get one: "{",".join(USUAL_TARGETS)}" (BLOOM: query_key_value), or "{ALL_LINEAR}": all of a '
+            "decoder layer"
         ),
     )
     use_dora: bool = field(default=False, metadata=_flag("learn magnitudes apart from directions (DoRA)"))
@@ -169,7 +171,7 @@ class TrainConfig:
 
     num_samples: int = field(default=3, metadata=_flag("prompts answered before and after, for report.html"))
     plan_only: bool = field(default=False, metadata=_flag("show what the run will take, as a table and JSON, and end"))
-    plan_memory: str | None = field(default=None, metadata=_flag('plan for GPUs of this memory ("80GB"): those here'))
+    count_memory: str | None = field(default=None, metadata=_flag('plan for GPUs of this memory ("80GB"): those here'))
     plan_gpus: int | None = field(default=None, metadata=_flag("plan for so many of them: torchrun's number"))
     plan_gpus_per_machine: int | None = field(
         default=None, metadata=_flag("of them in one machine, over which --fsdp hybrid_shard shards: 8")

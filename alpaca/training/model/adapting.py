@@ -1,4 +1,4 @@
-"""An adapter put on a frozen base: which layers it changes, and its matrices."""
+"""Puts an adapter on a frozen base: which layers it changes, and its matrices."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from alpaca.architecture.families import FAMILIES, USUAL_TARGETS
 from alpaca.errors import InputError
 from alpaca.formats.hf.quantization import keep_trainable_on_cpu
 from alpaca.training.configuration.config import ALL_LINEAR
@@ -15,11 +16,9 @@ from alpaca.training.model.layers import find_layer_class
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_OWN_TARGETS = {"bloom": ["query_key_value"]}  # by model_type; q_proj and v_proj in others, as alpaca-lora has them
-
 
 def add_adapter(model: "PreTrainedModel", settings: ModelSettings) -> nn.Module:
-    """The model with PEFT's LoRA around it, all else frozen; for full fine-tuning the model itself.
+    """Wrap the model in PEFT's LoRA and freeze all else. Full fine-tuning gets the model itself back.
 
     The adapter's first values depend on the seed alone. Raises InputError for target layers that are not there.
     """
@@ -47,7 +46,7 @@ def add_adapter(model: "PreTrainedModel", settings: ModelSettings) -> nn.Module:
 
 
 def choose_targets(model: "PreTrainedModel", asked: Sequence[str]) -> list[str]:
-    """The names of the linear layers that get an adapter. Raises InputError for one that no decoder layer has."""
+    """The names of the linear layers that get an adapter. Raises InputError for a name that no decoder layer has."""
     layer_class = find_layer_class(model)
     layers = [module for module in model.modules() if type(module).__name__ == layer_class]
     there = {
@@ -58,7 +57,8 @@ def choose_targets(model: "PreTrainedModel", asked: Sequence[str]) -> list[str]:
     }
     if list(asked) == [ALL_LINEAR]:
         return sorted(there)
-    wanted = list(asked) or _OWN_TARGETS.get(model.config.model_type, ["q_proj", "v_proj"])
+    family = FAMILIES.get(model.config.model_type)
+    wanted = list(asked or (family.adapter_targets if family else USUAL_TARGETS))
     unknown = [name for name in wanted if name not in there]
     if unknown:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The base of a run: which folder it is, what its files say of it, and its tokenizer."""
+"""The base of a run: its folder, the checks of that folder, and its tokenizer."""
 
 import functools
 import logging
@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from alpaca.errors import InputError, MissingInput
+from alpaca.architecture.inventory import check_tensors
+from alpaca.errors import InputError, MissingInput, UnsupportedModel
 from alpaca.files.reading import list_folder, read_json
-from alpaca.formats.hf.folder import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, find_fingerprint
+from alpaca.formats.hf.folder import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, find_fingerprint, read_description
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer, tokenizer_summary
 from alpaca.training.configuration.settings import BaseSettings
@@ -24,7 +25,7 @@ class Base:
     """What training starts from.
 
     folder: the base model's.    tokenizer: its own or the one named, for full fine-tuning with a padding token.
-    dtype: of the weights in the folder; the final ones get it too unless asked otherwise.
+    dtype: that of most weights in the folder; the final weights get it, too, unless another is asked for.
     """
 
     folder: Path
@@ -33,7 +34,7 @@ class Base:
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
-        """Of its tensors; None where they are no safetensors."""
+        """A digest of the base's tensors, or None where its weights are not safetensors files."""
         return find_fingerprint(self.folder)
 
 
@@ -42,11 +43,22 @@ def open_base(settings: BaseSettings) -> Base:
     folder = locate_model(settings.model, cache_dir=settings.cache_dir)
     if not (folder / "config.json").is_file():
         raise MissingInput(_no_model(folder))
+    _check_files(folder)
     tokenizer = load_tokenizer(_locate_tokenizer(settings, folder))
     if settings.needs_pad_token and tokenizer.add_pad_token():
         logger.info("added %s as id %d: the tokenizer had no padding token", PAD_TOKEN, tokenizer.pad_id)
     logger.info("tokenizer: %s", tokenizer_summary(tokenizer))
     return Base(folder=folder, tokenizer=tokenizer, dtype=_weights_dtype(folder))
+
+
+def _check_files(folder: Path) -> None:
+    """Raise InputError where config.json cannot be meant, or the safetensors files hold other tensors than it says."""
+    try:
+        model = read_description(folder)
+    except UnsupportedModel:  # whatever is wrong with it, transformers will say
+        return
+    if any(folder.glob("*.safetensors")) and not model.quantized_by:
+        check_tensors(model, {spec.name: spec.shape for spec in WeightsFolder(folder).specs()}, where=str(folder))
 
 
 def locate_model(name: str, *, cache_dir: str | None) -> Path:
@@ -80,7 +92,7 @@ def _locate_tokenizer(settings: BaseSettings, model_folder: Path) -> Path:
 
 
 def _weights_dtype(folder: Path) -> torch.dtype:
-    """The dtype most of the folder's weights have; safetensors' headers know, older formats leave it to the config."""
+    """The dtype of most of the folder's weights, by the safetensors headers; for older formats by config.json."""
     if (folder / "model.safetensors").is_file() or (folder / INDEX_NAME).is_file():
         sizes: Counter[torch.dtype] = Counter()
         for spec in WeightsFolder(folder).specs():

@@ -3,27 +3,26 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_by_tokens, step_examples
 from alpaca.data.examples import EncodedDataset
+from alpaca.errors import InputError
+from alpaca.formats.hf.folder import read_description
 from alpaca.training.configuration.config import ALL_LINEAR
 from alpaca.training.configuration.parsing import count_checkpointed
 from alpaca.training.configuration.settings import RunSettings
-from alpaca.training.planning.shape import Shape
 
-# Empirical.
-_MOST_SIMULATED = 500  # steps whose micro-batches are laid out to find the largest
-GPUS_PER_MACHINE = 8  # where nothing says their number
-
-
-# The run ------------------------------------------------------------------------------------------------------
+_MOST_SIMULATED = 500  # the largest micro-batch is looked for in that many steps
+GPUS_PER_MACHINE = 8  # assumed where nothing says their number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What of a configuration decides memory and time."""
+    """The settings that decide a run's memory and time."""
 
     method: str = "full"
     lora_rank: int = 0
@@ -34,15 +33,15 @@ class Setup:
     micro_batch_size: int = 4
     global_batch_size: int = 128
     max_length: int = 512
-    num_checkpointed: int | None = 0  # the first layers, whose activations are recomputed; None: a planner chooses
-    whole_gradients: bool = False  # between micro-batches, where parameters are sharded
+    num_checkpointed: int | None = 0  # recomputed layers, the first ones; None: the planner chooses
+    whole_gradients: bool = False  # of sharded parameters: whether kept whole between micro-batches
     padding_free: bool = True
     offload: bool = False
     reshard: bool = True
     bf16: bool = True
     numerics: str = "stanford"
     num_processes: int = 1
-    on_machine: int = GPUS_PER_MACHINE  # processes of a machine, at the most
+    on_machine: int = GPUS_PER_MACHINE  # the most processes on one machine
     hybrid: bool = False  # each machine has a copy of the model
     on_gpu: bool = True
 
@@ -52,7 +51,7 @@ class Setup:
 
     @property
     def num_shards(self) -> int:
-        """Processes that a copy of the model is cut into parts for."""
+        """The number of processes that one copy of the model is sharded over."""
         return min(self.on_machine, self.num_processes) if self.hybrid else self.num_processes
 
     @property
@@ -61,37 +60,46 @@ class Setup:
 
     @property
     def state_bytes(self) -> int:
-        """Of an element that is trained, and of either of its moments."""
+        """Bytes of a trained element, and of each of its two moments."""
         return 2 if self.fast else 4
 
     @property
     def adds_up_in_float32(self) -> bool:
-        """Whether gradients have another dtype than their bfloat16 parameters: see `model.add_up_in_float32`."""
+        """Whether bfloat16 parameters have float32 gradients: see `building.add_up_in_float32`."""
         num_micro_batches = -(-self.global_batch_size // (self.micro_batch_size * self.num_processes))
         return self.fast and not self.sharded and num_micro_batches > 1
 
     @property
     def gradient_bytes(self) -> int:
-        """Of an element's gradient."""
+        """Bytes of one element's gradient."""
         return 4 if self.adds_up_in_float32 else self.state_bytes
 
     @property
     def compute_bytes(self) -> int:
-        """Of an element in matrix products."""
+        """Bytes of one element in matrix products."""
         return 2 if self.bf16 or self.fast else 4
 
     @property
     def stream_bytes(self) -> int:
-        """Of an element of the residual stream: it has the embeddings' dtype, float32 under autocast alone."""
+        """Bytes of one element of the residual stream, which has the embeddings' dtype: float32 under autocast."""
         return 2 if self.fast or (self.bf16 and (self.sharded or self.method != "full")) else 4
 
     def trains(self, linear: str) -> bool:
-        """Whether a gradient of this matrix, or of an adapter on it, needs the matrix's input."""
+        """Whether the backward pass needs this matrix's input: the matrix is trained, or an adapter on it is."""
         return self.method == "full" or linear in self.lora_targets
 
 
+def read_model(folder: Path, *, num_tokens: int = 0) -> ModelDescription:
+    """The model that a plan is for, its vocabulary grown to `num_tokens`. Raises InputError where none can be made."""
+    try:
+        model = read_description(folder)
+    except InputError as error:
+        raise InputError(f"no plan can be made: {error}") from error
+    return model.with_vocab(max(num_tokens, model.vocab_size))
+
+
 def make_setup(
-    settings: RunSettings, shape: Shape, *, num_processes: int, on_gpu: bool, on_machine: int | None = None
+    settings: RunSettings, shape: ModelDescription, *, num_processes: int, on_gpu: bool, on_machine: int | None = None
 ) -> Setup:
     """The setup of a run. on_machine: processes of a machine; left out, torchrun's number, else all of them."""
     model, batch, adapter = settings.model, settings.batch, settings.model.adapter
@@ -111,7 +119,7 @@ def make_setup(
         global_batch_size=batch.global_batch_size,
         max_length=batch.max_length,
         num_checkpointed=count_checkpointed(model.checkpointing, shape.num_layers),
-        padding_free=model.padding_free and not shape.eager_attention,
+        padding_free=model.padding_free and not shape.family.keeps_scores,
         offload=model.sharding.offload,
         reshard=model.sharding.reshard_after_forward,
         bf16=model.bf16,
@@ -123,29 +131,29 @@ def make_setup(
     )
 
 
-def _targets(asked: Sequence[str], shape: Shape) -> tuple[str, ...]:
+def _targets(asked: Sequence[str], shape: ModelDescription) -> tuple[str, ...]:
     """The matrices of a layer that get an adapter. A name the model does not have is refused when it is loaded."""
     if list(asked) == [ALL_LINEAR]:
         return tuple(shape.linears)
-    wanted = asked or ("q_proj", "v_proj", "query_key_value")
+    wanted = asked or shape.family.adapter_targets
     return tuple(name for name in shape.linears if name in wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """What there is to do. The largest micro-batch is that of the steps that were laid out."""
+class Workload:
+    """The work of a run, and its largest micro-batch (see `measure_workload`)."""
 
     num_examples: int
-    num_tokens: int  # of the whole run
+    num_tokens: int  # tokens of the whole run
     num_targets: int
     num_steps: int
-    num_micro_batches: int  # of a step and process, at the most
+    num_micro_batches: int  # the most in one step of one process
     max_tokens: int  # N of the largest micro-batch, padding included
-    max_targets: int  # R; padded micro-batches make logits of all N
+    max_targets: int  # R of the largest; padded micro-batches make logits of all N
     max_length: int  # of an example
 
 
-def measure_work(setup: Setup, data: EncodedDataset, *, num_steps: int, seed: int) -> Work:
+def measure_workload(setup: Setup, data: EncodedDataset, *, num_steps: int, seed: int) -> Workload:
     """Lay out the micro-batches of the first steps as training does, and take the largest."""
     largest, targets, most = 0, 0, 0
     for step in range(min(num_steps, _MOST_SIMULATED)):
@@ -160,7 +168,7 @@ def measure_work(setup: Setup, data: EncodedDataset, *, num_steps: int, seed: in
                 targets = max(targets, int(data.target_counts[own].sum()))
     steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=setup.global_batch_size)
     share = num_steps * min(setup.global_batch_size * steps_per_epoch, len(data)) / steps_per_epoch / len(data)
-    return Work(
+    return Workload(
         num_examples=len(data),
         num_tokens=round(share * int(data.lengths.sum())),
         num_targets=round(share * int(data.target_counts.sum())),

@@ -17,9 +17,9 @@ from alpaca.formats.hf.adapters import AdapterFolder, open_adapter
 from alpaca.formats.hf.folder import fingerprint
 from alpaca.serving.kernels import ops
 from alpaca.serving.llama.adapters import largest_ranks, stacked_bytes, with_adapters
-from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.llama.network import LlamaModel
 from alpaca.serving.llama.planning import plan_memory
+from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.loading import load_engine
 from alpaca.serving.plan import main
 from alpaca.serving.request import AdapterNames
@@ -295,7 +295,7 @@ def test_the_plans_command_counts_adapters(place, monkeypatch, capsys):
         found.append(json.loads(last))
         assert ("\nadapters  " in table) == bool(flags)
     adapters = {name: open_adapter(place / name) for name in ("all", "dora")}
-    config = LlamaConfig.read(place / "base")
+    config = read_llama(place / "base")
     assert [plan["adapter_bytes"] for plan in found] == [0, stacked_bytes(adapters, config, torch.bfloat16)]
     assert found[1]["working_bytes"] > found[0]["working_bytes"]
     other = ["plan", "--weights", str(place / "all"), "--memory", "2GB", "--base_model", str(narrower(place))]
