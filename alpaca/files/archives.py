@@ -23,7 +23,7 @@ from alpaca.files.atomic import replaced_folder
 from alpaca.files.downloads import cache_folder
 from alpaca.files.locks import waiting_lock
 from alpaca.files.model_folders import MODEL_CONFIGS, MODEL_FILES, is_weights
-from alpaca.files.names import is_path, shown
+from alpaca.files.names import is_valid_path, quote_name
 from alpaca.files.outputs import require_free_space
 
 _ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -111,7 +111,7 @@ def _check_members(members: Iterator[_Member], archive: Path) -> list[_Member]:
     for number, member in enumerate(members, start=1):
         parts = PurePosixPath(member.name).parts
         if member.num_bytes < 0:  # would make room for others
-            raise _refusal(archive, f"{shown(member.name)} of {member.num_bytes:,} bytes")
+            raise _refusal(archive, f"{quote_name(member.name)} of {member.num_bytes:,} bytes")
         total += member.num_bytes
         if number > _MOST_FILES or total > most_bytes:
             raise _refusal(
@@ -121,11 +121,11 @@ def _check_members(members: Iterator[_Member], archive: Path) -> list[_Member]:
             continue
         if member.refused or member.name.startswith("/") or ".." in parts or not 1 <= len(parts) <= 2:
             kind = f" ({member.refused})" if member.refused else ""
-            raise _refusal(archive, f"{shown(member.name)}{kind}, which is no plain file of a model folder")
-        if not is_path(member.name):
-            raise _refusal(archive, f"{shown(member.name)}, which cannot be a file's name")
+            raise _refusal(archive, f"{quote_name(member.name)}{kind}, which is no plain file of a model folder")
+        if not is_valid_path(member.name):
+            raise _refusal(archive, f"{quote_name(member.name)}, which cannot be a file's name")
         if parts[-1] in taken or folders - {parts[:-1]}:
-            what = f"{shown(member.name)} beside files of the same name or of another folder; expected one"
+            what = f"{quote_name(member.name)} beside files of the same name or of another folder; expected one"
             raise _refusal(archive, what)
         taken[parts[-1]] = member
         folders.add(parts[:-1])
