@@ -51,9 +51,9 @@ def write_json(path: str | Path, content: object) -> None:
 def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give the block a new folder to fill, which takes the place of `target` when the block ends without an error.
 
-    After an error the new folder is removed and `target` stays as it was; the remains of a killed run are removed by the
-    next. Raises OutputExists when `target` exists and is not empty without `overwrite`, or when another process is writing
-    it now; InputError for a file where the folder, or one above it, should be.
+    After an error the new folder is removed and `target` stays as it was; the remains of a killed run are removed by
+    the next. Raises OutputExists when `target` exists and is not empty without `overwrite`, or when another process is
+    writing it now; InputError for a file where the folder, or one above it, should be.
     """
     target = Path(target)
     partial, aside = partial_folder(target), target.with_name(f".{target.name}.replaced")

@@ -23,8 +23,8 @@ def require_apart(output: Path, inputs: Mapping[str, Path | None]) -> None:
     """Raise InputError where replacing `output` would delete an input.
 
     That is so where the output is an input, a folder above one, or an existing file in an input folder. A new output
-    within an input folder is allowed, and so is a GGUF file there, which no command reads. Links are followed, also those
-    in an input folder. inputs: paths by the names that the user knows them by, such as "--input_dir".
+    within an input folder is allowed, and so is a GGUF file there, which no command reads. Links are followed, also
+    those in an input folder. inputs: paths by the names that the user knows them by, such as "--input_dir".
     """
     target = output.resolve()
     for what, source in inputs.items():

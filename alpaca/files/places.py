@@ -20,9 +20,9 @@ def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS", lists: bool
     """Return the folder of the model or adapter to use: `weights` if given (COG_WEIGHTS), else train.py's output.
 
     weights: a folder, an archive (.tar, .tar.gz, .tgz, .zip), or the http(s) address of one. Archives are unpacked
-    once, and downloaded once, into `cache_folder()`. named: the name of the setting, for errors. lists: whether an error
-    lists the files of a folder without a model; a client need not know them. Raises MissingInput, which names the step
-    that makes the folder, and InputError for an archive that is damaged or unsafe.
+    once, and downloaded once, into `cache_folder()`. named: the name of the setting, for errors. lists: whether an
+    error lists the files of a folder without a model; a client need not know them. Raises MissingInput, which names the
+    step that makes the folder, and InputError for an archive that is damaged or unsafe.
     """
     if weights and is_address(weights):
         return _fetch(weights)
@@ -38,10 +38,10 @@ def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS", lists: bool
 def choose_base(model: str, *, allowed: str, root: Path) -> str:
     """Return the folder, archive or address that a client's `model` stands for.
 
-    Clients choose names, not paths: otherwise any client could have this machine read its files or fetch addresses. They
-    may name files and folders in weights/ and alpaca_out/ below `root`, and those that the operator lists in `allowed`
-    (ALPACA_BASE_MODELS): paths and addresses separated by commas, each as it is or as NAME=PATH. Raises InputError for
-    any other.
+    Clients choose names, not paths: otherwise any client could have this machine read its files or fetch addresses.
+    They may name files and folders in weights/ and alpaca_out/ below `root`, and those that the operator lists in
+    `allowed` (ALPACA_BASE_MODELS): paths and addresses separated by commas, each as it is or as NAME=PATH. Raises
+    InputError for any other.
     """
     names = dict(_parse_listed(entry.strip()) for entry in allowed.split(",") if entry.strip())
     if model in names:
