@@ -202,7 +202,7 @@ class Recovery:
             logger.info("the tensors add up to %.4f, as published", total)
 
     def read(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor's values in their own type, in flat consecutive blocks. Raises InputError for other bits than proved."""
+        """A tensor's values in their own type, in flat consecutive blocks. Raises InputError where the proof fails."""
         if self.manifest is None:
             yield self._sum(name)
             return
