@@ -28,7 +28,7 @@ def render_page(
         heading=heading,
         styles=Markup(read_asset(_SHARED / "style.css") + style),
         script=Markup(script),
-        policy=_make_policy(script),
+        policy=Markup(_make_policy(script)),
         **values,
     )
 
