@@ -13,8 +13,8 @@ import torch
 
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace, UnsupportedModel
 from alpaca.files.archives import unpack
-from alpaca.files.downloads import is_address
 from alpaca.files.model_folders import is_adapter, is_weights
+from alpaca.files.network.addresses import is_address
 from alpaca.files.places import TRAINED
 from alpaca.files.reading import parse_size
 from alpaca.formats.hf.adapters import AdapterFolder, open_adapter
