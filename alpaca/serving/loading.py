@@ -144,7 +144,7 @@ def _log_loaded(served: Served, settings: ServerSettings, runner: Runner, plan: 
     """One line: what is served, in which precision, and what the memory went to."""
     model, config = runner.model, runner.model.config
     logger.info(
-        "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d pages of %d tokens (%.2f GB), "
+        "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d blocks of %d tokens (%.2f GB), "
         "up to %d sequences a step; %s%s",
         served.base, (config.num_linear_weights + config.num_other_weights) / 1e6,
         str(model.dtype).removeprefix("torch."), model.device, settings.quantization, model.num_bytes / 1e9,

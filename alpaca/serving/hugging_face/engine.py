@@ -28,7 +28,7 @@ from alpaca.formats.hf.adapters import AdapterFolder
 from alpaca.formats.hf.folder import require_all_weights
 from alpaca.formats.hf.quantization import allow_any_width_on_cpu, bitsandbytes_config
 from alpaca.serving.engine import Engine, Generation, is_device_lost
-from alpaca.serving.llama.sampling import Choices, choose, note, require_finite
+from alpaca.serving.llama.sampling import SamplingState, commit_tokens, require_finite, sample_tokens
 from alpaca.serving.request import Request
 from alpaca.serving.served import check_tokenizers, names_of
 from alpaca.serving.settings import ServerSettings
@@ -145,12 +145,12 @@ class TransformersEngine(Engine):
         """Generate token after token for the completions still running, as one batch."""
         request = generation.request
         vocab_size = min(logits.shape[-1], self.tokenizer.size)  # an embedding may be padded beyond the tokenizer
-        choices = [Choices(request, i, eos_ids=self._eos_ids) for i in range(request.n)]
+        states = [SamplingState(request, i, eos_ids=self._eos_ids) for i in range(request.n)]
         running = list(range(request.n))
         for num_generated in range(1, request.max_new_tokens + 1):
-            rows = [choices[i] for i in running]
-            ids = choose(logits[:, :vocab_size], rows)
-            note(rows, ids)
+            rows = [states[i] for i in running]
+            ids = sample_tokens(logits[:, :vocab_size], rows)
+            commit_tokens(rows, ids)
             chosen = ids.tolist()
             for token_id in chosen:
                 require_finite(token_id)

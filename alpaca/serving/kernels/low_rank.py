@@ -6,7 +6,7 @@ All adapters lie stacked on the device, so that one call serves rows of many. Th
 a CPU runs, and the twin of `triton_low_rank`.
 
 Legend: N packed rows, I input width, O output width, K adapters, P parts of a layer that any of them changes (query,
-key and value lie end to end in one layer), r the largest rank. Slot 0 means no adapter, slot k the k-th.
+key and value lie end to end in one layer), r the largest rank. Adapter index 0 means no adapter, index k the k-th.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,31 +22,30 @@ _FEW_ROWS, _FEW_RANKS = 64, 256
 
 @dataclass(frozen=True, eq=False)
 class AdapterRows:
-    """Which adapter each packed row of a step has: `slots` [N] int32.
+    """Which adapter each packed row of a step has: `adapter_indices` [N] int32.
 
     The functions here read it once and remember; who overwrites it in place, as a captured graph's owner does, calls
     `triton_low_rank` or makes a new one. Rows of one adapter that lie together are computed together.
     """
 
-    slots: torch.Tensor
+    adapter_indices: torch.Tensor
     _runs: list[tuple[int, int, int]] = field(default_factory=list, init=False, repr=False)
     _others: list[torch.Tensor] = field(default_factory=list, init=False, repr=False)
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """(slot, first row, row after the last) of neighbouring rows with one adapter. Waits for the device."""
+        """(adapter, first row, row after the last) of neighbouring rows with one adapter. Waits for the device."""
         if not self._runs:
-            slots = self.slots.tolist()
-            starts = [row for row, slot in enumerate(slots) if row == 0 or slot != slots[row - 1]]
-            ends = [*starts[1:], len(slots)]
-            self._runs.extend(
-                (slots[start], start, end) for start, end in zip(starts, ends, strict=True) if slots[start]
-            )
+            indices = self.adapter_indices.tolist()
+            starts = [row for row, adapter in enumerate(indices) if row == 0 or adapter != indices[row - 1]]
+            ends = [*starts[1:], len(indices)]
+            runs = ((indices[start], start, end) for start, end in zip(starts, ends, strict=True))
+            self._runs.extend(run for run in runs if run[0])
         return self._runs
 
     def others(self, num_adapters: int) -> torch.Tensor:
         """[N, K] bool: whether an adapter is not the row's."""
         if not self._others:
-            self._others.append(self.slots[:, None] != torch.arange(1, num_adapters + 1))
+            self._others.append(self.adapter_indices[:, None] != torch.arange(1, num_adapters + 1))
         return self._others[0]
 
 
@@ -103,8 +102,8 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, stack: LowRankStack, rows: Ad
     """Change the layer's output y [N, O] for its input x [N, I] as each row's adapter does; in place, returned."""
     if len(rows.runs()) > 1 and len(x) <= _FEW_ROWS and stack.joined:
         return _add_all_at_once(y, x, stack, rows)
-    for slot, start, end in rows.runs():
-        a, pieces = stack.pieces[slot - 1]
+    for adapter, start, end in rows.runs():
+        a, pieces = stack.pieces[adapter - 1]
         narrow, wide = functional.linear(x[start:end], a), y[start:end]
         for piece in pieces:
             own = wide[:, piece.columns]
@@ -131,6 +130,6 @@ def _add_all_at_once(y: torch.Tensor, x: torch.Tensor, stack: LowRankStack, rows
 
 def _scale_rows(y: torch.Tensor, stack: LowRankStack, rows: AdapterRows) -> None:
     """Multiply by DoRA's factors, each row by those of its adapter; a row without one stays as it is."""
-    for slot, start, end in rows.runs():
-        for piece in stack.pieces[slot - 1][1]:
+    for adapter, start, end in rows.runs():
+        for piece in stack.pieces[adapter - 1][1]:
             y[start:end, piece.columns].mul_(piece.factors)

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from alpaca.serving.kernels.linear import Linear, PlainLinear
-from alpaca.serving.kernels.low_rank import LowRankStack
+from alpaca.serving.kernels.low_rank import AdapterRows, LowRankStack
+from alpaca.serving.kernels.ops import AttentionBatch
 from alpaca.serving.llama.config import LlamaConfig
-from alpaca.serving.llama.step import StepInputs
+from alpaca.serving.llama.step import StepFields
 
 # Rotary embedding -----------------------------------------------------------------------------------------------
 
@@ -96,7 +97,11 @@ PROJECTIONS = {  # a layer's linear layers, and what a checkpoint calls the part
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """Adapters over one model: their names, slot 1 first, and by layer what they change, by names of PROJECTIONS."""
+    """All adapters over one model.
+
+    names: the name of adapter index 1 first.
+    layers: for each layer its changed projections, by the names of PROJECTIONS.
+    """
 
     names: tuple[str, ...]
     layers: list[dict[str, LowRankStack]]
@@ -136,33 +141,45 @@ class LlamaModel:
         table = 0 if is_shared else self.embedding.nbytes
         return table + norms + sum(linear.num_bytes for linear in linears)
 
-    def forward(self, inputs: StepInputs, cache: KeyValueCache) -> torch.Tensor:
-        """Hidden states [N, D] after the last norm; the cache gets the step's keys and values."""
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        step: StepFields[torch.Tensor],
+        attention: AttentionBatch,
+        cache: KeyValueCache,
+        *,
+        adapters: AdapterRows | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [N, D] after the last norm; the step's keys and values are written into the cache.
+
+        token_ids: [N] int64. They are read here and not in `step`, where some may be unknown still.
+        adapters: None if no token has one.
+        """
         config, ops = self.config, self.ops
         scale = config.head_width**-0.5
-        residual = F.embedding(inputs.ids, self.embedding)
+        residual = F.embedding(token_ids, self.embedding)
         x = ops.rms_norm(residual, self.layers[0].input_norm, config.norm_eps)
         for index, layer in enumerate(self.layers):
             keys, values = cache.keys[index], cache.values[index]
-            qkv = self._project(index, "qkv", x, inputs)
-            q = ops.rotate_and_store(qkv, self.rotary, inputs.positions, inputs.slots, keys, values)
-            mixed = ops.paged_attention(q, keys, values, inputs.attention, scale)
-            x = self._project(index, "attention_out", mixed.flatten(1), inputs)
+            qkv = self._project(index, "qkv", x, adapters)
+            q = ops.rotate_and_store(qkv, self.rotary, step.positions, step.slot_mapping, keys, values)
+            mixed = ops.paged_attention(q, keys, values, attention, scale)
+            x = self._project(index, "attention_out", mixed.flatten(1), adapters)
             x, residual = ops.add_rms_norm(x, residual, layer.ffn_norm, config.norm_eps)
-            x = ops.silu_mul(self._project(index, "gate_up", x, inputs))
-            x = self._project(index, "down", x, inputs)
+            x = ops.silu_mul(self._project(index, "gate_up", x, adapters))
+            x = self._project(index, "down", x, adapters)
             is_last = index + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[index + 1].input_norm
             x, residual = ops.add_rms_norm(x, residual, next_norm, config.norm_eps)
         return x
 
-    def _project(self, index: int, name: str, x: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
-        """One linear layer of layer `index`, as each row's adapter has it."""
+    def _project(self, index: int, name: str, x: torch.Tensor, adapters: AdapterRows | None) -> torch.Tensor:
+        """One linear layer of layer `index`, with what each token's adapter adds to it."""
         y = getattr(self.layers[index], name)(x)
-        if inputs.adapters is None or self.adapters is None:
+        if adapters is None or self.adapters is None:
             return y
         stack = self.adapters.layers[index].get(name)
-        return y if stack is None else self.ops.add_low_rank(y, x, stack, inputs.adapters)
+        return y if stack is None else self.ops.add_low_rank(y, x, stack, adapters)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, D] -> [R, V]."""

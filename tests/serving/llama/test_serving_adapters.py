@@ -245,18 +245,18 @@ def test_rows_of_one_adapter_lie_together(both, monkeypatch):
     seen = []
     lay_out = engine._runner._lay_out
 
-    def note(works):
-        step = lay_out(works)
-        seen.append(step.adapters)
+    def watched(scheduled):
+        step = lay_out(scheduled)
+        seen.append(step.adapter_indices)
         return step
 
-    engine._runner._lay_out = note
+    engine._runner._lay_out = watched
     names = ["all", None, "dora", "all", None, "dora", "all"]
     generations = [engine.submit(request(prompt_ids=(1, 9 + i), adapter=name)) for i, name in enumerate(names)]
     for generation in generations:
         assert tokens(generation) == expect(oracle, generation.request)
     assert max(map(len, map(set, seen))) == 3
-    assert all(slots == sorted(slots) for slots in seen)
+    assert all(indices == sorted(indices) for indices in seen)
     engine.close()
 
 
