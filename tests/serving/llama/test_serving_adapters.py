@@ -136,7 +136,7 @@ def test_logits_are_pefts(tmp_path, kind, one_thread):
     plain = load(tmp_path / "base")
     prompt = list(range(3, 40))
     for name, adapter in adapters.items():
-        # Alone, so that slot 1 is the one; test_any_mixture has them together.
+        # Alone, so that it has index 1; test_any_mixture has them together.
         model = with_adapters(plain, {name: adapter})
         with torch.inference_mode():
             expected = oracle.using(name)(torch.tensor([prompt])).logits[0]
@@ -148,9 +148,8 @@ def adapted_logits(model: LlamaModel, prompt: list[int]) -> torch.Tensor:
     """The logits [T, V] of a prompt whose rows all have the first adapter."""
     forward = LlamaModel.forward
 
-    def with_first(self, inputs, cache):
-        rows = ops_rows(len(inputs.ids))
-        return forward(self, type(inputs)(**{**vars(inputs), "adapters": rows}), cache)
+    def with_first(self, token_ids, step, attention, cache):
+        return forward(self, token_ids, step, attention, cache, adapters=ops_rows(len(token_ids)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlamaModel, "forward", with_first)
