@@ -25,7 +25,13 @@ from alpaca.serving.llama.runner import Runner
 from alpaca.serving.llama.scheduler import Scheduler
 from alpaca.serving.llama.weights import load_llama, reading_size
 from alpaca.serving.request import PredictionInputs, make_request
-from alpaca.serving.served import Served, check_tokenizers, describe_other_bases, names_of, open_served
+from alpaca.serving.served_model import (
+    ServedModel,
+    adapter_names,
+    check_tokenizers,
+    describe_other_bases,
+    open_served_model,
+)
 from alpaca.serving.settings import ServerSettings
 from alpaca.text.loading import load_tokenizer, read_eos_ids
 from alpaca.text.prompts import RAW_TEMPLATE
@@ -44,7 +50,7 @@ def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = 
     """
     phases = phases or Phases()
     try:
-        served = open_served(folder, settings)
+        served = open_served_model(folder, settings)
         for name, adapter in served.adapters.items():
             logger.info("adapter %s: %s, from %s", name, adapter.describe(), adapter.path)
         for text in describe_other_bases(served, settings):
@@ -69,7 +75,7 @@ def answer_one_request(engine: Engine) -> None:
     list(complete_texts(generation, [CompletionText(engine.tokenizer, request.prompt_ids)]))
 
 
-def _choose_engine(served: Served, settings: ServerSettings, phases: Phases) -> Engine:
+def _choose_engine(served: ServedModel, settings: ServerSettings, phases: Phases) -> Engine:
     folder = served.base
     if not (folder / "config.json").is_file():
         raise MissingInput(f"{folder} holds no model: no config.json; found: {list_folder(folder)}")
@@ -88,7 +94,7 @@ def _choose_engine(served: Served, settings: ServerSettings, phases: Phases) -> 
     return _load_llama(served, config, settings, phases)
 
 
-def _load_transformers(served: Served, settings: ServerSettings, phases: Phases) -> Engine:
+def _load_transformers(served: ServedModel, settings: ServerSettings, phases: Phases) -> Engine:
     from alpaca.serving.hugging_face.engine import load_transformers_engine  # importing transformers takes 2 s
 
     phases.end("importing transformers")
@@ -97,7 +103,7 @@ def _load_transformers(served: Served, settings: ServerSettings, phases: Phases)
     return engine
 
 
-def _load_llama(served: Served, config: LlamaConfig, settings: ServerSettings, phases: Phases) -> LlamaEngine:
+def _load_llama(served: ServedModel, config: LlamaConfig, settings: ServerSettings, phases: Phases) -> LlamaEngine:
     """A LLaMA engine on the GPU, or the CPU where there is none."""
     check_for_llama(served.adapters, config)  # before the weights are read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,11 +134,11 @@ def _load_llama(served: Served, config: LlamaConfig, settings: ServerSettings, p
         max_context=plan.max_context,
         beams=_beams(served, settings, runner, tokenizer, plan.max_context),
         launches_ahead=device.type == "cuda",
-        adapters=names_of(served.adapters),
+        adapters=adapter_names(served.adapters),
     )
 
 
-def _load_tokenizer(served: Served, config: LlamaConfig) -> Tokenizer:
+def _load_tokenizer(served: ServedModel, config: LlamaConfig) -> Tokenizer:
     """The base's, which the model has rows for and every adapter was trained with."""
     tokenizer = load_tokenizer(served.base)
     tokenizer.require_rows(config.vocab_size, served.base)
@@ -140,7 +146,7 @@ def _load_tokenizer(served: Served, config: LlamaConfig) -> Tokenizer:
     return tokenizer
 
 
-def _log_loaded(served: Served, settings: ServerSettings, runner: Runner, plan: MemoryPlan) -> None:
+def _log_loaded(served: ServedModel, settings: ServerSettings, runner: Runner, plan: MemoryPlan) -> None:
     """One line: what is served, in which precision, and what the memory went to."""
     model, config = runner.model, runner.model.config
     logger.info(
@@ -225,7 +231,7 @@ def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
 
 
 def _beams(
-    served: Served, settings: ServerSettings, runner: Runner, tokenizer: Tokenizer, max_context: int
+    served: ServedModel, settings: ServerSettings, runner: Runner, tokenizer: Tokenizer, max_context: int
 ) -> Callable[[], Engine]:
     places = {
         name: adapter.path for name, adapter in served.adapters.items()
@@ -248,6 +254,6 @@ def _beams(
                 "memory: leave num_beams at 1, or start the server with ALPACA_ENGINE=transformers"
             )
         logger.info("beam search: transformers loads the model a second time now")
-        return _load_transformers(Served(base=base, adapters=adapters), settings, Phases())
+        return _load_transformers(ServedModel(base=base, adapters=adapters), settings, Phases())
 
     return load

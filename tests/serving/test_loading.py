@@ -22,7 +22,7 @@ from alpaca.serving.llama.engine import LlamaEngine
 from alpaca.serving.llama.planning import BLOCK_SIZE, max_running, working_bytes
 from alpaca.serving.loading import load_engine
 from alpaca.serving.request import PredictionInputs, Request, make_request
-from alpaca.serving.served import Served
+from alpaca.serving.served_model import ServedModel
 from alpaca.serving.settings import ServerSettings
 from alpaca.text.loading import load_tokenizer, read_eos_ids
 from tests.serving.llama.test_llama import logits
@@ -120,7 +120,7 @@ def test_llamas_it_does_not_know_are_transformers(copy, monkeypatch, caplog, cha
     caplog.set_level(logging.INFO)
     change_json(copy / "config.json", **change)
     monkeypatch.setattr(loading, "_load_transformers", lambda *args: "transformers")
-    assert loading._choose_engine(Served(base=copy, adapters={}), ServerSettings(), Phases()) == "transformers"
+    assert loading._choose_engine(ServedModel(base=copy, adapters={}), ServerSettings(), Phases()) == "transformers"
     assert any(re.search(rf"served by transformers: .*{reason}", message) for message in caplog.messages)
 
 
@@ -152,7 +152,7 @@ def test_phases_of_transformers(load):
 
 def test_a_line_now_and_then_says_what_runs(load, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("alpaca.serving.llama.engine._REPORT_S", 0.05)
+    monkeypatch.setattr("alpaca.serving.llama.engine._LOG_INTERVAL_S", 0.05)
     engine = load(concurrency=1, max_context=512)  # five sequences at once
     full = [engine.submit(request(n=5, max_new_tokens=400, min_new_tokens=400, temperature=1.0)) for _ in range(2)]
     for generation in full:

@@ -30,7 +30,7 @@ from alpaca.formats.hf.quantization import allow_any_width_on_cpu, bitsandbytes_
 from alpaca.serving.engine import Engine, Generation, is_device_lost
 from alpaca.serving.llama.sampling import SamplingState, commit_tokens, require_finite, sample_tokens
 from alpaca.serving.request import Request
-from alpaca.serving.served import check_tokenizers, names_of
+from alpaca.serving.served_model import adapter_names, check_tokenizers
 from alpaca.serving.settings import ServerSettings
 from alpaca.text.loading import load_tokenizer, read_eos_ids
 from alpaca.text.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class TransformersEngine(Engine):
         """Takes the model over: its layers are wrapped where `adapters` change them. Raises InputError."""
         self.tokenizer = tokenizer
         self.max_context = max_context
-        self.adapters = names_of(adapters)
+        self.adapters = adapter_names(adapters)
         self._use_adapter = _switch_of(model, adapters)
         self._model = model.eval()
         self._eos_ids = eos_ids or frozenset([tokenizer.eos_id])

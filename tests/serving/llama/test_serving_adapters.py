@@ -23,7 +23,7 @@ from alpaca.serving.llama.planning import plan_memory
 from alpaca.serving.loading import load_engine
 from alpaca.serving.plan import main
 from alpaca.serving.request import AdapterNames
-from alpaca.serving.served import describe_other_bases, open_served
+from alpaca.serving.served_model import describe_other_bases, open_served_model
 from alpaca.serving.settings import ServerSettings, parse_adapters
 from tests.serving.llama.test_llama import KINDS, load, logits, save_model
 from tests.serving.llama.test_llama_engine import MODES, make_engine, naive, random_request, request, tokens
@@ -352,26 +352,26 @@ def test_a_client_names_adapters_and_nothing_else(asked):
 @pytest.mark.usefixtures("both")
 def test_the_base_is_found_by_the_config_or_the_setting(place, tmp_path, monkeypatch):
     adapter = shutil.copytree(place / "all", tmp_path / "adapter")
-    assert open_served(adapter, ServerSettings()).base == place / "base"
+    assert open_served_model(adapter, ServerSettings()).base == place / "base"
     change(adapter / "adapter_config.json", base_model_name_or_path="base")
     monkeypatch.chdir(place)
-    served = open_served(adapter, ServerSettings(adapters=f"a={place / 'dora'}"))
+    served = open_served_model(adapter, ServerSettings(adapters=f"a={place / 'dora'}"))
     assert (served.base, list(served.adapters)) == (Path("base"), ["default", "a"])
     monkeypatch.chdir(tmp_path)
-    assert open_served(adapter, ServerSettings(base_model=str(place / "base"))).base == place / "base"
+    assert open_served_model(adapter, ServerSettings(base_model=str(place / "base"))).base == place / "base"
     with pytest.raises(
         MissingInput, match=rf"base model 'base' is not here \(no folder {tmp_path}/base\)\. Set ALPACA_B"
     ):
-        open_served(adapter, ServerSettings())
+        open_served_model(adapter, ServerSettings())
     change(adapter / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(MissingInput, match=r"base model '' is not here \(no base_model_name_or_path\)"):
-        open_served(adapter, ServerSettings())
+        open_served_model(adapter, ServerSettings())
     with pytest.raises(InputError, match="is an adapter itself"):
-        open_served(adapter, ServerSettings(base_model=str(place / "all")))
+        open_served_model(adapter, ServerSettings(base_model=str(place / "all")))
     with pytest.raises(InputError, match=r"ALPACA_ADAPTERS: a=\S+base is no adapter"):
-        open_served(place / "base", ServerSettings(adapters=f"a={place / 'base'}"))
+        open_served_model(place / "base", ServerSettings(adapters=f"a={place / 'base'}"))
     with pytest.raises(MissingInput, match="ALPACA_ADAPTERS: a must name a folder"):
-        open_served(place / "base", ServerSettings(adapters=f"a={tmp_path / 'nothing'}"))
+        open_served_model(place / "base", ServerSettings(adapters=f"a={tmp_path / 'nothing'}"))
 
 
 def change(path: Path, **values: object) -> None:
@@ -394,7 +394,7 @@ def test_a_base_quantized_otherwise_than_in_training_is_warned_of(place, tmp_pat
     if trained:
         record(adapter, base_quantization=trained)
     settings = ServerSettings(quantization=served)
-    said = list(describe_other_bases(open_served(adapter, settings), settings))
+    said = list(describe_other_bases(open_served_model(adapter, settings), settings))
     assert len(said) == warned
     if warned:
         assert f"adapter default was trained on its base with quantization {trained}" in said[0]
@@ -409,7 +409,7 @@ def test_a_base_of_other_tensors_than_in_training_is_warned_of(place, tmp_path):
     settings = ServerSettings(adapters=f"second={second}")
 
     def said(folder: Path, settings: ServerSettings = settings) -> list[str]:
-        return list(describe_other_bases(open_served(folder, settings), settings))
+        return list(describe_other_bases(open_served_model(folder, settings), settings))
 
     record(adapter, base_fingerprint=mine)
     assert not said(adapter)
