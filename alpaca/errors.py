@@ -2,7 +2,8 @@
 
     AlpacaError
     ├── InputError(ValueError)             a bad argument, file or record
-    │   └── PromptTooLong                  does not fit the model's context
+    │   ├── PromptTooLong                  does not fit the model's context
+    │   └── UnsupportedModel               a kind of model that this part of the program does not know
     ├── MissingInput(FileNotFoundError)    something that should be there is not
     ├── OutputExists(FileExistsError)      would overwrite; a flag allows it
     ├── NotEnoughSpace(OSError)            disk or memory, both sizes named
@@ -28,6 +29,10 @@ class InputError(AlpacaError, ValueError):
 
 class PromptTooLong(InputError):
     """The prompt leaves no room for an answer."""
+
+
+class UnsupportedModel(InputError):
+    """A kind of model that this part of the program does not know; another part may."""
 
 
 class MissingInput(AlpacaError, FileNotFoundError):

@@ -33,11 +33,11 @@ cpu_threads.set_defaults()  # as predict.py
 import torch
 from safetensors.torch import save_file
 
+from alpaca.architecture.tensors import FUSED, LAYER
 from alpaca.errors import run_command
 from alpaca.files.atomic import write_json
 from alpaca.files.model_folders import CONFIG_NAME
 from alpaca.serving.engine import Engine
-from alpaca.serving.llama.network import PROJECTIONS
 from alpaca.serving.loading import load_engine
 from alpaca.serving.settings import BARE_BASE, DTYPES, QUANTIZATIONS, ServerSettings
 from alpaca.text.loading import load_tokenizer
@@ -50,7 +50,7 @@ from bench.ways import EngineWay
 PACKAGES = ("torch", "transformers")
 _NAMES = ("a", "b", "c", "d")
 CASES = {"plain": (None,), "none": (BARE_BASE,), "one": ("a",), "four": _NAMES}
-_PROJECTIONS = tuple(f"{name}.weight" for names in PROJECTIONS.values() for name in names)
+_PROJECTIONS = tuple(f"{LAYER[role].hf}.weight" for roles in FUSED.values() for role in roles)
 _GPU_MEMORY_FRACTION = 0.45  # of what is free: two engines are loaded
 
 

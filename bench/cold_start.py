@@ -59,18 +59,20 @@ ENGINE = """
 import sys, time
 start = time.perf_counter()
 from pathlib import Path
+from alpaca.serving.housekeeping import Phases
 from alpaca.serving.request import PredictionInputs, make_request
 from alpaca.serving.settings import ServerSettings
 from alpaca.serving.loading import load_engine
 imported = time.perf_counter()
 folder, _, dtype, engine = sys.argv[1:5]
-engine = load_engine(Path(folder), ServerSettings(weights=folder, dtype=dtype, engine=engine))
+phases = Phases()
+engine = load_engine(Path(folder), ServerSettings(weights=folder, dtype=dtype, engine=engine), phases)
 loaded = time.perf_counter()
 asked = PredictionInputs(prompt="Hello", prompt_template="{prompt}", max_new_tokens=1, min_new_tokens=1, temperature=0)
 events = engine.submit(make_request(asked, engine.tokenizer, max_context=engine.max_context)).events()
 token = next(events).token_id
 done = time.perf_counter()
-print(f"ready: imports {imported - start:.3f} s, load {loaded - imported:.3f} s, token {done - loaded:.3f} s")
+print(f"ready: imports {imported - start:.3f} s, {phases}, token {done - loaded:.3f} s")
 print("first token", token, flush=True)
 list(events)
 engine.close()
@@ -141,12 +143,12 @@ def measure(
 # The ways -------------------------------------------------------------------------------------------------------
 
 
-def start_server(folder: Path, engine: str, dtype: str) -> Start:
-    """Spawn to READY (asked for every 50 ms), then to the first output of a stream."""
+def start_server(folder: Path, engine: str, dtype: str, *, env: dict[str, str] | None = None) -> Start:
+    """Spawn to READY (asked for every 50 ms), then to the first output of a stream. `env`: None for this process's."""
     inputs = {"prompt": "Hello", "prompt_template": "{prompt}", "temperature": 0}
     inputs |= {"max_new_tokens": 8, "min_new_tokens": 8}
     begin = time.monotonic()
-    server = LocalServer(["--weights", str(folder.absolute()), "--engine", engine, "--dtype", dtype])
+    server = LocalServer(["--weights", str(folder.absolute()), "--engine", engine, "--dtype", dtype], env=env)
     try:
         server.wait_until("READY", timeout_s=_TIMEOUT_S)
         ready_s = time.monotonic() - begin
@@ -162,12 +164,13 @@ def start_server(folder: Path, engine: str, dtype: str) -> Start:
     return Start(ready_s=ready_s, first_token_s=first_token_s, phases=read_phases(server.log_text()))
 
 
-def start_script(source: str, arguments: list[str]) -> Start:
-    """Spawn a Python until it says that it has its first token."""
+def start_script(source: str, arguments: list[str], *, env: dict[str, str] | None = None) -> Start:
+    """Spawn a Python until it says that it has its first token. `env`: its variables; None for this process's."""
     begin = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-c", source, *arguments],
         cwd=ROOT,
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -263,7 +263,7 @@ def num_layers(gigabytes: float, vocab_size: int) -> int:
 def make_checkpoint(gigabytes: float, num_shards: int, tokenizer: Path) -> Path:
     """A random float16 LLaMA of LLaMA-7B's proportions, half as wide, with as many layers as the size asks for."""
     vocab_size = SentencePieceTokenizer(tokenizer).size
-    shape = layout.ModelShape(
+    shape = layout.describe(
         width=_WIDTH, num_layers=num_layers(gigabytes, vocab_size), num_heads=_HEADS, num_kv_heads=_HEADS,
         ffn_width=layout.ffn_width(_WIDTH, _MULTIPLE_OF, None), vocab_size=vocab_size, norm_eps=1e-6, rope_theta=1e4,
     )  # fmt: skip

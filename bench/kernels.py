@@ -45,7 +45,6 @@ FAMILIES: dict[str, Callable[[Plan], Iterator[Case]]] = {
     "small": small_cases, "sampling": sampling_cases, "linear": linear_cases, "attention": attention_cases,
 }  # fmt: skip
 _BUDGETS_S = {"cuda": 90.0, "cpu": 48.0}
-_WAKE_S = 0.3
 
 
 class WrongResultError(RuntimeError):
@@ -58,7 +57,7 @@ def main() -> None:
     torch.manual_seed(0)
     origin = {**provenance("kernels", ("torch",)), "device": machine.describe_device()}
     plan = make_plan(options.device, options.shape, quick=options.quick)
-    wake(options.device)
+    machine.wake(options.device)
     bandwidth = options.bandwidth or machine.measure_bandwidth(options.device)
     rows, rest = run_families(plan, options.only, bandwidth=bandwidth, deadline=start + options.budget_s)
     if rest:
@@ -103,16 +102,6 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     options.shape = options.shape or ("7b" if options.device == "cuda" else "46m")
     options.budget_s = _BUDGETS_S[options.device] if options.budget_s is None else options.budget_s
     return options
-
-
-def wake(device: str) -> None:
-    """An idle GPU runs slowly for a moment."""
-    if device == "cuda":
-        square = torch.randn(4096, 4096, dtype=torch.bfloat16, device=device)
-        end = time.monotonic() + _WAKE_S
-        while time.monotonic() < end:
-            torch.mm(square, square)
-            torch.cuda.synchronize()
 
 
 # Measuring --------------------------------------------------------------------------------------------------------

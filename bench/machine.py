@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _COPIED_BYTES = 1 << 30
+_WAKE_S = 0.3
+_MATRIX_S = 0.5
 
 
 def describe_device() -> dict[str, object]:
@@ -17,12 +20,32 @@ def describe_device() -> dict[str, object]:
     return {"threads": torch.get_num_threads(), "load_average_before": round(os.getloadavg()[0], 2)}
 
 
-def measure_bandwidth(device: str = DEVICE) -> float:
+def wake(device: str = DEVICE) -> None:
+    """An idle GPU runs slowly for a moment."""
+    if device == "cuda":
+        square = torch.randn(4096, 4096, dtype=torch.bfloat16, device=device)
+        end = time.monotonic() + _WAKE_S
+        while time.monotonic() < end:
+            torch.mm(square, square)
+            torch.cuda.synchronize()
+
+
+def measure_bandwidth(device: str = DEVICE, *, num_bytes: int = _COPIED_BYTES) -> float:
     """Bytes a second: of a GPU copying within its memory (read and written), of a CPU reading, or copying if faster."""
-    source = torch.ones(_COPIED_BYTES // 4, device=device)
+    source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
-    copying = 2 * _COPIED_BYTES / _fastest(lambda: target.copy_(source))
-    return copying if device == "cuda" else max(copying, _COPIED_BYTES / _fastest(source.sum))
+    copying = 2 * num_bytes / _fastest(lambda: target.copy_(source))
+    return copying if device == "cuda" else max(copying, num_bytes / _fastest(source.sum))
+
+
+def measure_matrix_rate(width: int = 8192, device: str = DEVICE) -> float:
+    """FLOP/s of square bfloat16 products, the median of half a second of them: what a hot card keeps up."""
+    left, right = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
+    seconds: list[float] = []
+    end = time.monotonic() + _MATRIX_S
+    while len(seconds) < 3 or time.monotonic() < end:
+        seconds.append(_fastest(lambda: left @ right, repeats=1))
+    return 2 * width**3 / statistics.median(seconds)
 
 
 def _fastest(call: Callable[[], object], *, repeats: int = 6) -> float:

@@ -1,6 +1,7 @@
 """A random LLaMA to measure with: a folder of Hugging Face's, its tokenizer made up where Meta's is not at hand."""
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from transformers import LlamaConfig
 from alpaca.errors import MissingInput
 from alpaca.files.atomic import write_json
 from alpaca.files.outputs import require_free_space
-from alpaca.formats.hf.folder import TensorSpec
+from alpaca.formats.hf.folder import SAFETENSORS_NAMES, TensorSpec
 from alpaca.formats.hf.writing import write_weights
 from alpaca.text.sentencepiece import SentencePieceTokenizer, write_llama_tokenizer
 from bench.machine import DEVICE
@@ -33,9 +34,11 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(width=64, num_layers=2, num_heads=2, ffn_width=128),  # nothing to measure
     "20m": Shape(width=256, num_layers=4, num_heads=8, ffn_width=688),
     "46m": Shape(width=512, num_layers=4, num_heads=8, ffn_width=1376),
     "7b": Shape(width=4096, num_layers=32, num_heads=32, ffn_width=11008),
+    "7b-1": Shape(width=4096, num_layers=1, num_heads=32, ffn_width=11008),  # needs the kernels that 7b needs
 }
 
 
@@ -54,6 +57,34 @@ def model_folder(weights: Path | None, shape: str, dtype: str) -> Iterator[Path]
 
 def write_random_llama(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
     """A LLaMA whose logits vary by about 2, far from flat and far from overflow, with a vocabulary of 32,000."""
+    write_llama_configs(folder, shape, dtype)
+    specs = random_llama_specs(shape, dtype)
+    require_free_space(folder, sum(spec.num_bytes for spec in specs))
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    write_weights(folder, specs, lambda spec: [random_tensor(spec, shape, generator).cpu()], max_shard_size=5 * 10**9)
+
+
+def write_hollow_llama(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
+    """The same folder with a weights file that is one hole: no bytes on the disk, and zeros for whoever reads it.
+
+    For runs that draw their weights on the device and want of the folder only names, shapes, configs and tokenizer.
+    """
+    write_llama_configs(folder, shape, dtype)
+    entries: dict[str, dict[str, object]] = {}
+    start = 0
+    for spec in random_llama_specs(shape, dtype):
+        offsets = [start, start + spec.num_bytes]
+        entries[spec.name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        start += spec.num_bytes
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + start)
+
+
+def write_llama_configs(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
+    """config.json, generation_config.json and a tokenizer of 32,000 pieces."""
     real_model = REAL / "llama-tokenizer" / "tokenizer.model"
     model_file = real_model if real_model.is_file() else write_synthetic_tokenizer(folder / "tokenizer.model")
     write_llama_tokenizer(model_file, folder, max_length=CONTEXT)
@@ -68,10 +99,6 @@ def write_random_llama(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
     )  # fmt: skip
     config.save_pretrained(folder)
     write_json(folder / "generation_config.json", ids)
-    specs = random_llama_specs(shape, dtype)
-    require_free_space(folder, sum(spec.num_bytes for spec in specs))
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    write_weights(folder, specs, lambda spec: [random_tensor(spec, shape, generator)], max_shard_size=5 * 10**9)
 
 
 def random_llama_specs(shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
@@ -88,14 +115,17 @@ def random_llama_specs(shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
 
 
 def random_tensor(spec: TensorSpec, shape: Shape, generator: torch.Generator) -> torch.Tensor:
-    """Normal, scaled so that variances stay near 1 through the layers; what is added to the stream, a little less."""
+    """Normal, scaled so that variances stay near 1 through the layers; what is added to the stream, a little less.
+
+    On the generator's device, of the dtype and shape of `spec`.
+    """
     if "norm" in spec.name:
-        return torch.ones(spec.shape, dtype=spec.dtype)
+        return torch.ones(spec.shape, dtype=spec.dtype, device=generator.device)
     scale = {"embed_tokens": 1.0, "lm_head": 2 * shape.width**-0.5}.get(spec.name.split(".")[-2], spec.shape[1] ** -0.5)
     if "o_proj" in spec.name or "down_proj" in spec.name:
         scale /= (2 * shape.num_layers) ** 0.5
     values = torch.randn(spec.shape, generator=generator, device=generator.device)
-    return values.mul_(scale).to(spec.dtype).cpu()
+    return values.mul_(scale).to(spec.dtype)
 
 
 def write_synthetic_tokenizer(path: Path) -> Path:

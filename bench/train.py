@@ -18,6 +18,7 @@ saved. The last line is one JSON object.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,31 +124,40 @@ def in_own_process(name: str, folder: Path, *, seconds: float) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def run_row(config: BenchConfig, row: str, folder: Path) -> dict:
-    """Train for `steps` steps and say how it went."""
+def run_row(
+    config: BenchConfig, row: str, folder: Path, *, on_step: Callable[[list[float]], None] | None = None
+) -> dict:
+    """Train for `steps` steps and say how it went. In each step `on_step` hears the rates of the steps before it."""
     from alpaca.training import gradients, loop
     from alpaca.training.configuration.config import make_config
-    from alpaca.training.planning.plan import share_of_peak
+    from alpaca.training.planning.plan import count_flops, share_of_peak
 
     if row == "packed all":
         gradients.pack = pack_with_all_logits
     runs, prepare = [], loop.prepare
     loop.prepare = lambda *arguments: runs.append(prepare(*arguments)) or runs[0]
     loop.finish = lambda run, **rest: None
+
+    def tell(entry: dict[str, object]) -> None:
+        if on_step:
+            on_step([past["tokens_per_second"] for past in runs[0].progress.log_history])
+
     with tempfile.TemporaryDirectory() as out:
         loop.train(make_config({
             "model_name_or_path": str(folder), "data_path": config.data_path, "output_dir": f"{out}/model",
             "max_steps": config.steps, "global_batch_size": config.batch, "model_max_length": config.max_length,
             "learning_rate": config.learning_rate, "save_strategy": "no", "report_to": "none", "num_samples": 0,
             **({"gradient_checkpointing": True} if config.checkpointing else {}), **ROWS[row],
-        }))  # fmt: skip
+        }), on_step=tell)  # fmt: skip
     run, history = runs[0], runs[0].progress.log_history
     rate = statistics.median(entry["tokens_per_second"] for entry in history[1:])
-    memory = run.plan.memory
+    memory, plan = run.plan.memory, run.plan
+    once = count_flops(plan.shape, dataclasses.replace(plan.setup, num_checkpointed=0), plan.work)
     return {
         "losses": [entry["loss"] for entry in history],
         "tokens_per_second": rate,
         "share_of_peak": rounded(share_of_peak(run.plan, rate)),
+        "flops_per_token": once / plan.work.num_tokens,
         "peak_bytes": run.memory.peak_bytes(),
         "planned_bytes": memory.peak_bytes - (memory.overhead_bytes if DEVICE == "cuda" else 0),  # CUDA's own
         "layers_recomputed": run.plan.setup.num_checkpointed,

@@ -127,7 +127,7 @@ def _drain_batching(manager, requests: list[Request], *, max_new_tokens: int) ->
 
 
 class EngineWay(Way):
-    """This project's engine without Cog: all requests at once, or with one client one after the other.
+    """This project's engine without Cog: all requests at once or staggered, or with one client one after the other.
 
     One thread reads: any more would only take its turns.
     """
@@ -139,7 +139,7 @@ class EngineWay(Way):
         requests = make_requests(inputs, self._engine.tokenizer, self._engine.adapters)
         groups = [requests] if row.clients > 1 else [[request] for request in requests]
         start = time.perf_counter()
-        generations = [generation for group in groups for generation in self._finish(group)]
+        generations = [generation for group in groups for generation in self._finish(group, stagger_s=row.stagger_s)]
         seconds = time.perf_counter() - start
         metrics = [generation.metrics() for generation in generations]
         return Sample(
@@ -149,8 +149,12 @@ class EngineWay(Way):
             cached_tokens=sum(int(values["cached_tokens"]) for values in metrics),
         )
 
-    def _finish(self, requests: list[Request]) -> list[Generation]:
-        generations = [self._engine.submit(request) for request in requests]
+    def _finish(self, requests: list[Request], *, stagger_s: float) -> list[Generation]:
+        """All answers; the n-th request is submitted `n * stagger_s` after the first, whatever the others do."""
+        start, generations = time.perf_counter(), []
+        for number, request in enumerate(requests):
+            time.sleep(max(0.0, start + number * stagger_s - time.perf_counter()))
+            generations.append(self._engine.submit(request))
         with cancelled_when_stuck(generations):
             for generation in generations:
                 for _ in generation.events():

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from alpaca.errors import InputError, MissingInput, NotEnoughSpace
+from alpaca.errors import InputError, MissingInput, NotEnoughSpace, UnsupportedModel
 from alpaca.files.archives import unpack
 from alpaca.files.downloads import is_address
 from alpaca.files.model_folders import is_adapter, is_weights
@@ -21,9 +21,8 @@ from alpaca.formats.hf.adapters import AdapterFolder, open_adapter
 from alpaca.formats.hf.folder import WeightsFolder, require_all_weights
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.serving.llama.adapters import check_for_llama, largest_ranks, stacked_bytes
-from alpaca.serving.llama.config import LlamaConfig, UnsupportedModelError
 from alpaca.serving.llama.planning import plan_memory, weights_bytes
-from alpaca.serving.llama.weights import check_tensors
+from alpaca.serving.llama.weights import read_llama, require_tensors
 from alpaca.serving.served_model import ServedModel, check_tokenizers, describe_other_bases
 from alpaca.serving.settings import DEFAULT_ADAPTER, ServerSettings, parse_adapters
 from alpaca.text.loading import load_tokenizer
@@ -177,11 +176,11 @@ def _check_whole(folder: Path, wanted: str) -> Findings:
     weights = WeightsFolder(folder)
     specs = weights.specs()
     try:
-        config = LlamaConfig.read(folder)
-        check_tensors(weights, config)
+        config = read_llama(folder)
+        require_tensors(weights, config)
         load_tokenizer(folder).require_rows(config.vocab_size, folder)
         engine = "the LLaMA engine" if wanted != "transformers" else "transformers (ALPACA_ENGINE)"
-    except UnsupportedModelError as unsupported:
+    except UnsupportedModel as unsupported:
         if wanted == "llama":
             raise
         require_all_weights(folder, [])
@@ -200,8 +199,8 @@ def _check_together(served: ServedModel, settings: ServerSettings) -> Findings:
     if settings.engine == "transformers":
         return
     try:
-        config = LlamaConfig.read(served.base)
-    except UnsupportedModelError:
+        config = read_llama(served.base)
+    except UnsupportedModel:
         return
     check_for_llama(served.adapters, config)
 
@@ -211,9 +210,9 @@ def _check_memory(served: ServedModel, settings: ServerSettings, card: str) -> F
 
     try:
         if settings.engine == "transformers":
-            raise UnsupportedModelError("ALPACA_ENGINE=transformers")
-        model = LlamaConfig.read(served.base)
-    except UnsupportedModelError as reason:
+            raise UnsupportedModel("ALPACA_ENGINE=transformers")
+        model = read_llama(served.base)
+    except UnsupportedModel as reason:
         yield warning("memory", f"served by transformers ({reason}), whose memory is not planned")
         return
     check_for_llama(served.adapters, model)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from sentencepiece import SentencePieceTrainer  # noqa: E402
 
+from alpaca.architecture.description import ModelDescription  # noqa: E402
 from alpaca.data.examples import read_examples  # noqa: E402
 from alpaca.files.atomic import replaced_folder  # noqa: E402
 from alpaca.formats.meta import checkpoint as meta_files  # noqa: E402
@@ -21,7 +22,7 @@ from alpaca.formats.meta import layout  # noqa: E402
 from alpaca.text.prompts import alpaca_prompt  # noqa: E402
 
 SIZE = "tiny"
-SHAPE = layout.ModelShape(
+SHAPE = layout.describe(
     width=128, num_layers=4, num_heads=4, num_kv_heads=4, ffn_width=352, vocab_size=1000, norm_eps=1e-6, rope_theta=1e4
 )
 _MULTIPLE_OF = 32
@@ -45,7 +46,7 @@ def train_tokenizer(folder: Path, data_path: Path, vocab_size: int) -> None:
     (folder / "tokenizer.vocab").unlink()
 
 
-def random_tensors(shape: layout.ModelShape, *, seed: int) -> dict[str, torch.Tensor]:
+def random_tensors(shape: ModelDescription, *, seed: int) -> dict[str, torch.Tensor]:
     """Weights as a model has them before training: normal, 0.02 wide; norms at one; float16, as Meta's."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -57,7 +58,7 @@ def random_tensors(shape: layout.ModelShape, *, seed: int) -> dict[str, torch.Te
     return tensors
 
 
-def params_of(shape: layout.ModelShape) -> dict[str, object]:
+def params_of(shape: ModelDescription) -> dict[str, object]:
     """params.json of LLaMA 1: the vocabulary is -1."""
     return {
         "dim": shape.width,

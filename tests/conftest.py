@@ -1,5 +1,6 @@
 """What all tests share: no model hub, and the real inputs where they are."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,3 +52,22 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = TinyLlama(vocab_size=400, n_kv_heads=4)
     write_meta(base / "T", model.tensors(), model.params())
     return convert(parse_arguments(["--input_dir", str(base), "--model_size", "T", "--output_dir", str(base / "out")]))
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece BPE model of Meta's kind, trained on the sample."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    texts = [
+        text
+        for record in json.loads((ROOT / "alpaca/data/sample.json").read_text())
+        for text in record.values()
+        if text
+    ]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=480, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    return folder / "tokenizer.model"

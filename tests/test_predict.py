@@ -18,8 +18,8 @@ from alpaca.errors import InputError
 from alpaca.memory import free_memory
 from alpaca.serving.engine import Generation
 from alpaca.serving.housekeeping import PredictionFolders
-from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.llama.planning import BLOCK_SIZE, max_running, working_bytes
+from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.loading import load_engine
 from alpaca.serving.request import PredictionInputs
 from alpaca.serving.settings import ServerSettings
@@ -57,10 +57,12 @@ class ScarceServer:
 
 @pytest.fixture(scope="module")
 def scarce(llama_folder) -> Iterator[ScarceServer]:
-    settings, config = ServerSettings(concurrency=4), LlamaConfig.read(llama_folder)
+    settings, config = ServerSettings(concurrency=4), read_llama(llama_folder)
     rows = max_running(settings)
     wanted = working_bytes(config, torch.float32, num_tokens=rows + 128, num_sampled=rows)
-    wanted += 4 * 145 * BLOCK_SIZE * config.kv_bytes_per_token(torch.float32)  # of which the cache gets a quarter
+    wanted += (
+        4 * 145 * BLOCK_SIZE * config.kv_elements_per_token() * torch.float32.itemsize
+    )  # of which the cache gets a quarter
     fraction = wanted / free_memory(torch.device("cpu"))
     flags = ["--weights", str(llama_folder), "--concurrency", "4", "--memory_fraction", str(fraction)]
     with running_server(flags, on_failure=print) as server:

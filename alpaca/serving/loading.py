@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from alpaca.errors import InputError, MissingInput, NotEnoughSpace
+from alpaca.architecture.description import ModelDescription
+from alpaca.errors import InputError, MissingInput, NotEnoughSpace, UnsupportedModel
 from alpaca.files.reading import list_folder
 from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.folder import WeightsFolder
@@ -17,13 +18,12 @@ from alpaca.serving.engine import Engine, complete_texts
 from alpaca.serving.housekeeping import Phases
 from alpaca.serving.llama.adapters import check_for_llama, largest_ranks, with_adapters
 from alpaca.serving.llama.cache import BlockPool
-from alpaca.serving.llama.config import LlamaConfig, UnsupportedModelError
 from alpaca.serving.llama.engine import LlamaEngine
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.planning import BLOCK_SIZE, PREFILL_TOKENS, MemoryPlan, advice, plan_memory
 from alpaca.serving.llama.runner import Runner
 from alpaca.serving.llama.scheduler import Scheduler
-from alpaca.serving.llama.weights import load_llama, reading_size
+from alpaca.serving.llama.weights import load_llama, read_llama, reading_size
 from alpaca.serving.request import PredictionInputs, make_request
 from alpaca.serving.served_model import (
     ServedModel,
@@ -82,8 +82,8 @@ def _choose_engine(served: ServedModel, settings: ServerSettings, phases: Phases
     if settings.engine == "transformers":
         return _load_transformers(served, settings, phases)
     try:
-        config = LlamaConfig.read(folder)
-    except UnsupportedModelError as error:
+        config = read_llama(folder)
+    except UnsupportedModel as error:
         if settings.engine == "llama":
             raise
         logger.info("served by transformers: %s", error)
@@ -103,7 +103,7 @@ def _load_transformers(served: ServedModel, settings: ServerSettings, phases: Ph
     return engine
 
 
-def _load_llama(served: ServedModel, config: LlamaConfig, settings: ServerSettings, phases: Phases) -> LlamaEngine:
+def _load_llama(served: ServedModel, config: ModelDescription, settings: ServerSettings, phases: Phases) -> LlamaEngine:
     """A LLaMA engine on the GPU, or the CPU where there is none."""
     check_for_llama(served.adapters, config)  # before the weights are read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,7 +138,7 @@ def _load_llama(served: ServedModel, config: LlamaConfig, settings: ServerSettin
     )
 
 
-def _load_tokenizer(served: ServedModel, config: LlamaConfig) -> Tokenizer:
+def _load_tokenizer(served: ServedModel, config: ModelDescription) -> Tokenizer:
     """The base's, which the model has rows for and every adapter was trained with."""
     tokenizer = load_tokenizer(served.base)
     tokenizer.require_rows(config.vocab_size, served.base)
@@ -152,7 +152,7 @@ def _log_loaded(served: ServedModel, settings: ServerSettings, runner: Runner, p
     logger.info(
         "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d blocks of %d tokens (%.2f GB), "
         "up to %d sequences a step; %s%s",
-        served.base, (config.num_linear_weights + config.num_other_weights) / 1e6,
+        served.base, config.num_parameters / 1e6,
         str(model.dtype).removeprefix("torch."), model.device, settings.quantization, model.num_bytes / 1e9,
         plan.max_context, plan.num_blocks, BLOCK_SIZE, plan.kv_bytes / 1e9, plan.max_running,
         f"graphs for {runner.graphs.buckets} sequences" if runner.graphs else "no graphs",
@@ -161,7 +161,7 @@ def _log_loaded(served: ServedModel, settings: ServerSettings, runner: Runner, p
 
 
 def _load_model(
-    folder: Path, config: LlamaConfig, settings: ServerSettings, *, device: torch.device, dtype: torch.dtype
+    folder: Path, config: ModelDescription, settings: ServerSettings, *, device: torch.device, dtype: torch.dtype
 ) -> LlamaModel:
     from tqdm import tqdm
 

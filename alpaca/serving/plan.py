@@ -13,8 +13,8 @@ from alpaca.files.reading import parse_size
 from alpaca.formats.hf.folder import FLOAT_DTYPES
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.serving.llama.adapters import check_for_llama, largest_ranks, stacked_bytes
-from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.llama.planning import BLOCK_SIZE, MemoryPlan, advice, plan_memory, weights_bytes
+from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.served_model import open_served_model
 from alpaca.serving.settings import DTYPES, QUANTIZATIONS, ServerSettings
 
@@ -32,7 +32,7 @@ def main() -> None:
         base_model=options.base_model,
     )
     served = open_served_model(options.weights, settings)
-    config, adapters = LlamaConfig.read(served.base), served.adapters
+    config, adapters = read_llama(served.base), served.adapters
     check_for_llama(adapters, config)
     dtype = FLOAT_DTYPES[options.dtype]
     memory = parse_size(options.memory)

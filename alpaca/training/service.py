@@ -157,8 +157,7 @@ def _estimate_archive(config: "TrainConfig") -> int:
     from alpaca.training.model.base import open_base
     from alpaca.training.model.final import choose_save_dtype
     from alpaca.training.planning.footprint import count_trained
-    from alpaca.training.planning.shape import read_shape
-    from alpaca.training.planning.workload import make_setup
+    from alpaca.training.planning.workload import make_setup, read_model
 
     with _quiet():  # the run itself logs the same again
         settings = resolve_settings(config, num_processes=1, device=torch.device("cpu"))
@@ -166,7 +165,7 @@ def _estimate_archive(config: "TrainConfig") -> int:
     kept = [*base.folder.glob("*.json"), *base.folder.glob("tokenizer.model"), *base.folder.glob("*.txt")]
     others = sum(file.stat().st_size for file in kept) + _OTHER_FILES_BYTES
     try:
-        shape = read_shape(base.folder, num_tokens=base.tokenizer.size if config.method == "full" else 0)
+        shape = read_model(base.folder, num_tokens=base.tokenizer.size if config.method == "full" else 0)
     except InputError:  # a kind of model that cannot be planned; a whole one is as large as its base
         weights = [*base.folder.glob("*.safetensors"), *base.folder.glob("*.bin")]
         return others + (sum(file.stat().st_size for file in weights) if config.method == "full" else 0)

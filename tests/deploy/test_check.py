@@ -16,7 +16,7 @@ from alpaca.errors import InputError
 from alpaca.files.archives import pack
 from alpaca.formats.hf.adapters import open_adapter
 from alpaca.serving.llama.adapters import largest_ranks, stacked_bytes
-from alpaca.serving.llama.config import LlamaConfig
+from alpaca.serving.llama.weights import read_llama
 from deploy import check, check_weights
 from deploy.image_files import IgnoreRules, list_image_files
 from tests.conftest import ROOT
@@ -292,7 +292,7 @@ def test_the_memory_plan_counts_adapters(adapted: Path, monkeypatch: pytest.Monk
     check.check(adapted, card="24GB")
     setting("ALPACA_ADAPTERS=second=weights/second")(adapted)
     found = check.check(adapted, card="24GB")
-    config = LlamaConfig.read(adapted / "weights" / "base")
+    config = read_llama(adapted / "weights" / "base")
     adapters = {"default": open_adapter(adapted / "alpaca_out"), "second": open_adapter(adapted / "weights" / "second")}
     size = stacked_bytes(adapters, config, torch.bfloat16)
     assert (asked[1]["adapter_bytes"], asked[1]["num_ranks"]) == (size, largest_ranks(adapters))

@@ -35,6 +35,7 @@ LANGUAGES = {
     "python": "tests/test_readme_calls.py",
     "yaml": "tests/test_readme_calls.py",
     "text": "test_the_log_line_is_the_engines",
+    "mermaid": "drawings: tests/docs/test_architecture.py holds the names in them",
 }
 # Commands that are wrong, and what is said against them.
 WRONG = {

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alpaca.formats.gguf.export import export
-from alpaca.formats.gguf.model import expected_tensors, read_shape
+from alpaca.formats.hf.folder import read_description
 from convert.export_gguf import parse_arguments
 from tests.tiny import TEXT, train_tokenizer
 
@@ -53,7 +53,7 @@ def write_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, size in expected_tensors(read_shape(folder)).items():
+    for name, size in read_description(folder).tensor_shapes().items():
         random = torch.randn(size, generator=generator)
         tensors[name] = (1 + random / 10 if "norm" in name else random * size[-1] ** -0.5).to(dtype)
     save_file(tensors, folder / "model.safetensors")

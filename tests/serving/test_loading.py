@@ -12,12 +12,19 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from alpaca.errors import AlpacaError, EngineClosed, InputError, MissingInput, NotEnoughSpace, PromptTooLong
+from alpaca.errors import (
+    AlpacaError,
+    EngineClosed,
+    InputError,
+    MissingInput,
+    NotEnoughSpace,
+    PromptTooLong,
+    UnsupportedModel,
+)
 from alpaca.serving import loading
 from alpaca.serving.engine import Engine
 from alpaca.serving.housekeeping import Phases
 from alpaca.serving.hugging_face.engine import TransformersEngine
-from alpaca.serving.llama.config import UnsupportedModelError
 from alpaca.serving.llama.engine import LlamaEngine
 from alpaca.serving.llama.planning import BLOCK_SIZE, max_running, working_bytes
 from alpaca.serving.loading import load_engine
@@ -103,18 +110,18 @@ def test_an_opt_goes_to_transformers_and_the_log_says_why(load, opt_folder, capl
     caplog.set_level(logging.INFO)
     engine = load(opt_folder)
     assert type(engine) is TransformersEngine
-    assert f"served by transformers: {opt_folder} holds a model of type 'opt', not llama" in caplog.messages
+    assert f"served by transformers: {opt_folder}: its model_type is 'opt', not llama" in caplog.messages
     assert len(tokens(engine.submit(request(min_new_tokens=20)))[0]) == 20
 
 
 def test_the_llama_engine_refuses_an_opt(load, opt_folder):
-    with pytest.raises(UnsupportedModelError, match="holds a model of type 'opt', not llama"):
+    with pytest.raises(UnsupportedModel, match="its model_type is 'opt', not llama"):
         load(opt_folder, engine="llama")
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"attention_bias": True}, "has attention_bias"), ({"hidden_act": "gelu"}, "has hidden_act 'gelu'")],
+    [({"attention_bias": True}, "has attention_bias"), ({"hidden_act": "gelu"}, "its hidden_act is 'gelu'")],
 )
 def test_llamas_it_does_not_know_are_transformers(copy, monkeypatch, caplog, change, reason):
     caplog.set_level(logging.INFO)
@@ -307,7 +314,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[AlpacaError], str]] = {
         lambda folder: cut(folder / "config.json", 100), InputError, r"copy/config\.json is not valid JSON: ",
     ),
     "a config without a size": (
-        lambda folder: remove_key(folder, "hidden_size"), InputError, r"copy/config\.json has no 'hidden_size'",
+        lambda folder: remove_key(folder, "hidden_size"), InputError, r"copy/config\.json: 'hidden_size' is missing",
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
@@ -366,7 +373,7 @@ def have_free(monkeypatch, num_bytes: int) -> None:
 
 
 def test_too_little_memory_names_the_sizes(load, llama_folder, monkeypatch):
-    config, running = loading.LlamaConfig.read(llama_folder), max_running(ServerSettings())
+    config, running = loading.read_llama(llama_folder), max_running(ServerSettings())
     have_free(monkeypatch, working_bytes(config, torch.float32, num_tokens=running + 128, num_sampled=running))
     sizes = r"0\.0\d GB are free after the weights, .* a step takes 0\.0\d GB and .* 0\.001 MB a token"
     with pytest.raises(NotEnoughSpace, match=rf"{sizes}: no request fits"):
@@ -374,11 +381,11 @@ def test_too_little_memory_names_the_sizes(load, llama_folder, monkeypatch):
 
 
 def test_a_scarce_cache_cuts_the_context_and_names_it(load, llama_folder, monkeypatch):
-    config = loading.LlamaConfig.read(llama_folder)
+    config = loading.read_llama(llama_folder)
     settings = ServerSettings(concurrency=2, memory_fraction=1.0)
     running = max_running(settings)
     working = working_bytes(config, torch.float32, num_tokens=running + 128, num_sampled=running)
-    have_free(monkeypatch, working + 4 * 11 * BLOCK_SIZE * config.kv_bytes_per_token(torch.float32))
+    have_free(monkeypatch, working + 4 * 11 * BLOCK_SIZE * config.kv_elements_per_token() * torch.float32.itemsize)
     engine = load(concurrency=2, memory_fraction=1.0)
     assert engine.max_context == 10 * BLOCK_SIZE
     asked = request(max_new_tokens=156, min_new_tokens=156)

@@ -28,20 +28,6 @@ SETTINGS = {  # float32, no files but what a test looks at
 
 
 @pytest.fixture(scope="session")
-def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece BPE model of Meta's kind, trained on the sample."""
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    texts = [text for record in json.loads(SAMPLE.read_text()) for text in record.values() if text]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=480, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    return folder / "tokenizer.model"
-
-
-@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) -> Path:
     """A LLaMA folder without a padding token, as conversion leaves it, in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM

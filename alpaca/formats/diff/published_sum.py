@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import torch
 
+from alpaca.architecture.rope import read_rope
+from alpaca.architecture.tensors import LAYER, hf_name
 from alpaca.errors import InputError
 from alpaca.formats.hf.pickled import Weights
 
@@ -19,11 +21,11 @@ TOLERANCE = 1e-2
 _ROTARY = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.weight)?")
 _IN_LAYER = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.rotary_emb.inv_freq",
-    "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj", "input_layernorm", "post_attention_layernorm",
+    *(LAYER[role].hf for role in ("query", "key", "value", "attention_out")), "self_attn.rotary_emb.inv_freq",
+    *(LAYER[role].hf for role in ("gate", "down", "up", "attention_norm", "ffn_norm")),
 )  # fmt: skip
 _SIZES = {"num_hidden_layers", "hidden_size", "num_attention_heads"}
-_AROUND = {"model.embed_tokens.weight": -1, "model.norm.weight": 10**6, "lm_head.weight": 10**6 + 1}
+_AROUND = {hf_name("embedding"): -1, hf_name("norm"): 10**6, hf_name("head"): 10**6 + 1}
 
 
 def is_rotary_table(name: str) -> bool:
@@ -68,8 +70,7 @@ def _tables(raw: Weights, diff: Weights, config: Mapping) -> dict[str, dict[str,
 def rotary_table(config: Mapping) -> torch.Tensor:
     """A LLaMA layer's inverse frequencies [head width / 2]."""
     width = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
-    base = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10000.0
-    return 1.0 / (base ** (torch.arange(0, width, 2).float() / width))
+    return 1.0 / (read_rope(config).theta ** (torch.arange(0, width, 2).float() / width))
 
 
 def _add(sums: Mapping[str, torch.Tensor]) -> torch.Tensor:

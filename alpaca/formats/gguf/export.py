@@ -9,19 +9,22 @@ from pathlib import Path
 
 import torch
 
+from alpaca.architecture.description import ModelDescription
+from alpaca.architecture.inventory import check_tensors
+from alpaca.architecture.tensors import module_name
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace
 from alpaca.files.atomic import fsync
 from alpaca.files.locks import locked
 from alpaca.files.model_folders import is_adapter
 from alpaca.files.outputs import check_overwrite, require_apart, require_free_space
 from alpaca.files.reading import list_folder
-from alpaca.formats.gguf.model import LlamaShape, Shape, expected_tensors, kind_of, read_shape, rotary_divisors
+from alpaca.formats.gguf.model import kind_of, rotary_divisors, supports
 from alpaca.formats.gguf.tensors import Placed, import_gguf
 from alpaca.formats.gguf.tokenizer import read_vocabulary
 from alpaca.formats.gguf.writer import add_model, add_vocabulary, verify, write_tensors
 from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.base_model import find_base
-from alpaca.formats.hf.folder import require_all_weights
+from alpaca.formats.hf.folder import FLOAT_DTYPES, read_description
 from alpaca.formats.hf.merging import MergedWeights, open_merged
 from alpaca.formats.hf.pickled import Weights, open_weights
 
@@ -60,13 +63,13 @@ def export(config: ExportConfig) -> Path:
     inputs = {"--input_dir": config.input_dir, "--adapter": config.adapter, "the base model": source.folder}
     require_apart(config.output_file, inputs)
     weights = source.weights
-    shape = read_shape(source.folder, added_rows=weights.num_added_rows if isinstance(weights, MergedWeights) else 0)
-    plan = plan_tensors(shape, weights, config.outtype)
-    vocabulary = read_vocabulary(source.tokenizer_folder, num_rows=shape.vocab_size, model_folder=source.folder)
+    model = _read_model(source)
+    plan = plan_tensors(model, weights, config.outtype)
+    vocabulary = read_vocabulary(source.tokenizer_folder, num_rows=model.vocab_size, model_folder=source.folder)
     require_free_space(config.output_file, sum(placed.num_bytes for placed in plan) + _SPARE_BYTES)
     with _replaced_file(config.output_file, overwrite=config.overwrite) as partial:
         writer = gguf.GGUFWriter(partial, "llama")
-        add_model(writer, shape, name=source.name, outtype=config.outtype)
+        add_model(writer, model, name=source.name, outtype=config.outtype)
         add_vocabulary(writer, vocabulary)
         checksums = write_tensors(writer, plan)
         if isinstance(weights, MergedWeights):
@@ -111,43 +114,46 @@ def open_source(config: ExportConfig) -> Source:
 # The tensors ----------------------------------------------------------------------------------------------------
 
 
-def plan_tensors(shape: LlamaShape, weights: Weights, outtype: str) -> list[Placed]:
+def _read_model(source: Source) -> ModelDescription:
+    """The model in the source's folder, with the embedding rows that an adapter adds. Raises InputError."""
+    model = read_description(source.folder, only="llama")
+    if reason := supports(model):
+        raise InputError(f"{source.folder}: {reason}")
+    added = source.weights.num_added_rows if isinstance(source.weights, MergedWeights) else 0
+    return model.with_vocab(model.vocab_size + added)
+
+
+def plan_tensors(model: ModelDescription, weights: Weights, outtype: str) -> list[Placed]:
     """What the file will hold, in order. Raises InputError when the folder's tensors are not those of its config."""
     gguf = import_gguf()
-    expected = expected_tensors(shape)
-    _check_tensors(expected, weights, shape)
-    name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_layers)
+    _check_tensors(model, weights)
+    name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.num_layers)
     plan = []
-    if shape.rope["rope_type"] == "llama3":
-        divisors = rotary_divisors(shape)
+    if model.rope.kind == "llama3":
+        divisors = rotary_divisors(model)
         plan.append(Placed(name="rope_freqs.weight", shape=tuple(divisors.shape), kind="f32", read=lambda: divisors))
-    rotary = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}
-    for hf_name, size in expected.items():
+    heads_of = {"query": model.num_heads, "key": model.num_kv_heads}
+    rotary = {module_name(role, layer): heads for layer in range(model.num_layers) for role, heads in heads_of.items()}
+    for name, shape in model.tensor_shapes().items():
         placed = Placed(
-            name=name_map.get_name(hf_name, try_suffixes=(".weight", ".bias")),
-            shape=size,
-            kind=kind_of(size, outtype),
-            read=lambda name=hf_name: weights.tensor(name),
-            num_rotary_heads=rotary.get(hf_name.split(".")[-2]),
+            name=name_map.get_name(name, try_suffixes=(".weight", ".bias")),
+            shape=shape,
+            kind=kind_of(shape, outtype),
+            read=lambda name=name: weights.tensor(name),
+            num_rotary_heads=rotary.get(name.rpartition(".")[0]),
         )
         plan.append(placed)
     return plan
 
 
-def _check_tensors(expected: dict[str, Shape], weights: Weights, shape: LlamaShape) -> None:
-    found = {spec.name: spec for spec in weights.specs() if not spec.name.endswith("rotary_emb.inv_freq")}
-    if shape.ties_embeddings:
-        found.pop("lm_head.weight", None)  # transformers does not read it, either
-    require_all_weights(weights.path, expected.keys() - found.keys())
-    unknown = sorted(found.keys() - expected.keys())
-    if unknown:
-        raise InputError(f"{weights.path} holds tensors that its config.json does not call for: {unknown[:5]}")
-    for name, size in expected.items():
-        if found[name].shape != size or not found[name].dtype.is_floating_point:
-            raise InputError(
-                f"{weights.path}: config.json makes {name} {list(size)} floats, "
-                f"the file has {list(found[name].shape)} of {found[name].dtype}"
-            )
+def _check_tensors(model: ModelDescription, weights: Weights) -> None:
+    specs = weights.specs()
+    check_tensors(model, {spec.name: spec.shape for spec in specs}, where=str(weights.path))
+    whole = [spec for spec in specs if not spec.dtype.is_floating_point]
+    if whole:
+        raise InputError(
+            f"{weights.path}: {whole[0].name} is {whole[0].dtype}, expected floats ({', '.join(FLOAT_DTYPES)})"
+        )
 
 
 @contextlib.contextmanager

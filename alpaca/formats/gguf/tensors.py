@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from alpaca.architecture.tensors import Shape
 from alpaca.errors import MissingPackage, NumbersOverflow
-from alpaca.formats.gguf.model import Shape
 from alpaca.formats.meta.sharding import rotary_pairs
 
 _TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}

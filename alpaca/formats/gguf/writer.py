@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.errors import InputError
 from alpaca.files.progress import byte_bar
-from alpaca.formats.gguf.model import LlamaShape
 from alpaca.formats.gguf.tensors import Placed, encoded_blocks, import_gguf
 from alpaca.formats.gguf.tokenizer import Vocabulary
 
@@ -22,28 +22,28 @@ _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8
 # The file -------------------------------------------------------------------------------------------------------
 
 
-def add_model(writer, shape: LlamaShape, *, name: str, outtype: str) -> None:
+def add_model(writer, model: ModelDescription, *, name: str, outtype: str) -> None:
     """What llama.cpp must know of the model besides its tensors."""
     gguf = import_gguf()
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[outtype]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(shape.num_layers)
-    writer.add_context_length(shape.max_context)
-    writer.add_embedding_length(shape.width)
-    writer.add_feed_forward_length(shape.ffn_width)
-    writer.add_head_count(shape.num_heads)
-    writer.add_head_count_kv(shape.num_kv_heads)
-    writer.add_key_length(shape.head_width)
-    writer.add_value_length(shape.head_width)
-    writer.add_layer_norm_rms_eps(shape.norm_eps)
-    writer.add_vocab_size(shape.vocab_size)
-    writer.add_rope_dimension_count(shape.head_width)
-    writer.add_rope_freq_base(float(shape.rope["rope_theta"]))
-    if shape.rope["rope_type"] == "linear":
+    writer.add_block_count(model.num_layers)
+    writer.add_context_length(model.max_context)
+    writer.add_embedding_length(model.width)
+    writer.add_feed_forward_length(model.ffn_width)
+    writer.add_head_count(model.num_heads)
+    writer.add_head_count_kv(model.num_kv_heads)
+    writer.add_key_length(model.head_width)
+    writer.add_value_length(model.head_width)
+    writer.add_layer_norm_rms_eps(model.norm_eps)
+    writer.add_vocab_size(model.vocab_size)
+    writer.add_rope_dimension_count(model.head_width)
+    writer.add_rope_freq_base(model.rope.theta)
+    if model.rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(shape.rope["factor"]))
+        writer.add_rope_scaling_factor(float(model.rope.numbers["factor"]))
 
 
 def add_vocabulary(writer, vocabulary: Vocabulary) -> None:

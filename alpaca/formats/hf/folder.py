@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from alpaca.errors import InputError, MissingInput
+from alpaca.architecture.description import ModelDescription
+from alpaca.errors import InputError, MissingInput, UnsupportedModel
 from alpaca.files.reading import list_folder, read_json
 
 SAFETENSORS_NAMES = {
@@ -118,6 +119,19 @@ class WeightsFolder:
         return self._open_files[file]
 
 
+def read_description(folder: str | Path, *, only: str = "") -> ModelDescription:
+    """What the folder's config.json says the model is.
+
+    only: the model_type that the caller needs; of others the sizes are not even looked at. Raises MissingInput,
+    UnsupportedModel, InputError.
+    """
+    file = Path(folder) / "config.json"
+    kind = read_json(file).get("model_type")
+    if only and kind != only:
+        raise UnsupportedModel(f"{folder}: its model_type is {kind!r}, not {only}")
+    return ModelDescription.from_config(read_json(file), source=str(file))
+
+
 def fingerprint(folder: str | Path) -> str:
     """SHA-256 of a model's tensors: names, shapes, dtypes and both ends of each one's bytes, however cut into files.
 
@@ -156,6 +170,13 @@ def _both_ends(path: Path, start: int, num_bytes: int) -> bytes:
         first = file.read(min(num_bytes, _SAMPLE_BYTES))
         file.seek(start + max(0, num_bytes - _SAMPLE_BYTES))
         return first + file.read(min(num_bytes, _SAMPLE_BYTES))
+
+
+def loading_errors() -> tuple[type[Exception], ...]:
+    """What transformers raises for a folder that it cannot load: a config of wrong types, missing or damaged files."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError, StrictDataclassError
 
 
 def require_all_weights(folder: Path, missing: Collection[str]) -> None:

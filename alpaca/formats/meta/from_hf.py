@@ -7,15 +7,18 @@ from pathlib import Path
 
 import torch
 
+from alpaca.architecture.description import ModelDescription
+from alpaca.architecture.inventory import check_tensors
+from alpaca.architecture.tensors import hf_name, is_rotary_table
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.atomic import replaced_folder, write_json
 from alpaca.files.model_folders import is_adapter
 from alpaca.files.outputs import check_overwrite, require_apart, require_free_space
 from alpaca.files.progress import byte_bar
-from alpaca.files.reading import list_folder, read_json
+from alpaca.files.reading import list_folder
 from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.base_model import find_base
-from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, require_all_weights
+from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, read_description, require_all_weights
 from alpaca.formats.hf.merging import MergedWeights, open_merged
 from alpaca.formats.hf.pickled import Weights, open_weights
 from alpaca.formats.meta import checkpoint as meta_files
@@ -25,7 +28,7 @@ from alpaca.formats.meta.torch_zip import TensorFileWriter
 from alpaca.text.sentencepiece import SentencePieceTokenizer, is_sentencepiece
 from alpaca.text.tiktoken import TIKTOKEN_FILE, TiktokenModel, is_tiktoken
 
-_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+_TABLES = (hf_name("embedding"), hf_name("head"))
 _ROTARY_TABLE = "rope.freqs"  # LLaMA 1 and 2 ship it; the model computes it anew
 _TOKENIZER_FILE = "tokenizer.model"
 _SPARE_BYTES = 16 << 20  # params, tokenizer, pickles, file system
@@ -54,9 +57,9 @@ class Source:
     """
 
     weights: Weights | MergedWeights
-    config: dict[str, object]
+    model: ModelDescription
     params: dict[str, object]
-    shape: layout.ModelShape
+    shape: ModelDescription
     placements: list[layout.Placement]
     tokenizer_file: Path
     has_tiktoken: bool
@@ -65,7 +68,7 @@ class Source:
     def tensor(self, placement: layout.Placement) -> torch.Tensor:
         """A whole tensor in Hugging Face's order, without the rows that are cut; a tied head is the embedding."""
         name = placement.hf_name
-        if name == "lm_head.weight" and self.config.get("tie_word_embeddings"):
+        if name == hf_name("head") and self.model.ties_embeddings:
             name = _TABLES[0]
         whole = self.weights.tensor(name)
         return whole[: self.shape.vocab_size] if name in _TABLES else whole
@@ -105,7 +108,9 @@ def open_source(config: ExportConfig) -> Source:
     tokenizer_file = _find_tokenizer(config, [folder for folder in (adapter, base) if folder])
     inputs = {"--input_dir": config.input_dir, "--adapter": adapter, "the base model": base}
     require_apart(config.output_dir, {**inputs, "the tokenizer": tokenizer_file})
-    values = read_json(base / "config.json")
+    model = read_description(base, only="llama")
+    if reason := meta_params.supports(model):
+        raise InputError(f"{base}: {reason}")
     weights: Weights | MergedWeights = open_weights(base)
     if adapter is not None:
         weights = open_merged(
@@ -124,12 +129,12 @@ def open_source(config: ExportConfig) -> Source:
             "this is another model's tokenizer"
         )
     num_rows = stored if config.keep_added_tokens else num_tokens
-    shape = meta_params.shape_of_config(values, num_rows=num_rows)
+    shape = meta_params.meta_shape(model, num_rows=num_rows)
     placements = layout.placements(shape, embedding_axis=0 if has_tiktoken else 1)
-    _check_tensors(weights, placements, values, stored)
-    params = meta_params.make_params(values, shape, has_tiktoken=has_tiktoken, known_vocab=num_rows == num_tokens)
+    _check_tensors(weights, model.with_vocab(stored))
+    params = meta_params.make_params(model, shape, has_tiktoken=has_tiktoken, known_vocab=num_rows == num_tokens)
     return Source(
-        weights=weights, config=values, params=params, shape=shape, placements=placements,
+        weights=weights, model=model, params=params, shape=shape, placements=placements,
         tokenizer_file=tokenizer_file, has_tiktoken=has_tiktoken, num_cut=stored - num_rows,
     )  # fmt: skip
 
@@ -164,27 +169,13 @@ def _stored_rows(weights: Weights | MergedWeights) -> int:
     return rows or 0
 
 
-def _check_tensors(
-    weights: Weights | MergedWeights, placements: list[layout.Placement], config: dict[str, object], stored: int
-) -> None:
+def _check_tensors(weights: Weights | MergedWeights, model: ModelDescription) -> None:
     """Every tensor that config.json calls for is there, in its shape and in one float dtype. Raises InputError."""
-    specs = {spec.name: spec for spec in weights.specs()}
-    expected = {
-        place.hf_name: (stored, *place.shape[1:]) if place.hf_name in _TABLES else place.shape
-        for place in placements
-        if not (place.hf_name == "lm_head.weight" and config.get("tie_word_embeddings"))
-    }
-    require_all_weights(weights.path, expected.keys() - specs.keys())
-    for name, shape in expected.items():
-        if specs[name].shape != shape or specs[name].dtype not in FLOAT_DTYPES.values():
-            raise InputError(
-                f"{weights.path}: {name} is {specs[name].dtype} {list(specs[name].shape)}, config.json makes it "
-                f"{list(shape)} of {', '.join(FLOAT_DTYPES)}"
-            )
-    known = {*expected, *_TABLES}
-    unknown = [name for name in specs if name not in known and "rotary_emb." not in name]
-    if unknown:
-        raise InputError(f"{weights.path} holds {unknown[0]!r} ({len(unknown)} such), which Meta's LLaMA has not")
+    specs = weights.specs()
+    check_tensors(model, {spec.name: spec.shape for spec in specs}, where=str(weights.path))
+    for spec in specs:
+        if spec.dtype not in FLOAT_DTYPES.values() and not is_rotary_table(spec.name):
+            raise InputError(f"{weights.path}: {spec.name} is {spec.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
 
 
 def shard_specs(source: Source, num_shards: int, dtype: torch.dtype | None) -> list[list[TensorSpec]]:
@@ -207,10 +198,10 @@ def shard_specs(source: Source, num_shards: int, dtype: torch.dtype | None) -> l
     return [specs for _ in range(num_shards)]
 
 
-def rotary_table(shape: layout.ModelShape) -> torch.Tensor:
+def rotary_table(shape: ModelDescription) -> torch.Tensor:
     """The frequencies as Meta's model.py computes them, float32 [d/2]."""
     d = shape.head_width
-    return 1.0 / (shape.rope_theta ** (torch.arange(0, d, 2)[: d // 2].float() / d))
+    return 1.0 / (shape.rope.theta ** (torch.arange(0, d, 2)[: d // 2].float() / d))
 
 
 def _write_shards(folder: Path, source: Source, shards: list[list[TensorSpec]]) -> None:
@@ -251,7 +242,7 @@ def _verify(folder: Path, source: Source, shards: list[list[TensorSpec]]) -> Non
 
 
 def _say(source: Source, num_shards: int) -> None:
-    release = meta_params.release_of(source.config, source.params, has_tiktoken=source.has_tiktoken)
+    release = meta_params.release_of(source.model, source.params, has_tiktoken=source.has_tiktoken)
     print(f"{source.weights.path}: {num_shards} shard{'s' * (num_shards > 1)}, {source.shape.vocab_size} tokens")
     if isinstance(source.weights, MergedWeights):
         quantized = source.weights.quantization
@@ -263,8 +254,8 @@ def _say(source: Source, num_shards: int) -> None:
             f"left out: {source.num_cut} embedding rows from id {first} on, for which {source.tokenizer_file} has no "
             "token (fine-tuning added them, [PAD] for one); --keep_added_tokens keeps them"
         )
-    context = source.config.get("max_position_embeddings")
-    if context not in (None, release.context):
+    context = source.model.max_context
+    if context != release.context:
         print(
             f"params.json cannot say that the context is {context}: {release.name} has {release.context}; "
             f"on the way back give --max_position_embeddings {context}"

@@ -5,53 +5,41 @@ Pure: no files are opened here. Legend: D width, H heads, K key/value heads, F f
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from alpaca.architecture.description import ModelDescription
+from alpaca.architecture.rope import Rope
+from alpaca.architecture.tensors import LAYER, OUTER, Shape, hf_name, is_rotary_table, meta_name
 from alpaca.errors import InputError
 
-Shape = tuple[int, ...]
-# Meta's name -> (Hugging Face's name, axis on which shards are split; None: every shard holds a copy).
-LAYER_TENSORS: dict[str, tuple[str, int | None]] = {
-    "attention.wq.weight": ("self_attn.q_proj.weight", 0),
-    "attention.wk.weight": ("self_attn.k_proj.weight", 0),
-    "attention.wv.weight": ("self_attn.v_proj.weight", 0),
-    "attention.wo.weight": ("self_attn.o_proj.weight", 1),
-    "feed_forward.w1.weight": ("mlp.gate_proj.weight", 0),
-    "feed_forward.w2.weight": ("mlp.down_proj.weight", 1),
-    "feed_forward.w3.weight": ("mlp.up_proj.weight", 0),
-    "attention_norm.weight": ("input_layernorm.weight", None),
-    "ffn_norm.weight": ("post_attention_layernorm.weight", None),
-}
-# The embedding's axis is Meta's for LLaMA 1 and 2; `embedding_axis` reads the true one from the shapes.
-OUTER_TENSORS: dict[str, tuple[str, int | None]] = {
-    "tok_embeddings.weight": ("model.embed_tokens.weight", 1),
-    "norm.weight": ("model.norm.weight", None),
-    "output.weight": ("lm_head.weight", 0),
-}
-_ROTARY_FREQUENCIES = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """A LLaMA model's sizes. Source: params.json where it says so, else the tensors.
-
-    ties_embeddings: the embedding is the head, which has no tensor of its own.
-    """
-
-    width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    ffn_width: int
-    vocab_size: int
-    norm_eps: float
-    rope_theta: float
-    ties_embeddings: bool = False
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.num_heads
+def describe(
+    *,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    ffn_width: int,
+    vocab_size: int,
+    norm_eps: float,
+    rope_theta: float,
+    ties_embeddings: bool = False,
+) -> ModelDescription:
+    """A LLaMA by what Meta's files say of it: context and rope scaling follow from the release (`releases`)."""
+    return ModelDescription(
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_width=width // num_heads,
+        ffn_width=ffn_width,
+        vocab_size=vocab_size,
+        norm_eps=norm_eps,
+        rope=Rope(theta=rope_theta),
+        ties_embeddings=ties_embeddings,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +54,6 @@ class Placement:
     num_kv_heads: int | None = None  # of wk and wv: more shards than these hold copies
 
 
-def is_rotary_frequencies(name: str) -> bool:
-    """Whether a tensor is the stored rotary table, which the model computes anew in float32."""
-    return _ROTARY_FREQUENCIES.fullmatch(name) is not None
-
-
 def ffn_width(width: int, multiple_of: int, multiplier: float | None) -> int:
     """The feed-forward width as Meta's model.py works it out: 2/3 of 4D, scaled, rounded up."""
     hidden = int(2 * (4 * width) / 3)
@@ -79,51 +62,35 @@ def ffn_width(width: int, multiple_of: int, multiplier: float | None) -> int:
     return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
 
 
-def placements(shape: ModelShape, *, embedding_axis: int = 1) -> list[Placement]:
-    """Every tensor of the model, in Hugging Face's order: embedding, layers, norm, and the head if it is not tied."""
-    shapes = _whole_shapes(shape)
-    rotary = {"attention.wq.weight": shape.num_heads, "attention.wk.weight": shape.num_kv_heads}
-    kv_heads = dict.fromkeys(("attention.wk.weight", "attention.wv.weight"), shape.num_kv_heads)
+def placements(shape: ModelDescription, *, embedding_axis: int = 1) -> list[Placement]:
+    """Every tensor of the model, in Hugging Face's order: embedding, layers, norm, and the head if it is not tied.
 
-    def place(meta_name: str, kind: str, hf_name: str, axis: int | None) -> Placement:
-        return Placement(
-            meta_name=meta_name, hf_name=hf_name, shape=shapes[kind], split_axis=axis,
-            num_rotary_heads=rotary.get(kind), num_kv_heads=kv_heads.get(kind),
-        )  # fmt: skip
-
-    outer = {kind: place(kind, kind, *target) for kind, target in OUTER_TENSORS.items()}
-    embedding = place("tok_embeddings.weight", "tok_embeddings.weight", "model.embed_tokens.weight", embedding_axis)
-    layers = [
-        place(f"layers.{layer}.{kind}", kind, f"model.layers.{layer}.{hf_name}", axis)
-        for layer in range(shape.num_layers)
-        for kind, (hf_name, axis) in LAYER_TENSORS.items()
-    ]
-    head = [] if shape.ties_embeddings else [outer["output.weight"]]
-    return [embedding, *layers, outer["norm.weight"], *head]
+    embedding_axis: the axis on which the embedding is split over shards: 1 in LLaMA 1 and 2, 0 in Llama 3.
+    """
+    head = [] if shape.ties_embeddings else [_place(shape, "head")]
+    layers = [_place(shape, role, layer) for layer in range(shape.num_layers) for role in LAYER]
+    embedding = replace(_place(shape, "embedding"), split_axis=embedding_axis)
+    return [embedding, *layers, _place(shape, "norm"), *head]
 
 
-def _whole_shapes(shape: ModelShape) -> dict[str, Shape]:
-    width, kv_width = shape.width, shape.num_kv_heads * shape.head_width
-    return {
-        "attention.wq.weight": (width, width),
-        "attention.wk.weight": (kv_width, width),
-        "attention.wv.weight": (kv_width, width),
-        "attention.wo.weight": (width, width),
-        "feed_forward.w1.weight": (shape.ffn_width, width),
-        "feed_forward.w2.weight": (width, shape.ffn_width),
-        "feed_forward.w3.weight": (shape.ffn_width, width),
-        "attention_norm.weight": (width,),
-        "ffn_norm.weight": (width,),
-        "tok_embeddings.weight": (shape.vocab_size, width),
-        "norm.weight": (width,),
-        "output.weight": (shape.vocab_size, width),
-    }
+def _place(shape: ModelDescription, role: str, layer: int | None = None) -> Placement:
+    names = OUTER[role] if layer is None else LAYER[role]
+    shapes = shape.outer_shapes if layer is None else shape.layer_shapes
+    heads_of = {"query": shape.num_heads, "key": shape.num_kv_heads}
+    return Placement(
+        meta_name=meta_name(role, layer),
+        hf_name=hf_name(role, layer),
+        shape=shapes[f"{names.hf}.weight"],
+        split_axis=names.shard_axis,
+        num_rotary_heads=heads_of.get(role),
+        num_kv_heads=shape.num_kv_heads if role in ("key", "value") else None,
+    )
 
 
 # From params.json and the shards' tensors to a shape ------------------------------------------------------------
 
 
-def read_shape(params: Mapping[str, object], shards: list[Mapping[str, Shape]]) -> tuple[ModelShape, int]:
+def read_shape(params: Mapping[str, object], shards: list[Mapping[str, Shape]]) -> tuple[ModelDescription, int]:
     """The model's shape and the axis on which its embedding is split, from params.json and each shard's shapes.
 
     A checkpoint with Llama 3.1's rope and without a head has tied embeddings (Llama 3.2); any other must have one.
@@ -141,7 +108,7 @@ def read_shape(params: Mapping[str, object], shards: list[Mapping[str, Shape]]) 
             f"and n_heads a multiple of n_kv_heads {num_kv_heads}"
         )
     axis = _embedding_axis(first, width, num_shards)
-    shape = ModelShape(
+    shape = describe(
         width=width,
         num_layers=positive(params, "n_layers"),
         num_heads=num_heads,
@@ -225,7 +192,7 @@ def _shape_of(shard: Mapping[str, Shape], name: str) -> Shape:
     return tuple(shard[name])
 
 
-def _check_shards(shape: ModelShape, embedding_axis: int, shards: list[Mapping[str, Shape]]) -> None:
+def _check_shards(shape: ModelDescription, embedding_axis: int, shards: list[Mapping[str, Shape]]) -> None:
     plan = placements(shape, embedding_axis=embedding_axis)
     for number, shard in enumerate(shards):
         for placement in plan:
@@ -243,16 +210,16 @@ def _check_tensor(placement: Placement, shard: Mapping[str, Shape], number: int,
         )
 
 
-def _check_names(plan: list[Placement], shard: Mapping[str, Shape], shape: ModelShape) -> None:
+def _check_names(plan: list[Placement], shard: Mapping[str, Shape], shape: ModelDescription) -> None:
     known = {placement.meta_name for placement in plan}
-    unknown = [name for name in shard if name not in known and not is_rotary_frequencies(name)]
+    unknown = [name for name in shard if name not in known and not is_rotary_table(name)]
     too_deep = [name for name in unknown if _LAYER_NAME.fullmatch(name)]
     if too_deep:
         raise InputError(f"params.json says n_layers {shape.num_layers}, but the checkpoint also holds {too_deep[0]!r}")
     if unknown:
         raise InputError(f"the checkpoint holds tensors that LLaMA does not have: {_some(unknown)}")
     for name in shard:
-        if is_rotary_frequencies(name) and tuple(shard[name]) != (shape.head_width // 2,):
+        if is_rotary_table(name) and tuple(shard[name]) != (shape.head_width // 2,):
             raise InputError(_contradiction(name, (shape.head_width // 2,), shard[name], 1) + " (from dim and n_heads)")
 
 

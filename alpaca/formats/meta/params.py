@@ -5,12 +5,11 @@ Llama 34B; Llama 3 8B, 70B and 405B; Llama 3.2 1B and 3B).
 """
 
 from collections.abc import Mapping
-from typing import Any
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.errors import InputError
-from alpaca.formats.meta.layout import ModelShape, ffn_width
+from alpaca.formats.meta.layout import describe, ffn_width
 from alpaca.formats.meta.releases import Release, RopeScaling, find_release
-from alpaca.formats.rope import read_rope
 
 _ROPE_TYPES = ("default", "llama3")
 # dim, feed-forward width -> multiple_of, ffn_dim_multiplier
@@ -25,33 +24,47 @@ _META_FFN: dict[tuple[int, int], tuple[int, float | None]] = {
 _META_SHARDS = {(5120, 40): 2, (6656, 60): 4, (8192, 48): 4, (8192, 80): 8, (16384, 126): 8}
 
 
-def shape_of_config(config: Mapping[str, Any], *, num_rows: int) -> ModelShape:
-    """The sizes in config.json, with `num_rows` as the vocabulary. Raises InputError for what Meta's code has not."""
-    _check_model(config)
-    width, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
-    kv_heads = _whole(config, "num_key_value_heads", heads)
-    head_width = _whole(config, "head_dim", width // heads)
-    if head_width * heads != width or heads % kv_heads or head_width % 2:
-        raise InputError(
-            f"config.json: {heads} heads ({kv_heads} for keys and values) of {head_width} do not make the hidden_size "
-            f"{width}; Meta's layout has no other kind"
+def supports(model: ModelDescription) -> str | None:
+    """Why Meta's code cannot compute a model, or None where it can."""
+    if model.model_type != "llama":
+        return f"its model_type is {model.model_type!r}, not llama"
+    if model.quantized_by:
+        return f"it was saved quantized ({model.quantized_by}); give the model unquantized"
+    unknown = [name for name in ("attention_bias", "mlp_bias") if getattr(model, name)]
+    if model.activation != "silu":
+        unknown.append(f"hidden_act {model.activation}")
+    if unknown:
+        return f"it has {', '.join(unknown)}, which Meta's LLaMA has not"
+    if model.query_width != model.width:
+        return (
+            f"its {model.num_heads} heads ({model.num_kv_heads} for keys and values) of {model.head_width} do not make "
+            f"the hidden_size {model.width}; Meta's layout has no other kind"
         )
-    return ModelShape(
-        width=width,
-        num_layers=_whole(config, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        ffn_width=_whole(config, "intermediate_size"),
+    if model.rope.kind not in _ROPE_TYPES:
+        return f"its rope type {model.rope.kind!r} is not one of Meta's code: {', '.join(_ROPE_TYPES)}"
+    return None
+
+
+def meta_shape(model: ModelDescription, *, num_rows: int) -> ModelDescription:
+    """The model as Meta's files can say it, with `num_rows` as the vocabulary; its head has a tensor of its own."""
+    return describe(
+        width=model.width,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        ffn_width=model.ffn_width,
         vocab_size=num_rows,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(read_rope(config).get("rope_theta", 10000.0)),
+        norm_eps=model.norm_eps,
+        rope_theta=model.rope.theta,
     )
 
 
 def make_params(
-    config: Mapping[str, Any], shape: ModelShape, *, has_tiktoken: bool, known_vocab: bool
+    model: ModelDescription, shape: ModelDescription, *, has_tiktoken: bool, known_vocab: bool
 ) -> dict[str, object]:
-    """params.json. known_vocab: whether the tokenizer has as many tokens as there are rows, as LLaMA 1's -1 says.
+    """params.json of `model`, whose files are written in `shape` (made by `meta_shape`).
+
+    known_vocab: whether the tokenizer has as many tokens as there are rows, which LLaMA 1's -1 stands for.
 
     Raises InputError for rotary settings that Meta's code does not have.
     """
@@ -63,16 +76,14 @@ def make_params(
     if multiplier is not None:
         params["ffn_dim_multiplier"] = multiplier
     params["norm_eps"] = shape.norm_eps
-    if shape.rope_theta != 10000.0 or has_tiktoken:
-        params["rope_theta"] = shape.rope_theta
-    return params | _scaled_rope(config, params, has_tiktoken=has_tiktoken)
+    if shape.rope.theta != 10000.0 or has_tiktoken:
+        params["rope_theta"] = shape.rope.theta
+    return params | _scaled_rope(model, params, has_tiktoken=has_tiktoken)
 
 
-def release_of(config: Mapping[str, Any], params: Mapping[str, object], *, has_tiktoken: bool) -> Release:
+def release_of(model: ModelDescription, params: Mapping[str, object], *, has_tiktoken: bool) -> Release:
     """What the converter will take the checkpoint for."""
-    return find_release(
-        params, requested=None, has_tiktoken=has_tiktoken, is_tied=bool(config.get("tie_word_embeddings"))
-    )
+    return find_release(params, requested=None, has_tiktoken=has_tiktoken, is_tied=model.ties_embeddings)
 
 
 def find_ffn_numbers(width: int, ffn: int) -> tuple[int, float | None]:
@@ -91,46 +102,24 @@ def find_ffn_numbers(width: int, ffn: int) -> tuple[int, float | None]:
     return 1, (ffn + 0.5) / int(8 * width / 3)
 
 
-def usual_shards(shape: ModelShape) -> int:
+def usual_shards(shape: ModelDescription) -> int:
     """How many files Meta cut a model of this size into; 1 where it has none."""
     return _META_SHARDS.get((shape.width, shape.num_layers), 1)
 
 
-def _check_model(config: Mapping[str, Any]) -> None:
-    if config.get("model_type") != "llama":
-        raise InputError(f"config.json: expected the model_type llama, found {config.get('model_type')!r}")
-    if config.get("quantization_config"):
-        raise InputError("config.json has a quantization_config; give the model unquantized")
-    unknown = [name for name in ("attention_bias", "mlp_bias") if config.get(name)]
-    if config.get("hidden_act", "silu") != "silu":
-        unknown.append(f"hidden_act {config['hidden_act']}")
-    if unknown:
-        raise InputError(f"config.json has {', '.join(unknown)}, which Meta's LLaMA has not")
-
-
-def _whole(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = config.get(name)
-    value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"config.json: expected a whole number above 0 for {name!r}, found {value!r}")
-    return value
-
-
-def _scaled_rope(config: Mapping[str, Any], params: Mapping[str, object], *, has_tiktoken: bool) -> dict[str, object]:
-    """What params.json says of Llama 3.1's rope: that it is used, and numbers where the release has others."""
-    rope = read_rope(config)
-    if rope["rope_type"] not in _ROPE_TYPES:
-        known = ", ".join(_ROPE_TYPES)
-        raise InputError(f"config.json: Meta's code has the rope types {known}; found {rope['rope_type']!r}")
-    if rope["rope_type"] == "default":
+def _scaled_rope(model: ModelDescription, params: Mapping[str, object], *, has_tiktoken: bool) -> dict[str, object]:
+    """What params.json says of Llama 3.1's rope: that it is used, and its numbers where the release has others."""
+    if model.rope.kind == "default":
         return {}
-    found = {name: rope.get(name, value) for name, value in RopeScaling(factor=0.0).config().items()}
+    found = RopeScaling(**model.rope.numbers)
     added: dict[str, object] = {"use_scaled_rope": True}
-    numbers = {"rope_scaling_factor": float(found["factor"]), "rope_high_freq_factor": float(found["high_freq_factor"])}
-    usual = release_of(config, {**params, **added}, has_tiktoken=has_tiktoken).rope_scaling
-    if usual is None or usual.config() != found:
-        added |= numbers
-    made = release_of(config, {**params, **added}, has_tiktoken=has_tiktoken).rope_scaling
-    if made is None or made.config() != found:
+    usual = release_of(model, {**params, **added}, has_tiktoken=has_tiktoken).rope_scaling
+    if usual != found:
+        added |= {
+            "rope_scaling_factor": float(found.factor),
+            "rope_high_freq_factor": float(found.high_freq_factor),
+        }
+    made = release_of(model, {**params, **added}, has_tiktoken=has_tiktoken).rope_scaling
+    if made != found:
         raise InputError(f"config.json: Meta's code cannot have the rope scaling {found}; nearest is {made}")
     return added

@@ -17,8 +17,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.errors import InputError
-from alpaca.formats.meta.layout import ModelShape, number
+from alpaca.formats.meta.layout import number
 
 CONTEXTS = {"1": 2048, "2": 4096, "code": 16384, "3": 8192, "3.1": 131072, "3.2": 131072}
 VERSIONS = (*CONTEXTS, "Guard-3")  # as transformers' script names them, and "code"
@@ -92,7 +93,7 @@ def scales_rope(params: Mapping[str, object]) -> bool:
     return bool(value)
 
 
-def check_size(name: str, shape: ModelShape) -> None:
+def check_size(name: str, shape: ModelDescription) -> None:
     """Raise InputError when a name such as 13B is a published size and the model another of them."""
     sizes = [f"{digits}B" for digits in _SIZE_IN_NAME.findall(name)]
     found = (shape.width, shape.num_layers)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.errors import InputError, OutputExists
 from alpaca.files.atomic import replaced_folder, write_json
 from alpaca.files.outputs import check_overwrite, require_apart, require_free_space
@@ -48,7 +49,7 @@ class Source:
 
     shards: list[dict[str, torch.Tensor]]
     params: dict[str, object]
-    shape: layout.ModelShape
+    shape: ModelDescription
     release: releases.Release
     placements: list[layout.Placement]
     tokenizer: SentencePieceTokenizer | TiktokenModel
@@ -147,7 +148,7 @@ def _check_dtypes(placements: list[layout.Placement], shards: list[dict[str, tor
 
 
 def _ties_embeddings(
-    params: dict[str, object], shape: layout.ModelShape, axis: int, shards: list[dict[str, torch.Tensor]]
+    params: dict[str, object], shape: ModelDescription, axis: int, shards: list[dict[str, torch.Tensor]]
 ) -> bool:
     """Whether the head is the embedding: it is not there, or a copy of it, where a release has it so (Llama 3.2)."""
     if shape.ties_embeddings or not releases.scales_rope(params):
@@ -230,8 +231,8 @@ def model_config(source: Source, dtype: torch.dtype, context: int) -> dict[str, 
         "head_dim": shape.head_width,
         "max_position_embeddings": context,
         "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
-        "rope_parameters": {**scaling, "rope_theta": shape.rope_theta},
+        "rope_theta": shape.rope.theta,
+        "rope_parameters": {**scaling, "rope_theta": shape.rope.theta},
         "rope_scaling": scaling if source.release.rope_scaling else None,
         "hidden_act": "silu",
         "attention_bias": False,

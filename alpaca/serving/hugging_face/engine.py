@@ -12,7 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -22,10 +21,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from alpaca.architecture.inventory import check_layers
 from alpaca.errors import EngineClosed, InputError, MissingInput, NotEnoughSpace
 from alpaca.files.reading import list_folder
 from alpaca.formats.hf.adapters import AdapterFolder
-from alpaca.formats.hf.folder import require_all_weights
+from alpaca.formats.hf.folder import loading_errors, require_all_weights
 from alpaca.formats.hf.quantization import allow_any_width_on_cpu, bitsandbytes_config
 from alpaca.serving.engine import Engine, Generation, is_device_lost
 from alpaca.serving.llama.sampling import SamplingState, commit_tokens, require_finite, sample_tokens
@@ -272,9 +272,11 @@ def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
         raise NotEnoughSpace(
             f"{folder} does not fit the GPU as {dtype}: set ALPACA_QUANTIZATION to int8 or nf4 ({error})"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except loading_errors() as error:
         raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     require_all_weights(folder, found["missing_keys"])
+    num_layers = model.config.get_text_config().num_hidden_layers
+    check_layers(num_layers, found["unexpected_keys"], where=str(folder))
     if settings.quantization == "nf4" and device.type == "cpu":
         allow_any_width_on_cpu(model)
     return model

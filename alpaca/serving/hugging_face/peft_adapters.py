@@ -18,7 +18,7 @@ class PeftAdapters:
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, AdapterFolder]) -> None:
         """Wraps layers of `model`. Raises InputError for an adapter that is not for it."""
-        self._slots = {name: f"slot_{at}" for at, name in enumerate(adapters)}  # PEFT's names may hold no dot
+        self._peft_names = {name: f"slot_{at}" for at, name in enumerate(adapters)}  # PEFT's names may hold no dot
         self._active: str | None = None
         for name, adapter in adapters.items():
             _check_targets(model, name, adapter)
@@ -26,12 +26,12 @@ class PeftAdapters:
         for name, adapter in adapters.items():
             try:
                 if peft is None:
-                    peft = PeftModel.from_pretrained(model, str(adapter.path), adapter_name=self._slots[name])
+                    peft = PeftModel.from_pretrained(model, str(adapter.path), adapter_name=self._peft_names[name])
                 else:
-                    peft.load_adapter(str(adapter.path), adapter_name=self._slots[name])
+                    peft.load_adapter(str(adapter.path), adapter_name=self._peft_names[name])
             except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
                 raise InputError(f"adapter {name} ({adapter.path}) cannot be laid on this model: {error}") from error
-            _check_wrapped(model, name, adapter, self._slots[name])
+            _check_wrapped(model, name, adapter, self._peft_names[name])
         self._peft = peft
         if peft is not None:
             peft.base_model.disable_adapter_layers()
@@ -44,7 +44,7 @@ class PeftAdapters:
             self._peft.base_model.disable_adapter_layers()
         else:
             self._peft.base_model.enable_adapter_layers()
-            self._peft.set_adapter(self._slots[name])
+            self._peft.set_adapter(self._peft_names[name])
         self._active = name
 
 

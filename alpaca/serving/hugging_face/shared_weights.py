@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from alpaca.architecture.tensors import FUSED, LAYER, hf_name
 from alpaca.serving.kernels.linear import Linear, PlainLinear
 from alpaca.serving.llama.network import LlamaLayer, LlamaModel
 
@@ -29,22 +30,16 @@ def _tensors(model: LlamaModel) -> dict[str, torch.Tensor] | None:
     if not all(isinstance(linear, PlainLinear) for linear in linears):
         return None
     tensors = {
-        "model.embed_tokens.weight": model.embedding,
-        "model.norm.weight": model.norm,
-        "lm_head.weight": model.head.weight,
+        hf_name("embedding"): model.embedding,
+        hf_name("norm"): model.norm,
+        hf_name("head"): model.head.weight,
     }
-    config = model.config
-    q_width, kv_width = (heads * config.head_width for heads in (config.num_heads, config.num_kv_heads))
+    rows = model.config.layer_shapes
     for index, layer in enumerate(model.layers):
-        q, k, v = layer.qkv.weight.split([q_width, kv_width, kv_width])
-        gate, up = layer.gate_up.weight.chunk(2)
-        own = {
-            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-            "self_attn.o_proj": layer.attention_out.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
-            "mlp.down_proj": layer.down.weight, "input_layernorm": layer.input_norm,
-            "post_attention_layernorm": layer.ffn_norm,
-        }  # fmt: skip
-        tensors |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in own.items()}
+        for name, roles in FUSED.items():
+            parts = getattr(layer, name).weight.split([rows[f"{LAYER[role].hf}.weight"][0] for role in roles])
+            tensors |= {hf_name(role, index): part for role, part in zip(roles, parts, strict=True)}
+        tensors |= {hf_name("attention_norm", index): layer.input_norm, hf_name("ffn_norm", index): layer.ffn_norm}
     return tensors
 
 

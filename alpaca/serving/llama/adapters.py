@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
+from alpaca.architecture.description import ModelDescription
+from alpaca.architecture.tensors import FUSED, LAYER, module_name
 from alpaca.errors import InputError
 from alpaca.formats.hf.adapters import AdapterFolder, LowRank, unsupported_kind
 from alpaca.serving.kernels.linear import Linear
 from alpaca.serving.kernels.low_rank import LowRankStack
-from alpaca.serving.llama.config import LlamaConfig
-from alpaca.serving.llama.network import PROJECTIONS, Adapters, LlamaModel
+from alpaca.serving.llama.network import Adapters, LlamaModel
 
 logger = logging.getLogger(__name__)
 MOST_RANK = 256  # published ones have 4 to 128; all adapters of a server take as much room as the largest
-_LAYER_NAMES = tuple(f".{name}" for names in PROJECTIONS.values() for name in names)
+_LAYER_NAMES = tuple(f".{LAYER[role].hf}" for roles in FUSED.values() for role in roles)
 _SEVEN = ", ".join(name.rpartition(".")[2] for name in _LAYER_NAMES)
 _IDENTITY_ROWS = 512  # of DoRA's base weights at a time
 
@@ -26,7 +27,7 @@ _IDENTITY_ROWS = 512  # of DoRA's base weights at a time
 # The LLaMA engine's ---------------------------------------------------------------------------------------------------
 
 
-def check_for_llama(adapters: Mapping[str, AdapterFolder], config: LlamaConfig) -> None:
+def check_for_llama(adapters: Mapping[str, AdapterFolder], config: ModelDescription) -> None:
     """Raise InputError for an adapter that the LLaMA engine cannot serve on this model, saying what can."""
     shapes = {name: shape for layer in range(config.num_layers) for name, shape in _shapes(config, layer).items()}
     for name, adapter in adapters.items():
@@ -52,20 +53,13 @@ def _why_not(adapter: AdapterFolder) -> str | None:
     return None
 
 
-def _shapes(config: LlamaConfig, layer: int) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of a layer's projections, by their names in a checkpoint."""
-    width, q_width, kv_width = (
-        config.width,
-        config.num_heads * config.head_width,
-        config.num_kv_heads * config.head_width,
-    )
-    outputs = (q_width, kv_width, kv_width, width, config.ffn_width, config.ffn_width, width)
-    inputs = (width, width, width, q_width, width, width, config.ffn_width)
-    names = [f"model.layers.{layer}.{name}" for names in PROJECTIONS.values() for name in names]
-    return dict(zip(names, zip(outputs, inputs, strict=True), strict=True))
+def _shapes(config: ModelDescription, layer: int) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of a layer's projections, by their modules' names in a checkpoint."""
+    names = {role: LAYER[role].hf for roles in FUSED.values() for role in roles}
+    return {module_name(role, layer): config.layer_shapes[f"{name}.weight"] for role, name in names.items()}
 
 
-def _check_shape(what: str, low_rank: LowRank, shape: tuple[int, int] | None, config: LlamaConfig) -> None:
+def _check_shape(what: str, low_rank: LowRank, shape: tuple[int, int] | None, config: ModelDescription) -> None:
     rank = low_rank.a.shape[0]
     found = (low_rank.b.shape[0], low_rank.a.shape[1])
     if shape is None:
@@ -78,7 +72,7 @@ def _check_shape(what: str, low_rank: LowRank, shape: tuple[int, int] | None, co
         raise InputError(f"{what} has rank {rank}; this engine takes up to {MOST_RANK}")
 
 
-def stacked_bytes(adapters: Mapping[str, AdapterFolder], config: LlamaConfig, dtype: torch.dtype) -> int:
+def stacked_bytes(adapters: Mapping[str, AdapterFolder], config: ModelDescription, dtype: torch.dtype) -> int:
     """What `with_adapters` will take on the device, DoRA's factors included."""
     plans = [plan for layer in range(config.num_layers) for plan in _plan_layer(adapters, config, layer).values()]
     return sum(
@@ -131,15 +125,15 @@ class _StackPlan:
         return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _plan_layer(adapters: Mapping[str, AdapterFolder], config: LlamaConfig, layer: int) -> dict[str, _StackPlan]:
-    """By names of PROJECTIONS, those that some adapter changes."""
+def _plan_layer(adapters: Mapping[str, AdapterFolder], config: ModelDescription, layer: int) -> dict[str, _StackPlan]:
+    """By names of `tensors.FUSED`, the layers that some adapter changes."""
     shapes = _shapes(config, layer)
     plans: dict[str, _StackPlan] = {}
-    for projection, names in PROJECTIONS.items():
+    for projection, roles in FUSED.items():
         parts: dict[str, tuple[int, int]] = {}
         changes: list[LowRank] = []
         column = 0
-        for target in (f"model.layers.{layer}.{name}" for name in names):
+        for target in (module_name(role, layer) for role in roles):
             here = [adapter.low_rank(target) for adapter in adapters.values() if target in adapter.targets]
             if here:
                 parts[target] = (column, shapes[target][0])

@@ -7,44 +7,27 @@ feed-forward width, V vocabulary, L layers, B blocks of the cache.
 import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.serving.kernels.linear import Linear, PlainLinear
 from alpaca.serving.kernels.low_rank import AdapterRows, LowRankStack
 from alpaca.serving.kernels.ops import AttentionBatch
-from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.llama.step import StepFields
 
 # Rotary embedding -----------------------------------------------------------------------------------------------
 
 
-def rotary_frequencies(config: LlamaConfig) -> torch.Tensor:
-    """The angle per position of each pair of a head, [d/2] float32, rescaled as the config's rope type says."""
-    d, rope = config.head_width, config.rope
-    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
-    if rope["rope_type"] == "linear":
-        return frequencies / rope["factor"]
-    if rope["rope_type"] == "llama3":
-        return _llama3_frequencies(frequencies, rope)
-    return frequencies
+def rotary_frequencies(config: ModelDescription) -> torch.Tensor:
+    """The angle per position of each pair of a head, [d/2] float32, rescaled as the model's rope says."""
+    d = config.head_width
+    return config.rope.scale(1.0 / config.rope.theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d))
 
 
-def _llama3_frequencies(frequencies: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
-    """Llama 3.1's: waves longer than the old context / low_freq_factor are slowed, short ones kept, between: mixed.
-
-    Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
-    """
-    low, high, old_context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-    turns = old_context * frequencies / (2 * math.pi)  # in the old context
-    share = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - share) * frequencies / rope["factor"] + share * frequencies
-
-
-def rotary_table(config: LlamaConfig, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
+def rotary_table(config: ModelDescription, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
     """[num_positions, d]: cosines of each position's angles, then sines; computed in float32, as transformers does."""
     angles = torch.outer(torch.arange(num_positions).float(), rotary_frequencies(config))
     table = torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -70,7 +53,7 @@ class KeyValueCache:
     """Keys and values in blocks; layer i's are `keys[i]` and `values[i]`, each [B, block, K, d]."""
 
     def __init__(
-        self, config: LlamaConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelDescription, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_width)
         # Zeros, since a block's rows beyond a sequence's end are multiplied by a weight of zero, which NaN survives.
@@ -87,20 +70,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-PROJECTIONS = {  # a layer's linear layers, and what a checkpoint calls the parts that lie end to end in them
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention_out": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
     """All adapters over one model.
 
-    names: the name of adapter index 1 first.
-    layers: for each layer its changed projections, by the names of PROJECTIONS.
+    names: that of adapter index 1 first.
+    layers: for each layer its changed projections, by the names of FUSED.
     """
 
     names: tuple[str, ...]
@@ -115,7 +90,7 @@ class Adapters:
 class LlamaModel:
     """The network on one device. `ops` is the module with the fused operations (torch or Triton)."""
 
-    config: LlamaConfig
+    config: ModelDescription
     embedding: torch.Tensor  # [V, D]
     layers: list[LlamaLayer]
     norm: torch.Tensor  # [D]

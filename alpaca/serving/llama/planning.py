@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.errors import NotEnoughSpace
-from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.settings import ServerSettings
 
 BLOCK_SIZE = 16  # tokens; small, so that the Alpaca preamble (about 35) is shared
@@ -52,14 +52,14 @@ def max_running(settings: ServerSettings) -> int:
     return min(MOST_RUNNING, 5 * settings.concurrency)
 
 
-def weights_bytes(config: LlamaConfig, dtype: torch.dtype, quantization: str) -> int:
+def weights_bytes(config: ModelDescription, dtype: torch.dtype, quantization: str) -> int:
     """What the weights take on the device, the rotary table left out."""
     per_weight = _BYTES_PER_WEIGHT.get(quantization, dtype.itemsize)
-    return int(config.num_linear_weights * per_weight) + config.num_other_weights * dtype.itemsize
+    return int(config.num_linear * per_weight) + (config.num_parameters - config.num_linear) * dtype.itemsize
 
 
 def working_bytes(
-    config: LlamaConfig, dtype: torch.dtype, *, num_tokens: int, num_sampled: int, num_ranks: int = 0
+    config: ModelDescription, dtype: torch.dtype, *, num_tokens: int, num_sampled: int, num_ranks: int = 0
 ) -> int:
     """An upper bound of what one step needs beside weights and cache: activations of a layer, logits, sampling.
 
@@ -73,7 +73,7 @@ def working_bytes(
 
 
 def plan_memory(
-    config: LlamaConfig,
+    config: ModelDescription,
     settings: ServerSettings,
     *,
     free_bytes: int,
@@ -88,7 +88,7 @@ def plan_memory(
     working = working_bytes(
         config, dtype, num_tokens=running + PREFILL_TOKENS[device], num_sampled=running, num_ranks=num_ranks
     )
-    per_token = config.kv_bytes_per_token(dtype)
+    per_token = config.kv_elements_per_token() * dtype.itemsize
     # A GPU holds the working memory twice: for the graphs, in a pool of their own, and for steps with prompts.
     working *= 2 if device == "cuda" else 1
     room = settings.memory_fraction * free_bytes - working

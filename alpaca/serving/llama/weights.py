@@ -3,27 +3,51 @@
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from alpaca.errors import InputError
-from alpaca.formats.hf.folder import WeightsFolder, require_all_weights
+from alpaca.architecture.description import ModelDescription
+from alpaca.architecture.inventory import check_tensors
+from alpaca.architecture.rope import NUMBERS_OF
+from alpaca.architecture.tensors import FUSED, LAYER, hf_name
+from alpaca.errors import UnsupportedModel
+from alpaca.formats.hf.folder import WeightsFolder, read_description
 from alpaca.serving.kernels.linear import Linear, make_linear
-from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.llama.network import LlamaLayer, LlamaModel, rotary_table
 
 _READERS = 4
 _MOST_READ_AHEAD = 1 << 30  # bytes in memory that no layer has taken yet
-_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+_LAYER_ORDER = tuple(LAYER)  # the order in which a layer's tensors are read
+
+
+def supports(config: ModelDescription) -> str | None:
+    """Why this engine cannot compute a model, or None where it can."""
+    if config.model_type != "llama":
+        return f"its model_type is {config.model_type!r}, not llama"
+    if biased := [name for name in ("attention_bias", "mlp_bias") if getattr(config, name)]:
+        return f"it has {biased[0]}, which this engine does not compute"
+    if config.activation != "silu":
+        return f"its hidden_act is {config.activation!r}; this engine computes silu"
+    if config.quantized_by:
+        return f"it was saved quantized ({config.quantized_by}); this engine quantizes whole weights itself"
+    if config.rope.kind not in NUMBERS_OF:
+        return f"its rope type {config.rope.kind!r} is not one of {', '.join(NUMBERS_OF)}"
+    return None
+
+
+def read_llama(folder: Path) -> ModelDescription:
+    """The model in a folder, for this engine. Raises UnsupportedModel for one that it cannot compute, InputError."""
+    config = read_description(folder, only="llama")
+    if reason := supports(config):
+        raise UnsupportedModel(f"{folder}: {reason}")
+    return config
 
 
 def load_llama(
     weights: WeightsFolder,
-    config: LlamaConfig,
+    config: ModelDescription,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -34,10 +58,10 @@ def load_llama(
 ) -> LlamaModel:
     """The model on `device`, its layers' projections quantized if asked (embedding and head never are).
 
-    `progress(n)` hears of each n bytes of the files that were read. Raises InputError for tensors that are missing or
-    of another shape than the config says.
+    `progress(n)` hears of each n bytes of the files that were read. Raises InputError unless the folder
+    holds exactly the tensors that its config.json calls for.
     """
-    check_tensors(weights, config)
+    require_tensors(weights, config)
     with _ReadAhead(weights, _reading_order(config), pin=device.type == "cuda", progress=progress) as read:
 
         def place(name: str) -> torch.Tensor:
@@ -48,10 +72,10 @@ def load_llama(
                 [read.take(name) for name in names], quantization=quantization, device=device, dtype=dtype
             )
 
-        embedding = place(_EMBEDDING)
-        layers = [_load_layer(f"model.layers.{index}.", place, project) for index in range(config.num_layers)]
-        norm = place(_NORM)
-        head = embedding if config.ties_embeddings else read.take(_HEAD)
+        embedding = place(hf_name("embedding"))
+        layers = [_load_layer(index, place, project) for index in range(config.num_layers)]
+        norm = place(hf_name("norm"))
+        head = embedding if config.ties_embeddings else read.take(hf_name("head"))
         return LlamaModel(
             config=config,
             embedding=embedding,
@@ -63,61 +87,23 @@ def load_llama(
         )
 
 
-def _load_layer(prefix: str, place: Callable[[str], torch.Tensor], project: Callable[..., Linear]) -> LlamaLayer:
-    q, k, v, out, gate, up, down = (f"{prefix}{name}.weight" for name in (*_ATTENTION, *_FEED_FORWARD))
-    input_norm, ffn_norm = (f"{prefix}{name}.weight" for name in _NORMS)
+def _load_layer(index: int, place: Callable[[str], torch.Tensor], project: Callable[..., Linear]) -> LlamaLayer:
+    linears = {name: project(*(hf_name(role, index) for role in roles)) for name, roles in FUSED.items()}
     return LlamaLayer(
-        qkv=project(q, k, v),
-        attention_out=project(out),
-        gate_up=project(gate, up),
-        down=project(down),
-        input_norm=place(input_norm),
-        ffn_norm=place(ffn_norm),
+        **linears,
+        input_norm=place(hf_name("attention_norm", index)),
+        ffn_norm=place(hf_name("ffn_norm", index)),
     )
 
 
-def _reading_order(config: LlamaConfig) -> list[str]:
-    layers = [
-        f"model.layers.{index}.{name}.weight"
-        for index in range(config.num_layers)
-        for name in (*_ATTENTION, *_FEED_FORWARD, *_NORMS)
-    ]
-    return [_EMBEDDING, *layers, _NORM, *([] if config.ties_embeddings else [_HEAD])]
+def _reading_order(config: ModelDescription) -> list[str]:
+    layers = [hf_name(role, index) for index in range(config.num_layers) for role in _LAYER_ORDER]
+    return [hf_name("embedding"), *layers, hf_name("norm"), *([] if config.ties_embeddings else [hf_name("head")])]
 
 
-def check_tensors(weights: WeightsFolder, config: LlamaConfig) -> None:
-    """Raise InputError unless the folder has every tensor of the model, in the shape the config says."""
-    shapes = {spec.name: spec.shape for spec in weights.specs()}
-    expected = _expected_shapes(config)
-    require_all_weights(weights.path, expected.keys() - shapes.keys())
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise InputError(
-                f"{weights.path}: {name} is {list(shapes[name])}, config.json makes it {list(shape)}; "
-                "they are not of one model"
-            )
-
-
-def _expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    width, q_width, kv_width = (
-        config.width,
-        config.num_heads * config.head_width,
-        config.num_kv_heads * config.head_width,
-    )
-    per_layer = {
-        **dict(
-            zip(_ATTENTION, [(q_width, width), (kv_width, width), (kv_width, width), (width, q_width)], strict=True)
-        ),
-        **dict(zip(_FEED_FORWARD, [(config.ffn_width, width)] * 2 + [(width, config.ffn_width)], strict=True)),
-        **dict.fromkeys(_NORMS, (width,)),
-    }
-    table = (config.vocab_size, width)
-    outer = {_EMBEDDING: table, _HEAD: table, _NORM: (width,)}
-
-    def shape_of(name: str) -> tuple[int, ...]:
-        return outer[name] if name in outer else per_layer[name.split(".", 3)[3].removesuffix(".weight")]
-
-    return {name: shape_of(name) for name in _reading_order(config)}
+def require_tensors(weights: WeightsFolder, config: ModelDescription) -> None:
+    """Raise InputError unless the folder holds exactly the model's tensors."""
+    check_tensors(config, {spec.name: spec.shape for spec in weights.specs()}, where=str(weights.path))
 
 
 class _ReadAhead:
@@ -167,7 +153,7 @@ class _ReadAhead:
         return tensor.pin_memory() if self._pin else tensor.clone()
 
 
-def reading_size(config: LlamaConfig, weights: WeightsFolder) -> int:
+def reading_size(config: ModelDescription, weights: WeightsFolder) -> int:
     """Bytes that `load_llama` will read."""
     names = set(_reading_order(config))
     return sum(spec.num_bytes for spec in weights.specs() if spec.name in names)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from alpaca.architecture.families import USUAL_TARGETS
 from alpaca.errors import InputError
 from alpaca.files.outputs import require_apart
 from alpaca.training.configuration.config import ALL_LINEAR, TrainConfig
@@ -68,7 +69,7 @@ def _check_method(config: TrainConfig) -> None:
         raise InputError(f"--lora_alpha: expected a number above 0, found {config.lora_alpha}")
     if config.lora_target_modules is not None and not target_names(config.lora_target_modules):
         raise InputError(
-            f'--lora_target_modules: expected names such as "q_proj,v_proj", or "{ALL_LINEAR}"; '
+            f'--lora_target_modules: expected names such as "{",".join(USUAL_TARGETS)}", or "{ALL_LINEAR}"; '
             f"found {config.lora_target_modules!r}"
         )
 

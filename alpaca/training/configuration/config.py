@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from alpaca.architecture.families import USUAL_TARGETS
 from alpaca.errors import InputError
 from alpaca.formats.precisions import DTYPES
 
@@ -68,7 +69,8 @@ class TrainConfig:
     lora_target_modules: str | None = field(
         default=None,
         metadata=_flag(
-            f'layers that get one: "q_proj,v_proj" (BLOOM: query_key_value), or "{ALL_LINEAR}": all of a decoder layer'
+            f'layers that get one: "{",".join(USUAL_TARGETS)}" (BLOOM: query_key_value), or "{ALL_LINEAR}": all of a '
+            "decoder layer"
         ),
     )
     use_dora: bool = field(default=False, metadata=_flag("learn magnitudes apart from directions (DoRA)"))

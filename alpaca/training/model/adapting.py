@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from alpaca.architecture.families import FAMILIES, USUAL_TARGETS
 from alpaca.errors import InputError
 from alpaca.formats.hf.quantization import keep_trainable_on_cpu
 from alpaca.training.configuration.config import ALL_LINEAR
@@ -14,8 +15,6 @@ from alpaca.training.model.layers import find_layer_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_OWN_TARGETS = {"bloom": ["query_key_value"]}  # by model_type; q_proj and v_proj in others, as alpaca-lora has them
 
 
 def add_adapter(model: "PreTrainedModel", settings: ModelSettings) -> nn.Module:
@@ -58,7 +57,8 @@ def choose_targets(model: "PreTrainedModel", asked: Sequence[str]) -> list[str]:
     }
     if list(asked) == [ALL_LINEAR]:
         return sorted(there)
-    wanted = list(asked) or _OWN_TARGETS.get(model.config.model_type, ["q_proj", "v_proj"])
+    family = FAMILIES.get(model.config.model_type)
+    wanted = list(asked or (family.adapter_targets if family else USUAL_TARGETS))
     unknown = [name for name in wanted if name not in there]
     if unknown:
         raise InputError(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from alpaca.errors import InputError, MissingInput
+from alpaca.architecture.inventory import check_tensors
+from alpaca.errors import InputError, MissingInput, UnsupportedModel
 from alpaca.files.reading import list_folder, read_json
-from alpaca.formats.hf.folder import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, find_fingerprint
+from alpaca.formats.hf.folder import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, find_fingerprint, read_description
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer, tokenizer_summary
 from alpaca.training.configuration.settings import BaseSettings
@@ -42,11 +43,22 @@ def open_base(settings: BaseSettings) -> Base:
     folder = locate_model(settings.model, cache_dir=settings.cache_dir)
     if not (folder / "config.json").is_file():
         raise MissingInput(_no_model(folder))
+    _check_files(folder)
     tokenizer = load_tokenizer(_locate_tokenizer(settings, folder))
     if settings.needs_pad_token and tokenizer.add_pad_token():
         logger.info("added %s as id %d: the tokenizer had no padding token", PAD_TOKEN, tokenizer.pad_id)
     logger.info("tokenizer: %s", tokenizer_summary(tokenizer))
     return Base(folder=folder, tokenizer=tokenizer, dtype=_weights_dtype(folder))
+
+
+def _check_files(folder: Path) -> None:
+    """Raise InputError where config.json cannot be meant, or the safetensors files hold other tensors than it says."""
+    try:
+        model = read_description(folder)
+    except UnsupportedModel:  # whatever is wrong with it, transformers will say
+        return
+    if any(folder.glob("*.safetensors")) and not model.quantized_by:
+        check_tensors(model, {spec.name: spec.shape for spec in WeightsFolder(folder).specs()}, where=str(folder))
 
 
 def locate_model(name: str, *, cache_dir: str | None) -> Path:

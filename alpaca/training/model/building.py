@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from alpaca.architecture.inventory import check_layers
 from alpaca.errors import InputError
-from alpaca.formats.hf.folder import require_all_weights
+from alpaca.formats.hf.folder import loading_errors, require_all_weights
 from alpaca.formats.hf.quantization import bitsandbytes_config, require_readable_on_cpu
 from alpaca.text.tokenizer import Tokenizer
 from alpaca.training.configuration.parsing import count_checkpointed
@@ -95,9 +96,10 @@ def _load_whole(base: Base, settings: ModelSettings, world: World) -> "PreTraine
         model, found = AutoModelForCausalLM.from_pretrained(
             base.folder, dtype=_dtype(settings), output_loading_info=True, **_quantized_loading(settings, world)
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except loading_errors() as error:
         raise InputError(f"{base.folder} cannot be loaded as a language model: {error}") from error
     require_all_weights(base.folder, found["missing_keys"])
+    check_layers(model.config.num_hidden_layers, found["unexpected_keys"], where=str(base.folder))
     num_rows = model.get_input_embeddings().num_embeddings
     base.tokenizer.require_rows(num_rows, base.folder)
     if not settings.is_full and base.tokenizer.size > num_rows:
@@ -130,7 +132,7 @@ def _make_empty(base: Base, settings: ModelSettings) -> "PreTrainedModel":
 
     try:
         model_config = AutoConfig.from_pretrained(base.folder)
-    except (OSError, ValueError, KeyError) as error:
+    except loading_errors() as error:
         raise InputError(f"{base.folder / 'config.json'} cannot be read: {error}") from error
     model_config.vocab_size = max(model_config.vocab_size, base.tokenizer.size)
     with init_empty_weights(include_buffers=False):

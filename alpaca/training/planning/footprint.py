@@ -11,10 +11,10 @@ Q = heads * head width, K = key/value heads * head width, L layers; all bytes ar
 import os
 from dataclasses import dataclass
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.training.model.padding_free import chunk_rows
 from alpaca.training.model.rounding import CHUNK_ELEMENTS
-from alpaca.training.planning.shape import Shape
 from alpaca.training.planning.workload import Setup, Work
 
 # On a CPU glibc gives freed blocks back to the system only from 32 MiB on; smaller ones stay in a heap with holes. Held
@@ -48,7 +48,7 @@ class Memory:
     host_bytes: int = 0
 
 
-def plan_memory(shape: Shape, setup: Setup, work: Work) -> Memory:
+def plan_memory(shape: ModelDescription, setup: Setup, work: Work) -> Memory:
     """The parts, and the largest of the moments that hold several of them.
 
     Loss: everything saved by the forward pass, and the logits' chunk. Backward: gradients grow while activations go;
@@ -90,13 +90,13 @@ def plan_memory(shape: Shape, setup: Setup, work: Work) -> Memory:
     )  # fmt: skip
 
 
-def count_trained(shape: Shape, setup: Setup) -> int:
+def count_trained(shape: ModelDescription, setup: Setup) -> int:
     if setup.method == "full":
         return shape.num_parameters
     return shape.num_adapter(rank=setup.lora_rank, targets=setup.lora_targets, dora=setup.dora)
 
 
-def weights_bytes(shape: Shape, setup: Setup) -> int:
+def weights_bytes(shape: ModelDescription, setup: Setup) -> int:
     """A process's share of them: float32 (fast: bfloat16) if trained; a frozen base in the dtype it computes in."""
     if setup.method == "full":
         return setup.state_bytes * shape.num_parameters // setup.num_shards
@@ -105,24 +105,24 @@ def weights_bytes(shape: Shape, setup: Setup) -> int:
     return int(frozen + 4 * count_trained(shape, setup)) // setup.num_shards
 
 
-def moments_bytes(shape: Shape, setup: Setup) -> int:
+def moments_bytes(shape: ModelDescription, setup: Setup) -> int:
     """A process's share of AdamW's two moments."""
     return 2 * setup.state_bytes * count_trained(shape, setup) // setup.num_shards
 
 
-def gradient_bytes(shape: Shape, setup: Setup) -> int:
+def gradient_bytes(shape: ModelDescription, setup: Setup) -> int:
     """Gradients, added up; of sharded ones the shard, which is what the optimizer steps with."""
     return setup.gradient_bytes * count_trained(shape, setup) // setup.num_shards
 
 
-def accumulated_bytes(shape: Shape, setup: Setup) -> int:
+def accumulated_bytes(shape: ModelDescription, setup: Setup) -> int:
     """Gradients on the device between micro-batches: sharded ones as shards, which offload moves away, or whole."""
     if setup.sharded and setup.whole_gradients:
         return 4 * count_trained(shape, setup)
     return 0 if setup.offload and setup.on_gpu else gradient_bytes(shape, setup)
 
 
-def bytes_for_gradients(shape: Shape, setup: Setup, memory_bytes: int) -> int:
+def bytes_for_gradients(shape: ModelDescription, setup: Setup, memory_bytes: int) -> int:
     """What model, optimizer and CUDA's context leave of a device: that of which `keeps_gradients_whole` is asked."""
     context = CUDA_CONTEXT_BYTES if setup.on_gpu else 0
     if setup.offload and setup.on_gpu:
@@ -130,7 +130,9 @@ def bytes_for_gradients(shape: Shape, setup: Setup, memory_bytes: int) -> int:
     return memory_bytes - context - weights_bytes(shape, setup) - moments_bytes(shape, setup)
 
 
-def overhead_bytes(shape: Shape, setup: Setup, work: Work, *, transient_bytes: int, logits_bytes: int) -> int:
+def overhead_bytes(
+    shape: ModelDescription, setup: Setup, work: Work, *, transient_bytes: int, logits_bytes: int
+) -> int:
     """What the tensors' sizes do not explain: CUDA's context; on a CPU the heap's holes, where blocks are small."""
     if setup.on_gpu:
         return CUDA_CONTEXT_BYTES
@@ -143,14 +145,14 @@ def overhead_bytes(shape: Shape, setup: Setup, work: Work, *, transient_bytes: i
     return in_heap
 
 
-def _logits_rows(shape: Shape, setup: Setup, work: Work) -> int:
+def _logits_rows(shape: ModelDescription, setup: Setup, work: Work) -> int:
     """Positions whose logits exist at a time."""
     if not setup.padding_free:
         return work.max_targets
     return min(work.max_targets, chunk_rows(shape.vocab_size, trained=setup.method == "full"))
 
 
-def copies_bytes(shape: Shape, setup: Setup) -> int:
+def copies_bytes(shape: ModelDescription, setup: Setup) -> int:
     """Copies of weights beside the weights.
 
     Autocast keeps a bfloat16 copy of each float32 matrix until the forward pass ends, and the graph keeps it on. FSDP
@@ -168,7 +170,7 @@ def copies_bytes(shape: Shape, setup: Setup) -> int:
     return dequantized
 
 
-def layer_bytes_per_token(shape: Shape, setup: Setup) -> int:
+def layer_bytes_per_token(shape: ModelDescription, setup: Setup) -> int:
     """What autograd keeps of one decoder layer for each of N tokens, every operation in its order.
 
     Each of two norms: its input in float32 (D), the reciprocal root, the normalized row where its scale is trained.
@@ -180,15 +182,13 @@ def layer_bytes_per_token(shape: Shape, setup: Setup) -> int:
     """
     c, s, width = setup.compute_bytes, setup.stream_bytes, shape.width
     full = setup.method == "full"
-    rms = shape.family == "llama"  # LayerNorm is one operation: its input, mean and deviation
+    rms = shape.family.block == "llama"  # LayerNorm is one operation: its input, mean and deviation
     total = 2 * (4 * width + 4 + (s * width if full else 0)) if rms else 2 * (s * width + 8)
-    for group in _INPUT_GROUPS[shape.family]:
-        if not (names := [name for name in group if name in shape.linears]):
-            continue
+    for names in shape.family.input_groups:
         trained = [name for name in names if setup.trains(name)]
         columns = shape.linears[names[0]][1]
         casts_each = s != c if full else (c == 2 or setup.lora_dropout > 0)
-        own_casts = casts_each and (not full or names[0] in _FROM_STREAM)
+        own_casts = casts_each and (not full or names[0] in shape.family.reads_stream)
         total += c * columns * (len(trained) if own_casts else min(1, len(trained)))
         if not full:
             mask = (1 if setup.on_gpu else c) if setup.lora_dropout else 0  # a CPU keeps it as factors
@@ -198,56 +198,33 @@ def layer_bytes_per_token(shape: Shape, setup: Setup) -> int:
     total += in_attention * (2 * shape.query_width + 2 * keys) + 4 * shape.num_heads
     if full and setup.on_gpu:
         total -= c * shape.query_width  # o_proj's input is attention's output itself
-    inner = {"llama": 3, "opt": 0 if full else 1, "bloom": 1}[shape.family]  # ReLU's result is down_proj's input
+    inner = {"llama": 3, "opt": 0 if full else 1, "bloom": 1}[shape.family.block]  # ReLU's result is down_proj's input
     return total + inner * c * shape.ffn_width
 
 
-_INPUT_GROUPS = {  # matrices that share an input
-    "llama": (
-        ("q_proj", "k_proj", "v_proj"),
-        ("qkv_proj",),
-        ("o_proj",),
-        ("gate_proj", "up_proj"),
-        ("gate_up_proj",),
-        ("down_proj",),
-    ),
-    "opt": (("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)),
-    "bloom": (("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)),
-}
-_FROM_STREAM = (
-    "q_proj",
-    "qkv_proj",
-    "gate_proj",
-    "gate_up_proj",
-    "fc1",
-    "query_key_value",
-    "dense_h_to_4h",
-)  # others' inputs are products
-
-
-def layer_bytes(shape: Shape, setup: Setup, work: Work) -> int:
+def layer_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
     """What autograd keeps of one layer."""
-    scores = 3 * setup.compute_bytes * shape.num_heads * work.max_length if shape.eager_attention else 0
+    scores = 3 * setup.compute_bytes * shape.num_heads * work.max_length if shape.family.keeps_scores else 0
     return work.max_tokens * (layer_bytes_per_token(shape, setup) + scores)
 
 
-def saved_bytes(shape: Shape, setup: Setup, work: Work) -> int:
+def saved_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
     """What the forward pass leaves: the layers, of checkpointed ones the inputs; the last norm, the head's input."""
     num_kept = shape.num_layers - setup.num_checkpointed
     return recomputed_bytes(shape, setup, work) + num_kept * layer_bytes(shape, setup, work)
 
 
-def recomputed_bytes(shape: Shape, setup: Setup, work: Work) -> int:
+def recomputed_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
     """What is left of that when the first checkpointed layer is recomputed: the other layers are done with."""
     s, width = setup.stream_bytes, shape.width
     full = setup.method == "full"
     rotary = 2 * s * (shape.query_width // shape.num_heads)
-    per_token = 4 * width + 4 + (s * width if full and shape.family == "llama" else 0) + rotary + 16
+    per_token = 4 * width + 4 + (s * width if full and shape.family.block == "llama" else 0) + rotary + 16
     outside = work.max_tokens * per_token + work.max_targets * (s * width + 16)
     return outside + setup.num_checkpointed * work.max_tokens * s * width
 
 
-def logits_bytes(shape: Shape, setup: Setup, work: Work) -> int:
+def logits_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
     """The loss's largest moment: a chunk's logits (padding-free), or all of them.
 
     log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
@@ -262,7 +239,7 @@ def logits_bytes(shape: Shape, setup: Setup, work: Work) -> int:
     return max(scores, setup.compute_bytes * rows * shape.vocab_size + weight_gradient)
 
 
-def backward_bytes(shape: Shape, setup: Setup, work: Work) -> int:
+def backward_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
     """Gradients alive inside one layer: two of feed-forward width, three of the stream, and one matrix's.
 
     FSDP holds those of a layer, and of what stands outside the layers, whole before it reduces them.
@@ -277,7 +254,7 @@ def backward_bytes(shape: Shape, setup: Setup, work: Work) -> int:
     return work.max_tokens * per_token + whole
 
 
-def step_bytes(shape: Shape, setup: Setup) -> int:
+def step_bytes(shape: ModelDescription, setup: Setup) -> int:
     """AdamW's temporaries: none when fused, else two of its largest parameter.
 
     Of fast numerics the float32 copy of a bfloat16 gradient that a CPU takes the norm of; AdamW itself goes through
@@ -294,6 +271,6 @@ def step_bytes(shape: Shape, setup: Setup) -> int:
 # Disk --------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_bytes(shape: Shape, setup: Setup) -> int:
+def checkpoint_bytes(shape: ModelDescription, setup: Setup) -> int:
     """The weights that are trained and AdamW's two moments of them."""
     return 3 * setup.state_bytes * count_trained(shape, setup)

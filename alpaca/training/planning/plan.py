@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.data.batching import count_steps_per_epoch
 from alpaca.data.examples import EncodedDataset
 from alpaca.training.configuration.config import ADAPTER_DEFAULTS
@@ -22,8 +23,7 @@ from alpaca.training.model.base import Base
 from alpaca.training.model.final import choose_save_dtype
 from alpaca.training.planning.footprint import Memory, bytes_for_gradients, checkpoint_bytes, count_trained, plan_memory
 from alpaca.training.planning.hardware import GPU_COUNTS, Hardware
-from alpaca.training.planning.shape import Shape, read_shape
-from alpaca.training.planning.workload import Setup, Work, measure_work
+from alpaca.training.planning.workload import Setup, Work, measure_work, read_model
 from alpaca.training.schedule import count_steps
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # Time --------------------------------------------------------------------------------------------------------
 
 
-def count_flops(shape: Shape, setup: Setup, work: Work) -> float:
+def count_flops(shape: ModelDescription, setup: Setup, work: Work) -> float:
     """Of the whole run: 2 a token and weight forward, 2 for the gradient of the input, 2 for that of the weight.
 
     The head works on targets alone; embeddings are looked up; attention's own products are left out (under 3 % at
@@ -55,7 +55,7 @@ def share_of_peak(plan: "Plan", tokens_per_second: float) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    shape: Shape
+    shape: ModelDescription
     setup: Setup
     work: Work
     memory: Memory
@@ -80,7 +80,7 @@ class Planner:
     """Makes plans of one run for any setup and hardware."""
 
     settings: RunSettings
-    shape: Shape
+    shape: ModelDescription
     data: EncodedDataset
     dtype: torch.dtype  # of the final weights
     num_steps: int
@@ -143,15 +143,15 @@ class Planner:
     def suggest(self, setup: Setup, hardware: Hardware) -> list[str]:
         """Changes of the command that would fit, the least ones; several together only where no single one does."""
         found: list[str] = []
-        for group in _changes(setup):
+        for group in _changes(setup, self.shape.family.adapter_targets):
             found = [text for text, changed in group if self.plan(changed, hardware).fits]
             if found:
                 return found
         return found
 
 
-def _changes(setup: Setup) -> Iterator[list[tuple[str, Setup]]]:
-    """Groups of changes to try, each a text and the setup it makes."""
+def _changes(setup: Setup, targets: tuple[str, ...]) -> Iterator[list[tuple[str, Setup]]]:
+    """Groups of changes to try, each a text and the setup it makes. targets: an adapter's usual layers."""
     change = functools.partial(dataclasses.replace, setup)
     recompute, micro = "--gradient_checkpointing auto", "--per_device_train_batch_size 1"
     single = [(recompute, {"num_checkpointed": None}), (micro, {"micro_batch_size": 1})]
@@ -160,8 +160,8 @@ def _changes(setup: Setup) -> Iterator[list[tuple[str, Setup]]]:
         single, both = single[1:], micro
     back = " --numerics stanford" if setup.fast else ""
     methods = [
-        (f"--method lora{back}", _adapted(setup, method="lora", quantization="none")),
-        (f"--method qlora{back}", _adapted(setup, method="qlora", quantization="nf4")),
+        (f"--method lora{back}", _adapted(setup, targets, method="lora", quantization="none")),
+        (f"--method qlora{back}", _adapted(setup, targets, method="qlora", quantization="nf4")),
     ]
     fast = [("--numerics fast", {"numerics": "fast"})] if setup.method == "full" and not setup.fast else []
     if setup.method != "full":
@@ -175,12 +175,12 @@ def _changes(setup: Setup) -> Iterator[list[tuple[str, Setup]]]:
     yield [(f"{text}, with offload and {both}", change(**values, **small, offload=True)) for text, values in more]
 
 
-def _adapted(setup: Setup, *, quantization: str, method: str) -> dict[str, object]:
+def _adapted(setup: Setup, targets: tuple[str, ...], *, quantization: str, method: str) -> dict[str, object]:
     """The default adapter on a base that is frozen."""
     own = {"lora_targets": setup.lora_targets, "lora_rank": setup.lora_rank, "lora_dropout": setup.lora_dropout}
     if not setup.lora_targets:
         own = {
-            "lora_targets": ("q_proj", "v_proj", "query_key_value"),
+            "lora_targets": targets,
             "lora_rank": ADAPTER_DEFAULTS["lora_r"],
             "lora_dropout": ADAPTER_DEFAULTS["lora_dropout"],
         }
@@ -220,7 +220,7 @@ def make_planner(settings: RunSettings, base: Base, data: EncodedDataset) -> Pla
     )
     return Planner(
         settings=settings,
-        shape=read_shape(base.folder, num_tokens=base.tokenizer.size if settings.model.is_full else 0),
+        shape=read_model(base.folder, num_tokens=base.tokenizer.size if settings.model.is_full else 0),
         data=data,
         dtype=choose_save_dtype(settings, base),
         num_steps=steps,

@@ -3,15 +3,18 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_by_tokens, step_examples
 from alpaca.data.examples import EncodedDataset
+from alpaca.errors import InputError
+from alpaca.formats.hf.folder import read_description
 from alpaca.training.configuration.config import ALL_LINEAR
 from alpaca.training.configuration.parsing import count_checkpointed
 from alpaca.training.configuration.settings import RunSettings
-from alpaca.training.planning.shape import Shape
 
 # Empirical.
 _MOST_SIMULATED = 500  # steps whose micro-batches are laid out to find the largest
@@ -90,8 +93,17 @@ class Setup:
         return self.method == "full" or linear in self.lora_targets
 
 
+def read_model(folder: Path, *, num_tokens: int = 0) -> ModelDescription:
+    """The model that a plan is for, its vocabulary grown to `num_tokens`. Raises InputError where none can be made."""
+    try:
+        model = read_description(folder)
+    except InputError as error:
+        raise InputError(f"no plan can be made: {error}") from error
+    return model.with_vocab(max(num_tokens, model.vocab_size))
+
+
 def make_setup(
-    settings: RunSettings, shape: Shape, *, num_processes: int, on_gpu: bool, on_machine: int | None = None
+    settings: RunSettings, shape: ModelDescription, *, num_processes: int, on_gpu: bool, on_machine: int | None = None
 ) -> Setup:
     """The setup of a run. on_machine: processes of a machine; left out, torchrun's number, else all of them."""
     model, batch, adapter = settings.model, settings.batch, settings.model.adapter
@@ -111,7 +123,7 @@ def make_setup(
         global_batch_size=batch.global_batch_size,
         max_length=batch.max_length,
         num_checkpointed=count_checkpointed(model.checkpointing, shape.num_layers),
-        padding_free=model.padding_free and not shape.eager_attention,
+        padding_free=model.padding_free and not shape.family.keeps_scores,
         offload=model.sharding.offload,
         reshard=model.sharding.reshard_after_forward,
         bf16=model.bf16,
@@ -123,11 +135,11 @@ def make_setup(
     )
 
 
-def _targets(asked: Sequence[str], shape: Shape) -> tuple[str, ...]:
+def _targets(asked: Sequence[str], shape: ModelDescription) -> tuple[str, ...]:
     """The matrices of a layer that get an adapter. A name the model does not have is refused when it is loaded."""
     if list(asked) == [ALL_LINEAR]:
         return tuple(shape.linears)
-    wanted = asked or ("q_proj", "v_proj", "query_key_value")
+    wanted = asked or shape.family.adapter_targets
     return tuple(name for name in shape.linears if name in wanted)
 
 

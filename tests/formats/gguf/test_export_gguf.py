@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.formats.gguf import tensors
-from alpaca.formats.gguf.model import read_shape, rotary_divisors
+from alpaca.formats.gguf.model import rotary_divisors
+from alpaca.formats.hf.folder import read_description
 from alpaca.formats.meta.sharding import rotary_halves, rotary_pairs
 from tests.formats.gguf_models import (
     change_config,
@@ -197,7 +198,7 @@ def test_llama_3_rope_scaling_is_transformers(tmp_path):
     assert divisors[-1] == 8
     assert any(1.01 < divisor < 7.9 for divisor in divisors)
     assert types_of(reader)["rope_freqs.weight"] == "F32"
-    assert torch.equal(rotary_divisors(read_shape(folder)), torch.from_numpy(divisors.copy()))
+    assert torch.equal(rotary_divisors(read_description(folder)), torch.from_numpy(divisors.copy()))
 
 
 # The tokenizer ----------------------------------------------------------------------------------------------------

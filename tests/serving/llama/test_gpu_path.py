@@ -15,13 +15,12 @@ from alpaca.formats.hf.adapters import AdapterFolder, open_adapter
 from alpaca.formats.hf.folder import WeightsFolder
 from alpaca.serving.kernels import ops
 from alpaca.serving.llama.adapters import with_adapters
-from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.llama.graphs import DecodeGraphs
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.runner import Runner
 from alpaca.serving.llama.sampling import SamplingState
 from alpaca.serving.llama.step import StepFields
-from alpaca.serving.llama.weights import load_llama
+from alpaca.serving.llama.weights import load_llama, read_llama
 from tests.conftest import ROOT
 from tests.serving.kernels.test_triton_ops import DEVICE, INTERPRETED, let_numbers_be_indices
 from tests.serving.llama.test_llama import save_model
@@ -59,7 +58,7 @@ def test_the_gpu_path_in_the_interpreter():
 
 
 def load(folder, module, quantization: str = "none") -> LlamaModel:
-    config = LlamaConfig.read(folder)
+    config = read_llama(folder)
     return load_llama(
         WeightsFolder(folder), config, device=torch.device(DEVICE), dtype=DTYPE, quantization=quantization,
         num_positions=config.max_context, ops=module,

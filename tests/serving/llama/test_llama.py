@@ -8,13 +8,14 @@ import torch
 from transformers import LlamaConfig as TransformersConfig
 from transformers import LlamaForCausalLM
 
+from alpaca.architecture.rope import Rope
+from alpaca.errors import UnsupportedModel
 from alpaca.formats.hf.folder import WeightsFolder
 from alpaca.serving.kernels import ops
 from alpaca.serving.kernels.ops import AttentionBatch
-from alpaca.serving.llama.config import LlamaConfig, UnsupportedModelError
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.step import StepFields
-from alpaca.serving.llama.weights import load_llama
+from alpaca.serving.llama.weights import load_llama, read_llama
 
 CPU = torch.device("cpu")
 SMALL = dict(
@@ -49,7 +50,7 @@ def save_model(folder: Path, dtype: torch.dtype = torch.float64, **changes) -> L
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float64, quantization: str = "none") -> LlamaModel:
-    config = LlamaConfig.read(folder)
+    config = read_llama(folder)
     return load_llama(
         WeightsFolder(folder), config, device=CPU, dtype=dtype, quantization=quantization,
         num_positions=config.max_context, ops=ops,
@@ -117,21 +118,21 @@ def test_narrower_types(tmp_path, dtype, atol):
 def test_old_and_new_spellings_of_the_rotary_parameters(tmp_path):
     save_model(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
-    new = LlamaConfig.read(tmp_path)
+    new = read_llama(tmp_path)
     values.pop("rope_parameters")
     (tmp_path / "config.json").write_text(json.dumps({**values, "rope_theta": 10000.0, "rope_scaling": None}))
-    assert LlamaConfig.read(tmp_path) == new
+    assert read_llama(tmp_path) == new
     old = {"type": "linear", "factor": 2.0}
     (tmp_path / "config.json").write_text(json.dumps({**values, "rope_theta": 5.0, "rope_scaling": old}))
-    assert LlamaConfig.read(tmp_path).rope == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
+    assert read_llama(tmp_path).rope == Rope(kind="linear", theta=5.0, numbers={"factor": 2.0})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "opt"}, "holds a model of type 'opt', not llama"),
+        ({"model_type": "opt"}, "its model_type is 'opt', not llama"),
         ({"attention_bias": True}, "has attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not one of default, linear, llama3"),
         ({"quantization_config": {"load_in_4bit": True}}, "was saved quantized"),
     ],
@@ -140,14 +141,14 @@ def test_models_it_does_not_know(tmp_path, change, message):
     save_model(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, **change}))
-    with pytest.raises(UnsupportedModelError, match=message):
-        LlamaConfig.read(tmp_path)
+    with pytest.raises(UnsupportedModel, match=message):
+        read_llama(tmp_path)
 
 
 def test_loading_reports_every_byte_and_reads_little_ahead(tmp_path, monkeypatch):
     save_model(tmp_path)
     weights = WeightsFolder(tmp_path)
-    config = LlamaConfig.read(tmp_path)
+    config = read_llama(tmp_path)
     monkeypatch.setattr("alpaca.serving.llama.weights._MOST_READ_AHEAD", 20_000)
     seen: list[int] = []
     model = load_llama(

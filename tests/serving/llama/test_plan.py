@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace
 from alpaca.memory import CUDA_CONTEXT_BYTES
-from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.llama.network import KeyValueCache
 from alpaca.serving.llama.planning import BLOCK_SIZE, MemoryPlan, max_running, plan_memory, weights_bytes, working_bytes
+from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.plan import main
 from alpaca.serving.settings import ServerSettings
 from tests.conftest import ROOT
@@ -38,18 +39,18 @@ SHAPES = {
 NUM_WEIGHTS = {"7b": 6_738_415_616, "13b": 13_015_864_320, "8b": 8_030_261_248}
 
 
-def write_config(folder: Path, **values) -> LlamaConfig:
+def write_config(folder: Path, **values) -> ModelDescription:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **values}))
-    return LlamaConfig.read(folder)
+    return read_llama(folder)
 
 
 @pytest.fixture
-def small(tmp_path) -> LlamaConfig:
+def small(tmp_path) -> ModelDescription:
     return write_config(tmp_path / "small", **SMALL)
 
 
-def plan(config: LlamaConfig, free_bytes: int, *, device: str = "cuda", dtype=BF16, **settings) -> MemoryPlan:
+def plan(config: ModelDescription, free_bytes: int, *, device: str = "cuda", dtype=BF16, **settings) -> MemoryPlan:
     return plan_memory(config, ServerSettings(**settings), free_bytes=free_bytes, device=device, dtype=dtype)
 
 
@@ -60,20 +61,20 @@ def plan(config: LlamaConfig, free_bytes: int, *, device: str = "cuda", dtype=BF
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_plain_weights_take_what_is_planned(tmp_path, kind, dtype):
     save_model(tmp_path, torch.float32, **KINDS[kind])
-    assert weights_bytes(LlamaConfig.read(tmp_path), dtype, "none") == load(tmp_path, dtype).num_bytes
+    assert weights_bytes(read_llama(tmp_path), dtype, "none") == load(tmp_path, dtype).num_bytes
 
 
 def test_tied_embeddings_are_counted_once(tmp_path):
     save_model(tmp_path, torch.float32, **KINDS["tied embeddings"])
     model = load(tmp_path, torch.float16)  # not packed on a CPU: as on a GPU, the head is the embedding itself
     assert model.head.weight.data_ptr() == model.embedding.data_ptr()
-    assert weights_bytes(LlamaConfig.read(tmp_path), torch.float16, "none") == model.num_bytes
+    assert weights_bytes(read_llama(tmp_path), torch.float16, "none") == model.num_bytes
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_quantized_weights_take_what_is_planned(tmp_path, quantization):
     save_model(tmp_path, torch.float32, hidden_size=512, num_attention_heads=8, intermediate_size=1024)
-    config = LlamaConfig.read(tmp_path)
+    config = read_llama(tmp_path)
     model = load(tmp_path, BF16, quantization)
     assert weights_bytes(config, BF16, quantization) == pytest.approx(model.num_bytes, rel=0.01)
     assert model.num_bytes < weights_bytes(config, BF16, "none")
@@ -91,10 +92,10 @@ def test_the_cache_takes_what_is_planned(tmp_path, kind, dtype):
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_sizes(tmp_path, name):
     config = write_config(tmp_path, **SHAPES[name])
-    assert config.num_linear_weights + config.num_other_weights == NUM_WEIGHTS[name]
+    assert config.num_parameters == NUM_WEIGHTS[name]
     assert weights_bytes(config, BF16, "none") == 2 * NUM_WEIGHTS[name]
     mib_per_token = {"7b": 0.5, "13b": 0.78125, "8b": 0.125}  # 8B shares each key head among four queries
-    assert config.kv_bytes_per_token(BF16) == mib_per_token[name] * 2**20
+    assert config.kv_elements_per_token() * BF16.itemsize == mib_per_token[name] * 2**20
 
 
 # Division -----------------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def test_context_is_the_smallest_of_model_setting_and_room(small):
     assert plan(small, 10**12, max_context=40).max_context == 40
     assert plan(small, 10**12, max_context=1000).max_context == 256
     working = plan(small, 10**12, concurrency=1, memory_fraction=1.0).working_bytes
-    per_block = BLOCK_SIZE * small.kv_bytes_per_token(BF16)
+    per_block = BLOCK_SIZE * small.kv_elements_per_token() * BF16.itemsize
     scarce = plan(small, working + 7 * per_block, concurrency=1, memory_fraction=1.0)
     assert (scarce.num_blocks, scarce.max_context) == (7, 6 * BLOCK_SIZE)
 
@@ -156,7 +157,7 @@ def test_too_little_memory_names_the_sizes(small):
         r"To make room set ALPACA_QUANTIZATION .*COG_MAX_CONCURRENCY.* machine with more memory",
     ):
         plan(small, 10**6)
-    least = plan(small, 10**12).working_bytes + 5 * BLOCK_SIZE * small.kv_bytes_per_token(BF16)
+    least = plan(small, 10**12).working_bytes + 5 * BLOCK_SIZE * small.kv_elements_per_token() * BF16.itemsize
     assert plan(small, least, memory_fraction=1.0).num_blocks == 5  # and one byte less is refused:
     with pytest.raises(NotEnoughSpace, match="no request fits"):
         plan(small, least - 1, memory_fraction=1.0)

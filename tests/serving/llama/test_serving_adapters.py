@@ -17,9 +17,9 @@ from alpaca.formats.hf.adapters import AdapterFolder, open_adapter
 from alpaca.formats.hf.folder import fingerprint
 from alpaca.serving.kernels import ops
 from alpaca.serving.llama.adapters import largest_ranks, stacked_bytes, with_adapters
-from alpaca.serving.llama.config import LlamaConfig
 from alpaca.serving.llama.network import LlamaModel
 from alpaca.serving.llama.planning import plan_memory
+from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.loading import load_engine
 from alpaca.serving.plan import main
 from alpaca.serving.request import AdapterNames
@@ -58,19 +58,19 @@ class Oracle:
     """PEFT's unmerged model, switched to a request's adapter."""
 
     def __init__(self, base: LlamaForCausalLM, folders: dict[str, Path]) -> None:
-        self._slots = {name: f"slot{at}" for at, name in enumerate(folders)}
+        self._peft_names = {name: f"slot{at}" for at, name in enumerate(folders)}
         for name, folder in folders.items():
-            if self._slots[name] == "slot0":
+            if self._peft_names[name] == "slot0":
                 self.model = PeftModel.from_pretrained(base, folder, adapter_name="slot0").eval()
             else:
-                self.model.load_adapter(folder, adapter_name=self._slots[name])
+                self.model.load_adapter(folder, adapter_name=self._peft_names[name])
 
     def using(self, name: str | None) -> torch.nn.Module:
         if name is None:
             self.model.base_model.disable_adapter_layers()
         else:
             self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(self._slots[name])
+            self.model.set_adapter(self._peft_names[name])
         return self.model
 
 
@@ -294,7 +294,7 @@ def test_the_plans_command_counts_adapters(place, monkeypatch, capsys):
         found.append(json.loads(last))
         assert ("\nadapters  " in table) == bool(flags)
     adapters = {name: open_adapter(place / name) for name in ("all", "dora")}
-    config = LlamaConfig.read(place / "base")
+    config = read_llama(place / "base")
     assert [plan["adapter_bytes"] for plan in found] == [0, stacked_bytes(adapters, config, torch.bfloat16)]
     assert found[1]["working_bytes"] > found[0]["working_bytes"]
     other = ["plan", "--weights", str(place / "all"), "--memory", "2GB", "--base_model", str(narrower(place))]

@@ -24,6 +24,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.data.batching import pack
 from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.memory import CUDA_CONTEXT_BYTES
@@ -39,8 +40,7 @@ from alpaca.training.planning import feasibility, hardware, words
 from alpaca.training.planning.command import format_table, open_planner, print_plan
 from alpaca.training.planning.footprint import count_trained, plan_memory, saved_bytes
 from alpaca.training.planning.hardware import Hardware
-from alpaca.training.planning.shape import Shape, read_shape
-from alpaca.training.planning.workload import Setup, Work, make_setup
+from alpaca.training.planning.workload import Setup, Work, make_setup, read_model
 from tests.conftest import ROOT
 from tests.training.conftest import SAMPLE, SETTINGS, flags, run_train
 
@@ -69,9 +69,9 @@ def make_opt() -> OPTForCausalLM:
     return OPTForCausalLM(config)
 
 
-def shape_of(model, folder: Path) -> Shape:
+def shape_of(model, folder: Path) -> ModelDescription:
     model.config.save_pretrained(folder)
-    return read_shape(folder)
+    return read_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_parameters_are_counted(model, tmp_path: Path):
 def test_grown_vocabulary_is_counted(tmp_path: Path):
     model = make_llama()
     model.config.save_pretrained(tmp_path)
-    grown = read_shape(tmp_path, num_tokens=101)
-    assert grown.num_parameters == read_shape(tmp_path).num_parameters + 2 * 64
+    grown = read_model(tmp_path, num_tokens=101)
+    assert grown.num_parameters == read_model(tmp_path).num_parameters + 2 * 64
 
 
 SIZES = {
@@ -111,14 +111,16 @@ def test_kinds_built_like_a_llama_are_counted(kind: str, tmp_path: Path):
 def test_other_kinds_with_the_same_sizes_have_no_plan(kind: str, tmp_path: Path):
     """They would be planned by 0.03 to 1.12 of their parameters."""
     AutoConfig.for_model(kind, **SIZES).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"no plan for model_type '{kind}'; the sizes of llama, mistral, .* are known"):
-        read_shape(tmp_path)
+    with pytest.raises(
+        InputError, match=f"no plan can be made: .*model_type '{kind}' is not known here; known are llama, mistral"
+    ):
+        read_model(tmp_path)
 
 
 def test_an_unknown_kind_is_named(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "vocab_size": 9}')
-    with pytest.raises(InputError, match="no plan for model_type 'mamba'"):
-        read_shape(tmp_path)
+    with pytest.raises(InputError, match=r"no plan can be made: .*model_type 'mamba'"):
+        read_model(tmp_path)
 
 
 # What autograd keeps --------------------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ def llama_7b(tmp_path: Path, sentencepiece_model: Path) -> Path:
 
 
 def test_parts_of_a_known_model(llama_7b: Path):
-    shape = read_shape(llama_7b)
+    shape = read_model(llama_7b)
     memory = plan_memory(shape, Setup(), work(num_micro_batches=16))
     assert shape.num_parameters == 6_738_415_616
     assert memory.weights_bytes == memory.gradients_bytes == 4 * shape.num_parameters
@@ -325,7 +327,7 @@ def test_parts_of_a_known_model(llama_7b: Path):
 
 
 def test_quantized_bases_are_smaller(llama_7b: Path):
-    shape, adapter = read_shape(llama_7b), {"lora_rank": 8, "lora_targets": ("q_proj", "v_proj")}
+    shape, adapter = read_model(llama_7b), {"lora_rank": 8, "lora_targets": ("q_proj", "v_proj")}
     lora, int8, nf4 = (
         plan_memory(shape, Setup(method=method, base_quantization=kind, **adapter), work()).weights_bytes / 1e9
         for method, kind in (("lora", "none"), ("lora", "int8"), ("qlora", "nf4"))
@@ -436,7 +438,7 @@ def test_a_hybrid_sharding_shards_inside_a_machine(llama_7b: Path, records: Path
     assert "4 copies of the model, over 4 of a machine each" in table
     with pytest.raises(InputError, match=r"found --plan_gpus 16 in machines of 6; say how many .*per_machine"):
         find("hybrid_shard", plan_gpus_per_machine=6)
-    shape = read_shape(llama_7b)
+    shape = read_model(llama_7b)
     shards = plan_memory(shape, Setup(num_processes=16, hybrid=True), work(num_micro_batches=4))
     assert shards.gradients_bytes == 4 * total // 8
 

@@ -1,0 +1,231 @@
+"""What a model is: its sizes and kinds, read from config.json once, every bound checked.
+
+Serving, training, planning and every export read a model through `ModelDescription`. What one of them cannot do with a
+model it says by a function `supports(description)` of its own, so that a difference between them is one that is meant.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alpaca.architecture.families import FAMILIES, Family
+from alpaca.architecture.rope import Rope, read_rope
+from alpaca.architecture.tensors import Shape
+from alpaca.errors import InputError, UnsupportedModel
+
+# Far beyond any model there is; with them no product of sizes leaves 64 bits by a number that a file merely claims.
+_MOST = {
+    "width": 1 << 18, "num_layers": 1 << 14, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_width": 1 << 16,
+    "ffn_width": 1 << 22, "vocab_size": 1 << 28, "max_context": 1 << 32,
+}  # fmt: skip
+_SAME_ACTIVATION = {"swish": "silu"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """A decoder-only model's sizes and kinds.
+
+    width: of the residual stream.    head_width: of one head's query, key and value.    ties_embeddings: the head is
+    the embedding and has no tensor of its own.    quantized_by: the method in quantization_config, "" for whole
+    weights.    embedding_width, has_final_norm: OPT's alone.
+    """
+
+    model_type: str = "llama"
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    ffn_width: int
+    vocab_size: int
+    max_context: int = 2048
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    rope: Rope = field(default_factory=Rope)
+    ties_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    quantized_by: str = ""
+    embedding_width: int = 0
+    has_final_norm: bool = True
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, source: str = "config.json") -> "ModelDescription":
+        """Read a config.json in any of transformers' spellings; `source` is what errors call it.
+
+        Raises UnsupportedModel for a model_type that is not in `FAMILIES`, and InputError for a value that is missing,
+        of the wrong type (transformers 5 takes no "64" or 64.0 for 64, either), out of bounds or in contradiction.
+        """
+        return _Reader(config, source).read()
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    def with_vocab(self, vocab_size: int) -> "ModelDescription":
+        """The same model with `vocab_size` rows in its embedding and head."""
+        return dataclasses.replace(self, vocab_size=vocab_size)
+
+    # Sizes that follow
+
+    @property
+    def query_width(self) -> int:
+        return self.num_heads * self.head_width
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_width
+
+    def kv_elements_per_token(self) -> int:
+        """Elements of the keys and values of one token in all layers."""
+        return 2 * self.num_layers * self.kv_width
+
+    # Tensors
+
+    @functools.cached_property
+    def layer_shapes(self) -> dict[str, Shape]:
+        """The tensors of one layer by their names in it."""
+        return self.family.layer(self)
+
+    @functools.cached_property
+    def outer_shapes(self) -> dict[str, Shape]:
+        """The tensors outside the layers by their names."""
+        return self.family.outer(self)
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """All tensors by their names in a Hugging Face folder: embedding, layers, and what follows them."""
+        outer = dict(self.outer_shapes)
+        first = next(iter(outer))
+        shapes = {first: outer.pop(first)}
+        for number in range(self.num_layers):
+            shapes |= {f"{self.family.prefix}{number}.{name}": shape for name, shape in self.layer_shapes.items()}
+        return shapes | outer
+
+    @functools.cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of a layer's matrices by the last part of their modules' names, "o_proj" and so on."""
+        matrices = {name: shape for name, shape in self.layer_shapes.items() if len(shape) == 2}
+        return {name.removesuffix(".weight").rpartition(".")[2]: shape for name, shape in matrices.items()}  # type: ignore[misc]
+
+    # Counts
+
+    @property
+    def num_linear(self) -> int:
+        """Parameters in the layers' matrices: those that quantization makes smaller."""
+        return self.num_layers * sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def num_layer_vectors(self) -> int:
+        """Parameters of one layer that are in no matrix: norms and biases."""
+        return sum(math.prod(shape) for shape in self.layer_shapes.values() if len(shape) == 1)
+
+    @property
+    def num_outside(self) -> int:
+        """Parameters outside the layers: embedding, last norm, and the head where it is not tied."""
+        return sum(math.prod(shape) for shape in self.outer_shapes.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_linear + self.num_layers * self.num_layer_vectors + self.num_outside
+
+    @property
+    def num_head(self) -> int:
+        """Elements of the head's matrix, tied or not."""
+        return self.vocab_size * self.width
+
+    def num_adapter(self, *, rank: int, targets: tuple[str, ...], dora: bool) -> int:
+        """Parameters of LoRA's two matrices, rank x columns and rows x rank, on each target; DoRA's magnitudes, too."""
+        sizes = [size for name, size in self.linears.items() if name in targets]
+        return self.num_layers * sum(rank * (rows + columns) + rows * dora for rows, columns in sizes)
+
+
+class _Reader:
+    """Reads one config.json; every value it gives is checked."""
+
+    def __init__(self, config: Mapping[str, Any], source: str) -> None:
+        self._config, self._source = config, source
+
+    def read(self) -> ModelDescription:
+        kind = self._config.get("model_type")
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            raise UnsupportedModel(
+                f"{self._source}: model_type {kind!r} is not known here; known are {', '.join(FAMILIES)}"
+            )
+        family = FAMILIES[kind]
+        sizes = {name: self._size(name, *family.keys[name]) for name in ("width", "num_layers", "num_heads")}
+        width, heads = sizes["width"], sizes["num_heads"]
+        kv_heads = self._size("num_kv_heads", "num_key_value_heads", default=heads)
+        head_width = self._size("head_width", "head_dim", default=max(1, width // heads))
+        description = ModelDescription(
+            model_type=kind,
+            **sizes,
+            num_kv_heads=kv_heads,
+            head_width=head_width,
+            ffn_width=self._size("ffn_width", *family.keys["ffn_width"]) if "ffn_width" in family.keys else 4 * width,
+            vocab_size=self._size("vocab_size", "vocab_size"),
+            max_context=self._size("max_context", "max_position_embeddings", default=2048, takes_null=False),
+            norm_eps=self._share("rms_norm_eps", 1e-6),
+            activation=self._activation(),
+            rope=read_rope(self._config, source=self._source),
+            ties_embeddings=self._flag("tie_word_embeddings", default=family.ties_by_default),
+            attention_bias=self._flag("attention_bias"),
+            mlp_bias=self._flag("mlp_bias"),
+            quantized_by=self._quantization(),
+            embedding_width=self._size("width", "word_embed_proj_dim", default=width),
+            has_final_norm=self._flag("do_layer_norm_before", default=True),
+        )
+        self._check(description)
+        return description
+
+    def _check(self, made: ModelDescription) -> None:
+        if made.num_heads % made.num_kv_heads:
+            self._refuse(
+                f"expected num_attention_heads to be a multiple of num_key_value_heads, found {made.num_heads} and "
+                f"{made.num_kv_heads}"
+            )
+        if made.family.block == "llama" and made.head_width % 2:
+            self._refuse(f"expected an even head width, for rotary embedding turns pairs; found {made.head_width}")
+        if self._config.get("head_dim") is None and made.width % made.num_heads:
+            self._refuse(f"hidden_size {made.width} does not divide into {made.num_heads} heads; give head_dim")
+
+    def _size(self, name: str, *keys: str, default: int | None = None, takes_null: bool = True) -> int:
+        """A whole number above 0 under the first of `keys` that is there; null stands for the default."""
+        key = next((key for key in keys if self._config.get(key) is not None), keys[0])
+        value = self._config.get(key)
+        if value is None and default is not None and (takes_null or key not in self._config):
+            return default
+        if key not in self._config:
+            self._refuse(f"{key!r} is missing; copy the model's own config.json again")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST[name]:
+            self._refuse(f"expected a whole number from 1 to {_MOST[name]:,} for {key!r}, found {value!r}")
+        return value
+
+    def _share(self, key: str, default: float) -> float:
+        value = self._config.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+            self._refuse(f"expected a number from 0 up to (not including) 1 for {key!r}, found {value!r}")
+        return float(value)
+
+    def _flag(self, key: str, *, default: bool = False) -> bool:
+        value = self._config.get(key, default)
+        if not isinstance(value, bool):
+            self._refuse(f"expected true or false for {key!r}, found {value!r}")
+        return value
+
+    def _activation(self) -> str:
+        value = self._config.get("hidden_act", "silu")
+        if not isinstance(value, str):
+            self._refuse(f"expected the name of an activation for 'hidden_act', found {value!r}")
+        return _SAME_ACTIVATION.get(value, value)
+
+    def _quantization(self) -> str:
+        value = self._config.get("quantization_config") or {}
+        if not isinstance(value, Mapping):
+            self._refuse(f"expected an object for 'quantization_config', found {value!r}")
+        return str(value.get("quant_method") or "an unnamed method") if value else ""
+
+    def _refuse(self, what: str) -> None:
+        raise InputError(f"{self._source}: {what}")
