@@ -1,4 +1,4 @@
-"""Which engine serves a folder, and how it comes to life: read, divide the memory, warm up, say what became of it."""
+"""Chooses the engine for a folder and starts it: reads the weights, divides the memory, warms up, logs what it did."""
 
 import logging
 import sys
@@ -43,7 +43,7 @@ _TEMPLATE_TOKENS = 200  # more than the filled template has with any tokenizer
 
 
 def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = None) -> Engine:
-    """The engine ALPACA_ENGINE names, warm; auto takes the LLaMA engine wherever it knows the model.
+    """Start the engine that ALPACA_ENGINE names. auto takes the LLaMA engine if that supports the model.
 
     `folder` holds a model, or an adapter, whose base model is found by its config or the setting.
     Raises the errors of `alpaca.errors`.
@@ -67,7 +67,10 @@ def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = 
 
 
 def answer_one_request(engine: Engine) -> None:
-    """A real request through everything; it also leaves the Alpaca preamble in the cache. Raises what it fails with."""
+    """Answer one request, so that the first client need not wait. The Alpaca preamble stays in the cache.
+
+    Raises what the request fails with.
+    """
     template = "alpaca" if engine.max_context > _TEMPLATE_TOKENS else RAW_TEMPLATE
     asked = PredictionInputs(prompt="Hello", prompt_template=template, max_new_tokens=8, min_new_tokens=2)
     request = make_request(asked, engine.tokenizer, max_context=engine.max_context, adapters=engine.adapters)
@@ -104,7 +107,7 @@ def _load_transformers(served: ServedModel, settings: ServerSettings, phases: Ph
 
 
 def _load_llama(served: ServedModel, config: ModelDescription, settings: ServerSettings, phases: Phases) -> LlamaEngine:
-    """A LLaMA engine on the GPU, or the CPU where there is none."""
+    """Start a LLaMA engine on the GPU, or on the CPU if there is none."""
     check_for_llama(served.adapters, config)  # before the weights are read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(settings, device)
@@ -139,7 +142,7 @@ def _load_llama(served: ServedModel, config: ModelDescription, settings: ServerS
 
 
 def _load_tokenizer(served: ServedModel, config: ModelDescription) -> Tokenizer:
-    """The base's, which the model has rows for and every adapter was trained with."""
+    """The base model's tokenizer. Raises InputError if the model has too few rows for it, or an adapter has another."""
     tokenizer = load_tokenizer(served.base)
     tokenizer.require_rows(config.vocab_size, served.base)
     check_tokenizers(served.adapters, tokenizer)
@@ -147,7 +150,7 @@ def _load_tokenizer(served: ServedModel, config: ModelDescription) -> Tokenizer:
 
 
 def _log_loaded(served: ServedModel, settings: ServerSettings, runner: Runner, plan: MemoryPlan) -> None:
-    """One line: what is served, in which precision, and what the memory went to."""
+    """Log one line: what is served, in which precision, and what the memory is used for."""
     model, config = runner.model, runner.model.config
     logger.info(
         "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d blocks of %d tokens (%.2f GB), "
@@ -181,7 +184,7 @@ def _load_model(
 
 
 def choose_dtype(settings: ServerSettings, device: torch.device) -> torch.dtype:
-    """The precision asked for, else bfloat16 on a GPU and float32 on a CPU. Raises InputError where there is none."""
+    """The dtype of ALPACA_DTYPE, else bfloat16 on a GPU and float32 on a CPU. Raises InputError if the GPU lacks it."""
     wanted = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if wanted == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError("this GPU has no bfloat16 (Ampere and later have): set ALPACA_DTYPE to float16")

@@ -24,7 +24,7 @@ _OUTPUT_TILE = 64
 
 
 def add_low_rank(y: torch.Tensor, x: torch.Tensor, stack: LowRankStack, rows: AdapterRows) -> torch.Tensor:
-    """Change the layer's output y [N, O] for its input x [N, I] as each row's adapter does; in place, returned."""
+    """Apply each row's adapter to a layer's output y [N, O], given its input x [N, I]. Changes y and returns it."""
     x = x.contiguous()
     assert y.is_contiguous()
     narrow = _shrink(x, stack, rows.adapter_indices)
@@ -33,12 +33,12 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, stack: LowRankStack, rows: Ad
 
 
 def num_splits(width: int) -> int:
-    """Into how many sums that over `width` columns is split."""
+    """Number of parts into which a sum over `width` columns is split."""
     return min(triton.cdiv(width, _SPLIT), _MOST_SPLITS)
 
 
 def _shrink(x: torch.Tensor, stack: LowRankStack, adapter_indices: torch.Tensor) -> torch.Tensor:
-    """x A^T in parts of its sums: [splits, N, P r] float32; what rows without an adapter get is nobody's."""
+    """x A^T as partial sums, [splits, N, P r] float32. Rows without an adapter hold anything; no one reads them."""
     (num_rows, width), num_ranks = x.shape, stack.a.shape[1]
     splits = num_splits(width)
     narrow = torch.empty(splits, num_rows, num_ranks, dtype=torch.float32, device=x.device)

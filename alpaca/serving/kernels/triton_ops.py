@@ -136,7 +136,7 @@ def _rotate_and_store_kernel(
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, half: tl.constexpr,
     block_heads: tl.constexpr, block_half: tl.constexpr,
 ):  # fmt: skip
-    """A few heads of one token: queries, keys and values, told apart by masks."""
+    """Handles a few heads of one token. Masks tell queries, keys and values apart."""
     width: tl.constexpr = 2 * half
     first_value: tl.constexpr = num_heads + num_kv_heads
     row = tl.program_id(0).to(tl.int64)

@@ -1,4 +1,4 @@
-"""The LLaMA network over packed tokens and a paged key/value cache: shape, rotary table, and one forward pass.
+"""The LLaMA network over packed tokens and a key/value cache in blocks: rotary table, weights, and the forward pass.
 
 Legend: N packed tokens of a step, R rows that are sampled, D width, H heads, K key/value heads, d head width, F
 feed-forward width, V vocabulary, L layers, B blocks of the cache.
@@ -39,7 +39,7 @@ def rotary_table(config: ModelDescription, num_positions: int, dtype: torch.dtyp
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaLayer:
-    """One decoder layer's weights; projections that read the same input are one."""
+    """The weights of one decoder layer. Projections of the same input are one linear layer."""
 
     input_norm: torch.Tensor  # [D]
     qkv: Linear  # D -> (H + 2K) d
@@ -50,7 +50,7 @@ class LlamaLayer:
 
 
 class KeyValueCache:
-    """Keys and values in blocks; layer i's are `keys[i]` and `values[i]`, each [B, block, K, d]."""
+    """Keys and values in blocks: `keys[i]` and `values[i]` are those of layer i, each [B, block_size, K, d]."""
 
     def __init__(
         self, config: ModelDescription, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -64,7 +64,7 @@ class KeyValueCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU memory that is taken only when it is written to: torch.zeros writes it all at once."""
+    """Zeros. On a CPU their memory is taken only when it is written to, while torch.zeros writes it all at once."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
@@ -88,7 +88,7 @@ class Adapters:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaModel:
-    """The network on one device. `ops` is the module with the fused operations (torch or Triton)."""
+    """A LLaMA on one device. `ops` is the module with the fused operations, `ops` or `triton_ops`."""
 
     config: ModelDescription
     embedding: torch.Tensor  # [V, D]
@@ -109,7 +109,7 @@ class LlamaModel:
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights, without adapters."""
         linears = [self.head, *(p for layer in self.layers for p in (layer.qkv, layer.attention_out, layer.gate_up, layer.down))]  # fmt: skip  # noqa: E501
         norms = (2 * len(self.layers) + 1) * self.norm.nbytes
         is_shared = isinstance(self.head, PlainLinear) and self.head.weight.data_ptr() == self.embedding.data_ptr()
@@ -157,5 +157,5 @@ class LlamaModel:
         return y if stack is None else self.ops.add_low_rank(y, x, stack, adapters)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, D] -> [R, V]."""
+        """Logits [R, V] of hidden states [R, D]."""
         return self.head(hidden)
