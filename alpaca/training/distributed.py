@@ -60,7 +60,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def run_in_all(self, work: Callable[[], Result]) -> Result:
         """Do `work` in every process. An AlpacaError in one is raised in all, so that none waits for ever."""
         result, error = None, None
         try:

@@ -69,7 +69,9 @@ def train(
     check_recorder(settings.report)
     require_shared_folder(settings.checkpoints.output_dir, world)
     with contextlib.ExitStack() as stack:
-        world.together(lambda: stack.enter_context(locked(settings.checkpoints.output_dir)) if world.is_main else None)
+        world.run_in_all(
+            lambda: stack.enter_context(locked(settings.checkpoints.output_dir)) if world.is_main else None
+        )
         return _train_alone(settings, world, on_step=on_step, should_stop=should_stop)
 
 
@@ -92,7 +94,7 @@ def _train_alone(
     run = prepare(settings, world)
     if checkpoint:
         load_checkpoint(run.trainee, checkpoint)
-    world.together(lambda: _prepare_output(run, resumed=checkpoint is not None) if world.is_main else None)
+    world.run_in_all(lambda: _prepare_output(run, resumed=checkpoint is not None) if world.is_main else None)
     samples = _answer_before(run, resumed=checkpoint is not None)
     try:
         seconds = run_steps(run, on_step=on_step, should_stop=should_stop)

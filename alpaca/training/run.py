@@ -21,7 +21,7 @@ from alpaca.training.distributed import World, decide_gradient_sync, is_sharded
 from alpaca.training.model.base import Base, open_base
 from alpaca.training.model.building import count_parameters, group_parameters, import_libraries, load_model
 from alpaca.training.model.optimizer import StochasticAdamW
-from alpaca.training.planning.feasibility import check_plan, survey
+from alpaca.training.planning.feasibility import check_plan, find_smallest_hardware
 from alpaca.training.planning.plan import Plan
 from alpaca.training.report.summary import MemoryMeter
 from alpaca.training.schedule import count_steps, count_warmup_steps, learning_rate_factor
@@ -65,8 +65,8 @@ def prepare(settings: RunSettings, world: World) -> Run:
     num_steps = count_steps(settings.batch, steps_per_epoch)
     import_libraries()
     memory = MemoryMeter(world.device)
-    hardware = survey(settings, world)
-    plan = world.together(lambda: check_plan(settings, base, data, hardware, num_processes=world.num_processes))
+    hardware = find_smallest_hardware(settings, world)
+    plan = world.run_in_all(lambda: check_plan(settings, base, data, hardware, num_processes=world.num_processes))
     settings = _choose_checkpointing(settings, plan)
     _limit_memory(settings, world.device)
     if settings.tf32:

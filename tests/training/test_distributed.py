@@ -267,9 +267,9 @@ def test_whole_gradients_are_kept_where_they_fit():
 
 def test_an_error_of_one_process_is_one_of_all():
     world = World(rank=0, num_processes=1, device=torch.device("cpu"))
-    assert world.together(lambda: 3) == 3
+    assert world.run_in_all(lambda: 3) == 3
     with pytest.raises(InputError, match="mine"):
-        world.together(lambda: raise_error(InputError("mine")))
+        world.run_in_all(lambda: raise_error(InputError("mine")))
 
 
 def raise_error(error: Exception) -> None:

@@ -31,8 +31,8 @@ def require_shared_folder(output_dir: Path, world: World) -> None:
     number = world.gather(time.time_ns())[0]
     first, own = (output_dir / f".probe.{number}-{rank}.partial" for rank in (0, world.rank))
     try:
-        world.together(lambda: _write_first_probe(first) if world.is_main else None)
-        world.together(lambda: _write_probe(own, first))
+        world.run_in_all(lambda: _write_first_probe(first) if world.is_main else None)
+        world.run_in_all(lambda: _write_probe(own, first))
     finally:
         with contextlib.suppress(OSError):
             own.unlink(missing_ok=True)

@@ -41,16 +41,16 @@ def save_checkpoint(trainee: Trainee, output_dir: Path, *, keep: int) -> Path:
     """
     world, folder, partial = trainee.world, *_folders(trainee, output_dir)
 
-    def together(work: Callable[[], Result]) -> Result:
-        return world.together(functools.partial(_say_failure, work, folder))
+    def in_all(work: Callable[[], Result]) -> Result:
+        return world.run_in_all(functools.partial(_say_failure, work, folder))
 
     with contextlib.ExitStack() as aside:
-        together(lambda: _open_aside(aside, trainee, folder) if world.is_main else None)
-        files = together(lambda: _write_shards(trainee, partial))
-        together(lambda: _read_back(partial, files))
+        in_all(lambda: _open_aside(aside, trainee, folder) if world.is_main else None)
+        files = in_all(lambda: _write_shards(trainee, partial))
+        in_all(lambda: _read_back(partial, files))
         all_files = {name: digest for part in world.gather(files) for name, digest in part.items()}
-        together(lambda: _write_state(trainee, partial, all_files) if world.is_main else None)
-        together(aside.close)  # renames the folder to its final name
+        in_all(lambda: _write_state(trainee, partial, all_files) if world.is_main else None)
+        in_all(aside.close)  # renames the folder to its final name
     if world.is_main:
         _remove_oldest(output_dir, keep=keep, newest=folder)
     world.wait_for_all()

@@ -1,4 +1,4 @@
-"""An adapter put on a frozen base: which layers it changes, and its matrices."""
+"""Puts an adapter on a frozen base: which layers it changes, and its matrices."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_adapter(model: "PreTrainedModel", settings: ModelSettings) -> nn.Module:
-    """The model with PEFT's LoRA around it, all else frozen; for full fine-tuning the model itself.
+    """Wrap the model in PEFT's LoRA and freeze all else. Full fine-tuning gets the model itself back.
 
     The adapter's first values depend on the seed alone. Raises InputError for target layers that are not there.
     """
@@ -46,7 +46,7 @@ def add_adapter(model: "PreTrainedModel", settings: ModelSettings) -> nn.Module:
 
 
 def choose_targets(model: "PreTrainedModel", asked: Sequence[str]) -> list[str]:
-    """The names of the linear layers that get an adapter. Raises InputError for one that no decoder layer has."""
+    """The names of the linear layers that get an adapter. Raises InputError for a name that no decoder layer has."""
     layer_class = find_layer_class(model)
     layers = [module for module in model.modules() if type(module).__name__ == layer_class]
     there = {

@@ -1,4 +1,4 @@
-"""The base of a run: which folder it is, what its files say of it, and its tokenizer."""
+"""The base of a run: its folder, the checks of that folder, and its tokenizer."""
 
 import functools
 import logging
@@ -25,7 +25,7 @@ class Base:
     """What training starts from.
 
     folder: the base model's.    tokenizer: its own or the one named, for full fine-tuning with a padding token.
-    dtype: of the weights in the folder; the final ones get it too unless asked otherwise.
+    dtype: that of most weights in the folder; the final weights get it, too, unless another is asked for.
     """
 
     folder: Path
@@ -34,7 +34,7 @@ class Base:
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
-        """Of its tensors; None where they are no safetensors."""
+        """A digest of the base's tensors, or None where its weights are not safetensors files."""
         return find_fingerprint(self.folder)
 
 
@@ -92,7 +92,7 @@ def _locate_tokenizer(settings: BaseSettings, model_folder: Path) -> Path:
 
 
 def _weights_dtype(folder: Path) -> torch.dtype:
-    """The dtype most of the folder's weights have; safetensors' headers know, older formats leave it to the config."""
+    """The dtype of most of the folder's weights, by the safetensors headers; for older formats by config.json."""
     if (folder / "model.safetensors").is_file() or (folder / INDEX_NAME).is_file():
         sizes: Counter[torch.dtype] = Counter()
         for spec in WeightsFolder(folder).specs():

@@ -1,4 +1,4 @@
-"""The model that is trained: full fine-tuning, LoRA and QLoRA differ here and in `adapting`, and nowhere else."""
+"""Builds the model that is trained. Full fine-tuning, LoRA and QLoRA differ here and in `adapting`, nowhere else."""
 
 import logging
 import math
@@ -32,19 +32,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# Loading ------------------------------------------------------------------------------------------------------
-
-
 def import_libraries() -> None:
     """Import what `load_model` needs, before a run's memory is measured: some 100 MB that are not the run's own."""
     from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
 
 
 def load_model(base: Base, settings: ModelSettings, world: World) -> nn.Module:
-    """The model to train, on this process's device and sharded over all of them; an adapter's is PEFT's around it.
+    """Load the model to train onto this process's device, sharded over all processes, with its adapter if there is one.
 
-    Where it is sharded, only rank 0 reads the weights, and no process but that one ever holds them whole; but a 4-bit
-    base each process reads, since its scales are no parameters.
+    A sharded model is read by rank 0 alone, and no other process ever holds it whole. A 4-bit base is the exception:
+    every process reads it, because its scales are not parameters that could be sent.
     """
     if settings.compile_layers:
         require_compiler()
@@ -72,7 +69,7 @@ def load_model(base: Base, settings: ModelSettings, world: World) -> nn.Module:
 
 
 def add_up_in_float32(model: nn.Module) -> None:
-    """Have autograd add up bfloat16 parameters' gradients in float32, at two bytes more each; not for sharded ones.
+    """Have autograd sum the gradients of bfloat16 parameters in float32, which takes two bytes more an element.
 
     In bfloat16 the sum of 128 micro-batches would be off by 1.3 % (rounded by chance 1.9 %), where one rounding is
     0.17 %; and it would depend on how a step is cut into micro-batches. Call it once a checkpoint is loaded: torch
@@ -84,7 +81,7 @@ def add_up_in_float32(model: nn.Module) -> None:
 
 
 def _dtype(settings: ModelSettings) -> torch.dtype:
-    """Of weights in memory: what is trained is float32 (fast: bfloat16); a frozen base has the dtype it computes in."""
+    """The dtype of weights in memory: float32 if trained (fast: bfloat16); a frozen base has the dtype of products."""
     low = settings.is_fast if settings.is_full else settings.bf16
     return torch.bfloat16 if low else torch.float32
 
@@ -114,11 +111,11 @@ def _load_whole(base: Base, settings: ModelSettings, world: World) -> "PreTraine
 
 
 def _quantized_loading(settings: ModelSettings, world: World) -> dict[str, object]:
-    """What from_pretrained needs to load linear layers in 8 or 4 bit on the device; nothing where they stay whole."""
+    """Arguments with which from_pretrained loads linear layers in 8 or 4 bit; empty where they stay whole."""
     quantization = settings.base_quantization
     if quantization == "none":
         return {}
-    if quantization == "int8":  # it says in each call that it computes in float16
+    if quantization == "int8":  # bitsandbytes warns in each call that it computes in float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     storage = _dtype(settings) if needs_sharding(world, settings.sharding) else torch.uint8
     how = bitsandbytes_config(quantization, _dtype(settings), storage_dtype=storage)
@@ -126,7 +123,7 @@ def _quantized_loading(settings: ModelSettings, world: World) -> dict[str, objec
 
 
 def _make_empty(base: Base, settings: ModelSettings) -> "PreTrainedModel":
-    """The same model with its parameters on the meta device, and its buffers real."""
+    """The model with its parameters on the meta device, which take no memory, and with real buffers."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -142,11 +139,13 @@ def _make_empty(base: Base, settings: ModelSettings) -> "PreTrainedModel":
 
 
 def _set_up(model: "PreTrainedModel", tokenizer: Tokenizer) -> "PreTrainedModel":
-    """Settings that weights do not hold: the tokenizer's special tokens, and no key/value cache while training."""
+    """Set what the weights do not hold: the tokenizer's special tokens, and no key/value cache while training."""
     config = model.config
     config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     config.use_cache = False
-    model.get_input_embeddings().padding_idx = None  # would stop that row's gradient, and may name a real token's
+    model.get_input_embeddings().padding_idx = (
+        None  # it would stop that row's gradient, and it may be a real token's row
+    )
     return model
 
 
@@ -161,13 +160,13 @@ def grow_embeddings(model: "PreTrainedModel", num_tokens: int) -> None:
     model.resize_token_embeddings(num_tokens, mean_resizing=False)
     tables = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
     with torch.no_grad():
-        for table in tables.values():  # one where input and output are tied
+        for table in tables.values():  # a single table where input and output are tied
             table[old:] = table[:old].mean(dim=0, keepdim=True)
     logger.info("embeddings grown from %d to %d rows; each new row is the mean of the others", old, num_tokens)
 
 
 def group_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
-    """Parameters for the optimizer: matrices decay, biases and norms do not."""
+    """The optimizer's parameter groups: weight decay holds for matrices, not for biases and norms."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
@@ -176,7 +175,7 @@ def group_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
 
 def count_parameters(model: nn.Module, *, trained_only: bool = False) -> int:
-    """Parameters, however they are stored: several 4-bit ones may be one element, of a type that sharding asks for."""
+    """The number of parameters by their shapes: stored in 4 bit, several of them share one element."""
     sizes: dict[int, int] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""What a run leaves: the final tensors, in which type, and whether an adapter reads back as it was."""
+"""The final weights of a run: its tensors, their dtype, and the proof that an adapter reads back as it was."""
 
 import logging
 from collections.abc import Sequence
@@ -21,15 +21,12 @@ from alpaca.training.model.layers import uncompiled
 logger = logging.getLogger(__name__)
 
 
-# The end of a run -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Final:
-    """What a finished run leaves, the tokenizer apart.
+    """The final weights and configs of a run.
 
-    tensors: by the names in the files; shards where the model is sharded.    stem: of the names of these files.
-    configs: JSON files by name; the first is the one by which a folder is known to be whole.
+    tensors: by their names in the files; shards where the model is sharded.    stem: how the files' names begin.
+    configs: contents of JSON files by name; a folder that has the first of them is whole.
     """
 
     tensors: dict[str, Tensor]
@@ -38,7 +35,7 @@ class Final:
 
 
 def describe_final(model: nn.Module, base: Base, dtype: torch.dtype) -> Final:
-    """The whole model with its configs, or the adapter with PEFT's. `dtype`: of the weights that will be written."""
+    """The whole model, or the adapter alone, with its configs. dtype: of the weights that will be written."""
     if is_adapted(model):
         return Final(tensors=final_tensors(model), stem=WEIGHTS_STEM, configs={CONFIG_NAME: adapter_config(model)})
     tokenizer = base.tokenizer
@@ -49,7 +46,7 @@ def describe_final(model: nn.Module, base: Base, dtype: torch.dtype) -> Final:
         **ids,
         "vocab_size": model.config.vocab_size,
         "dtype": dtype_name,
-        "torch_dtype": dtype_name,  # the name that older programs read
+        "torch_dtype": dtype_name,  # older programs read this name
     }
     return Final(
         tensors=final_tensors(model), stem="model", configs={"config.json": config, "generation_config.json": ids}
@@ -57,7 +54,7 @@ def describe_final(model: nn.Module, base: Base, dtype: torch.dtype) -> Final:
 
 
 def final_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the final files; of tied ones the first; of an adapter its own, under PEFT's names."""
+    """The tensors of the final files: the model's (of tied ones the first), or the adapter's under PEFT's names."""
     if is_adapted(model):
         from peft import get_peft_model_state_dict
 
@@ -68,20 +65,20 @@ def final_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def choose_save_dtype(settings: RunSettings, base: Base) -> torch.dtype:
-    """The dtype of the final weights: the one asked for, else that of the base model's, and an adapter's float32."""
+    """The dtype of the final weights: as asked for, else the base's, or float32 for an adapter."""
     if settings.checkpoints.final_dtype:
         return FLOAT_DTYPES[settings.checkpoints.final_dtype]
     return base.dtype if settings.model.is_full else torch.float32
 
 
-_SAME_LOGITS = 1e-3  # of the largest logit: how far those of a reloaded adapter may be off
-_SAME_ROUNDED_LOGITS = 0.03  # where it was saved in another dtype than float32
+_SAME_LOGITS = 1e-3  # how far a reloaded adapter's logits may be off, as a share of the largest
+_SAME_ROUNDED_LOGITS = 0.03  # the same for an adapter that was saved in another dtype than float32
 
 
 def find_adapter_fault(
     model: nn.Module, adapter: AdapterFolder | None, ids: Sequence[int], *, learned: bool, device: torch.device
 ) -> str:
-    """Why a written adapter is not the one in memory, or is the base; "" where all is well.
+    """Say why a written adapter is not the one in memory, or does nothing; "" where all is well.
 
     adapter: what was read back, on the main process.    ids: a text to compare logits on.
     learned: whether a step was taken with a learning rate above 0.
@@ -115,7 +112,7 @@ def find_adapter_fault(
 
 
 def _reloaded_logits(model: nn.Module, adapter: AdapterFolder, ids: Sequence[int], device: torch.device) -> Tensor:
-    """Logits by the adapter that PEFT reads from the folder, on the base in memory."""
+    """Logits of the base in memory with the adapter that PEFT reads from the folder."""
     model.load_adapter(str(adapter.path), "reloaded")
     try:
         model.set_adapter("reloaded")

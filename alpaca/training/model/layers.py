@@ -1,4 +1,4 @@
-"""What is done to decoder layers before they are trained: some are recomputed in the backward pass, all compiled."""
+"""Decoder layers: found in a model, recomputed in the backward pass, compiled."""
 
 import contextlib
 import functools
@@ -17,11 +17,8 @@ from alpaca.errors import InputError, MissingPackage
 logger = logging.getLogger(__name__)
 
 
-# What the model is made of --------------------------------------------------------------------------------------
-
-
 def find_layer_class(model: nn.Module) -> str:
-    """The class name of the decoder layers, as transformers names it, else that of the longest list of modules."""
+    """The decoder layers' class: the one that transformers names, else the class in the longest list of modules."""
     counts = Counter(type(module).__name__ for module in model.modules())
     named = [name for name in getattr(model, "_no_split_modules", None) or () if name in counts]
     if named:
@@ -31,7 +28,7 @@ def find_layer_class(model: nn.Module) -> str:
 
 
 def check_layer_class(asked: str | None, layer_class: str) -> None:
-    """Say so when `--fsdp_transformer_layer_cls_to_wrap` names another class than the model's own, which is used."""
+    """Warn if `--fsdp_transformer_layer_cls_to_wrap` names another class than the model's own, which is used anyway."""
     if asked and asked != layer_class:
         logger.warning(
             "--fsdp_transformer_layer_cls_to_wrap %s: the layers of this model are %s; they are used",
@@ -41,11 +38,11 @@ def check_layer_class(asked: str | None, layer_class: str) -> None:
 
 
 def checkpoint_layers(layers: Sequence[nn.Module], number: int) -> None:
-    """Have the first layers keep their inputs alone, and be recomputed in the backward pass with the same dropout.
+    """Have the first `number` layers keep only their inputs and be recomputed in the backward pass, with equal dropout.
 
-    The first, because their backward passes come last: what the others kept is gone by then. Not reentrant, so that
-    layers whose inputs need no gradient (after frozen embeddings) learn, too. Raises InputError for layers that
-    transformers cannot recompute.
+    The first layers are chosen because their backward passes come last, when the other layers' activations are freed.
+    Checkpoints are not reentrant, so that layers whose inputs need no gradient (after frozen embeddings) learn, too.
+    Raises InputError for layers that transformers cannot recompute.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -73,9 +70,10 @@ def require_compiler() -> None:
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
-    """Compile each layer's forward, lengths left open: they share one set of graphs, for micro-batches of any size.
+    """Compile each layer's forward for any length; all layers share one set of graphs.
 
-    The forward alone, so that hooks (FSDP's) and recomputation stay around it. Dropout is drawn as without compiling.
+    Only the forward is compiled, so that hooks (FSDP's) and recomputation stay around it. Dropout draws the same
+    numbers as without compiling.
     """
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, options={"fallback_random": True})
@@ -83,7 +81,7 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
 
 
 def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
-    """The layers as they were, for passes that are not training: each kind would be compiled anew for a few calls."""
+    """A context in which layers run uncompiled: passes that are not training would each be compiled for a few calls."""
     if any(getattr(module, "is_compiled", False) for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()

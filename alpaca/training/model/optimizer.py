@@ -1,4 +1,4 @@
-"""AdamW whose weights and moments may be bfloat16: what it writes is rounded up or down by chance."""
+"""AdamW for weights and moments that may be bfloat16; each written value is rounded up or down by chance."""
 
 import hashlib
 import math
@@ -55,7 +55,9 @@ class StochasticAdamW(torch.optim.Optimizer):
     def _step(self, parameter: Tensor, group: dict[str, object], number: int) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)  # a tensor, as in torch's: checkpoints hold tensors
+            state["step"] = torch.zeros(
+                (), dtype=torch.float32
+            )  # a tensor, as in torch's AdamW, since checkpoints hold tensors
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
         update = make_update(
@@ -74,7 +76,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 
 def make_update(group: dict[str, object], *, step: int, first_element: int, keys: tuple[int, int]) -> Update:
-    """The numbers of a step, counted from 1, by a parameter group's settings."""
+    """The numbers of step `step` (counted from 1) for a parameter group."""
     learning_rate, (beta1, beta2) = float(group["lr"]), group["betas"]
     return Update(
         decay=1 - learning_rate * group["weight_decay"],
@@ -90,13 +92,13 @@ def make_update(group: dict[str, object], *, step: int, first_element: int, keys
 
 
 def make_keys(seed: int, step: int, number: int) -> tuple[int, int]:
-    """Two keys (int32) of the random bits of a parameter, known by its number, in a step."""
+    """Two int32 keys of the random bits that a parameter, known by its number, gets in a step."""
     digest = hashlib.blake2b(f"{seed} {step} {number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
 
 
 def first_element(parameter: Tensor) -> int:
-    """The number of a shard's first element in the whole parameter; FSDP2 gives rows in equal parts, the last less."""
+    """The index of a shard's first element in the whole parameter. FSDP2 cuts rows evenly; the last may be smaller."""
     if not isinstance(parameter, DTensor):
         return 0
     mesh, rows = parameter.device_mesh, parameter.shape[0]
@@ -108,7 +110,7 @@ def first_element(parameter: Tensor) -> int:
 
 
 def _own_row(tensor: Tensor) -> Tensor:
-    """All elements that this process has, as one row that shares their memory; a gradient may be a copy."""
+    """All elements that this process holds, as one row over the same memory (a gradient's row may be a copy)."""
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     return (tensor if tensor.is_contiguous() else tensor.contiguous()).view(-1)

@@ -1,7 +1,7 @@
 """Examples laid end to end in one row, without padding: attention that stays inside each, and a head on targets alone.
 
-The recipe's batches stay what they are; only the waste goes. transformers' models take part through two of their own
-doors: an attention function registered by name, and `logits_to_keep` with the positions wanted.
+The recipe's batches stay as they are; only the padding goes. transformers' models allow it in two places: an attention
+function that is registered by name, and `logits_to_keep` with the wanted positions.
 
 Legend: N packed tokens, R target positions, H heads, K key/value heads, d head width, V vocabulary.
 """
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "alpaca_packed"
-CHUNK_LOGITS = 32 << 20  # elements of logits that exist at a time: 128 MB in float32
-# Where the head is frozen: no gradient of its weight is added up for each chunk. Above 32 MiB in float32: a CPU's heap
-# keeps smaller blocks.
+CHUNK_LOGITS = 32 << 20  # so many elements of logits exist at a time: 128 MB in float32
+# Chunks of a frozen head are smaller, since no gradient of its weight is added up for each. They stay above 32 MiB in
+# float32, because a CPU's heap keeps smaller blocks.
 FROZEN_CHUNK_LOGITS = 9 << 20
 
 
 class Packing:
     """Where packed examples begin and end, for all layers of a pass.
 
-    An object rather than the list of lengths: torch.compile would guard every length in it, and compile each layer anew
-    for each micro-batch; what it does not look into it does not guard.
+    It is an object because torch.compile guards every number of a list that it sees, and would compile each layer anew
+    for each micro-batch. It does not look into this object.
     """
 
     def __init__(self, lengths: list[int]) -> None:
@@ -37,7 +37,7 @@ class Packing:
         self._ends: Tensor | None = None
 
     def ends_on(self, device: torch.device) -> Tensor:
-        """0 and the end of each example, int32 on the device; copied there once, not in every layer."""
+        """0 and the end of each example, int32 on the device. They are copied there once, not in every layer."""
         if self._ends is None or self._ends.device != device:
             self._ends = torch.tensor([0, *self.lengths]).cumsum(0).to(device=device, dtype=torch.int32)
         return self._ends
@@ -59,14 +59,14 @@ def enable(model: "PreTrainedModel") -> bool:
 
 
 def keep_out_of_graphs() -> None:
-    """Have layers that are compiled call the attention as it is: it depends on the lengths, which always differ."""
+    """Keep the attention out of compiled layers: it depends on the lengths, which always differ."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, torch.compiler.disable(attend_within_examples))
 
 
 def chunk_rows(vocab_size: int, *, trained: bool) -> int:
-    """Positions whose logits exist at a time."""
+    """The number of positions whose logits exist at the same time."""
     return max(1, (CHUNK_LOGITS if trained else FROZEN_CHUNK_LOGITS) // vocab_size)
 
 
@@ -89,14 +89,14 @@ def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool) -> Te
             )
     finally:
         head.target_ids = None
-    return outputs.logits.sum()  # losses, by TargetHead
+    return outputs.logits.sum()  # TargetHead gives losses in place of logits
 
 
 class TargetHead(nn.Linear):
     """The output layer; where `target_ids` are set it gives their cross entropies instead of logits.
 
-    Logits are made a chunk of rows at a time, and made again for the gradient: all of them never exist. It is called,
-    and sharded, as the layer it was.
+    Logits are computed a chunk of rows at a time, and again for the gradient, so they never all exist. The layer is
+    called and sharded like the one it replaces.
     """
 
     target_ids: Tensor | None
@@ -133,12 +133,12 @@ def attend_within_examples(
 
     The signature is transformers' for attention functions.
     """
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotated queries and keys are float32
     if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout:
         return _attend_on_gpu(query, key, value, packing, scaling), None
     dtype = value.dtype
     if dtype == torch.bfloat16 and not query.is_cuda and not torch.is_autocast_enabled(query.device.type):
-        # A CPU's kernels for bfloat16 are kept for every length there has been, 1.6 MB each (torch 2.13).
+        # On a CPU torch 2.13 keeps a bfloat16 kernel of 1.6 MB for every length it has seen, so compute in float32.
         query, key, value = query.float(), key.float(), value.float()
     parts = [tensor.split(packing.lengths, dim=2) for tensor in (query, key, value)]
     mixed = [
@@ -151,7 +151,7 @@ def attend_within_examples(
 
 
 def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
-    """By torch's variable-length flash attention, as torch 2.11 has it: no grouped heads, causal as a window."""
+    """torch's variable-length flash attention. In torch 2.11 it has no grouped heads, and causal is a window."""
     from torch.nn.attention.varlen import varlen_attn
 
     group = query.shape[1] // key.shape[1]
@@ -163,4 +163,4 @@ def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, packing: Packing, 
 
 
 def _no_mask(*args: object, **kwargs: object) -> None:
-    """The lengths say it all."""
+    """No mask is needed: the attention function knows the examples' lengths."""

@@ -5,20 +5,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 16  # of a parameter in float32 at a time: they stay in a core's cache
+CHUNK_ELEMENTS = 1 << 16  # elements of a parameter that are computed at a time; in float32 they fit a core's cache
 # An integer hash of little bias: Chris Wellons, "Prospecting for hash functions" (lowbias32).
 FIRST_FACTOR, SECOND_FACTOR = 0x7FEB352D, 0x846CA68B
-# Of float32, without the sign: from the first on rounding up would leave the finite numbers; the second is infinity.
+# Bit patterns of float32 without the sign: rounding a value from LAST_FINITE on up would make it infinite.
 LAST_FINITE, INFINITY, QUIET = 0x7F7F0000, 0x7F800000, 0x00400000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The numbers of one parameter's step, those with a sign as int32.
+    """The numbers of one parameter's step; unsigned ones are stored as int32 of the same bits.
 
-    decay: what a weight is multiplied by before.    step_size: the learning rate over the first moment's bias.
-    root_scale: what the second moment's root is multiplied by, for its bias.    first_element: the number of the first
-    one here in the whole parameter.    keys: of the random bits.
+    decay: the factor of weight decay.    step_size: the learning rate divided by the first moment's bias correction.
+    root_scale: the second moment's bias correction of its root.    first_element: the index of the first element here
+    in the whole parameter.    keys: select the random bits.
     """
 
     decay: float
@@ -32,9 +32,6 @@ class Update:
     keys: tuple[int, int]
 
 
-# The update in torch --------------------------------------------------------------------------------------------
-
-
 def update_parameter(weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor, update: Update) -> None:
     """One step of AdamW on rows of equal length, in place: weights and both moments in bfloat16 or float32."""
     for start in range(0, len(weights), CHUNK_ELEMENTS):
@@ -43,7 +40,7 @@ def update_parameter(weights: Tensor, gradient: Tensor, first: Tensor, second: T
 
 
 def _update_chunk(weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor, update: Update, start: int) -> None:
-    """Products and sums each in an operation of its own: fused ones round once, and the kernel's are not."""
+    """Update one chunk. Products and sums are operations of their own, as in the kernel: fused ones would round once."""
     g, m, v = gradient.float(), first.float(), second.float()
     m = m + (g - m) * update.first_share
     v = v * update.second_kept + g * g * update.second_share
@@ -58,9 +55,9 @@ def _update_chunk(weights: Tensor, gradient: Tensor, first: Tensor, second: Tens
 
 
 def round_stochastically(values: Tensor, draws: Tensor) -> Tensor:
-    """float32 `values` as bfloat16: one of the two neighbours, which of them `draws` (int32 from 0 to 65535) decide.
+    """Round float32 `values` to one of their two bfloat16 neighbours; `draws` (int32 from 0 to 65535) decide which.
 
-    What bfloat16 can hold stays what it is. Finite values stay finite, infinities and NaNs what they are.
+    Values that bfloat16 can hold are kept. Finite values stay finite; infinities and NaNs stay as they are.
     """
     bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
@@ -72,7 +69,7 @@ def round_stochastically(values: Tensor, draws: Tensor) -> Tensor:
 def draw_bits(
     num_elements: int, first: int, keys: tuple[int, int], *, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Three numbers from 0 to 65535 (int32) for each element counted from `first`: of weight and moments."""
+    """Three numbers from 0 to 65535 (int32) for each element from index `first` on: for the weight and both moments."""
     index = torch.arange(num_elements, dtype=torch.int32, device=device) + as_signed(first)
     outer = _mix(index ^ keys[0])
     inner = _mix(outer ^ keys[1])
@@ -80,12 +77,12 @@ def draw_bits(
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """The hash, on int32 whose products wrap around and whose shifts drop the sign."""
+    """The hash on int32: products wrap around, and shifts fill with zeros."""
     bits = (bits ^ ((bits >> 16) & 0xFFFF)) * FIRST_FACTOR
     bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * as_signed(SECOND_FACTOR)
     return bits ^ ((bits >> 16) & 0xFFFF)
 
 
 def as_signed(number: int) -> int:
-    """The int32 with the lowest 32 bits of `number`."""
+    """The lowest 32 bits of `number` as a signed int32."""
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)

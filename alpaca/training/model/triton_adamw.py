@@ -1,6 +1,6 @@
-"""`optimizer.update_parameter` as one Triton kernel for NVIDIA GPUs: the same bits, in one pass over the memory.
+"""`rounding.update_parameter` as one Triton kernel for NVIDIA GPUs: the same bits, in one pass over the memory.
 
-Of a bfloat16 parameter it reads weight, gradient and two moments and writes weight and moments: 14 bytes an element.
+For a bfloat16 parameter it reads weight, gradient and two moments, and writes weight and moments: 14 bytes an element.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from alpaca.training.model.rounding import FIRST_FACTOR, INFINITY, LAST_FINITE, QUIET, SECOND_FACTOR, Update
 
-_BLOCK = 1024  # elements of a program; with 4 warps each thread has 8, 16 bytes of bfloat16
+_BLOCK = 1024  # elements of one program; with 4 warps each thread has 8 of them, 16 bytes of bfloat16
 _FIRST_FACTOR, _SECOND_FACTOR = tl.constexpr(FIRST_FACTOR), tl.constexpr(SECOND_FACTOR)
 _LAST_FINITE, _INFINITY, _QUIET = tl.constexpr(LAST_FINITE), tl.constexpr(INFINITY), tl.constexpr(QUIET)
 
@@ -19,7 +19,7 @@ def update_parameter(
 ) -> None:
     """One step of AdamW on rows of equal length, in place: weights and both moments in bfloat16 or float32."""
     num_elements = len(weights)
-    if not num_elements:  # a shard of a parameter with fewer rows than processes
+    if not num_elements:  # an empty shard: the parameter has fewer rows than there are processes
         return
     _adamw_kernel[(triton.cdiv(num_elements, _BLOCK),)](
         weights, gradient, first, second, num_elements, update.first_element, *update.keys,
@@ -61,7 +61,7 @@ def _adamw_kernel(
 
 @triton.jit
 def _mix(bits):
-    """The hash of `optimizer._mix`, on uint32."""
+    """The hash of `rounding._mix`, on uint32."""
     bits = (bits ^ (bits >> 16)) * _FIRST_FACTOR
     bits = (bits ^ (bits >> 15)) * _SECOND_FACTOR
     return bits ^ (bits >> 16)
@@ -69,7 +69,7 @@ def _mix(bits):
 
 @triton.jit
 def _round(values, draws):
-    """`optimizer.round_stochastically`: float32 to bfloat16 by uint32 draws from 0 to 65535."""
+    """`rounding.round_stochastically`: float32 to bfloat16 by uint32 draws from 0 to 65535."""
     bits = values.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     rounded = bits + tl.where(magnitude >= _LAST_FINITE, 0, draws)

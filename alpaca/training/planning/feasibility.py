@@ -17,10 +17,10 @@ from alpaca.training.planning.workload import make_setup
 logger = logging.getLogger(__name__)
 
 
-def survey(settings: RunSettings, world: World) -> Hardware:
-    """The device of a process that has the least for the run, the same in all of them; they call it together.
+def find_smallest_hardware(settings: RunSettings, world: World) -> Hardware:
+    """The hardware of the process with the least free memory. All processes call it together and get the same.
 
-    So all choose alike: which layers are recomputed, and when gradients are reduced.
+    So all of them choose alike which layers are recomputed and when gradients are reduced.
     """
     hardware = find_hardware(world.device)
     least = min(world.gather(hardware.memory_bytes))
@@ -28,7 +28,7 @@ def survey(settings: RunSettings, world: World) -> Hardware:
 
 
 def limit_hardware(hardware: Hardware, limit: str | None) -> Hardware:
-    """With no more than `--memory_limit`."""
+    """The same hardware with no more memory than `--memory_limit`."""
     if limit is None:
         return hardware
     memory = min(parse_memory_limit(limit), hardware.memory_bytes)
@@ -38,10 +38,10 @@ def limit_hardware(hardware: Hardware, limit: str | None) -> Hardware:
 def check_plan(
     settings: RunSettings, base: Base, data: EncodedDataset, hardware: Hardware, *, num_processes: int
 ) -> Plan | None:
-    """Make the plan for this hardware and log it; None for a model of another kind than those known.
+    """Make the plan for this hardware and log it. Returns None for a kind of model that cannot be planned.
 
-    A GPU's memory is what it is, so a run that cannot fit is refused: NotEnoughSpace. Main memory also holds what can
-    be dropped or swapped, and other processes come and go: there it is a warning, but for a limit that was asked for.
+    Raises NotEnoughSpace for a run that does not fit a GPU or the limit that was asked for. On a CPU without a limit
+    it is a warning: main memory also holds data that can be dropped or swapped, and other processes come and go.
     """
     try:
         planner = make_planner(settings, base, data)
@@ -62,7 +62,7 @@ def check_plan(
 
 
 def refusal(plan: Plan, planner: Planner) -> str:
-    """That a plan does not fit, by how much, and what would."""
+    """A sentence that a plan does not fit, by how much, and what would fit."""
     would = suggest_for(plan, planner)
     moment = plan.memory.peak_moment
     if recomputed := describe_checkpointing(plan):
@@ -75,7 +75,7 @@ def refusal(plan: Plan, planner: Planner) -> str:
 
 
 def suggest_for(plan: Plan, planner: Planner) -> list[str]:
-    """`Planner.suggest` for the setup that was asked for, in which the number of recomputed layers may be open."""
+    """Changes that would fit, starting from the setup that the user asked for."""
     asked = count_checkpointed(planner.settings.model.checkpointing, plan.shape.num_layers)
     setup = dataclasses.replace(plan.setup, num_checkpointed=asked, whole_gradients=False)
     return planner.suggest(setup, plan.hardware)

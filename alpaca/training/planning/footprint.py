@@ -15,12 +15,12 @@ from alpaca.architecture.description import ModelDescription
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.training.model.padding_free import chunk_rows
 from alpaca.training.model.rounding import CHUNK_ELEMENTS
-from alpaca.training.planning.workload import Setup, Work
+from alpaca.training.planning.workload import Setup, Workload
 
-# On a CPU glibc gives freed blocks back to the system only from 32 MiB on; smaller ones stay in a heap with holes. Held
-# besides what lives is about once what comes and goes in a backward pass (0.8 to 1.1 times, measured on models of 5 and
-# 20 M parameters; with adapters, whose blocks are many and small, once what a forward pass keeps). With
-# MALLOC_MMAP_THRESHOLD_=131072 in the environment it is nothing, and steps may take longer.
+# On a CPU glibc gives freed blocks back to the system only from 32 MiB on; smaller ones stay in a heap with holes. So
+# the process holds more than its live tensors: about as much again as a backward pass allocates and frees (0.8 to 1.1
+# times that, measured on models of 5 and 20 M parameters), or with adapters, whose blocks are many and small, as a
+# forward pass keeps. With MALLOC_MMAP_THRESHOLD_=131072 in the environment it is nothing, but steps may take longer.
 _HEAP_BLOCK = 32 << 20
 _PROCESS_BYTES = 6 << 20  # Python objects and late imports; measured too
 _PEFT_BYTES = 50 << 20  # what importing PEFT, with bitsandbytes, adds to the process; measured too
@@ -28,12 +28,9 @@ _CHUNKS = 16  # of the stochastic AdamW's float32 and int32 temporaries, at the 
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, an 8-bit scale for 64, a float32 scale for 256 of those
 
 
-# Memory -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device by part, and the most at a moment; host_bytes: in main memory instead, by offload."""
+    """Bytes on one device by part, and their peak. host_bytes: what offloading keeps in main memory instead."""
 
     weights_bytes: int
     copies_bytes: int  # of weights: autocast's in bfloat16, FSDP's gathered layers, a dequantized matrix
@@ -41,19 +38,19 @@ class Memory:
     optimizer_bytes: int
     activations_bytes: int
     logits_bytes: int
-    working_bytes: int  # what one layer's backward pass or the optimizer adds for a moment
-    overhead_bytes: int  # CUDA's context, or on a CPU what the heap and Python hold besides; empirical
+    working_bytes: int  # temporaries of one layer's backward pass, or of the optimizer
+    overhead_bytes: int  # CUDA's context; on a CPU what heap and Python hold besides the tensors (empirical)
     peak_bytes: int
     peak_moment: str
     host_bytes: int = 0
 
 
-def plan_memory(shape: ModelDescription, setup: Setup, work: Work) -> Memory:
-    """The parts, and the largest of the moments that hold several of them.
+def count_memory(shape: ModelDescription, setup: Setup, work: Workload) -> Memory:
+    """The bytes of each part, and the largest sum of parts that exist at the same moment.
 
-    Loss: everything saved by the forward pass, and the logits' chunk. Backward: gradients grow while activations go;
-    where micro-batches are accumulated the gradients of all are there from the second on. The layers that are
-    recomputed are the first ones, so that those of the others are gone when one of them comes to life. Step: AdamW.
+    The moments are: the loss (all saved activations and a chunk of logits), the backward pass (gradients grow while
+    activations are freed; with several micro-batches all gradients are there from the second one on) and the step of
+    AdamW. Recomputed layers are the first ones, so the other layers' activations are gone when theirs are made again.
     """
     weights, gradients = weights_bytes(shape, setup), gradient_bytes(shape, setup)
     accumulated = accumulated_bytes(shape, setup) if work.num_micro_batches > 1 else 0
@@ -71,7 +68,7 @@ def plan_memory(shape: ModelDescription, setup: Setup, work: Work) -> Memory:
         host, weights, optimizer, gradients = weights + optimizer + gradients, 0, 0, 0
     kept, above = weights + optimizer + overhead, 1 - setup.num_checkpointed / shape.num_layers
     passes = (
-        accumulated + copies + saved,  # before the last layer
+        accumulated + copies + saved,  # before the last layer's backward pass
         max(accumulated, int(above * gradients)) + copies + recomputed,  # in the last of those recomputed
         max(accumulated, gradients),  # in the first layer
     )
@@ -97,7 +94,7 @@ def count_trained(shape: ModelDescription, setup: Setup) -> int:
 
 
 def weights_bytes(shape: ModelDescription, setup: Setup) -> int:
-    """A process's share of them: float32 (fast: bfloat16) if trained; a frozen base in the dtype it computes in."""
+    """One process's share of the weights: float32 if trained (fast: bfloat16), else in the dtype of products."""
     if setup.method == "full":
         return setup.state_bytes * shape.num_parameters // setup.num_shards
     per_linear = {"none": setup.compute_bytes, "nf4": _NF4_BYTES, "int8": 1 + 4 / shape.width}[setup.base_quantization]
@@ -111,19 +108,19 @@ def moments_bytes(shape: ModelDescription, setup: Setup) -> int:
 
 
 def gradient_bytes(shape: ModelDescription, setup: Setup) -> int:
-    """Gradients, added up; of sharded ones the shard, which is what the optimizer steps with."""
+    """The summed gradients that the optimizer uses: whole ones, or this process's shard."""
     return setup.gradient_bytes * count_trained(shape, setup) // setup.num_shards
 
 
 def accumulated_bytes(shape: ModelDescription, setup: Setup) -> int:
-    """Gradients on the device between micro-batches: sharded ones as shards, which offload moves away, or whole."""
+    """Gradients that stay on the device between micro-batches: whole ones, or shards unless they are offloaded."""
     if setup.sharded and setup.whole_gradients:
         return 4 * count_trained(shape, setup)
     return 0 if setup.offload and setup.on_gpu else gradient_bytes(shape, setup)
 
 
 def bytes_for_gradients(shape: ModelDescription, setup: Setup, memory_bytes: int) -> int:
-    """What model, optimizer and CUDA's context leave of a device: that of which `keeps_gradients_whole` is asked."""
+    """What model, optimizer and CUDA's context leave free, by which `keeps_gradients_whole` decides."""
     context = CUDA_CONTEXT_BYTES if setup.on_gpu else 0
     if setup.offload and setup.on_gpu:
         return memory_bytes - context
@@ -131,9 +128,9 @@ def bytes_for_gradients(shape: ModelDescription, setup: Setup, memory_bytes: int
 
 
 def overhead_bytes(
-    shape: ModelDescription, setup: Setup, work: Work, *, transient_bytes: int, logits_bytes: int
+    shape: ModelDescription, setup: Setup, work: Workload, *, transient_bytes: int, logits_bytes: int
 ) -> int:
-    """What the tensors' sizes do not explain: CUDA's context; on a CPU the heap's holes, where blocks are small."""
+    """Memory besides the tensors: CUDA's context on a GPU; on a CPU the heap's holes, where blocks are small."""
     if setup.on_gpu:
         return CUDA_CONTEXT_BYTES
     limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _HEAP_BLOCK))
@@ -145,15 +142,15 @@ def overhead_bytes(
     return in_heap
 
 
-def _logits_rows(shape: ModelDescription, setup: Setup, work: Work) -> int:
-    """Positions whose logits exist at a time."""
+def _logits_rows(shape: ModelDescription, setup: Setup, work: Workload) -> int:
+    """The number of positions whose logits exist at the same time."""
     if not setup.padding_free:
         return work.max_targets
     return min(work.max_targets, chunk_rows(shape.vocab_size, trained=setup.method == "full"))
 
 
 def copies_bytes(shape: ModelDescription, setup: Setup) -> int:
-    """Copies of weights beside the weights.
+    """Bytes of copies that are made of the weights.
 
     Autocast keeps a bfloat16 copy of each float32 matrix until the forward pass ends, and the graph keeps it on. FSDP
     gathers embeddings and head for the whole pass, and two layers at a time, or all without resharding. A quantized
@@ -171,7 +168,7 @@ def copies_bytes(shape: ModelDescription, setup: Setup) -> int:
 
 
 def layer_bytes_per_token(shape: ModelDescription, setup: Setup) -> int:
-    """What autograd keeps of one decoder layer for each of N tokens, every operation in its order.
+    """Bytes that autograd keeps of one decoder layer for each of N tokens, operation by operation.
 
     Each of two norms: its input in float32 (D), the reciprocal root, the normalized row where its scale is trained.
     Inputs of q, k, v and of gate and up: one tensor where it has the products' dtype; under autocast from float32 each
@@ -202,20 +199,20 @@ def layer_bytes_per_token(shape: ModelDescription, setup: Setup) -> int:
     return total + inner * c * shape.ffn_width
 
 
-def layer_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
-    """What autograd keeps of one layer."""
+def layer_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
+    """Bytes that autograd keeps of one layer."""
     scores = 3 * setup.compute_bytes * shape.num_heads * work.max_length if shape.family.keeps_scores else 0
     return work.max_tokens * (layer_bytes_per_token(shape, setup) + scores)
 
 
-def saved_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
-    """What the forward pass leaves: the layers, of checkpointed ones the inputs; the last norm, the head's input."""
+def saved_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
+    """Bytes that the forward pass saves: all layers (of recomputed ones the input), the last norm, the head's input."""
     num_kept = shape.num_layers - setup.num_checkpointed
     return recomputed_bytes(shape, setup, work) + num_kept * layer_bytes(shape, setup, work)
 
 
-def recomputed_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
-    """What is left of that when the first checkpointed layer is recomputed: the other layers are done with."""
+def recomputed_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
+    """Bytes that are still saved when the first recomputed layer is made again: by then the other layers are freed."""
     s, width = setup.stream_bytes, shape.width
     full = setup.method == "full"
     rotary = 2 * s * (shape.query_width // shape.num_heads)
@@ -224,8 +221,8 @@ def recomputed_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
     return outside + setup.num_checkpointed * work.max_tokens * s * width
 
 
-def logits_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
-    """The loss's largest moment: a chunk's logits (padding-free), or all of them.
+def logits_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
+    """The most bytes that computing the loss takes: for a chunk of logits (padding-free), or for all of them.
 
     log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
     beside the gradient of the head's weight before it is added up.
@@ -239,10 +236,10 @@ def logits_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
     return max(scores, setup.compute_bytes * rows * shape.vocab_size + weight_gradient)
 
 
-def backward_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
-    """Gradients alive inside one layer: two of feed-forward width, three of the stream, and one matrix's.
+def backward_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
+    """Gradients alive inside one layer: two of feed-forward width, three of the residual stream's, and one matrix's.
 
-    FSDP holds those of a layer, and of what stands outside the layers, whole before it reduces them.
+    FSDP holds the gradients of a layer, and of all outside the layers, whole before it reduces them.
     """
     per_token = 2 * setup.compute_bytes * shape.ffn_width + 3 * setup.stream_bytes * shape.width
     whole = 0
@@ -255,10 +252,10 @@ def backward_bytes(shape: ModelDescription, setup: Setup, work: Work) -> int:
 
 
 def step_bytes(shape: ModelDescription, setup: Setup) -> int:
-    """AdamW's temporaries: none when fused, else two of its largest parameter.
+    """AdamW's temporaries: none when it is fused, else two of the size of the largest parameter.
 
-    Of fast numerics the float32 copy of a bfloat16 gradient that a CPU takes the norm of; AdamW itself goes through
-    chunks.
+    With fast numerics AdamW works through chunks, and the largest temporary is the float32 copy of a gradient that a
+    CPU makes to take its norm.
     """
     if (setup.on_gpu and not setup.offload) or setup.method != "full":
         return 0
@@ -268,9 +265,6 @@ def step_bytes(shape: ModelDescription, setup: Setup) -> int:
     return 2 * 4 * shape.num_head // setup.num_shards
 
 
-# Disk --------------------------------------------------------------------------------------------------------
-
-
 def checkpoint_bytes(shape: ModelDescription, setup: Setup) -> int:
-    """The weights that are trained and AdamW's two moments of them."""
+    """Bytes of a checkpoint: the trained weights and AdamW's two moments."""
     return 3 * setup.state_bytes * count_trained(shape, setup)

@@ -13,13 +13,12 @@ DEVICE_PEAKS = {  # dense bf16 FLOP/s by a word of the device's name, from NVIDI
     "B200": 2250e12, "H200": 989e12, "H100 PCIE": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "L4": 121e12, "A10G": 70e12, "A10": 125e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12,
 }  # fmt: skip
-# Assumptions.
-_GPU_RESERVE = 0.03  # of a card, lost to the allocator's fragments; assumed
-_ASSUMED_SHARE = 0.4  # of a device's peak that training reaches; published runs: 0.14 (Stanford) to 0.68 (fms-fsdp)
+_GPU_RESERVE = 0.03  # share of a card that the allocator loses to fragments; an assumption
+_ASSUMED_SHARE = 0.4  # share of peak FLOP/s; an assumption. Published runs: 0.14 (Stanford) to 0.68 (fms-fsdp)
 
 
 def find_device_peak(name: str) -> float | None:
-    """A GPU's dense bfloat16 FLOP/s by its data sheet; None for one not listed."""
+    """A GPU's dense bfloat16 FLOP/s by its data sheet, or None for a GPU that is not listed."""
     words = name.upper()
     return next((peak for part, peak in DEVICE_PEAKS.items() if all(word in words for word in part.split())), None)
 
@@ -34,19 +33,16 @@ def measure_cpu_flops() -> float:
     return 8 * 2 * 512**3 / (time.perf_counter() - start)
 
 
-# The plan -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What a plan is for. memory_bytes: for the run on each device; peak_flops: None where unknown."""
+    """The hardware of a plan. memory_bytes: what the run may use on each device.    peak_flops: None where unknown."""
 
     name: str
     memory_bytes: int
     on_gpu: bool
     peak_flops: float | None
-    flops: float  # a device's rate that times are reckoned with
-    flops_are: str  # how that rate is known
+    flops: float  # FLOP/s of one device, by which times are estimated
+    flops_are: str  # where that rate comes from, in words
 
     @property
     def usable_bytes(self) -> int:
@@ -54,7 +50,7 @@ class Hardware:
 
 
 def find_hardware(device: torch.device) -> Hardware:
-    """The device there is, with the memory that is free on it now."""
+    """This machine's device and the memory that is free on it now."""
     if device.type != "cuda":
         return Hardware(
             name="this CPU", memory_bytes=own_free_memory(device), on_gpu=False, peak_flops=None,
@@ -62,12 +58,12 @@ def find_hardware(device: torch.device) -> Hardware:
             flops_are="half of what float32 matrix products reach here now",
         )  # fmt: skip
     name = torch.cuda.get_device_name(device)
-    # The context is taken already, so the plan's must not be asked for twice.
+    # The context exists already, and the plan counts it: add it, so that it is not counted twice.
     return assume_gpu(name, own_free_memory(device) + CUDA_CONTEXT_BYTES, find_device_peak(name))
 
 
 def assume_gpu(name: str, memory_bytes: int, peak: float | None) -> Hardware:
-    """A GPU at the share of its peak (dense bfloat16 FLOP/s; None where unknown) that training is assumed to reach."""
+    """A GPU that is assumed to reach a usual share of its peak. peak: dense bfloat16 FLOP/s, None where unknown."""
     flops = _ASSUMED_SHARE * (peak or DEVICE_PEAKS["A100"])
     known = f"{_ASSUMED_SHARE:.0%} of {peak / 1e12:,.0f}" if peak else f"{_ASSUMED_SHARE:.0%} of an A100's"
     return Hardware(

@@ -1,8 +1,8 @@
-"""What a run will take, worked out before a weight is loaded: parameters, steps, memory by part, disk, time.
+"""What a run will take, computed before a weight is loaded: parameters, steps, memory by part, disk and time.
 
-`train` makes the plan for the device it finds and refuses a GPU that is too small; `--plan_only` (plan_command.py)
-shows it for any. Bytes are counted in footprint.py; here are time, what fits, and what would. Figures of GPUs are not
-measured yet.
+Training makes the plan for the device it finds and refuses a GPU that is too small; `--plan_only` (command.py) shows it
+for any hardware. Bytes are counted in footprint.py; this module adds time and finds settings that fit. Figures of GPUs
+are not measured yet.
 """
 
 import dataclasses
@@ -21,19 +21,22 @@ from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.distributed import keeps_gradients_whole
 from alpaca.training.model.base import Base
 from alpaca.training.model.final import choose_save_dtype
-from alpaca.training.planning.footprint import Memory, bytes_for_gradients, checkpoint_bytes, count_trained, plan_memory
+from alpaca.training.planning.footprint import (
+    Memory,
+    bytes_for_gradients,
+    checkpoint_bytes,
+    count_memory,
+    count_trained,
+)
 from alpaca.training.planning.hardware import GPU_COUNTS, Hardware
-from alpaca.training.planning.workload import Setup, Work, measure_work, read_model
+from alpaca.training.planning.workload import Setup, Workload, measure_workload, read_model
 from alpaca.training.schedule import count_steps
 
 logger = logging.getLogger(__name__)
 
 
-# Time --------------------------------------------------------------------------------------------------------
-
-
-def count_flops(shape: ModelDescription, setup: Setup, work: Work) -> float:
-    """Of the whole run: 2 a token and weight forward, 2 for the gradient of the input, 2 for that of the weight.
+def count_flops(shape: ModelDescription, setup: Setup, work: Workload) -> float:
+    """FLOP of the whole run: per token and weight 2 forward, 2 for the input's gradient and 2 for the weight's.
 
     The head works on targets alone; embeddings are looked up; attention's own products are left out (under 3 % at
     512 tokens of a 7B model). Checkpointing repeats its layers' forward pass.
@@ -45,7 +48,7 @@ def count_flops(shape: ModelDescription, setup: Setup, work: Work) -> float:
 
 
 def share_of_peak(plan: "Plan", tokens_per_second: float) -> float | None:
-    """The part of the devices' peak that is put to use: of what the run needs, repeated work does not count."""
+    """The share of the devices' peak FLOP/s that is used. Recomputed work does not count as used."""
     if plan.hardware.peak_flops is None:
         return None
     once = dataclasses.replace(plan.setup, num_checkpointed=0)
@@ -57,12 +60,12 @@ def share_of_peak(plan: "Plan", tokens_per_second: float) -> float | None:
 class Plan:
     shape: ModelDescription
     setup: Setup
-    work: Work
+    work: Workload
     memory: Memory
     hardware: Hardware
     num_trained: int
     checkpoint_bytes: int
-    num_checkpoints: int  # at once on the disk: those kept, and the one being written
+    num_checkpoints: int  # on the disk at the same time: those that are kept and the one being written
     final_bytes: int
     seconds: float
 
@@ -86,7 +89,7 @@ class Planner:
     num_steps: int
 
     def plan(self, setup: Setup, hardware: Hardware) -> Plan:
-        """The plan with the fewest recomputed layers that fits, where their number is open; else the leanest."""
+        """The plan for a setup; an open number of recomputed layers becomes the fewest that fit, else least memory."""
         numbers = [setup.num_checkpointed]
         if setup.num_checkpointed is None:
             numbers = range(self.shape.num_layers + 1)
@@ -98,7 +101,7 @@ class Planner:
         return min(plans, key=lambda plan: plan.memory.peak_bytes)
 
     def _plan(self, setup: Setup, hardware: Hardware) -> Plan:
-        """With gradients kept whole between micro-batches where training would, unless they are what does not fit."""
+        """A plan that keeps whole gradients between micro-batches where training would and where it then fits."""
         whole = dataclasses.replace(setup, whole_gradients=True)
         if setup.sharded and keeps_gradients_whole(
             count_trained(self.shape, setup), bytes_for_gradients(self.shape, setup, hardware.memory_bytes)
@@ -125,23 +128,23 @@ class Planner:
         )
 
     def memory(self, setup: Setup) -> Memory:
-        """What no hardware decides: the memory of a setup in which nothing is open."""
-        return plan_memory(self.shape, setup, self._work(setup))
+        """The memory of a setup in which no number is open. It does not depend on the hardware."""
+        return count_memory(self.shape, setup, self._work(setup))
 
-    def _work(self, setup: Setup) -> Work:
+    def _work(self, setup: Setup) -> Workload:
         layout = (setup.micro_batch_size, setup.num_processes, setup.padding_free)
         if layout not in self._works:
-            self._works[layout] = measure_work(
+            self._works[layout] = measure_workload(
                 setup, self.data, num_steps=self.num_steps, seed=self.settings.batch.seed
             )
         return self._works[layout]
 
     @functools.cached_property
-    def _works(self) -> dict[tuple, Work]:
+    def _works(self) -> dict[tuple, Workload]:
         return {}
 
     def suggest(self, setup: Setup, hardware: Hardware) -> list[str]:
-        """Changes of the command that would fit, the least ones; several together only where no single one does."""
+        """The smallest changes of the command that would fit; several at once only where no single one is enough."""
         found: list[str] = []
         for group in _changes(setup, self.shape.family.adapter_targets):
             found = [text for text, changed in group if self.plan(changed, hardware).fits]
@@ -156,7 +159,7 @@ def _changes(setup: Setup, targets: tuple[str, ...]) -> Iterator[list[tuple[str,
     recompute, micro = "--gradient_checkpointing auto", "--per_device_train_batch_size 1"
     single = [(recompute, {"num_checkpointed": None}), (micro, {"micro_batch_size": 1})]
     small, both = {"num_checkpointed": None, "micro_batch_size": 1}, f"{recompute} {micro}"
-    if setup.num_checkpointed is None:  # it is open, and is so in what follows
+    if setup.num_checkpointed is None:  # it stays open in all changed setups
         single, both = single[1:], micro
     back = " --numerics stanford" if setup.fast else ""
     methods = [
@@ -176,7 +179,7 @@ def _changes(setup: Setup, targets: tuple[str, ...]) -> Iterator[list[tuple[str,
 
 
 def _adapted(setup: Setup, targets: tuple[str, ...], *, quantization: str, method: str) -> dict[str, object]:
-    """The default adapter on a base that is frozen."""
+    """Values of a setup with the default adapter on a frozen base."""
     own = {"lora_targets": setup.lora_targets, "lora_rank": setup.lora_rank, "lora_dropout": setup.lora_dropout}
     if not setup.lora_targets:
         own = {
@@ -208,9 +211,6 @@ def plan_json(plan: Plan) -> dict[str, object]:
         "tokens_per_second": round(plan.work.num_tokens / plan.seconds, 1),
         "fits": plan.fits,
     }
-
-
-# At the start of a run ------------------------------------------------------------------------------------------
 
 
 def make_planner(settings: RunSettings, base: Base, data: EncodedDataset) -> Planner:

@@ -16,17 +16,13 @@ from alpaca.training.configuration.config import ALL_LINEAR
 from alpaca.training.configuration.parsing import count_checkpointed
 from alpaca.training.configuration.settings import RunSettings
 
-# Empirical.
-_MOST_SIMULATED = 500  # steps whose micro-batches are laid out to find the largest
-GPUS_PER_MACHINE = 8  # where nothing says their number
-
-
-# The run ------------------------------------------------------------------------------------------------------
+_MOST_SIMULATED = 500  # the largest micro-batch is looked for in that many steps
+GPUS_PER_MACHINE = 8  # assumed where nothing says their number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What of a configuration decides memory and time."""
+    """The settings that decide a run's memory and time."""
 
     method: str = "full"
     lora_rank: int = 0
@@ -37,15 +33,15 @@ class Setup:
     micro_batch_size: int = 4
     global_batch_size: int = 128
     max_length: int = 512
-    num_checkpointed: int | None = 0  # the first layers, whose activations are recomputed; None: a planner chooses
-    whole_gradients: bool = False  # between micro-batches, where parameters are sharded
+    num_checkpointed: int | None = 0  # recomputed layers, the first ones; None: the planner chooses
+    whole_gradients: bool = False  # of sharded parameters: whether kept whole between micro-batches
     padding_free: bool = True
     offload: bool = False
     reshard: bool = True
     bf16: bool = True
     numerics: str = "stanford"
     num_processes: int = 1
-    on_machine: int = GPUS_PER_MACHINE  # processes of a machine, at the most
+    on_machine: int = GPUS_PER_MACHINE  # the most processes on one machine
     hybrid: bool = False  # each machine has a copy of the model
     on_gpu: bool = True
 
@@ -55,7 +51,7 @@ class Setup:
 
     @property
     def num_shards(self) -> int:
-        """Processes that a copy of the model is cut into parts for."""
+        """The number of processes that one copy of the model is sharded over."""
         return min(self.on_machine, self.num_processes) if self.hybrid else self.num_processes
 
     @property
@@ -64,32 +60,32 @@ class Setup:
 
     @property
     def state_bytes(self) -> int:
-        """Of an element that is trained, and of either of its moments."""
+        """Bytes of a trained element, and of each of its two moments."""
         return 2 if self.fast else 4
 
     @property
     def adds_up_in_float32(self) -> bool:
-        """Whether gradients have another dtype than their bfloat16 parameters: see `model.add_up_in_float32`."""
+        """Whether bfloat16 parameters have float32 gradients: see `building.add_up_in_float32`."""
         num_micro_batches = -(-self.global_batch_size // (self.micro_batch_size * self.num_processes))
         return self.fast and not self.sharded and num_micro_batches > 1
 
     @property
     def gradient_bytes(self) -> int:
-        """Of an element's gradient."""
+        """Bytes of one element's gradient."""
         return 4 if self.adds_up_in_float32 else self.state_bytes
 
     @property
     def compute_bytes(self) -> int:
-        """Of an element in matrix products."""
+        """Bytes of one element in matrix products."""
         return 2 if self.bf16 or self.fast else 4
 
     @property
     def stream_bytes(self) -> int:
-        """Of an element of the residual stream: it has the embeddings' dtype, float32 under autocast alone."""
+        """Bytes of one element of the residual stream, which has the embeddings' dtype: float32 under autocast."""
         return 2 if self.fast or (self.bf16 and (self.sharded or self.method != "full")) else 4
 
     def trains(self, linear: str) -> bool:
-        """Whether a gradient of this matrix, or of an adapter on it, needs the matrix's input."""
+        """Whether the backward pass needs this matrix's input: the matrix is trained, or an adapter on it is."""
         return self.method == "full" or linear in self.lora_targets
 
 
@@ -144,20 +140,20 @@ def _targets(asked: Sequence[str], shape: ModelDescription) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """What there is to do. The largest micro-batch is that of the steps that were laid out."""
+class Workload:
+    """The work of a run, and its largest micro-batch (see `measure_workload`)."""
 
     num_examples: int
-    num_tokens: int  # of the whole run
+    num_tokens: int  # tokens of the whole run
     num_targets: int
     num_steps: int
-    num_micro_batches: int  # of a step and process, at the most
+    num_micro_batches: int  # the most in one step of one process
     max_tokens: int  # N of the largest micro-batch, padding included
-    max_targets: int  # R; padded micro-batches make logits of all N
+    max_targets: int  # R of the largest; padded micro-batches make logits of all N
     max_length: int  # of an example
 
 
-def measure_work(setup: Setup, data: EncodedDataset, *, num_steps: int, seed: int) -> Work:
+def measure_workload(setup: Setup, data: EncodedDataset, *, num_steps: int, seed: int) -> Workload:
     """Lay out the micro-batches of the first steps as training does, and take the largest."""
     largest, targets, most = 0, 0, 0
     for step in range(min(num_steps, _MOST_SIMULATED)):
@@ -172,7 +168,7 @@ def measure_work(setup: Setup, data: EncodedDataset, *, num_steps: int, seed: in
                 targets = max(targets, int(data.target_counts[own].sum()))
     steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=setup.global_batch_size)
     share = num_steps * min(setup.global_batch_size * steps_per_epoch, len(data)) / steps_per_epoch / len(data)
-    return Work(
+    return Workload(
         num_examples=len(data),
         num_tokens=round(share * int(data.lengths.sum())),
         num_targets=round(share * int(data.target_counts.sum())),

@@ -38,9 +38,9 @@ from alpaca.training.model import padding_free
 from alpaca.training.model.layers import checkpoint_layers
 from alpaca.training.planning import feasibility, hardware, words
 from alpaca.training.planning.command import format_table, open_planner, print_plan
-from alpaca.training.planning.footprint import count_trained, plan_memory, saved_bytes
+from alpaca.training.planning.footprint import count_memory, count_trained, saved_bytes
 from alpaca.training.planning.hardware import Hardware
-from alpaca.training.planning.workload import Setup, Work, make_setup, read_model
+from alpaca.training.planning.workload import Setup, Workload, make_setup, read_model
 from tests.conftest import ROOT
 from tests.training.conftest import SAMPLE, SETTINGS, flags, run_train
 
@@ -204,9 +204,9 @@ def test_checkpointing_leaves_the_inputs_of_layers(number: int, tmp_path: Path):
     assert kept * 0.998 <= expected <= kept * 1.002 + 2 * num_tokens * 64 * 4 * (number == 2)
 
 
-def work(**values: int) -> Work:
+def work(**values: int) -> Workload:
     defaults = {"num_examples": 4, "num_tokens": 256, "num_targets": 128, "num_steps": 1, "num_micro_batches": 1}
-    return Work(**{**defaults, "max_tokens": 2048, "max_targets": 1024, "max_length": 100, **values})
+    return Workload(**{**defaults, "max_tokens": 2048, "max_targets": 1024, "max_length": 100, **values})
 
 
 # The peak of real processes -------------------------------------------------------------------------------------
@@ -301,35 +301,35 @@ def llama_7b(tmp_path: Path, sentencepiece_model: Path) -> Path:
 
 def test_parts_of_a_known_model(llama_7b: Path):
     shape = read_model(llama_7b)
-    memory = plan_memory(shape, Setup(), work(num_micro_batches=16))
+    memory = count_memory(shape, Setup(), work(num_micro_batches=16))
     assert shape.num_parameters == 6_738_415_616
     assert memory.weights_bytes == memory.gradients_bytes == 4 * shape.num_parameters
     assert memory.optimizer_bytes == 8 * shape.num_parameters
     parts = words.memory_parts(memory)
     assert max(parts.values()) < memory.peak_bytes <= sum(parts.values())
-    fast = plan_memory(shape, Setup(numerics="fast"), work(num_micro_batches=16))
+    fast = count_memory(shape, Setup(numerics="fast"), work(num_micro_batches=16))
     assert fast.weights_bytes == 2 * shape.num_parameters
     assert fast.gradients_bytes == 4 * shape.num_parameters  # added up in float32
-    at_once = plan_memory(shape, Setup(numerics="fast", micro_batch_size=128), work())
+    at_once = count_memory(shape, Setup(numerics="fast", micro_batch_size=128), work())
     assert at_once.gradients_bytes == 2 * shape.num_parameters
     assert fast.optimizer_bytes == 4 * shape.num_parameters
     assert fast.copies_bytes == 0
-    sharded = plan_memory(shape, Setup(num_processes=4), work(num_micro_batches=4))
+    sharded = count_memory(shape, Setup(num_processes=4), work(num_micro_batches=4))
     assert sharded.weights_bytes == shape.num_parameters
-    offloaded = plan_memory(shape, Setup(offload=True), work(num_micro_batches=16))
+    offloaded = count_memory(shape, Setup(offload=True), work(num_micro_batches=16))
     assert offloaded.host_bytes == 16 * shape.num_parameters
     assert offloaded.weights_bytes == offloaded.optimizer_bytes == 0
     lower = dataclasses.replace(Setup(), num_checkpointed=32)
     assert (
-        plan_memory(shape, lower, work()).activations_bytes
-        < 0.2 * plan_memory(shape, Setup(), work()).activations_bytes
+        count_memory(shape, lower, work()).activations_bytes
+        < 0.2 * count_memory(shape, Setup(), work()).activations_bytes
     )
 
 
 def test_quantized_bases_are_smaller(llama_7b: Path):
     shape, adapter = read_model(llama_7b), {"lora_rank": 8, "lora_targets": ("q_proj", "v_proj")}
     lora, int8, nf4 = (
-        plan_memory(shape, Setup(method=method, base_quantization=kind, **adapter), work()).weights_bytes / 1e9
+        count_memory(shape, Setup(method=method, base_quantization=kind, **adapter), work()).weights_bytes / 1e9
         for method, kind in (("lora", "none"), ("lora", "int8"), ("qlora", "nf4"))
     )
     assert (lora, int8, nf4) == pytest.approx((13.5, 7.0, 3.9), abs=0.1)
@@ -357,7 +357,7 @@ def test_quantized_bases_are_smaller(llama_7b: Path):
 def test_what_fits_and_what_would(card, arguments, fits, would, llama_7b: Path, records: Path, tmp_path: Path):
     config = TrainConfig(
         model_name_or_path=str(llama_7b), data_path=str(records), output_dir=str(tmp_path / "out"),
-        plan_only=True, plan_memory=card, **arguments,
+        plan_only=True, count_memory=card, **arguments,
     )  # fmt: skip
     shown: list[str] = []
     if fits:
@@ -397,7 +397,7 @@ def test_gradients_are_planned_whole_where_training_keeps_them_so(llama_7b: Path
 def test_a_plan_for_a_run_of_quantized_weights_in_little_memory(llama_7b: Path, records: Path, tmp_path: Path):
     """LLaMA-7B by QLoRA in what torchtune's figure for an 8B is, 7.4 GiB, by recomputing just enough."""
     settings = {"model_name_or_path": str(llama_7b), "data_path": str(records), "output_dir": str(tmp_path / "out")}
-    micro = {"method": "qlora", "per_device_train_batch_size": 2, "plan_memory": "24GB", "plan_only": True}
+    micro = {"method": "qlora", "per_device_train_batch_size": 2, "count_memory": "24GB", "plan_only": True}
     shown: list[str] = []
     print_plan(TrainConfig(**settings, **micro, memory_limit="7.4GiB"), show=shown.append)
     found = json.loads(shown[-1])
@@ -424,7 +424,7 @@ def test_a_hybrid_sharding_shards_inside_a_machine(llama_7b: Path, records: Path
 
     def find(words: str, **values: int) -> tuple[dict, str]:
         return plan_of(
-            TrainConfig(**base, plan_only=True, plan_memory="80GB", plan_gpus=16, fsdp=f"{words} auto_wrap", **values)
+            TrainConfig(**base, plan_only=True, count_memory="80GB", plan_gpus=16, fsdp=f"{words} auto_wrap", **values)
         )
 
     (full, _), (hybrid, table) = find("full_shard"), find("hybrid_shard")
@@ -439,7 +439,7 @@ def test_a_hybrid_sharding_shards_inside_a_machine(llama_7b: Path, records: Path
     with pytest.raises(InputError, match=r"found --plan_gpus 16 in machines of 6; say how many .*per_machine"):
         find("hybrid_shard", plan_gpus_per_machine=6)
     shape = read_model(llama_7b)
-    shards = plan_memory(shape, Setup(num_processes=16, hybrid=True), work(num_micro_batches=4))
+    shards = count_memory(shape, Setup(num_processes=16, hybrid=True), work(num_micro_batches=4))
     assert shards.gradients_bytes == 4 * total // 8
 
 
@@ -457,7 +457,7 @@ def test_the_table_of_gpus_is_the_same_from_a_machine_without_one(llama_7b: Path
         model_name_or_path=str(llama_7b), data_path=str(records), output_dir=str(tmp_path / "out"), plan_only=True,
         numerics="stanford", plan_gpus=4,
     )  # fmt: skip
-    (here, _), (named, table) = plan_of(config), plan_of(dataclasses.replace(config, plan_memory="80GB"))
+    (here, _), (named, table) = plan_of(config), plan_of(dataclasses.replace(config, count_memory="80GB"))
     assert here["cards"] == named["cards"]
     row = next(row for row in named["cards"] if row["gpus"] == 4)
     assert row["peak_bytes"]["80GB"] == named["memory"]["peak_bytes"]
