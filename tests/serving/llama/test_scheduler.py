@@ -73,14 +73,14 @@ def scheduler(num_blocks: int, *, max_running: int = 8, max_step_tokens: int = 1
 
 def run_step(it: Scheduler, *, token: int = 7) -> list[Sequence]:
     """One step whose tokens are known at once; the sequences that were part of it."""
-    works = it.schedule()
-    it.launched(works)
-    for work in works:
-        if work.samples:
-            it.append(work.sequence, token)
-            if work.sequence.num_generated == work.sequence.max_new_tokens:
-                it.finish(work.sequence)
-    return [work.sequence for work in works]
+    scheduled = it.schedule()
+    it.record_launch(scheduled)
+    for item in scheduled:
+        if item.samples_token:
+            it.append_token(item.sequence, token)
+            if item.sequence.num_generated == item.sequence.max_new_tokens:
+                it.finish(item.sequence)
+    return [item.sequence for item in scheduled]
 
 
 def test_first_come_first_served():
@@ -102,12 +102,12 @@ def test_a_long_prompt_is_read_in_chunks_beside_running_streams():
     it.add(long)
     steps = []
     while long.num_generated < 1:
-        works = it.schedule()
-        steps.append([(work.sequence is stream, work.num_tokens) for work in works])
-        it.launched(works)
-        for work in works:
-            if work.samples:
-                it.append(work.sequence, 7)
+        scheduled = it.schedule()
+        steps.append([(item.sequence is stream, item.num_tokens) for item in scheduled])
+        it.record_launch(scheduled)
+        for item in scheduled:
+            if item.samples_token:
+                it.append_token(item.sequence, 7)
     assert steps == [[(True, 1), (False, 15)]] * 3 + [[(True, 1), (False, 5)]]
 
 
@@ -115,7 +115,7 @@ def test_completions_of_one_prompt_share_its_blocks():
     it = scheduler(100, max_step_tokens=64)
     prompt = list(range(18))
     leader = Sequence(prompt, max_new_tokens=5)
-    others = [Sequence(prompt, max_new_tokens=5, leader=leader) for _ in range(3)]
+    others = [Sequence(prompt, max_new_tokens=5, shares_prompt_with=leader) for _ in range(3)]
     for sequence in (leader, *others):
         it.add(sequence)
     assert run_step(it) == [leader]  # the others wait until there is something to share
@@ -129,10 +129,10 @@ def test_a_known_prefix_is_not_computed_again_but_its_last_token_is():
     it = scheduler(100, max_step_tokens=64)
     for expected in ([(0, 16)], [(12, 4)]):  # the whole prompt is known, yet its logits are wanted
         it.add(sequence := Sequence(range(16), max_new_tokens=1))
-        works = it.schedule()
-        assert [(work.start, work.num_tokens) for work in works] == expected
-        it.launched(works)
-        it.append(sequence, 7)
+        scheduled = it.schedule()
+        assert [(item.start, item.num_tokens) for item in scheduled] == expected
+        it.record_launch(scheduled)
+        it.append_token(sequence, 7)
         it.finish(sequence)
 
 
@@ -148,7 +148,7 @@ def test_the_youngest_makes_room_and_goes_on_later():
         order += [sequence for sequence in ran if sequence.is_finished]
     assert order == [old, young]
     assert young.num_admissions == 2
-    assert len(young.ids) == 16
+    assert len(young.token_ids) == 16
     assert it.pool.num_free == it.pool.capacity
 
 
@@ -176,18 +176,21 @@ def test_random_histories_leak_no_block_and_starve_nobody(seed, ahead):
         if alive and chance.random() < 0.05:
             cancelled = alive.pop(chance.randrange(len(alive)))
             it.finish(cancelled)
-        works = it.schedule()
-        check_step(it, works)
-        it.launched(works)
-        done, in_flight = (in_flight, works) if ahead else (works, [])
-        for work in done:
-            sequence = work.sequence
-            if work.samples and not sequence.is_finished:
-                it.append(sequence, chance.randrange(3))
-                if len(sequence.ids) - sequence.num_prompt == sequence.max_new_tokens or chance.random() < 0.02:
+        scheduled = it.schedule()
+        check_step(it, scheduled)
+        it.record_launch(scheduled)
+        done, in_flight = (in_flight, scheduled) if ahead else (scheduled, [])
+        for item in done:
+            sequence = item.sequence
+            if item.samples_token and not sequence.is_finished:
+                it.append_token(sequence, chance.randrange(3))
+                if (
+                    len(sequence.token_ids) - sequence.num_prompt_tokens == sequence.max_new_tokens
+                    or chance.random() < 0.02
+                ):
                     it.finish(sequence)
                     alive.remove(sequence)
-                    results[sequence] = len(sequence.ids)
+                    results[sequence] = len(sequence.token_ids)
     assert not alive
     assert not it.waiting
     assert not it.running
@@ -200,16 +203,16 @@ def add_some(it: Scheduler, alive: list[Sequence], chance: random.Random) -> Non
     leader = None
     prompt = [chance.randrange(3) for _ in range(chance.randint(1, 20))]
     for _ in range(chance.choice([1, 1, 1, 3])):
-        sequence = Sequence(prompt, max_new_tokens=chance.randint(1, 12), leader=leader)
-        if it.fits(sequence.num_prompt + sequence.max_new_tokens):
+        sequence = Sequence(prompt, max_new_tokens=chance.randint(1, 12), shares_prompt_with=leader)
+        if it.fits(sequence.num_prompt_tokens + sequence.max_new_tokens):
             it.add(sequence)
             alive.append(sequence)
             leader = leader or sequence
 
 
-def check_step(it: Scheduler, works: list) -> None:
-    assert len({work.sequence for work in works}) == len(works)
-    assert sum(work.num_tokens for work in works) <= it._max_step_tokens
+def check_step(it: Scheduler, scheduled: list) -> None:
+    assert len({item.sequence for item in scheduled}) == len(scheduled)
+    assert sum(item.num_tokens for item in scheduled) <= it._max_step_tokens
     held: dict[int, int] = {}
     for sequence in it.running:
         assert len(sequence.blocks) * SIZE >= sequence.num_computed
@@ -218,21 +221,21 @@ def check_step(it: Scheduler, works: list) -> None:
     assert 0 not in held
     assert [it.pool._num_holders[block] for block in held] == list(held.values())  # every holder is counted
     assert it.pool.num_used == len(held)
-    for work in works:
-        sequence = work.sequence
+    for item in scheduled:
+        sequence = item.sequence
         assert sequence in it.running
-        assert work.num_tokens >= 1
-        assert work.start == sequence.num_computed
-        assert work.samples == (work.start + work.num_tokens == len(sequence))
-        assert (work.start + work.num_tokens - 1) // SIZE < len(sequence.blocks)
+        assert item.num_tokens >= 1
+        assert item.start == sequence.num_computed
+        assert item.samples_token == (item.start + item.num_tokens == len(sequence))
+        assert (item.start + item.num_tokens - 1) // SIZE < len(sequence.blocks)
         # Nobody writes into a block that another one reads.
-        for at in range(work.start, work.start + work.num_tokens):
+        for at in range(item.start, item.start + item.num_tokens):
             assert it.pool._num_holders[sequence.blocks[at // SIZE]] == 1
     if it.running:  # the oldest that runs is in every step, unless all of its tokens are under way
         oldest = it.running[0]
         all_under_way = oldest.num_generated >= oldest.max_new_tokens
-        assert all_under_way or any(work.sequence is oldest for work in works)
-    orders = [sequence.order for sequence in it.running]
+        assert all_under_way or any(item.sequence is oldest for item in scheduled)
+    orders = [sequence.arrival for sequence in it.running]
     assert orders == sorted(orders)
 
 
