@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Predictor(BaseRunner):
-    """Answers instructions with a LLaMA, or any causal model of transformers."""
+    """Answers instructions with a LLaMA, or another causal language model of transformers."""
 
     def setup(self, weights: str | None = None) -> None:
         """Load the model: the folder or archive COG_WEIGHTS names, else alpaca_out."""
@@ -132,11 +132,11 @@ class Predictor(BaseRunner):
         return metrics
 
 
-# What Cog 0.23 leaves undone for a coroutine that returns a generator -------------------------------------------
+# Cancellation and context, which Cog 0.23 does not handle for a coroutine that returns a generator -------------
 
 
 class _Call:
-    """One prediction's cancellation: Cog cancels the future of its slot, which here reaches the engine."""
+    """Passes a prediction's cancellation to the engine: Cog cancels the future of the slot that runs the prediction."""
 
     def __init__(self, future: Future | None) -> None:
         self._cancelled = False
@@ -145,7 +145,7 @@ class _Call:
             future.cancel = self._cancel
 
     def when_cancelled(self, action: Callable[[], None]) -> None:
-        """Do this when the prediction is cancelled, at once if it was already."""
+        """Call `action` when the prediction is cancelled, at once if it was already."""
         self._action = action
         if self._cancelled:
             action()
@@ -160,7 +160,7 @@ _said_no_hook = False
 
 
 def _slot_future() -> Future | None:
-    """The future on which the runtime calls `cancel` for this prediction; None (said once) where it is not to be had.
+    """The future on which the runtime calls `cancel` for this prediction. If there is none: None, and a warning, once.
 
     asyncio.run_coroutine_threadsafe chains the running task to that future by a callback, whose closure holds it.
     """

@@ -1,4 +1,4 @@
-"""How much memory there is, for those who plan with it."""
+"""How much memory is free, for planning before it is taken."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ CUDA_CONTEXT_BYTES = 600 << 20
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take: on a GPU with what its allocator holds unused, else MemAvailable."""
+    """Bytes of memory that this process may still take on a device.
+
+    On a GPU these are the free bytes and those that torch's allocator holds unused; on a CPU the system's MemAvailable.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

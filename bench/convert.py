@@ -38,7 +38,7 @@ from alpaca.formats.hf.writing import write_weights
 from alpaca.formats.meta import checkpoint as meta_files
 from alpaca.formats.meta import layout
 from alpaca.text.sentencepiece import SentencePieceTokenizer
-from bench.provenance import REAL, ROOT, provenance
+from bench.provenance import ROOT, find_real, provenance
 from bench.random_model import Shape, write_random_llama
 
 WORK = ROOT / ".bench"
@@ -91,7 +91,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=1.3, help="size of the model")
     parser.add_argument("--num_shards", type=int, default=2, help="of to_hf's checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokenizer", type=Path, default=REAL / "llama-tokenizer" / "tokenizer.model")
+    tokenizer = find_real("llama-tokenizer/tokenizer.model")
+    parser.add_argument("--tokenizer", type=Path, default=tokenizer, required=tokenizer is None)
     options = parser.parse_args()
     if not options.tokenizer.is_file():
         raise MissingInput(f"no tokenizer at {options.tokenizer}; name a SentencePiece tokenizer.model by --tokenizer")

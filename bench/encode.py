@@ -31,7 +31,7 @@ from alpaca.errors import InputError, MissingInput, run_command
 from alpaca.text.prompts import alpaca_prompt
 from alpaca.text.sentencepiece import SentencePieceTokenizer, write_llama_tokenizer
 from alpaca.text.tokenizer import PAD_TOKEN
-from bench.provenance import REAL, ROOT, provenance
+from bench.provenance import ROOT, find_real, provenance
 
 MAX_LENGTH = 512
 PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece")
@@ -64,10 +64,10 @@ def main() -> None:
 
 def parse_flags() -> BenchConfig:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    real_data = REAL / "alpaca_4000.json"
     sample = ROOT / "alpaca" / "data" / "sample.json"
-    parser.add_argument("--data_path", default=str(real_data if real_data.is_file() else sample))
-    parser.add_argument("--tokenizer", type=Path, default=REAL / "llama-tokenizer" / "tokenizer.model")
+    parser.add_argument("--data_path", default=str(find_real("alpaca_4000.json") or sample))
+    tokenizer = find_real("llama-tokenizer/tokenizer.model")
+    parser.add_argument("--tokenizer", type=Path, default=tokenizer, required=tokenizer is None)
     parser.add_argument("--num_examples", type=int, default=52_002, help="the data is repeated up to this number")
     parser.add_argument("--num_baseline", type=int, default=2_000, help="distinct examples for the original's way")
     parser.add_argument("--rounds", type=int, default=3)

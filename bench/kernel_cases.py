@@ -266,17 +266,17 @@ Heads = tuple[int, int, int]  # H, K, d
 
 
 class PagedInputs:
-    """Queries, and keys and values of the same lengths several times over, in pages that lie scattered."""
+    """Queries, and keys and values of the same lengths several times over, in blocks that lie scattered."""
 
     def __init__(
         self, plan: Plan, heads: Heads, num_sequences: int, length: int, *, num_new: int, dtype: torch.dtype
     ) -> None:
         num_heads, self.num_kv_heads, self.width = heads
         self.length, self.num_new, self.scale = length, num_new, self.width**-0.5
-        pages = math.ceil(length / BLOCK_SIZE)
+        per_sequence = math.ceil(length / BLOCK_SIZE)
         copies = num_copies(plan, 2 * num_sequences * length * self.num_kv_heads * self.width * dtype.itemsize)
-        num_pages = copies * num_sequences * pages
-        shape = (num_pages + 1, BLOCK_SIZE, self.num_kv_heads, self.width)
+        num_blocks = copies * num_sequences * per_sequence
+        shape = (num_blocks + 1, BLOCK_SIZE, self.num_kv_heads, self.width)
         self.keys, self.values = (random(plan, *shape, dtype=dtype) for _ in range(2))
         self.q = random(plan, num_sequences * num_new, num_heads, self.width, dtype=dtype)
         # Decoding is captured with a bound on the length, and tables that wide: the bound chooses the splits.
@@ -284,16 +284,16 @@ class PagedInputs:
         tables = torch.zeros(
             copies, num_sequences, math.ceil(bound / BLOCK_SIZE), dtype=torch.int32, device=plan.device
         )
-        scattered = torch.randperm(num_pages, device=plan.device).view(copies, num_sequences, pages) + 1
-        tables[:, :, :pages] = scattered
+        scattered = torch.randperm(num_blocks, device=plan.device).view(copies, num_sequences, per_sequence) + 1
+        tables[:, :, :per_sequence] = scattered
         lengths = torch.full((num_sequences,), length, dtype=torch.int32, device=plan.device)
         starts = torch.arange(num_sequences + 1, dtype=torch.int32, device=plan.device) * num_new
         self.batches = [AttentionBatch(table, lengths, starts, num_new, bound) for table in tables]
 
     def contiguous(self, at: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one copy, [S, L, K, d] each."""
-        pages = self.batches[at].block_tables[:, : math.ceil(self.length / BLOCK_SIZE)].long()
-        return self.keys[pages].flatten(1, 2)[:, : self.length], self.values[pages].flatten(1, 2)[:, : self.length]
+        blocks = self.batches[at].block_tables[:, : math.ceil(self.length / BLOCK_SIZE)].long()
+        return self.keys[blocks].flatten(1, 2)[:, : self.length], self.values[blocks].flatten(1, 2)[:, : self.length]
 
     @cached_property
     def expected(self) -> torch.Tensor:
@@ -464,11 +464,11 @@ def _rotate_and_store(plan: Plan, n: int, dtype: torch.dtype) -> Small:
     angles = torch.rand(CONTEXT, d // 2, device=plan.device) * 6
     table = torch.cat([angles.cos(), angles.sin()], dim=-1)
     positions = torch.randperm(CONTEXT, device=plan.device)[:n]
-    num_pages = math.ceil(n / BLOCK_SIZE) + 1
-    empty = torch.full((num_pages, BLOCK_SIZE, num_heads, d), math.nan, dtype=dtype, device=plan.device)
+    num_blocks = math.ceil(n / BLOCK_SIZE) + 1
+    empty = torch.full((num_blocks, BLOCK_SIZE, num_heads, d), math.nan, dtype=dtype, device=plan.device)
     caches = (empty, empty.clone())
     flat_keys, flat_values = (one.view(-1, num_heads, d)[BLOCK_SIZE : BLOCK_SIZE + n] for one in caches)
-    slots = torch.arange(BLOCK_SIZE, BLOCK_SIZE + n, device=plan.device)
+    slot_mapping = torch.arange(BLOCK_SIZE, BLOCK_SIZE + n, device=plan.device)
     q, k, v = qkv.float().view(n, 3, num_heads, d).unbind(1)
     cos, sin = table[positions][:, None].chunk(2, -1)
 
@@ -477,6 +477,6 @@ def _rotate_and_store(plan: Plan, n: int, dtype: torch.dtype) -> Small:
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
     def call(module: ModuleType) -> torch.Tensor:
-        return module.rotate_and_store(qkv, table, positions, slots, *caches)
+        return module.rotate_and_store(qkv, table, positions, slot_mapping, *caches)
 
     return Small(call, (rotated(q), rotated(k), v), (flat_keys, flat_values))

@@ -10,7 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL = Path(os.environ.get("ALPACA_REAL", ROOT.parent / "shared" / "real"))
+
+
+def find_real(name: str) -> Path | None:
+    """A file of the folder of real inputs that ALPACA_REAL names; None without the variable or the file.
+
+    The project ships no such folder: it holds Meta's tokenizer and 4,000 examples of Alpaca's data.
+    """
+    folder = os.environ.get("ALPACA_REAL")
+    file = Path(folder) / name if folder else None
+    return file if file and file.is_file() else None
 
 
 def provenance(module: str, packages: tuple[str, ...]) -> dict[str, object]:

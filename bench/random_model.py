@@ -17,7 +17,7 @@ from alpaca.formats.hf.folder import SAFETENSORS_NAMES, TensorSpec
 from alpaca.formats.hf.writing import write_weights
 from alpaca.text.sentencepiece import SentencePieceTokenizer, write_llama_tokenizer
 from bench.machine import DEVICE
-from bench.provenance import REAL
+from bench.provenance import find_real
 
 VOCAB_SIZE = 32_000
 CONTEXT = 2048
@@ -85,8 +85,8 @@ def write_hollow_llama(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
 
 def write_llama_configs(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
     """config.json, generation_config.json and a tokenizer of 32,000 pieces."""
-    real_model = REAL / "llama-tokenizer" / "tokenizer.model"
-    model_file = real_model if real_model.is_file() else write_synthetic_tokenizer(folder / "tokenizer.model")
+    real_model = find_real("llama-tokenizer/tokenizer.model")
+    model_file = real_model or write_synthetic_tokenizer(folder / "tokenizer.model")
     write_llama_tokenizer(model_file, folder, max_length=CONTEXT)
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     assert tokenizer.size == VOCAB_SIZE, tokenizer.size

@@ -5,7 +5,8 @@ from functools import cache, partial
 
 import torch
 
-from alpaca.serving.llama.sampling import SamplingBatch, at_least_float32, sample
+from alpaca.serving.llama.sampling import SamplingKind, at_least_float32, sample_batch
+from alpaca.serving.llama.step import SamplingFields
 from bench.kernel_cases import Case, Plan, name_of, random
 
 SAMPLINGS = {"greedy": (0.0, 1.0), "sampled": (0.75, 1.0), "top_p": (0.75, 0.9)}  # temperature, top_p
@@ -36,19 +37,19 @@ class SamplingInputs:
     def __init__(self, plan: Plan, n: int, kind: str, dtype: torch.dtype) -> None:
         self.logits = random(plan, n, plan.vocab_size, dtype=dtype, scale=2.0)
         self.temperature, self.top_p = SAMPLINGS[kind]
-        columns = {
-            "temperature": torch.full((n,), self.temperature), "top_k": torch.zeros(n, dtype=torch.int64),
-            "top_p": torch.full((n,), self.top_p), "min_p": torch.zeros(n),
-            "uniform": torch.rand(n, dtype=torch.float64), "must_go_on": torch.zeros(n, dtype=torch.bool),
-            "eos_ids": torch.tensor([2]),
-        }  # fmt: skip
-        self.batch = SamplingBatch(
-            **{name: values.to(plan.device) for name, values in columns.items()},
-            any_greedy=True, any_sampled=self.temperature > 0, any_filtered=self.top_p < 1, any_must_go_on=True,
+        columns = SamplingFields(
+            temperature=torch.full((n,), self.temperature), top_k=torch.zeros(n, dtype=torch.int64),
+            top_p=torch.full((n,), self.top_p), min_p=torch.zeros(n),
+            uniform=torch.rand(n, dtype=torch.float64), must_go_on=torch.zeros(n, dtype=torch.bool),
         )  # fmt: skip
+        self.fields = SamplingFields(**{name: values.to(plan.device) for name, values in vars(columns).items()})
+        self.eos_ids = torch.tensor([2], device=plan.device)
+        self.kind = SamplingKind(
+            any_greedy=True, any_sampled=self.temperature > 0, any_filtered=self.top_p < 1, any_must_go_on=True
+        )
 
     def ours(self) -> torch.Tensor:
-        return sample(at_least_float32(self.logits).clone(), self.batch)
+        return sample_batch(at_least_float32(self.logits).clone(), self.fields, self.eos_ids, self.kind)
 
     def short(self) -> torch.Tensor:
         scores = self.logits.float()
@@ -75,5 +76,5 @@ class SamplingInputs:
         own = weights.gather(1, found[:, None])[:, 0] / weights.sum(dim=-1)
         if not is_ours:  # draws numbers of its own: its tokens must only be possible ones
             return float((own <= 0).any())
-        uniform = self.batch.uniform
+        uniform = self.fields.uniform
         return torch.maximum(uniform - above, above - own - uniform).clamp(min=0).max().item()

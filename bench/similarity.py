@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from alpaca.data.generation.similarity import InstructionPool
 from alpaca.errors import InputError, MissingPackage, run_command
-from bench.provenance import REAL, ROOT, provenance
+from bench.provenance import ROOT, find_real, provenance
 
 THRESHOLD = 0.7
 PROCESSES = 16  # the original's default
@@ -70,9 +70,8 @@ def main() -> None:
 
 def parse_flags() -> BenchConfig:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    real_data = REAL / "alpaca_4000.json"
     sample = ROOT / "alpaca" / "data" / "sample.json"
-    parser.add_argument("--data_path", type=Path, default=real_data if real_data.is_file() else sample)
+    parser.add_argument("--data_path", type=Path, default=find_real("alpaca_4000.json") or sample)
     parser.add_argument("--num_pool", type=int, default=52_000)
     parser.add_argument("--num_candidates", type=int, default=200, help="a round, for our two ways")
     parser.add_argument("--num_original", type=int, default=3, help="candidates a round, for the other two")

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from alpaca.errors import InputError, run_command
 from bench.machine import DEVICE
-from bench.provenance import REAL, ROOT, provenance
+from bench.provenance import ROOT, find_real, provenance
 from bench.random_model import SHAPES, write_random_llama
 from bench.targets import Target, rounded
 
@@ -281,13 +281,13 @@ def describe(results: dict[str, dict]) -> str:
 
 def parse_flags() -> tuple[BenchConfig, str | None, Path | None]:
     parser = argparse.ArgumentParser(description="Measure the training recipe.")
-    real = REAL / "alpaca_4000.json"
+    data = find_real("alpaca_4000.json") or ROOT / "alpaca" / "data" / "sample.json"
     parser.add_argument("--shape", choices=tuple(SHAPES), default="20m")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--rows", default=",".join(DEFAULT_ROWS[DEVICE]), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--batch", type=int, default=128, help="examples of an optimizer step")
-    parser.add_argument("--data_path", default=str(real if real.is_file() else ROOT / "alpaca/data/sample.json"))
+    parser.add_argument("--data_path", default=str(data))
     parser.add_argument("--checkpointing", action="store_true", help="recompute all activations, not just what must be")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--budget_s", type=float, default=3600.0, help="no row starts, or goes on, after this")

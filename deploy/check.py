@@ -48,7 +48,7 @@ _NOT_SERVED = re.compile(
 
 
 def read_config(file: Path) -> tuple[dict[str, Any], list[Finding]]:
-    """cog.yaml, and what of it no part of Cog would take: with `build` a mapping and `environment` a list of texts."""
+    """Read cog.yaml and report the keys that Cog ignores. `build` is then a mapping, `environment` a list of texts."""
     try:
         text = file.read_text(encoding="utf-8")
         node, config = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
@@ -134,7 +134,7 @@ def _parse(file: Path) -> tuple[ast.Module | None, str]:
 
 
 def check_pins(root: Path, config: dict[str, Any]) -> Findings:
-    """Every requirement is one exact version, and torch one whose CUDA Cog knows."""
+    """Check that each requirement is pinned to one version, and torch to one whose CUDA version Cog knows."""
     name = str(config["build"].get("python_requirements") or "")
     if not (root / name).is_file():
         yield error("pins", f"build.python_requirements: there is no file {name}")
@@ -159,7 +159,7 @@ def check_pins(root: Path, config: dict[str, Any]) -> Findings:
 
 
 def silent_traps(source: str, function: str) -> Iterator[str]:
-    """What Cog's static pass over a function's inputs would drop or turn around without a word."""
+    """Yield the inputs of a function that Cog's static pass would drop or change without a message."""
     functions = [
         node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
@@ -222,7 +222,7 @@ def _build_schema() -> Finding:
 
 
 def check_files(files: list[ImageFile], served: set[str]) -> Findings:
-    """Sizes, layers, and what has no business in the image. served: paths that the environment names."""
+    """Check the image's size, layers, and files that do not belong in it. served: paths that the environment names."""
     total = sum(file.num_bytes for file in files)
     separate = [file for file in files if file.is_separate]
     in_layers = sum(file.num_bytes for file in separate)

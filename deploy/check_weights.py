@@ -13,8 +13,8 @@ import torch
 
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace, UnsupportedModel
 from alpaca.files.archives import unpack
-from alpaca.files.downloads import is_address
 from alpaca.files.model_folders import is_adapter, is_weights
+from alpaca.files.network.addresses import is_address
 from alpaca.files.places import TRAINED
 from alpaca.files.reading import parse_size
 from alpaca.formats.hf.adapters import AdapterFolder, open_adapter
@@ -23,7 +23,7 @@ from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.serving.llama.adapters import check_for_llama, largest_ranks, stacked_bytes
 from alpaca.serving.llama.planning import plan_memory, weights_bytes
 from alpaca.serving.llama.weights import read_llama, require_tensors
-from alpaca.serving.served import Served, check_tokenizers, describe_other_bases
+from alpaca.serving.served_model import ServedModel, check_tokenizers, describe_other_bases
 from alpaca.serving.settings import DEFAULT_ADAPTER, ServerSettings, parse_adapters
 from alpaca.text.loading import load_tokenizer
 from deploy.findings import Finding, Findings, collect, error, gigabytes, ok, warning
@@ -64,7 +64,7 @@ def check_weights(image: Image, *, card: str | None = None) -> Findings:
         if card:
             yield warning("memory", "not planned: there is no model to look at")
         return
-    served = Served(base=base, adapters=adapters)
+    served = ServedModel(base=base, adapters=adapters)
     yield from collect("weights", _check_together(served, image.settings))
     if card:
         yield from collect("memory", _check_memory(served, image.settings, card))
@@ -190,7 +190,7 @@ def _check_whole(folder: Path, wanted: str) -> Findings:
     yield ok("weights", f"{folder.name}: {len(specs)} tensors, {size}, whole; served by {engine}")
 
 
-def _check_together(served: Served, settings: ServerSettings) -> Findings:
+def _check_together(served: ServedModel, settings: ServerSettings) -> Findings:
     """The adapters are this base's, and of a kind that the engine serves."""
 
     for text in describe_other_bases(served, settings):
@@ -205,7 +205,7 @@ def _check_together(served: Served, settings: ServerSettings) -> Findings:
     check_for_llama(served.adapters, config)
 
 
-def _check_memory(served: Served, settings: ServerSettings, card: str) -> Findings:
+def _check_memory(served: ServedModel, settings: ServerSettings, card: str) -> Findings:
     """The memory plan of the chosen card, adapters included, as alpaca.serving.llama.planning makes it."""
 
     try:

@@ -1,4 +1,4 @@
-"""What script/check's parts find, and how one of them that ends early still tells why."""
+"""The findings of script/check's parts, also of a part that ends early."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one check found: "ok", a "warning", or an "error" that would fail after the push."""
+    """A finding of one check: "ok", a "warning", or an "error" that would make the image fail after the push."""
 
     level: str
     topic: str
@@ -34,7 +34,7 @@ def error(topic: str, text: str) -> Finding:
 
 
 def collect(topic: str, findings: Generator[Finding, None, Value]) -> Generator[Finding, None, Value | None]:
-    """A check's findings and its value; what it cannot read is a finding, too, and then there is no value."""
+    """A check's findings and its value. An input that cannot be read is a finding as well, without a value."""
     try:
         return (yield from findings)
     except (AlpacaError, OSError, UnicodeDecodeError) as reason:

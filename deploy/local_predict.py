@@ -1,4 +1,4 @@
-"""What `cog predict` does, without Docker: start the server, make one prediction, print its output, stop.
+"""Does the work of `cog predict` without Docker: start the server, make one prediction, print its output, stop.
 
     script/predict -i prompt="tell me something about รามาเกียรติ์" -i temperature=0
 

@@ -1,4 +1,4 @@
-"""Start `script/serve` as a child, wait until it is ready, ask it, stop it. Standard library only."""
+"""Start `script/serve` as a child, wait until it is ready, ask it, stop it."""
 
 import contextlib
 import json
@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import tenacity
 
 ROOT = Path(__file__).resolve().parent.parent
 _ADDRESS = re.compile(r"Starting coglet server on (\S+:\d+)")
@@ -54,15 +56,14 @@ class LocalServer:
 
     def predict(self, input: dict[str, Any], *, timeout_s: float = 600) -> dict[str, Any]:
         """One prediction. The runtime frees a slot just after its reply, so a 409 is tried again for a moment."""
-        for pause in (*_CAPACITY_PAUSES_S, None):
-            try:
-                return self.request("/predictions", {"input": input}, timeout_s=timeout_s)
-            except urllib.error.HTTPError as error:
-                if error.code != 409 or pause is None:
-                    raise
-                error.close()
-                time.sleep(pause)
-        raise AssertionError("unreachable")
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_has_no_slot),
+            wait=tenacity.wait_chain(*map(tenacity.wait_fixed, _CAPACITY_PAUSES_S)),
+            stop=tenacity.stop_after_attempt(len(_CAPACITY_PAUSES_S) + 1),
+            before_sleep=lambda state: state.outcome.exception().close(),
+            reraise=True,
+        )
+        return retrying(self.request, "/predictions", {"input": input}, timeout_s=timeout_s)
 
     def request(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = 60) -> dict[str, Any]:
         """GET, or POST of a JSON body. Raises urllib.error.HTTPError for other than 2xx."""
@@ -99,6 +100,10 @@ class LocalServer:
         with contextlib.suppress(OSError):
             return self.request("/health-check", timeout_s=5)
         return {}
+
+
+def _has_no_slot(error: BaseException) -> bool:
+    return isinstance(error, urllib.error.HTTPError) and error.code == 409
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from alpaca.errors import InputError, run_command
-from alpaca.files.downloads import parse_address
+from alpaca.files.network.addresses import parse_address
 from alpaca.serving.settings import ServerSettings, parse_adapters, setting_type
 from deploy import schema
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Host, port and mode, and a flag for every server setting; what is not given stays as the environment has it."""
+    """Parse host, port, mode, and a flag for each server setting; settings not given are taken from the environment."""
     parser = argparse.ArgumentParser(prog="script/serve", description="Serve the model over HTTP with Cog's runtime.")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=5000, help="0 picks a free one and prints it (default: 5000)")

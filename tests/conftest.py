@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def real() -> Path:
     """The folder of real inputs: a trained tiny LLaMA in Meta's layout, Meta's tokenizer, 4,000 Alpaca examples.
 
-    The project ships none of it. ALPACA_REAL names the folder; by default it lies beside the checkout.
+    The project ships none of it. ALPACA_REAL names the folder; without it the tests that need it are skipped.
     """
-    folder = Path(os.environ.get("ALPACA_REAL", ROOT.parent / "shared" / "real"))
-    if not folder.is_dir():
-        pytest.skip(f"no real inputs at {folder} (ALPACA_REAL names another folder)")
-    return folder
+    folder = os.environ.get("ALPACA_REAL")
+    if not folder:
+        pytest.skip("ALPACA_REAL is not set: it names a folder of real inputs, which the project does not ship")
+    assert Path(folder).is_dir(), f"ALPACA_REAL names no folder: {folder}"
+    return Path(folder)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ MUTATIONS = [
     # Serving: which tokens are computed, and which are chosen
     Mutation(
         path="alpaca/serving/llama/scheduler.py",
-        old="bisect.insort(self.waiting, sequence, key=lambda other: other.order)",
+        old="bisect.insort(self.waiting, sequence, key=lambda other: other.arrival)",
         new="self.waiting.append(sequence)",
         killed_by="tests/serving/llama/test_scheduler.py::test_a_preempted_sequence_goes_back_to_its_place_by_arrival",
         why="a preempted request waits behind all that came after it",
@@ -43,15 +43,15 @@ MUTATIONS = [
     ),
     Mutation(
         path="alpaca/serving/llama/scheduler.py",
-        old="find_prefix(sequence.ids[:-1],",
-        new="find_prefix(sequence.ids,",
+        old="find_prefix(sequence.token_ids[:-1],",
+        new="find_prefix(sequence.token_ids,",
         killed_by="tests/serving/llama/test_scheduler.py::test_a_known_prefix_is_not_computed_again_but_its_last_token_is",
         why="a prompt that is cached whole has no logits, and its request hangs",
     ),
     Mutation(
         path="alpaca/serving/llama/cache.py",
-        old="key = (prefix, tuple(ids))",
-        new="key = (NO_PREFIX, tuple(ids))",
+        old="key = (prefix,",
+        new="key = (NO_PREFIX,",
         killed_by="tests/serving/llama/test_scheduler_properties.py",
         why="another prompt's keys and values are taken for this one's",
     ),
@@ -64,7 +64,7 @@ MUTATIONS = [
     ),
     Mutation(
         path="alpaca/serving/llama/scheduler.py",
-        old="min(self.num_computed, len(self.ids)) // size",
+        old="min(self.num_computed, len(self.token_ids)) // size",
         new="self.num_computed // size",
         killed_by="tests/serving/llama/test_scheduler_properties.py",
         why="answers on a GPU are not found in the cache by the next turn of a conversation",
@@ -78,7 +78,7 @@ MUTATIONS = [
     ),
     Mutation(
         path="alpaca/serving/llama/scheduler.py",
-        old="return NO_PREFIX - self.adapter",
+        old="return NO_PREFIX - self.adapter_index",
         new="return NO_PREFIX",
         killed_by="tests/serving/llama/test_scheduler_properties.py",
         why="an adapter's keys and values are taken for another one's",
@@ -99,15 +99,15 @@ MUTATIONS = [
     ),
     Mutation(
         path="alpaca/serving/llama/sampling.py",
-        old="send(rows[0].eos_ids,",
-        new="send(rows[0].eos_ids[:1],",
+        old="to_tensor(states[0].eos_ids,",
+        new="to_tensor(states[0].eos_ids[:1],",
         killed_by="tests/serving/llama/test_sampling.py::test_no_eos_is_chosen_before_min_new_tokens",
         why="Llama 3, with several EOS tokens, ends before min_new_tokens",
     ),
     Mutation(
         path="alpaca/serving/llama/sampling.py",
-        old="before < batch.top_p[:, None] * whole",
-        new="before <= batch.top_p[:, None] * whole",
+        old="before < fields.top_p[:, None] * whole",
+        new="before <= fields.top_p[:, None] * whole",
         killed_by="tests/serving/llama/test_sampling.py::test_top_p_keeps_the_fewest_that_reach_it",
         why="top_p keeps one token too many",
     ),

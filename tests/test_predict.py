@@ -42,7 +42,7 @@ class ScarceServer:
 
     def __init__(self, server: LocalServer) -> None:
         self.server = server
-        self.room = (int(re.search(r"(\d+) pages of 16 tokens", server.log_text())[1]) - 1) * BLOCK_SIZE
+        self.room = (int(re.search(r"(\d+) blocks of 16 tokens", server.log_text())[1]) - 1) * BLOCK_SIZE
         self.context = min(self.room, 2048)
         waiting = self.context - 100
         running = max(200, self.room - waiting + 64)
@@ -231,11 +231,11 @@ def test_beam_search_says_which_engine_it_is(server, llama_folder):
     assert server.predict({**asked, "n": 4})["status"] == "failed"
 
 
-# Cancel and disconnect free the slot and the pages ------------------------------------------------------------------
+# Cancel and disconnect free the slot and the blocks ------------------------------------------------------------------
 
 
 def test_room_is_scarce(scarce):
-    """What the next two tests rest on: one waits for the other's pages, and runs to its end if nobody cancels."""
+    """What the next two tests rest on: one waits for the other's blocks, and runs to its end if nobody cancels."""
     events, waited = run_with_one_waiting(scarce, lambda: None)
     assert events[-1][2]["status"] == "succeeded"
     assert waited["status"] == "succeeded"
@@ -243,7 +243,7 @@ def test_room_is_scarce(scarce):
     assert 0.5 * ran_s < waited["metrics"]["queue_s"] < 1.5 * ran_s
 
 
-def test_cancel_frees_slot_and_pages(scarce):
+def test_cancel_frees_slot_and_blocks(scarce):
     cancel = f"{scarce.server.url}/predictions/to-cancel/cancel"
     events, waited = run_with_one_waiting(scarce, lambda: httpx.post(cancel).raise_for_status())
     assert events[-1][2]["status"] == "canceled"
@@ -254,7 +254,7 @@ def test_cancel_frees_slot_and_pages(scarce):
     assert waited["status"] == "succeeded"  # there was no room for it while the other ran
 
 
-def test_disconnect_frees_slot_and_pages(scarce):
+def test_disconnect_frees_slot_and_blocks(scarce):
     address, headers = f"{scarce.server.url}/predictions/to-leave", {"Accept": "text/event-stream"}
     with httpx.stream("PUT", address, json={"input": scarce.running}, headers=headers, timeout=60) as reply:
         assert chunks(list(read_events(reply, stop_after=2)))
@@ -432,7 +432,7 @@ def test_the_log_says_what_was_loaded_and_how_long_it_took(server, llama_folder)
     log = server.log_text()
     assert re.search(
         rf"{llama_folder}: 0\.1 M weights, float32 on cpu, quantization none, 0\.00 GB; context 2048 tokens, "
-        r"\d+ pages of 16 tokens \(\d\.\d\d GB\), up to 80 sequences a step; no graphs",
+        r"\d+ blocks of 16 tokens \(\d\.\d\d GB\), up to 80 sequences a step; no graphs",
         log,
     )
     names = ["start and imports", "tokenizer", "weights", "cache", "kernels and graphs", "first request"]
@@ -543,7 +543,7 @@ def test_script_predict_prints_what_cog_predict_does(llama_folder):
 
 def test_the_log_has_a_line_of_the_engine_now_and_then(server):
     """Last in this file, so that the 10 seconds between two such lines have passed."""
-    pattern = r"engine: running \d+, waiting 0, pages used \d+ of 10240, \d+\.\d tokens/s"  # 80 sequences of 128
+    pattern = r"engine: running \d+, waiting 0, blocks used \d+ of 10240, \d+\.\d tokens/s"  # 80 sequences of 128
     deadline = time.monotonic() + 30
     while not (found := re.findall(pattern, server.log_text())) and time.monotonic() < deadline:
         server.predict({**RAW, "max_new_tokens": 5, "min_new_tokens": 5})

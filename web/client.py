@@ -13,10 +13,11 @@ import re
 import ssl
 import time
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any
 
 import httpx
+import tenacity
 
 from alpaca.errors import InputError
 
@@ -151,6 +152,10 @@ class Server:
         return f"The server answered {reply.status_code}: {found.get('error') or reply.text[:300] or 'no reason given'}"
 
 
+class _NoSlotError(Exception):
+    """All slots of the server are taken now."""
+
+
 class Generation:
     """One prediction: waits for a slot, runs, and ends by itself, by `stop`, or when its events are no longer read."""
 
@@ -219,32 +224,47 @@ class Generation:
             self._end("failed", error=f"The server's answer could not be read ({said}); the page's log has more.")
 
     async def _request(self) -> None:
+        """Send the request, again while all slots of the server are taken, and follow its answer to the end."""
+        begun = time.monotonic()
+
+        async def check_wait(state: tenacity.RetryCallState) -> None:
+            await self._check_wait(time.monotonic() - begun)
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_NoSlotError),
+            wait=tenacity.wait_chain(*map(tenacity.wait_fixed, _CAPACITY_PAUSES_S)),
+            before_sleep=check_wait,
+            sleep=self._sleep,
+        )
+        async with self._server.open() as client:
+            await retrying(self._request_once, client)
+
+    async def _request_once(self, client: httpx.AsyncClient) -> None:
+        if self._stopped.is_set():
+            return self._end("canceled")
         headers = {"Accept": "text/event-stream"}
         path, body = f"predictions/{self.id}", {"input": self._values}
-        begun = time.monotonic()
-        async with self._server.open() as client:
-            for pause in _capacity_pauses():
-                if self._stopped.is_set():
-                    return self._end("canceled")
-                async with client.stream("PUT", path, json=body, headers=headers) as reply:
-                    if reply.status_code == 200:
-                        return await self._follow(reply)
-                    await reply.aread()
-                if reply.status_code != 409:
-                    raise ServerTrouble(await self._server._why_refused(reply))
-                await self._wait_for_slot(time.monotonic() - begun, pause)
-        return None
+        async with client.stream("PUT", path, json=body, headers=headers) as reply:
+            if reply.status_code == 200:
+                return await self._follow(reply)
+            await reply.aread()
+        if reply.status_code == 409:
+            raise _NoSlotError
+        raise ServerTrouble(await self._server._why_refused(reply))
 
-    async def _wait_for_slot(self, waited_s: float, pause_s: float) -> None:
-        """Raises ServerTrouble when there is none to hope for: a server whose worker is dead says 409 for ever."""
+    async def _check_wait(self, waited_s: float) -> None:
+        """Raises ServerTrouble when no slot can be hoped for: a server whose worker is dead says 409 for ever."""
         if waited_s > 0.5:
             if not (health := await self._server.health()).answers:
                 raise ServerTrouble(health.sentence)
             self._queue.put_nowait(Waiting(seconds=waited_s))
         if waited_s > self._patience_s:
             raise ServerTrouble(f"The server was full for {waited_s:.0f} seconds. Try again in a while.")
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep until `stop` at the longest."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._stopped.wait(), pause_s)
+            await asyncio.wait_for(self._stopped.wait(), seconds)
 
     async def _follow(self, reply: httpx.Response) -> None:
         async for name, data in read_events(reply.aiter_bytes()):
@@ -345,9 +365,3 @@ def _refused_input(entry: dict[str, Any]) -> str:
     name = str((entry.get("loc") or ["an input"])[-1])
     message = re.sub(r"\b(\d+)\.0\b", r"\1", str(entry.get("msg")))
     return f"{name}: {message}."
-
-
-def _capacity_pauses() -> Iterator[float]:
-    yield from _CAPACITY_PAUSES_S
-    while True:
-        yield _CAPACITY_PAUSES_S[-1]

@@ -1,9 +1,10 @@
 """What the page says of a prediction: its answers as cards, a line of figures below, or what went wrong. As HTML."""
 
-import html
 import time
+from pathlib import Path
 from typing import Any
 
+from alpaca.pages.templates import render_part
 from web.client import Ended, Event, Health, Piece, Waiting
 from web.knobs import OMITTED, Knob
 
@@ -42,9 +43,7 @@ class Sheet:
         """One card for each completion; of those that run to their end together, the ones that are done."""
         if self._end and not any(self._texts) and self._end.status != "succeeded":
             return ""
-        count, running = len(self._texts), self._end is None
-        cards = [card(text, i, count, running=running) for i, text in enumerate(self._texts, start=1)]
-        return f'<div class="cards">{"".join(cards)}</div>'
+        return render_part(_CARDS, texts=self._texts, is_running=self._end is None)
 
     def line(self) -> str:
         elapsed_s = time.monotonic() - self._begun
@@ -81,34 +80,20 @@ def values_to_send(knobs: list[Knob], shown: list[Any]) -> dict[str, Any]:
 
 # Pieces of HTML -----------------------------------------------------------------------------------------------------
 
+_CARDS = Path(__file__).with_name("cards.html.j2")
+_LINE = Path(__file__).with_name("line.html.j2")
+
 
 def status_line(health: Health) -> str:
-    return f'<p class="{health.state}"><span class="dot"></span>{html.escape(health.sentence)}</p>'
+    return render_part(_LINE, kind=health.state, text=health.sentence)
 
 
 def note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
+    return render_part(_LINE, kind="note", text=text)
 
 
 def complaint(text: str) -> str:
-    return f'<p class="complaint" role="alert">{html.escape(text)}</p>'
-
-
-def card(text: str, number: int, count: int, *, running: bool) -> str:
-    """One completion; the text is the model's, so none of it is markup."""
-    name = f"{number} of {count}" if count > 1 else "Answer"
-    state = " running" if running else ""
-    return (
-        f'<article class="card{state}"><header><span>{name}</span><button onclick="{_COPY}">copy</button></header>'
-        f'<div class="text" dir="auto">{html.escape(text)}</div></article>'
-    )
-
-
-# navigator.clipboard is missing where the page came over plain http from another machine.
-_COPY = html.escape(
-    "const text = this.closest('article').querySelector('.text'); getSelection().selectAllChildren(text);"
-    "document.execCommand('copy'); getSelection().removeAllRanges(); this.textContent = 'copied'"
-)
+    return render_part(_LINE, kind="complaint", text=text)
 
 
 def figures(metrics: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def check_tensors(description: ModelDescription, found: Mapping[str, Shape], *, 
     """Raise InputError unless `found`, shapes by name, are the model's tensors: none missing, none more, all in shape.
 
     Some may be there besides, which nobody reads: stored buffers (rotary tables, `masked_bias`), a value head
-    (`v_head`), and the head of a model that ties it to its embedding (`untie` comes first, as that head may be another).
+    (`v_head`), and the head of a model that ties it to its embedding (`untie` comes first: that head may be another).
     A model whose family has several namings is not checked. where: the folder, for errors.
     """
     if not description.family.one_naming:

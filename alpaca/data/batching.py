@@ -1,7 +1,7 @@
 """Which examples an optimizer step takes, how they are split over processes, and how a micro-batch is laid out.
 
-All of it follows from the number of examples, the seed, the step and the layout of processes, so that any process knows
-every other's part without asking, and a resumed run takes up where it stopped.
+All of this follows from the number of examples, the seed, the step and the number of processes. So each process knows
+the parts of all others without asking, and a resumed run continues where it stopped.
 """
 
 import functools
@@ -25,7 +25,7 @@ def epoch_permutation(num_examples: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def count_steps_per_epoch(num_examples: int, *, global_batch_size: int) -> int:
-    """Whole batches in an epoch, the rest is dropped; a set smaller than one batch is a step of its own."""
+    """Count the whole batches of an epoch; the rest is dropped, but a set smaller than one batch makes one step."""
     return max(1, num_examples // global_batch_size)
 
 
@@ -40,8 +40,8 @@ def step_examples(num_examples: int, *, global_batch_size: int, seed: int, step:
 def split_step(indices: Tensor, *, rank: int, num_processes: int, micro_batch_size: int) -> list[Tensor]:
     """One process's micro-batches of a step: micro step a takes `indices[(a * num_processes + rank) * size :][:size]`.
 
-    All processes get the same number of them, since their collectives must match; where the examples do not suffice a
-    micro-batch is empty.
+    All processes get the same number of micro-batches, since their collectives must match; where there are not enough
+    examples, a micro-batch is empty.
     """
     slices = indices.split(micro_batch_size)
     num_micro_steps = -(-len(slices) // num_processes)
@@ -70,8 +70,9 @@ def split_step_by_tokens(
 ) -> list[Tensor]:
     """One process's micro-batches of a step, of about equally many tokens and at most `max_tokens` each.
 
-    The longest example goes first, each into the micro-batch with the fewest tokens so far; there are as few of them as
-    suffice, equally many for every process. A single example beyond `max_tokens` stands alone.
+    Examples are placed from the longest to the shortest, each into the micro-batch with the fewest tokens so far. There
+    are as few micro-batches as suffice, equally many for each process. An example longer than `max_tokens` gets one of
+    its own.
     """
     order = indices[lengths[indices].argsort(descending=True, stable=True)].tolist()
     sizes = {index: int(lengths[index]) for index in order}
@@ -84,7 +85,7 @@ def split_step_by_tokens(
 
 
 def _balance(order: list[int], sizes: dict[int, int], num_groups: int) -> list[list[int]]:
-    """Each into the lightest group so far; the first of equals."""
+    """Put each example into the group with the fewest tokens so far; of equal groups, into the first."""
     groups: list[list[int]] = [[] for _ in range(num_groups)]
     heap = [(0, number) for number in range(num_groups)]
     for index in order:
@@ -101,7 +102,7 @@ class PackedBatch:
     input_ids: Tensor  # [N] int64
     position_ids: Tensor  # [N] int64: restart at each example
     target_positions: Tensor  # [R] int64, in [0, N)
-    target_ids: Tensor  # [R] int64: the token after each
+    target_ids: Tensor  # [R] int64: the token that follows each position
     lengths: list[int]
 
     def to(self, device: torch.device) -> "PackedBatch":
@@ -113,7 +114,7 @@ class PackedBatch:
 
 
 def pack(examples: Sequence[tuple[Tensor, Tensor]], *, pad_id: int) -> PackedBatch:
-    """Lay (ids, labels) pairs end to end; no examples give a dummy whose target carries no loss (it is ignored)."""
+    """Lay (ids, labels) pairs end to end. Without examples the result is a dummy whose only target carries no loss."""
     if not examples:
         dummy = torch.full((_DUMMY_TOKENS,), pad_id)
         examples = [(dummy, torch.full_like(dummy, MASKED_LABEL))]
@@ -131,7 +132,7 @@ def pack(examples: Sequence[tuple[Tensor, Tensor]], *, pad_id: int) -> PackedBat
 
 
 def collate(examples: Sequence[tuple[Tensor, Tensor]], *, pad_id: int) -> MicroBatch:
-    """Pad (ids, labels) pairs on the right to the longest; no examples give a dummy that carries no loss.
+    """Pad (ids, labels) pairs on the right to the longest. Without examples the result is a dummy that carries no loss.
 
     The mask comes from the lengths, not from the ids: where pad and EOS are one id, EOS is still attended to.
     """

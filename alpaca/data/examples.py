@@ -3,8 +3,8 @@
 Ids and labels equal Stanford's train.py token for token. Prompt and answer are tokenized as one text, EOS is added by
 id, the right is cut to `max_length`, and as many leading labels are masked as the prompt alone has tokens. (So where
 the tokenizer merges the prompt's last colon with the answer's first character, that character carries no loss: 3 % of
-the Alpaca data. This is the recipe; it is kept.) What the original loses without a word is counted here, and examples
-that could teach nothing, every label being masked, are dropped.
+the Alpaca data. This is the recipe; it is kept.) The original cuts examples without saying so; here they are counted,
+and examples that could teach nothing, because every label is masked, are dropped.
 """
 
 import dataclasses
@@ -45,11 +45,11 @@ class Example:
 
 
 def read_examples(data_path: str | Path) -> list[Example]:
-    """The examples of a JSON list, of a JSON-lines file, or of a Hugging Face data set such as "tatsu-lab/alpaca".
+    """Read the examples of a JSON list, a JSON-lines file, or a Hugging Face data set such as "tatsu-lab/alpaca".
 
-    What exists on disk is a file, and its content says which kind. A record needs the texts `instruction` and `output`;
-    `input` may be missing or null, which counts as ""; further fields are ignored.
-    Raises MissingInput, MissingPackage, and InputError that names the record and the field.
+    A path that exists is read as a file, and the file's content decides of which kind it is. A record needs the texts
+    `instruction` and `output`; `input` may be missing or null, which counts as ""; further fields are ignored. Raises
+    MissingInput, MissingPackage, and InputError that names the record and the field.
     """
     examples = [check_record(record, where) for where, record in read_records(data_path)]
     if not examples:
@@ -58,9 +58,10 @@ def read_examples(data_path: str | Path) -> list[Example]:
 
 
 def read_records(data_path: str | Path) -> Iterator[tuple[str, object]]:
-    """Each record as it was found, after the words that say where; for reports that go on past a bad one.
+    """Yield (place, record) for each record, unchecked, for reports that go on past a bad one.
 
-    Raises MissingInput, MissingPackage, and InputError for a file that is no list of records at all.
+    place: words for messages that say where the record stands. Raises MissingInput, MissingPackage, and InputError for
+    a file that holds no records.
     """
     path = Path(data_path)
     if path.exists():
@@ -74,7 +75,7 @@ def read_records(data_path: str | Path) -> Iterator[tuple[str, object]]:
 
 
 def _file_records(path: Path) -> Iterator[tuple[str, object]]:
-    """Each record of a file, after the words that say where it stands."""
+    """Yield (place, record) for each record of a file."""
     text = _read_text(path)
     first = text.lstrip()[:1]
     if first == "[":
@@ -110,12 +111,12 @@ def _read_text(path: Path) -> str:
 def _parse_json(text: str, expected: str) -> object:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter of thousands of brackets
+    except (ValueError, RecursionError) as error:  # thousands of nested brackets raise RecursionError
         raise InputError(f"{expected}, found invalid JSON: {error}") from error
 
 
 def _dataset_records(name: str) -> Iterator[tuple[str, object]]:
-    """Each record of a Hugging Face data set's `train` split, after the words that say where it stands."""
+    """Yield (place, record) for each record of a Hugging Face data set's `train` split."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -135,7 +136,7 @@ def _dataset_records(name: str) -> Iterator[tuple[str, object]]:
 
 
 def check_record(record: object, where: str) -> Example:
-    """The example of a record that has all its texts; raises InputError that names the record and the field."""
+    """Make an Example of a record. Raises InputError, naming the record and the field, where a text is missing."""
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object with the fields {', '.join(_FIELDS)}, found {_shown(record)}")
     given = [field for field in _FIELDS if field != "input" or record.get("input") is not None]
@@ -165,9 +166,10 @@ def _shown(value: object) -> str:
 
 
 def split_examples(examples: Sequence[Example], *, num_held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out), both in their first order; which are held out depends on the seed and the number only.
+    """Split examples into (those to train on, those held out), each in their original order.
 
-    With the same seed a larger `num_held_out` holds out the same ones and more. Raises InputError when nothing would be
+    The choice depends only on the seed and the number of examples. With the same seed a larger `num_held_out` holds out
+    the same examples and more. Raises InputError when nothing would be
     left to train on.
     """
     if not 0 <= num_held_out < len(examples):
@@ -186,15 +188,15 @@ def split_examples(examples: Sequence[Example], *, num_held_out: int, seed: int)
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingReport:
-    """What encoding met. Counts of examples, but for the last two; of what was kept, but for the first three."""
+    """Counts of an encoding. Those below `num_kept` count kept examples only; the last two count tokens."""
 
     max_length: int  # tokens
     num_read: int
     num_all_masked: int  # dropped: no label is left that carries loss
     num_kept: int
-    num_empty_outputs: int  # nothing but white space: teaches to answer nothing
-    num_duplicates: int  # beyond the first of each; instruction, input and output all equal
-    num_without_eos: int  # the cut took their EOS
+    num_empty_outputs: int  # only white space: they teach the model to answer nothing
+    num_duplicates: int  # copies of an earlier example: instruction, input and output are equal
+    num_without_eos: int  # cut, so that their EOS is lost
     num_tokens: int
     num_targets: int  # tokens that carry loss
 
@@ -215,11 +217,11 @@ class EncodingReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedDataset:
-    """Encoded examples, end to end in flat tensors: E examples of N packed tokens together.
+    """Encoded examples, laid end to end in flat tensors: E examples that have N tokens in all.
 
     ids: int32 [N].   offsets: int64 [E + 1], where each example starts and the last one ends.
     prompt_lengths: int64 [E], the number of leading labels that are masked.
-    report: what encoding met; a subset keeps the report of the whole.
+    report: the counts of the encoding; a subset keeps the report of the whole set.
     """
 
     ids: Tensor
@@ -268,11 +270,11 @@ def encode_examples(
     train_on_inputs: bool = False,
     progress: bool = True,
 ) -> EncodedDataset:
-    """Ids and labels of the original recipe, for every example that has a label to learn from.
+    """Encode examples as the original recipe does, and keep those that have a label to learn from.
 
-    max_length: tokens an example is cut to, on the right. train_on_inputs: no label is masked, prompts carry loss too
-    (as alpaca-lora has it). progress: show a bar on a terminal, once it takes long.
-    Raises InputError when of some examples not one is left.
+    max_length: the tokens that an example is cut to, on the right. train_on_inputs: no label is masked, so that prompts
+    carry loss too, as in alpaca-lora. progress: show a bar on a terminal when it takes over a second.
+    Raises InputError when there were examples and none is left.
     """
     parts = []
     with tqdm(total=len(examples), desc="encode", unit=" examples", delay=1, disable=None if progress else True) as bar:
@@ -296,7 +298,7 @@ def encode_examples(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Encoded:
-    """E examples, encoded: the ids of those that are kept, end to end, and the counts of all."""
+    """E encoded examples: the ids of the kept ones, laid end to end, and the lengths of all."""
 
     ids: Tensor  # int32 [N]
     full_lengths: Tensor  # int64 [E], before the cut

@@ -1,6 +1,6 @@
 """Archives of weights: packed, and unpacked safely.
 
-An archive may come from anywhere: what it holds is checked before anything of it is written.
+An archive may come from anyone, so all of its entries are checked before the first one is written.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ from alpaca.files.atomic import replaced_folder
 from alpaca.files.downloads import cache_folder
 from alpaca.files.locks import waiting_lock
 from alpaca.files.model_folders import MODEL_CONFIGS, MODEL_FILES, is_weights
-from alpaca.files.names import is_path, shown
+from alpaca.files.names import is_valid_path, quote_name
 from alpaca.files.outputs import require_free_space
 
 _ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz", ".zip")
-# Limits on archives. Weights hardly compress, so what unpacks to much more than it was is no model.
+# Limits on archives. Weights hardly compress, so an archive that unpacks to many times its size holds no model.
 _MOST_FILES = 2_000
 _MOST_GROWTH = 20
-_ANY_GROWTH_BYTES = 100_000_000  # what any archive may come to, however small
-_PIECE_BYTES = 1 << 20  # the most that is read at once; of headers, too, which may follow one another by hundreds
-_HEADERS_BYTES = 16 << 10  # of a file in a .tar, beside what it holds: its own, a long name's, padding
-# What tarfile, gzip and zipfile raise for bytes they did not expect, over and above their own errors.
+_ANY_GROWTH_BYTES = 100_000_000  # any archive may unpack to this much, however small it is
+_PIECE_BYTES = 1 << 20  # the most that is read at once, of headers, too: hundreds may follow one another
+_HEADERS_BYTES = 16 << 10  # of a file in a .tar beside its content: its header, that of a long name, padding
+# Errors of tarfile, gzip and zipfile for damaged archives: besides their own classes they raise these.
 _DAMAGES = (
     tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError, ValueError,
     NotImplementedError, RecursionError, OverflowError, LookupError,
@@ -41,7 +41,7 @@ _DAMAGES = (
 
 
 def pack(folder: Path, archive: Path) -> Path:
-    """Write the model or adapter in `folder`, its tokenizer with it, as a .tar that `open_weights` takes."""
+    """Write the model or adapter in `folder`, with its tokenizer, to a .tar that `open_weights` can open."""
     files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
     require_free_space(archive.parent, sum(file.stat().st_size for file in files))
     partial = archive.with_name(f".{archive.name}.partial")
@@ -59,11 +59,11 @@ def pack(folder: Path, archive: Path) -> Path:
 
 
 def unpack(archive: Path) -> Path:
-    """The folder an archive's files are unpacked to; the same archive is unpacked once.
+    """Unpack an archive into the cache, unless it was unpacked before; return the folder.
 
-    Only plain files are taken, all at the archive's top or all in one folder there. Raises InputError, before anything
-    is written, for links, devices, paths that lead elsewhere, files of one name, too much of it all, and for a damaged
-    archive; MissingInput for one without a model.
+    Only plain files are accepted, all at the archive's top or all in one folder there. Raises InputError, before
+    anything is written, for links, devices, paths that lead elsewhere, two files of one name, too many or too large
+    files, and for a damaged archive; MissingInput for an archive without a model.
     """
     if not archive.name.endswith(_ARCHIVE_ENDINGS):
         raise InputError(f"{archive} is neither a folder nor an archive ({', '.join(_ARCHIVE_ENDINGS)})")
@@ -77,7 +77,7 @@ def unpack(archive: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class _Member:
-    """An entry of an archive; a folder's name ends in a slash. refused: what it is, where it is no plain file."""
+    """An entry of an archive; a folder's name ends in a slash. refused: its kind, if it is no plain file."""
 
     name: str
     num_bytes: int
@@ -104,14 +104,14 @@ def unpack_to(target: Path, archive: Path) -> None:
 
 
 def _check_members(members: Iterator[_Member], archive: Path) -> list[_Member]:
-    """The files to unpack. Raises at the first that may not be: nothing more of the archive is read then."""
+    """The files to unpack. Raises at the first entry that is refused, and then reads no more of the archive."""
     most_bytes = _most_bytes(archive)
     taken: dict[str, _Member] = {}
     folders, total = set(), 0
     for number, member in enumerate(members, start=1):
         parts = PurePosixPath(member.name).parts
-        if member.num_bytes < 0:  # would make room for others
-            raise _refusal(archive, f"{shown(member.name)} of {member.num_bytes:,} bytes")
+        if member.num_bytes < 0:  # a negative size would make room for others below the limit
+            raise _refusal(archive, f"{quote_name(member.name)} of {member.num_bytes:,} bytes")
         total += member.num_bytes
         if number > _MOST_FILES or total > most_bytes:
             raise _refusal(
@@ -121,11 +121,11 @@ def _check_members(members: Iterator[_Member], archive: Path) -> list[_Member]:
             continue
         if member.refused or member.name.startswith("/") or ".." in parts or not 1 <= len(parts) <= 2:
             kind = f" ({member.refused})" if member.refused else ""
-            raise _refusal(archive, f"{shown(member.name)}{kind}, which is no plain file of a model folder")
-        if not is_path(member.name):
-            raise _refusal(archive, f"{shown(member.name)}, which cannot be a file's name")
+            raise _refusal(archive, f"{quote_name(member.name)}{kind}, which is no plain file of a model folder")
+        if not is_valid_path(member.name):
+            raise _refusal(archive, f"{quote_name(member.name)}, which cannot be a file's name")
         if parts[-1] in taken or folders - {parts[:-1]}:
-            what = f"{shown(member.name)} beside files of the same name or of another folder; expected one"
+            what = f"{quote_name(member.name)} beside files of the same name or of another folder; expected one"
             raise _refusal(archive, what)
         taken[parts[-1]] = member
         folders.add(parts[:-1])
@@ -162,7 +162,7 @@ def _extract(member: _Member, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _open_members(archive: Path) -> Iterator[Iterator[_Member]]:
-    """An archive's entries. Its kind is read from its first bytes, since addresses need not end in it."""
+    """An archive's entries. Its kind is told by its first bytes, since an address need not end in .tar or .zip."""
     with open(archive, "rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
@@ -177,7 +177,7 @@ def _open_members(archive: Path) -> Iterator[Iterator[_Member]]:
 
 
 def _is_left_out(name: str) -> bool:
-    """Folders, and what macOS adds."""
+    """Whether an entry is skipped: folders, and the files that macOS adds."""
     last = PurePosixPath(name).name
     return name.endswith("/") or name.startswith("__MACOSX/") or last.startswith("._") or last == ".DS_Store"
 
@@ -203,9 +203,10 @@ def _zip_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
 
 
 class _BoundedReads:
-    """A stream for tarfile, which reads a header's long name into memory however long it claims to be.
+    """A stream for tarfile, which by itself reads a header's long name into memory however long it claims to be.
 
-    Nor may it go past what an archive may come to: by a second header's word a file can seem shorter than it is.
+    The stream also ends where the largest allowed archive would: a second header can make a file seem shorter than it
+    is.
     """
 
     def __init__(self, stream: IO[bytes], most_bytes: int) -> None:

@@ -2,19 +2,22 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from alpaca.errors import NotEnoughSpace
 from alpaca.files.locks import locked
 from alpaca.files.outputs import check_overwrite
 
 
-def write_all(file, data) -> None:
+def write_all(file: io.RawIOBase | BinaryIO, data: bytes | memoryview) -> None:
+    """Write all of `data` to an unbuffered file, whose `write` may take only a part."""
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
@@ -35,22 +38,22 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`write_bytes` of UTF-8."""
+    """Write text as UTF-8, in the way of `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """`write_text` of indented JSON."""
+    """Write indented JSON, in the way of `write_bytes`."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder to fill, beside `target`; it takes target's place when the block ends without an error.
+    """Give the block a new folder to fill, which takes the place of `target` when the block ends without an error.
 
-    On an error it is removed and `target` stays as it was; what a killed run left is removed by the next. Raises
-    OutputExists when `target` is there (not empty) without `overwrite`, or when another process is writing it now;
-    InputError for a file where the folder, or one above it, should be.
+    After an error the new folder is removed and `target` stays as it was; the remains of a killed run are removed by
+    the next. Raises OutputExists when `target` exists and is not empty without `overwrite`, or when another process is
+    writing it now; InputError for a file where the folder, or one above it, should be.
     """
     target = Path(target)
     partial, aside = partial_folder(target), target.with_name(f".{target.name}.replaced")
@@ -80,7 +83,7 @@ def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[
 
 
 def _remove(path: Path) -> None:
-    """A folder, or a link to one, which is then only unlinked."""
+    """Remove a folder with its content, a file, or a link without its target."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:
@@ -88,7 +91,7 @@ def _remove(path: Path) -> None:
 
 
 def partial_folder(target: Path) -> Path:
-    """Where `replaced_folder` has its block write: for other processes that help to fill the folder."""
+    """The folder that `replaced_folder(target)` gives its block; other processes may help to fill it."""
     return target.with_name(f".{target.name}.partial")
 
 

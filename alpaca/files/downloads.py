@@ -1,49 +1,31 @@
-"""Files at http and https addresses: fetched into a cache with progress, resumed after an interruption, checked; sent.
+"""Files at http and https addresses, downloaded into a cache: resumed after an interruption, checked, never twice.
 
-An address may end in `#sha256=…`, the digest its file must have. Passwords and signed tokens are parts of addresses,
-so logs and errors show scheme, host and path alone. The rules of resuming are HTTP's (RFC 9110, 13.1.5 and 14).
+Rules of resuming: RFC 9110, sections 13.1.5 (If-Range) and 14 (range requests).
 """
 
-import base64
-import dataclasses
 import errno
 import hashlib
-import http.client
-import ipaddress
 import json
 import logging
 import os
-import re
-import ssl
-import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 from tqdm import tqdm
 
-from alpaca.errors import InputError, MissingInput, NotEnoughSpace
-from alpaca.files.atomic import fsync, write_json
+from alpaca.errors import InputError, NotEnoughSpace
+from alpaca.files.atomic import fsync, write_all, write_json
 from alpaca.files.locks import waiting_lock
+from alpaca.files.network.addresses import Address, parse_address
+from alpaca.files.network.requests import RangeRefused, iterate_pieces, open_reply, read_length, read_range
+from alpaca.files.network.retries import InterruptedTry, retry
 from alpaca.files.outputs import require_free_space
+from alpaca.files.progress import progress_bar
 
 logger = logging.getLogger(__name__)
-_TIMEOUT_S = 30.0  # to connect, and between two pieces
-_STORING_S = 600.0  # for an upload's answer: some servers store or copy all of it first
-_MOST_FAILURES = 6  # in a row that brought next to nothing
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 20.0
-_PIECE_BYTES = 1 << 20  # a try that brought less than this counts as a failure in a row
-_PASSING = (408, 425, 429, 500, 502, 503, 504)  # states of a server that may be over soon
-_SCHEMES = ("http", "https")
-_HOST = re.compile(r"(?=.{1,254}\Z)([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?")
-
-
-def is_address(text: str) -> bool:
-    """Whether `text` is meant as an address, of any scheme, rather than a path."""
-    return "://" in text
+_PROGRESS_BYTES = 1 << 20  # a try that brought less than this counts as a failure in a row
 
 
 def cache_folder() -> Path:
@@ -59,112 +41,40 @@ def cache_folder() -> Path:
     return folder
 
 
-# Addresses ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Address:
-    """An address taken apart. url: without fragment and password.    authorization: the header these make."""
-
-    url: str
-    authorization: str | None
-    sha256: str | None
-
-    def __str__(self) -> str:
-        """What may be shown."""
-        parts = urllib.parse.urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc}{parts.path}"
-
-    __repr__ = __str__
-
-    @property
-    def label(self) -> str:
-        """The file's name, as far as it is one."""
-        name = urllib.parse.unquote(urllib.parse.urlsplit(self.url).path.rpartition("/")[2])
-        return re.sub(r"[^A-Za-z0-9._-]", "_", name)[-60:].strip(".") or "file"
-
-
-def parse_address(text: str) -> Address:
-    """Take an address apart. Raises InputError for another scheme, no valid host, or a fragment that is no digest."""
-    parts = _split(text.strip())
-    digest = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", parts.fragment)
-    if parts.fragment and not digest:
-        raise InputError(f"after # in an address: expected sha256= and 64 hexadecimal digits, found {parts.fragment!r}")
-    user, _, host = parts.netloc.rpartition("@")
-    authorization = None
-    if user:
-        encoded = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
-        authorization = f"Basic {encoded}"
-    path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
-    query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
-    url = urllib.parse.urlunsplit((parts.scheme.lower(), host, path, query, ""))
-    return Address(url=url, authorization=authorization, sha256=digest[1].lower() if digest else None)
-
-
-def _split(text: str) -> urllib.parse.SplitResult:
-    """An address's parts, its host and port such as can be asked. Raises InputError, which shows no part of them.
-
-    What is wrong may come of a password: one with a slash in it ends the host too early.
-    """
-    scheme = text.partition(":")[0]
-    if scheme.lower() not in _SCHEMES:
-        raise InputError(f"expected an http or https address, found the scheme {scheme[:20]!r} and no more is shown")
-    try:
-        text.encode()
-        parts = urllib.parse.urlsplit(text)
-        host, wrong = parts.hostname or "", parts.port == 0
-    except ValueError:  # brackets, a port that is none, lone surrogates: its words quote the address
-        host, wrong = "", True
-    if wrong or not _is_host(host):
-        raise InputError(
-            "expected an http or https address with a host such as example.com, 10.0.0.5:8000 or [::1], found none "
-            "that is valid (the address is not shown: it may hold a password). International names are written as "
-            "xn--…; in a password / is %2F, @ is %40, # is %23 and ? is %3F"
-        )
-    return parts
-
-
-def _is_host(text: str) -> bool:
-    if ":" not in text:
-        return bool(_HOST.fullmatch(text))
-    try:
-        return bool(ipaddress.IPv6Address(text))
-    except ValueError:
-        return False
-
-
 @dataclass(frozen=True, kw_only=True)
 class Remote:
-    """A file at an address. identity: changes with its content; None where the server does not say."""
+    """A file at an address.
+
+    identity: a short text that changes with the file's content; None where the server says nothing to tell by.
+    """
 
     address: Address
     identity: str | None
 
     @property
     def name(self) -> str:
-        """Of what is made of it in the cache."""
+        """The name of the file, or of the folder unpacked from it, in the cache."""
         return f"{self.address.label}-{self.identity or _key(self.address) + '-unversioned'}"
 
 
 def find_remote(text: str) -> Remote:
-    """What is known of the file at an address; its server is not asked where the address has the digest.
+    """Find out which file is at an address now; its server is not asked where the address has the file's digest.
 
-    Raises InputError, MissingInput.
+    Raises InputError for a wrong address, MissingInput where the server cannot be reached or has no such file.
     """
     address = parse_address(text)
     if address.sha256:
         return Remote(address=address, identity=address.sha256[:32])
-    failures = 0
-    while True:
+
+    def ask() -> Remote:
         try:
-            # A byte, not HEAD: addresses are signed for one method.
-            with _open(address, {"Range": "bytes=0-0"}) as reply:
+            # One byte by GET, not HEAD: addresses are signed for one method.
+            with open_reply(address, {"Range": "bytes=0-0"}) as reply:
                 return Remote(address=address, identity=_State.of(reply).identity(address))
-        except _RangeRefusedError:  # an empty file
+        except RangeRefused:  # an empty file
             return Remote(address=address, identity=None)
-        except _InterruptedError as error:
-            failures += 1
-            _pause(f"{address} could not be reached", error, failures, left="Nothing was downloaded yet")
+
+    return retry(ask, what=f"{address} could not be reached", left="Nothing was downloaded yet")
 
 
 def _key(address: Address) -> str:
@@ -175,11 +85,12 @@ def _key(address: Address) -> str:
 
 
 def download(source: str | Remote, *, space_factor: float = 1.0) -> Path:
-    """The file at an address, from the cache where it is there whole, under a name that changes with its content.
+    """Download a file into the cache, unless it is there already, under a name that changes with the file's content.
 
-    What a broken or killed download left is gone on with, if the server still has that very file, else begun again.
-    Processes that want the same file wait for each other. space_factor: the disk must have room for so many times the
-    file. Raises InputError for a wrong address or content, MissingInput for what cannot be had, NotEnoughSpace.
+    A download that broke or was killed is resumed if the server still has that very file, and else begun again.
+    Processes that want the same file wait for each other. space_factor: the disk must have room for this many times
+    the file's size. Raises InputError for a wrong address or digest, MissingInput for a file that
+    cannot be had, NotEnoughSpace.
     """
     remote = source if isinstance(source, Remote) else find_remote(source)
     address, folder = remote.address, cache_folder() / "downloads"
@@ -199,23 +110,13 @@ def download(source: str | Remote, *, space_factor: float = 1.0) -> Path:
     return target
 
 
-class _InterruptedError(Exception):
-    """A try that ended too early; the next may do better."""
-
-
-class _RangeRefusedError(Exception):
-    """The server has no such part of the file. size: of all of it, as the server says."""
-
-    def __init__(self, size: int | None) -> None:
-        super().__init__()
-        self.size = size
-
-
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """Which file a partial one is a part of. validator: what If-Range asks for, "" where there is nothing to ask for.
+    """Which of the server's files a partial file belongs to.
 
-    version: ETag or date, weak ones too: enough to tell files apart, not to join parts.
+    validator: the value for If-Range, a strong ETag or a date; "" where the server sent neither, so that nothing can be
+    resumed.    version: ETag or date, weak ETags too: enough to tell files apart, not enough to join their parts.
+    size: of the whole file in bytes.
     """
 
     validator: str
@@ -223,10 +124,10 @@ class _State:
     size: int | None
 
     @classmethod
-    def of(cls, reply: http.client.HTTPResponse) -> "_State":
+    def of(cls, reply: httpx.Response) -> "_State":
         etag, date = reply.headers.get("ETag", ""), reply.headers.get("Last-Modified", "")
         strong = etag if etag.startswith('"') else ""
-        size = _part(reply)[1] if reply.status == 206 else _length(reply)
+        size = read_range(reply)[1] if reply.status_code == 206 else read_length(reply)
         return cls(validator=strong or date, version=etag or date, size=size)
 
     def identity(self, address: Address) -> str | None:
@@ -240,7 +141,7 @@ def _state_file(partial: Path) -> Path:
 
 
 def _read_state(partial: Path) -> _State | None:
-    """Of the partial file that is there; None where it cannot be gone on with."""
+    """The state of the partial file on disk; None where there is no such file or it cannot be resumed."""
     try:
         state = _State(**json.loads(_state_file(partial).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -249,67 +150,61 @@ def _read_state(partial: Path) -> _State | None:
 
 
 def _fetch_whole(address: Address, partial: Path, *, space_factor: float) -> _State:
-    """Fill `partial`, in as many tries as it takes as long as they bring something."""
-    failures, most = 0, 0
-    with _progress_bar(f"download {address.label}") as bar:
-        while True:
-            try:
-                return _fetch(address, partial, bar, space_factor=space_factor)
-            except _InterruptedError as error:
-                failures = 1 if bar.n >= most + _PIECE_BYTES else failures + 1
-                most = max(most, bar.n)
-                left = "Whatever the download brought is kept, and the next start goes on from there"
-                _pause(f"{address} could not be downloaded", error, failures, left=left)
+    """Fill `partial`, in as many tries as it takes as long as they bring something. Raises MissingInput."""
+    most_bytes = 0
+    with progress_bar(f"download {address.label}") as bar:
 
+        def has_progressed() -> bool:
+            nonlocal most_bytes
+            progressed = bar.n >= most_bytes + _PROGRESS_BYTES
+            most_bytes = max(most_bytes, bar.n)
+            return progressed
 
-def _progress_bar(text: str, *, total: int | None = None) -> tqdm:
-    interval = 1.0 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=text, total=total, unit="B", unit_scale=True, mininterval=interval)
-
-
-def _pause(what: str, error: Exception, failures: int, *, left: str = "") -> None:
-    """Wait before the next try, longer each time. Raises MissingInput when there were enough.
-
-    left: what is kept of them all, a sentence.
-    """
-    if failures >= _MOST_FAILURES:
-        advice = ". ".join(["check the address and the network", *([left] if left else [])])
-        raise MissingInput(f"{what} in {failures} tries: {error}; {advice}")
-    pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (failures - 1))
-    logger.warning("%s: %s; trying again in %.1f s", what, error, pause)
-    time.sleep(pause)
+        return retry(
+            lambda: _fetch(address, partial, bar, space_factor=space_factor),
+            what=f"{address} could not be downloaded",
+            left="Whatever the download brought is kept, and the next start goes on from there",
+            has_progressed=has_progressed,
+        )
 
 
 def _fetch(address: Address, partial: Path, bar: tqdm, *, space_factor: float) -> _State:
-    """One try: go on with `partial` or begin it. Raises _InterruptedError."""
-    state, headers, have = _read_state(partial), {}, 0
-    if state:
-        have = partial.stat().st_size
-        headers = {"Range": f"bytes={have}-", "If-Range": state.validator}
+    """One try: go on with `partial` or begin it. Raises InterruptedTry."""
+    state = _read_state(partial)
+    have = partial.stat().st_size if state else 0
+    headers = {"Range": f"bytes={have}-", "If-Range": state.validator} if state else {}
     try:
-        reply = _open(address, headers)
-    except _RangeRefusedError as refused:
-        if state and refused.size == have == state.size:  # ended between the last byte and the new name
+        with open_reply(address, headers) as reply:
+            return _store(address, reply, partial, bar, state=state, space_factor=space_factor)
+    except RangeRefused as refused:
+        if state and refused.size == have == state.size:  # killed between the last byte and the file's new name
             return state
         partial.unlink(missing_ok=True)
-        raise _InterruptedError("the server has another file now") from None
-    with reply:
-        if reply.status == 206 and state and (_part(reply)[0], _State.of(reply)) != (have, state):
-            partial.unlink()
-            raise _InterruptedError("the server sent a part of another file than was asked for")
-        if reply.status != 206 or not state:
-            state, have = _begin(address, reply, partial), 0
-        require_free_space(partial, int((state.size or 0) * space_factor) - have)
-        bar.total, bar.n, bar.initial = state.size, have, have
-        bar.refresh()
-        _receive(reply, partial, bar)
+        raise InterruptedTry("the server has another file now") from None
+
+
+def _store(
+    address: Address, reply: httpx.Response, partial: Path, bar: tqdm, *, state: _State | None, space_factor: float
+) -> _State:
+    """Add a reply to the partial file that `state` describes, or begin a new one. Raises InterruptedTry."""
+    have = partial.stat().st_size if state else 0
+    is_part = reply.status_code == 206
+    if is_part and state and (read_range(reply)[0], _State.of(reply)) != (have, state):
+        partial.unlink()
+        raise InterruptedTry("the server sent a part of another file than was asked for")
+    if not is_part or not state:
+        state, have = _begin(address, reply, partial), 0
+    require_free_space(partial, int((state.size or 0) * space_factor) - have)
+    bar.total, bar.n, bar.initial = state.size, have, have
+    bar.refresh()
+    _receive(reply, partial, bar)
     if state.size is not None and bar.n != state.size:
-        raise _InterruptedError(f"the connection ended after {bar.n:,} of {state.size:,} bytes")
+        raise InterruptedTry(f"the connection ended after {bar.n:,} of {state.size:,} bytes")
     return state
 
 
-def _begin(address: Address, reply: http.client.HTTPResponse, partial: Path) -> _State:
-    """Start from the first byte: an empty partial file, and beside it which file it will be."""
+def _begin(address: Address, reply: httpx.Response, partial: Path) -> _State:
+    """Start from the first byte: write an empty partial file, and the state beside it."""
     state = _State.of(reply)
     size = "of unknown size" if state.size is None else f"{state.size / 1e6:,.1f} MB"
     again = "begun again, the server cannot resume it or has another file now" if partial.is_file() else size
@@ -319,23 +214,17 @@ def _begin(address: Address, reply: http.client.HTTPResponse, partial: Path) -> 
     return state
 
 
-def _receive(reply: http.client.HTTPResponse, partial: Path, bar: tqdm) -> None:
+def _receive(reply: httpx.Response, partial: Path, bar: tqdm) -> None:
+    """Append a reply's content to `partial`. Raises InterruptedTry, NotEnoughSpace."""
     with open(partial, "ab", buffering=0) as file:
-        while piece := _read_piece(reply):
+        for piece in iterate_pieces(reply):
             try:
-                file.write(piece)
+                write_all(file, piece)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
                 raise NotEnoughSpace(f"the disk ran full while {partial} was written; ALPACA_CACHE moves it") from error
             bar.update(len(piece))
-
-
-def _read_piece(reply: http.client.HTTPResponse) -> bytes:
-    try:
-        return reply.read1(_PIECE_BYTES)
-    except (OSError, http.client.HTTPException) as error:
-        raise _InterruptedError(f"the connection broke ({type(error).__name__})") from None
 
 
 def _check_digest(address: Address, file: Path) -> None:
@@ -352,150 +241,3 @@ def _check_digest(address: Address, file: Path) -> None:
             f"{address} is not the file it should be: expected sha256 {address.sha256}, found {digest.hexdigest()}; "
             "it was removed. Check the digest, or fetch the file from where it was published"
         )
-
-
-# Uploading ------------------------------------------------------------------------------------------------------
-
-
-def upload(file: Path, place: str, *, on_piece: Callable[[], object] = lambda: None) -> str:
-    """PUT a file below an address, as a stream, and return where it is: the server's Location, else where it was sent.
-
-    on_piece is called often; what it raises ends the upload. Raises InputError, MissingInput.
-    """
-    given = parse_address(place)
-    parts = urllib.parse.urlsplit(given.url)
-    url = urllib.parse.urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{urllib.parse.quote(file.name)}"))
-    address = dataclasses.replace(given, url=url)
-    failures = 0
-    while True:
-        try:
-            return _put(address, file, on_piece)
-        except _InterruptedError as error:
-            failures += 1
-            _pause(f"{address} could not be uploaded", error, failures)
-
-
-def _put(address: Address, file: Path, on_piece: Callable[[], object]) -> str:
-    size = file.stat().st_size
-    headers = {"Content-Length": str(size), "Content-Type": "application/x-tar"}
-    with open(file, "rb") as source, _progress_bar(f"upload {address.label}", total=size) as bar:
-
-        def pieces() -> Iterator[bytes]:
-            while piece := source.read(_PIECE_BYTES):
-                on_piece()
-                yield piece
-                bar.update(len(piece))
-
-        with _open(address, headers, body=pieces()) as reply:
-            location = reply.headers.get("Location")
-    return _locate(address, location)
-
-
-def _locate(address: Address, location: str | None) -> str:
-    """Where a file is that was put to `address`, by the server's word if that is an address."""
-    if not location:
-        return str(address)
-    try:
-        place = urllib.parse.urljoin(address.url, location)
-        _split(place)
-    except ValueError:  # the file is there all the same
-        logger.warning("%s: the server's Location is no address; the file should be where it was sent", address)
-        return str(address)
-    return place
-
-
-# HTTP -----------------------------------------------------------------------------------------------------------
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https, from https to https alone; a password stays with its own host."""
-
-    def http_error_302(self, req, fp, code, msg, headers):
-        try:
-            _check_redirect(req, headers.get("Location", ""))
-        except InputError:
-            fp.close()
-            raise
-        return super().http_error_302(req, fp, code, msg, headers)
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-def _check_redirect(request: urllib.request.Request, location: str) -> None:
-    here, schemes = parse_address(request.full_url), ("https",) if request.type == "https" else _SCHEMES
-    try:
-        new = urllib.parse.urljoin(request.full_url, location)
-        scheme = urllib.parse.urlsplit(new).scheme
-    except ValueError:
-        raise InputError(f"{here} redirects to what is no address; the server is at fault, or the address") from None
-    if scheme not in schemes:
-        raise InputError(
-            f"{here} redirects to an address of the scheme {scheme!r}; from there only {' and '.join(schemes)} may "
-            "follow"
-        )
-    try:
-        _split(new)
-    except InputError as error:
-        raise InputError(f"{here} redirects elsewhere: {error}") from error
-
-
-def _make_opener() -> urllib.request.OpenerDirector:
-    """urllib's, without its file, ftp and data addresses; proxies are those of the environment."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, _Redirects,
-        urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler,
-    ):  # fmt: skip
-        opener.add_handler(handler())
-    return opener
-
-
-def _open(
-    address: Address, headers: dict[str, str], *, body: Iterator[bytes] | None = None
-) -> http.client.HTTPResponse:
-    """GET the file or a part of it, or PUT `body`.
-
-    Raises _InterruptedError, _RangeRefusedError, InputError, MissingInput.
-    """
-    asked = {"Accept-Encoding": "identity", "User-Agent": "cog-alpaca", **headers}
-    request = urllib.request.Request(address.url, body, headers=asked, method="PUT" if body else "GET")
-    if address.authorization:
-        request.add_unredirected_header("Authorization", address.authorization)
-    try:
-        return _make_opener().open(request, timeout=_STORING_S if body else _TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise _explain(address, error) from None
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            raise InputError(f"{address}: its certificate is not valid here ({reason.verify_message})") from None
-        said = getattr(reason, "strerror", None) or type(reason).__name__  # messages of http.client quote addresses
-        raise _InterruptedError(f"no connection ({said})") from None
-
-
-def _explain(address: Address, error: urllib.error.HTTPError) -> Exception:
-    if error.code == 416:
-        size = re.fullmatch(r"bytes \*/([0-9]{1,18})", error.headers.get("Content-Range", ""))
-        return _RangeRefusedError(int(size[1]) if size else None)
-    if error.code in _PASSING:
-        return _InterruptedError(f"the server answered HTTP {error.code}")
-    advice = "check the address"
-    if error.code in (401, 403):
-        advice = "check its password or token; a signed address ends at its time"
-    return MissingInput(f"{address}: the server answered HTTP {error.code}; {advice}")
-
-
-def _length(reply: http.client.HTTPResponse) -> int | None:
-    text = reply.headers.get("Content-Length", "")
-    if text and not re.fullmatch(r"[0-9]{1,18}", text):
-        raise _InterruptedError("the server's Content-Length is no number of bytes")
-    return int(text) if text else None
-
-
-def _part(reply: http.client.HTTPResponse) -> tuple[int, int | None]:
-    """The first byte of a partial answer, and the size of the whole file."""
-    match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", reply.headers.get("Content-Range", ""))
-    if not match:
-        raise _InterruptedError("the server sent a part of the file without saying which")
-    return int(match[1]), int(match[2]) if match[2].isdigit() else None

@@ -1,45 +1,62 @@
-"""Locks between processes that write to one place."""
+"""Locks between processes that write to one place.
+
+The system releases a lock when its process ends, however it ends, so the lock file of a killed process blocks nobody.
+"""
 
 import contextlib
-import fcntl
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from alpaca.errors import OutputExists
 from alpaca.files.outputs import require_no_file_above
+
+logger = logging.getLogger(__name__)
+_POLL_S = 0.1  # between two looks at a lock that another process holds
 
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Keep other processes from writing `target` meanwhile. Raises OutputExists when one does now, InputError."""
+    """Keep other processes from writing `target` during the block.
+
+    Raises OutputExists when another process holds the lock, InputError when `target` would lie below a file.
+    """
     require_no_file_above(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.with_name(f".{target.name}.lock")
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputExists(f"another process is writing {target} now; wait for it to end") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-logger = logging.getLogger(__name__)
+    path = target.with_name(f".{target.name}.lock")
+    lock = _make_lock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise OutputExists(f"another process is writing {target} now; wait for it to end") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextlib.contextmanager
 def waiting_lock(target: Path) -> Iterator[None]:
-    """Keep others from making `target` meanwhile; wait where one does now. The lock's file stays.
+    """Keep other processes from making `target` during the block; wait while another process does.
 
-    (Removing it would let a third process lock a new file of its name while a second waits for the old one.)
+    The lock's file stays: if it were removed, a third process could lock a new file of that name while a second one
+    still waits for the old file.
     """
-    with open(target.with_name(f".{target.name}.waiting"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            logger.info("another process makes %s now; waiting for it", target)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = _make_lock(target.with_name(f".{target.name}.waiting"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another process makes %s now; waiting for it", target)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def _make_lock(path: Path) -> FileLock:
+    """A lock by flock alone: filelock's fallback, a marker file, would outlive a killed process."""
+    return FileLock(path, poll_interval=_POLL_S, thread_local=False, fallback_to_soft=False)

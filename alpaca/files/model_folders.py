@@ -1,4 +1,4 @@
-"""What a folder of a model, or of an adapter, is known by: the names of its files."""
+"""The names of files by which a folder is known to hold a model or an adapter."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ MODEL_CONFIGS = ("config.json", "adapter_config.json")
 
 
 def is_weights(folder: Path) -> bool:
-    """Whether a folder has a model's config or an adapter's."""
+    """Whether a folder holds a model or an adapter, by its config file."""
     return (folder / "config.json").is_file() or is_adapter(folder)
 
 

@@ -1,17 +1,18 @@
-"""Names that others chose: whether a file may have one, and how one is shown in a message."""
+"""Names and paths that a user or a client chose: whether they can be a file's, and how a message shows them."""
 
 _MOST_NAME_BYTES, _MOST_PATH_BYTES = 255, 3_000  # Linux takes 4,096 of a path, which includes the folder's own
 _SHOWN_CHARACTERS = 80
 
 
-def is_path(text: str) -> bool:
-    """Whether a file may have this path. No file of ours has control characters or lone surrogates in its name."""
+def is_valid_path(text: str) -> bool:
+    """Whether a file may have this path: no part of it is too long, and it has no control characters or surrogates."""
     if not text.isprintable():
         return False
     parts = [part.encode() for part in text.split("/")]
     return sum(map(len, parts)) <= _MOST_PATH_BYTES and max(map(len, parts)) <= _MOST_NAME_BYTES
 
 
-def shown(name: str) -> str:
+def quote_name(name: str) -> str:
+    """A name in quotes for a message, cut to 80 characters."""
     cut = f"… of {len(name):,} characters" if len(name) > _SHOWN_CHARACTERS else ""
     return f"{name[:_SHOWN_CHARACTERS]!r}{cut}"

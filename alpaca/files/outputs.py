@@ -1,4 +1,4 @@
-"""Whether an output may be written: it has room, it replaces nothing unasked, and it is no input."""
+"""Checks before an output is written: the disk has room, nothing is replaced unasked, and no input is overwritten."""
 
 import os
 import shutil
@@ -20,10 +20,11 @@ def require_free_space(folder: Path, num_bytes: int) -> None:
 
 
 def require_apart(output: Path, inputs: Mapping[str, Path | None]) -> None:
-    """Raise InputError where replacing `output` would delete an input: it is one, a folder above one, or a file in one.
+    """Raise InputError where replacing `output` would delete an input.
 
-    inputs: by how the user knows them, "--input_dir" say. Links are followed, those in an input folder, too. A new
-    output within an input folder is let be, and so is a GGUF file there, which no command reads.
+    That is so where the output is an input, a folder above one, or an existing file in an input folder. A new output
+    within an input folder is allowed, and so is a GGUF file there, which no command reads. Links are followed, also
+    those in an input folder. inputs: paths by the names that the user knows them by, such as "--input_dir".
     """
     target = output.resolve()
     for what, source in inputs.items():
@@ -41,21 +42,22 @@ def require_apart(output: Path, inputs: Mapping[str, Path | None]) -> None:
 
 
 def _files_in(path: Path) -> list[Path]:
-    """A folder's own files and links to files, but GGUF's."""
+    """The files directly in a folder, and links to files, except GGUF files."""
     entries = path.iterdir() if path.is_dir() else ()
     return [entry for entry in entries if not entry.is_dir() and entry.suffix != ".gguf"]
 
 
 def _is_within(path: Path, folder: Path) -> bool:
-    """Whether `path`, or what it is a link to, is `folder` or lies in it."""
+    """Whether `path`, or the target of the link it is, is `folder` or lies in it."""
     spelt = Path(os.path.normpath(path.absolute()))
     return any(folder in (place, *place.parents) for place in (path.resolve(), spelt, spelt.parent.resolve()))
 
 
 def check_overwrite(target: Path, overwrite: bool, *, is_folder: bool = True) -> None:
-    """Raise OutputExists for a `target` that is there, unless it is an empty folder or `overwrite` is given.
+    """Raise OutputExists where `target` exists, unless it is an empty folder or `overwrite` is given.
 
-    `is_folder`: what is to be written. Raises InputError for a target of the other kind, or below a file.
+    is_folder: whether a folder is to be written, or else a file. Raises InputError where `target` is of the other kind,
+    or would lie below a file.
     """
     if target.exists() and target.is_dir() != is_folder:
         there, wanted = ("a file", "a folder") if is_folder else ("a folder", "a file")
@@ -66,6 +68,7 @@ def check_overwrite(target: Path, overwrite: bool, *, is_folder: bool = True) ->
 
 
 def require_no_file_above(target: Path) -> None:
+    """Raise InputError where a file stands in the place of one of the folders above `target`."""
     file = next((parent for parent in target.absolute().parents if parent.exists()), None)
     if file and not file.is_dir():
         raise InputError(f"the output {target} would lie in {file}, which is a file; choose another output")

@@ -1,14 +1,15 @@
-"""Where weights are: a folder, an archive or the address of one, for prediction and training."""
+"""Finds the weights that prediction and training use: a folder, an archive, or an archive's address."""
 
 import os
 from pathlib import Path
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.archives import unpack, unpack_to
-from alpaca.files.downloads import cache_folder, download, find_remote, is_address
+from alpaca.files.downloads import cache_folder, download, find_remote
 from alpaca.files.locks import waiting_lock
 from alpaca.files.model_folders import is_weights
-from alpaca.files.names import is_path, shown
+from alpaca.files.names import is_valid_path, quote_name
+from alpaca.files.network.addresses import is_address
 from alpaca.files.reading import list_folder
 
 TRAINED = Path("alpaca_out")
@@ -16,12 +17,12 @@ BASE_FOLDERS = (Path("weights"), TRAINED)
 
 
 def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS", lists: bool = True) -> Path:
-    """The folder of the model or adapter to use: `weights` when given (COG_WEIGHTS), else what train.py left.
+    """Return the folder of the model or adapter to use: `weights` if given (COG_WEIGHTS), else train.py's output.
 
     weights: a folder, an archive (.tar, .tar.gz, .tgz, .zip), or the http(s) address of one. Archives are unpacked
-    once, and downloaded once, into `cache_folder()`. `named` is what the caller calls it in errors; these tell what a
-    folder without a model holds, unless `lists` is false: a client need not know. Raises MissingInput naming the step
-    that makes the folder, InputError for what is no folder or archive, or an archive that is damaged or unsafe.
+    once, and downloaded once, into `cache_folder()`. named: the name of the setting, for errors. lists: whether an
+    error lists the files of a folder without a model; a client need not know them. Raises MissingInput, which names the
+    step that makes the folder, and InputError for an archive that is damaged or unsafe.
     """
     if weights and is_address(weights):
         return _fetch(weights)
@@ -35,29 +36,30 @@ def open_weights(weights: str | None, *, named: str = "COG_WEIGHTS", lists: bool
 
 
 def choose_base(model: str, *, allowed: str, root: Path) -> str:
-    """The folder, archive or address that a client's `model` stands for.
+    """Return the folder, archive or address that a client's `model` stands for.
 
-    Clients choose names, not paths: else any of them could have files of this machine read, or addresses fetched, in
-    its name. They may name what lies in weights/ and alpaca_out/ below `root`, and what the operator lists in `allowed`
-    (ALPACA_BASE_MODELS), separated by commas: paths and addresses, as they are or as NAME=PATH. Raises InputError.
+    Clients choose names, not paths: otherwise any client could have this machine read its files or fetch addresses.
+    They may name files and folders in weights/ and alpaca_out/ below `root`, and those that the operator lists in
+    `allowed` (ALPACA_BASE_MODELS): paths and addresses separated by commas, each as it is or as NAME=PATH. Raises
+    InputError for any other.
     """
     names = dict(_parse_listed(entry.strip()) for entry in allowed.split(",") if entry.strip())
     if model in names:
         return names[model]
-    if is_path(model) and not is_address(model):
-        place = Path(os.path.normpath(root / model))  # by the letters: links in there are the operator's own
+    if is_valid_path(model) and not is_address(model):
+        place = Path(os.path.normpath(root / model))  # links are not followed: those in there are the operator's own
         if any(root / folder in place.parents for folder in BASE_FOLDERS):
             return str(place)
     known = ", ".join(name for name in names if _is_name(name)) or "none"
     raise InputError(
         f"model: expected a folder or archive in weights/ or alpaca_out/, or a name the operator listed in "
-        f"ALPACA_BASE_MODELS (such names: {known}), found {shown(model)}. Clients may not choose other paths or "
+        f"ALPACA_BASE_MODELS (such names: {known}), found {quote_name(model)}. Clients may not choose other paths or "
         "addresses; the operator allows one by starting the server with ALPACA_BASE_MODELS=NAME=PATH_OR_ADDRESS"
     )
 
 
 def _parse_listed(entry: str) -> tuple[str, str]:
-    """The name a client uses, and what it stands for: of NAME=PATH, or of a path that is its own name."""
+    """The name that a client uses and the path it stands for: two parts of NAME=PATH, or one path that is both."""
     name, found, place = entry.partition("=")
     return (name, place) if found and _is_name(name) else (entry, entry)
 

@@ -8,7 +8,7 @@ from alpaca.errors import InputError, MissingInput
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON object. Raises MissingInput or InputError, naming the file."""
+    """Read a JSON object. Raises MissingInput without the file, InputError for other content; both name the file."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -21,15 +21,12 @@ def read_json(path: str | Path) -> dict:
 
 
 def list_folder(path: Path, most: int = 12) -> str:
-    """The names in a folder, for an error message."""
+    """The names in a folder, for an error message; at most `most` of them."""
     if not path.is_dir():
         return "no such folder"
     names = sorted(entry.name for entry in path.iterdir())
     shown = ", ".join(names[:most]) or "nothing"
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-# Writing ------------------------------------------------------------------------------------------------------
 
 
 def parse_size(text: str) -> int:

@@ -1,4 +1,4 @@
-"""From token ids to text as it comes: whole characters only, cut before the first stop string."""
+"""Turns token ids into text as they come: whole characters only, cut before the first stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ _MOST_HELD = 32  # tokens; beyond it, bytes that make no character are let throu
 
 
 class CompletionText:
-    """The text of one completion. What `push` and `finish` return, put together, is the text.
+    """The text of one completion: the pieces that `push` and `finish` return, put together.
 
-    Leading white space is dropped first where asked; then the text ends before the first stop string, which never
-    shows, not even in part: a piece that could be its beginning waits for what follows.
+    With `strip_leading`, white space at the beginning is dropped first. The text ends before the first stop string. A
+    piece that could be the beginning of a stop string is held back until more text decides it.
     """
 
     def __init__(
@@ -26,11 +26,11 @@ class CompletionText:
         self._waiting = ""
 
     def push(self, token_id: int) -> str:
-        """The text that is certain after one more token; `stopped` turns true when a stop string was met."""
+        """The further text that is certain after one more token. Sets `stopped` when it meets a stop string."""
         return "" if self.stopped else self._release(self._decoder.push(token_id), last=False)
 
     def finish(self) -> str:
-        """What was held back, once no token follows."""
+        """The text that was held back, when no more tokens follow."""
         return "" if self.stopped else self._release(self._decoder.finish(), last=True)
 
     def _release(self, text: str, *, last: bool) -> str:
@@ -57,7 +57,7 @@ class CompletionText:
 
 
 class _BytesDecoder:
-    """For tokenizers whose ids stand for bytes on their own (SentencePiece)."""
+    """For tokenizers in which each id stands for certain bytes (SentencePiece)."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -76,10 +76,10 @@ class _BytesDecoder:
 
 
 class _WindowDecoder:
-    """For any other tokenizer: the new text is what decoding grows by, over a few tokens of context.
+    """For any other tokenizer: decodes with and without the new tokens, after a few tokens of context, and compares.
 
-    Tokens of byte-level vocabularies may end one character and begin the next, so the end of the text waits while it
-    is no character, and what stands before it goes out.
+    A token of a byte-level vocabulary may end one character and begin the next. So an incomplete character at the end
+    of the text is held back, and the text before it is not.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:

@@ -1,6 +1,6 @@
-"""What every engine is to the rest of the program: requests in, token events out, one by one, cancellable.
+"""The interface of every engine: it takes requests and gives token events, and each request can be cancelled.
 
-An engine owns the device in one thread of its own. `submit` may be called from any thread, any number of times; it
+An engine owns the device, in one thread of its own. `submit` may be called from any thread, any number of times; it
 returns a `Generation`, whose `events` the caller reads at its own pace.
 """
 
@@ -17,7 +17,7 @@ from alpaca.text.tokenizer import Tokenizer
 
 
 class GenerationCancelledError(Exception):
-    """The reader of a generation is told that it was cancelled."""
+    """Raised to the reader of a generation that was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvent:
-    """No more tokens of a completion will come: EOS, its length, or its reader's stop."""
+    """No more tokens of a completion will come: it reached EOS or its length, or its reader stopped it."""
 
     completion: int
 
@@ -39,7 +39,7 @@ Event = TokenEvent | FinishedEvent
 
 
 class Generation:
-    """One request under way. The engine writes to it, one reader reads it, anyone may cancel it.
+    """A request in progress. The engine writes tokens to it, one reader reads them, and any thread may cancel it.
 
     What the engine writes reaches the reader with `flush`, so that tokens may travel together.
     """
@@ -60,7 +60,7 @@ class Generation:
     # The engine's side
 
     def start(self) -> None:
-        """The request leaves the queue."""
+        """Note that the request has left the queue."""
         self._started_at = time.monotonic()
 
     def put_token(self, completion: int, token_id: int) -> None:
@@ -74,10 +74,10 @@ class Generation:
         self._unsent.append(FinishedEvent(completion))
 
     def flush(self, *, interval_s: float = 0.0) -> None:
-        """Let the reader have what was written, unless it can wait.
+        """Send the reader what was written, unless that can wait.
 
         A reader who wants the whole answer gets it at the end. One who reads along gets the first token at once, and
-        later ones when `interval_s` has passed since it last got some: waking it costs more than handing on a token.
+        later ones when `interval_s` has passed since the last, as waking a reader costs more than a token does.
         """
         if not self._unsent:
             return
@@ -90,7 +90,7 @@ class Generation:
             self._sent.put(events)
 
     def fail(self, error: BaseException) -> None:
-        """End the whole generation; the reader gets `error`."""
+        """End the whole generation. `error` is raised to the reader."""
         self._sent.put(error)
 
     @property
@@ -118,7 +118,7 @@ class Generation:
             yield batch
 
     def events(self) -> Iterator[Event]:
-        """The same one by one."""
+        """Tokens and ends one by one, in the order they came. Raises as `batches` does."""
         for batch in self.batches():
             yield from batch
 
@@ -127,7 +127,7 @@ class Generation:
         self._stopped.add(completion)
 
     def leave_out(self) -> None:
-        """The reader got a token of a completion that it had stopped: it is no part of the answer."""
+        """Leave one token out of the count, which came after the reader had stopped its completion."""
         self._num_surplus += 1
 
     def cancel(self) -> None:
@@ -136,7 +136,7 @@ class Generation:
         self._sent.put(GenerationCancelledError())
 
     def metrics(self) -> dict[str, int | float]:
-        """Counts, seconds and the seed, under the names of the Predictor's metrics; also of what never ran or ended."""
+        """Counts, seconds and the seed, under the names of the Predictor's metrics. May be called at any time."""
         end = self._last_token_at or time.monotonic()
         started = self._started_at or end
         seconds = max(end - started, 1e-9)
@@ -152,9 +152,10 @@ class Generation:
 
 
 class Engine(ABC):
-    """Runs generations. `max_context` is the most tokens prompt and answer may have together.
+    """Answers requests with one model.
 
-    `adapters` are those that requests may ask for.
+    max_context: most tokens of prompt and answer together.
+    adapters: those that requests may ask for.
     """
 
     tokenizer: Tokenizer
@@ -163,7 +164,11 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, request: Request) -> Generation:
-        """Take a request. Raises EngineClosed when the engine is shut down or has lost its device."""
+        """Queue a request.
+
+        Raises EngineClosed if the engine is shut down or has lost its device, and InputError for a request that it
+        could never run.
+        """
 
     @abstractmethod
     def is_healthy(self) -> bool:
@@ -171,11 +176,11 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End the thread; what is running fails with EngineClosed."""
+        """End the engine's thread. Requests in progress fail with EngineClosed."""
 
 
 def stream_text(generation: Generation, text: CompletionText) -> Iterator[str]:
-    """The pieces of a single completion as they become certain; never an empty one. What waits together is one."""
+    """The text of a single completion in pieces, each as soon as it is certain. Waiting tokens make one piece."""
     for batch in generation.batches():
         piece = "".join(_advance(generation, text, event) for event in batch)
         if piece:
@@ -183,7 +188,7 @@ def stream_text(generation: Generation, text: CompletionText) -> Iterator[str]:
 
 
 def complete_texts(generation: Generation, texts: list[CompletionText]) -> Iterator[str]:
-    """Each completion's whole text, in order, each as soon as it and those before it are done."""
+    """Each completion's whole text, in order, as soon as it and those before it have ended."""
     written: list[list[str]] = [[] for _ in texts]
     ended = [False] * len(texts)
     next_one = 0
@@ -212,6 +217,6 @@ _MEMORY_ERRORS = ("out of memory", "ALLOC_FAILED")
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether an error means that the device is of no more use to this process. Out of memory passes."""
+    """Whether an error means that this process cannot use the device any more. Running out of memory does not."""
     text = str(error)
     return any(sign in text for sign in _DEVICE_ERRORS) and not any(sign in text for sign in _MEMORY_ERRORS)

@@ -1,4 +1,4 @@
-"""What a server does beside answering: it times its start, and removes what Cog's runtime leaves behind."""
+"""Measures how long a server takes to start, and removes the empty folders that Cog's runtime leaves behind."""
 
 import contextlib
 import os
@@ -14,14 +14,14 @@ _LEFT_ALONE_S = 600.0
 
 
 class Phases:
-    """Seconds that each phase took, in order; the first one begins `before_s` seconds ago."""
+    """Measures the seconds of phases that follow each other. The first began `before_s` seconds ago."""
 
     def __init__(self, *, before_s: float = 0.0) -> None:
         self._seconds: dict[str, float] = {}
         self._since = time.monotonic() - before_s
 
     def end(self, name: str) -> None:
-        """The phase that ends now, under this name."""
+        """End the current phase under this name, and begin the next."""
         now = time.monotonic()
         self._seconds[name], self._since = now - self._since, now
 
@@ -46,7 +46,7 @@ class PredictionFolders:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Around one prediction. Now and then the end of one is the occasion to sweep."""
+        """To be held during a prediction. Sweeps at the end of a prediction, about once a minute."""
         start = time.time()
         with self._lock:
             self._started.append(start)
@@ -62,7 +62,7 @@ class PredictionFolders:
                 self.sweep()
 
     def sweep(self) -> int:
-        """Remove what is empty, old, and older than all that runs; the number of folders."""
+        """Remove empty folders that are old, and older than every running prediction. Returns their number."""
         with self._lock:
             before = min([time.time() - _LEFT_ALONE_S, *(start - _SWEEP_S for start in self._started)])
         removed = 0
@@ -73,7 +73,7 @@ class PredictionFolders:
 
 
 def _remove_if_empty(folder: Path, before: float) -> bool:
-    """Whether a folder without any file, last changed `before` that time, was removed."""
+    """Remove a folder if it has no file in it and last changed before the time `before`. Returns whether it did."""
     try:
         if folder.stat().st_mtime >= before or any(entry.is_file() for entry in folder.rglob("*")):
             return False

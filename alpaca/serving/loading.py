@@ -1,4 +1,4 @@
-"""Which engine serves a folder, and how it comes to life: read, divide the memory, warm up, say what became of it."""
+"""Chooses the engine for a folder and starts it: reads the weights, divides the memory, warms up, logs what it did."""
 
 import logging
 import sys
@@ -25,7 +25,13 @@ from alpaca.serving.llama.runner import Runner
 from alpaca.serving.llama.scheduler import Scheduler
 from alpaca.serving.llama.weights import load_llama, read_llama, reading_size
 from alpaca.serving.request import PredictionInputs, make_request
-from alpaca.serving.served import Served, check_tokenizers, describe_other_bases, names_of, open_served
+from alpaca.serving.served_model import (
+    ServedModel,
+    adapter_names,
+    check_tokenizers,
+    describe_other_bases,
+    open_served_model,
+)
 from alpaca.serving.settings import ServerSettings
 from alpaca.text.loading import load_tokenizer, read_eos_ids
 from alpaca.text.prompts import RAW_TEMPLATE
@@ -37,14 +43,14 @@ _TEMPLATE_TOKENS = 200  # more than the filled template has with any tokenizer
 
 
 def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = None) -> Engine:
-    """The engine ALPACA_ENGINE names, warm; auto takes the LLaMA engine wherever it knows the model.
+    """Start the engine that ALPACA_ENGINE names. auto takes the LLaMA engine if that supports the model.
 
     `folder` holds a model, or an adapter, whose base model is found by its config or the setting.
     Raises the errors of `alpaca.errors`.
     """
     phases = phases or Phases()
     try:
-        served = open_served(folder, settings)
+        served = open_served_model(folder, settings)
         for name, adapter in served.adapters.items():
             logger.info("adapter %s: %s, from %s", name, adapter.describe(), adapter.path)
         for text in describe_other_bases(served, settings):
@@ -61,7 +67,10 @@ def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = 
 
 
 def answer_one_request(engine: Engine) -> None:
-    """A real request through everything; it also leaves the Alpaca preamble in the cache. Raises what it fails with."""
+    """Answer one request, so that the first client need not wait. The Alpaca preamble stays in the cache.
+
+    Raises what the request fails with.
+    """
     template = "alpaca" if engine.max_context > _TEMPLATE_TOKENS else RAW_TEMPLATE
     asked = PredictionInputs(prompt="Hello", prompt_template=template, max_new_tokens=8, min_new_tokens=2)
     request = make_request(asked, engine.tokenizer, max_context=engine.max_context, adapters=engine.adapters)
@@ -69,7 +78,7 @@ def answer_one_request(engine: Engine) -> None:
     list(complete_texts(generation, [CompletionText(engine.tokenizer, request.prompt_ids)]))
 
 
-def _choose_engine(served: Served, settings: ServerSettings, phases: Phases) -> Engine:
+def _choose_engine(served: ServedModel, settings: ServerSettings, phases: Phases) -> Engine:
     folder = served.base
     if not (folder / "config.json").is_file():
         raise MissingInput(f"{folder} holds no model: no config.json; found: {list_folder(folder)}")
@@ -88,7 +97,7 @@ def _choose_engine(served: Served, settings: ServerSettings, phases: Phases) -> 
     return _load_llama(served, config, settings, phases)
 
 
-def _load_transformers(served: Served, settings: ServerSettings, phases: Phases) -> Engine:
+def _load_transformers(served: ServedModel, settings: ServerSettings, phases: Phases) -> Engine:
     from alpaca.serving.hugging_face.engine import load_transformers_engine  # importing transformers takes 2 s
 
     phases.end("importing transformers")
@@ -97,8 +106,8 @@ def _load_transformers(served: Served, settings: ServerSettings, phases: Phases)
     return engine
 
 
-def _load_llama(served: Served, config: ModelDescription, settings: ServerSettings, phases: Phases) -> LlamaEngine:
-    """A LLaMA engine on the GPU, or the CPU where there is none."""
+def _load_llama(served: ServedModel, config: ModelDescription, settings: ServerSettings, phases: Phases) -> LlamaEngine:
+    """Start a LLaMA engine on the GPU, or on the CPU if there is none."""
     check_for_llama(served.adapters, config)  # before the weights are read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(settings, device)
@@ -128,23 +137,23 @@ def _load_llama(served: Served, config: ModelDescription, settings: ServerSettin
         max_context=plan.max_context,
         beams=_beams(served, settings, runner, tokenizer, plan.max_context),
         launches_ahead=device.type == "cuda",
-        adapters=names_of(served.adapters),
+        adapters=adapter_names(served.adapters),
     )
 
 
-def _load_tokenizer(served: Served, config: ModelDescription) -> Tokenizer:
-    """The base's, which the model has rows for and every adapter was trained with."""
+def _load_tokenizer(served: ServedModel, config: ModelDescription) -> Tokenizer:
+    """The base model's tokenizer. Raises InputError if the model has too few rows for it, or an adapter has another."""
     tokenizer = load_tokenizer(served.base)
     tokenizer.require_rows(config.vocab_size, served.base)
     check_tokenizers(served.adapters, tokenizer)
     return tokenizer
 
 
-def _log_loaded(served: Served, settings: ServerSettings, runner: Runner, plan: MemoryPlan) -> None:
-    """One line: what is served, in which precision, and what the memory went to."""
+def _log_loaded(served: ServedModel, settings: ServerSettings, runner: Runner, plan: MemoryPlan) -> None:
+    """Log one line: what is served, in which precision, and what the memory is used for."""
     model, config = runner.model, runner.model.config
     logger.info(
-        "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d pages of %d tokens (%.2f GB), "
+        "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d blocks of %d tokens (%.2f GB), "
         "up to %d sequences a step; %s%s",
         served.base, config.num_parameters / 1e6,
         str(model.dtype).removeprefix("torch."), model.device, settings.quantization, model.num_bytes / 1e9,
@@ -175,7 +184,7 @@ def _load_model(
 
 
 def choose_dtype(settings: ServerSettings, device: torch.device) -> torch.dtype:
-    """The precision asked for, else bfloat16 on a GPU and float32 on a CPU. Raises InputError where there is none."""
+    """The dtype of ALPACA_DTYPE, else bfloat16 on a GPU and float32 on a CPU. Raises InputError if the GPU lacks it."""
     wanted = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if wanted == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError("this GPU has no bfloat16 (Ampere and later have): set ALPACA_DTYPE to float16")
@@ -225,7 +234,7 @@ def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
 
 
 def _beams(
-    served: Served, settings: ServerSettings, runner: Runner, tokenizer: Tokenizer, max_context: int
+    served: ServedModel, settings: ServerSettings, runner: Runner, tokenizer: Tokenizer, max_context: int
 ) -> Callable[[], Engine]:
     places = {
         name: adapter.path for name, adapter in served.adapters.items()
@@ -248,6 +257,6 @@ def _beams(
                 "memory: leave num_beams at 1, or start the server with ALPACA_ENGINE=transformers"
             )
         logger.info("beam search: transformers loads the model a second time now")
-        return _load_transformers(Served(base=base, adapters=adapters), settings, Phases())
+        return _load_transformers(ServedModel(base=base, adapters=adapters), settings, Phases())
 
     return load

@@ -15,7 +15,7 @@ from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.serving.llama.adapters import check_for_llama, largest_ranks, stacked_bytes
 from alpaca.serving.llama.planning import BLOCK_SIZE, MemoryPlan, advice, plan_memory, weights_bytes
 from alpaca.serving.llama.weights import read_llama
-from alpaca.serving.served import open_served
+from alpaca.serving.served_model import open_served_model
 from alpaca.serving.settings import DTYPES, QUANTIZATIONS, ServerSettings
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def main() -> None:
         adapters=options.adapters,
         base_model=options.base_model,
     )
-    served = open_served(options.weights, settings)
+    served = open_served_model(options.weights, settings)
     config, adapters = read_llama(served.base), served.adapters
     check_for_llama(adapters, config)
     dtype = FLOAT_DTYPES[options.dtype]

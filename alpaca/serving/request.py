@@ -1,4 +1,4 @@
-"""What a client may ask for, and what an engine is given: inputs, their bounds, and the request made of them."""
+"""The inputs that a client may send, with their bounds, and the request that an engine gets in their place."""
 
 import dataclasses
 import random
@@ -46,7 +46,7 @@ class PredictionInputs:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "PredictionInputs":
-        """Inputs as they come over HTTP: whole floats for integers, a list for `stop`. Raises InputError."""
+        """Take inputs as they come over HTTP, where an integer may be 3.0 and `stop` is a list. Raises InputError."""
         integers = {item.name for item in dataclasses.fields(cls) if item.type in (int, int | None)}
         cleaned = {name: _whole(name, value) if name in integers else value for name, value in values.items()}
         if not all(isinstance(text, str) and text for text in cleaned.get("stop") or ()):
@@ -55,7 +55,7 @@ class PredictionInputs:
         return cls(**cleaned)
 
     def check(self) -> None:
-        """Hold every value against its bounds, and the combinations. Raises InputError."""
+        """Check each value against its bounds, and which values go together. Raises InputError."""
         for item in dataclasses.fields(self):
             value, ge, le = getattr(self, item.name), item.metadata.get("ge"), item.metadata.get("le")
             if value is None:
@@ -75,7 +75,7 @@ class PredictionInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What an engine runs: token ids in, at most `max_new_tokens` ids of each completion out."""
+    """What an engine computes: `n` completions of `prompt_ids`, each of at most `max_new_tokens` tokens."""
 
     prompt_ids: tuple[int, ...]
     n: int
@@ -90,15 +90,15 @@ class Request:
     frequency_penalty: float
     seed: int
     num_beams: int
-    adapter: str | None = None  # by the name it was given at start; None: the base model as it is
+    adapter: str | None = None  # its name in the server's settings; None: the base model alone
     reads_along: bool = True  # the reader wants tokens as they come, not all at the end
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterNames:
-    """The adapters a request may ask for: those the operator named at start, and no path or address, ever.
+    """The adapters a request may ask for, by the names that the operator gave them. A request never names a path.
 
-    default: of requests that ask for none; None: the base model as it is.
+    default: the adapter of requests that name none; None: the base model alone.
     """
 
     named: tuple[str, ...] = ()
@@ -152,7 +152,7 @@ def strips_leading_space(inputs: PredictionInputs) -> bool:
 
 
 def _room(inputs: PredictionInputs, prompt_length: int, max_context: int) -> int:
-    """How many tokens may be generated: what was asked, cut to the context that is left."""
+    """Number of tokens that may be generated: those asked for, as far as they fit. Raises PromptTooLong if none do."""
     if prompt_length >= max_context:
         raise PromptTooLong(
             f"the prompt is {prompt_length} tokens long and the model's context is {max_context}: "

@@ -11,7 +11,7 @@ from alpaca.formats.precisions import DTYPES, QUANTIZATIONS
 
 ENGINES = ("auto", "llama", "transformers")
 _LEAST_CONTEXT = 8  # tokens: a word and an answer
-BARE_BASE = "none"  # in place of an adapter's name: none at all
+BARE_BASE = "none"  # in place of an adapter's name: the base model alone
 DEFAULT_ADAPTER = "default"  # the one that COG_WEIGHTS is, where it is one
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -24,7 +24,7 @@ def _setting(
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """One field per variable; None means: decided from the model and the hardware."""
+    """One field for each environment variable. None leaves the decision to the model and the hardware."""
 
     weights: str | None = _setting("COG_WEIGHTS", None, "folder of a model or an adapter (default: alpaca_out)")
     base_model: str | None = _setting(
@@ -58,7 +58,7 @@ class ServerSettings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "ServerSettings":
-        """The settings that are set and not empty. Raises InputError naming the variable."""
+        """Read the variables that are set and not empty. Raises InputError, which names the variable."""
         found = {
             item.name: _parse(item, environment[item.metadata["variable"]])
             for item in dataclasses.fields(cls)
@@ -86,7 +86,7 @@ def parse_adapters(text: str) -> dict[str, str]:
 
 
 def setting_type(item: dataclasses.Field) -> type:
-    """int, float or str: what a setting's text is turned into."""
+    """The type that a setting's text is converted to: int, float or str."""
     return next(kind for kind in (int, float, str) if item.type in (kind, kind | None))
 
 

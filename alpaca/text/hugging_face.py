@@ -1,4 +1,4 @@
-"""Any tokenizer of transformers: Llama 3's, OPT's, BLOOM's, a LLaMA folder's that lost its `tokenizer.model`."""
+"""Tokenizers of transformers, for folders without a SentencePiece model: Llama 3, OPT, BLOOM and others."""
 
 import shutil
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class HuggingFaceTokenizer(Tokenizer):
             shutil.copyfile(self._tiktoken_file, folder / TIKTOKEN_FILE)
 
     def _count_ids(self) -> int:
-        """One more than the highest id: a vocabulary may leave some out."""
+        """One more than the highest id: a vocabulary may leave ids out, so its length would be too small."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
 

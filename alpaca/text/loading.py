@@ -1,4 +1,4 @@
-"""Which tokenizer a folder has, and the ids that end an answer."""
+"""Loads the tokenizer that a model folder has, and finds the ids that end an answer."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from alpaca.text.tokenizer import Tokenizer
 
 
 def read_eos_ids(folder: Path, tokenizer: Tokenizer, *, vocab_size: int) -> frozenset[int]:
-    """EOS by the tokenizer, and by the folder's configs unless their ids are known not to be trusted.
+    """The EOS ids: the tokenizer's, and those of the folder's configs unless these are known to be wrong.
 
     Ids that the model has no row for are left out.
     """

@@ -21,7 +21,7 @@ RAW_TEMPLATE = "{prompt}"
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """The prompt of the recipe. Only an empty `input` counts as none, as in the original."""
+    """The recipe's prompt for an instruction. Only an empty `input` counts as none, as in the original."""
     if input == "":
         return _fill(PROMPT_WITHOUT_INPUT, instruction=instruction)
     return _fill(PROMPT_WITH_INPUT, instruction=instruction, input=input)

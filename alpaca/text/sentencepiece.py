@@ -24,7 +24,7 @@ class SentencePieceTokenizer(Tokenizer):
     """SentencePiece itself, plus the tokens that fine-tuning added after its vocabulary (`[PAD]`)."""
 
     def __init__(self, model_file: Path, *, added: dict[str, int] | None = None, pad_token: str | None = None) -> None:
-        """`added`: tokens and their ids, of which those beyond the model's own count; `pad_token`: one of either."""
+        """added: tokens and their ids; those of the model's own are ignored.   pad_token: an added or own token."""
         from sentencepiece import SentencePieceProcessor
 
         self.model_file = Path(model_file)
@@ -105,7 +105,7 @@ def load_sentencepiece(folder: Path, model_file: Path) -> SentencePieceTokenizer
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """bos_token, eos_token, pad_token and the like, as the folder's configs name them."""
+    """The special tokens (bos_token, eos_token, pad_token, …) that the folder's configs name."""
     named: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
@@ -219,7 +219,7 @@ def _build_backend(proto, model_file: Path, added: dict[str, int]):
 
 
 def _merges(proto) -> list[tuple[str, str]]:
-    """Every way to build a piece from two others, best score first: the order in which SentencePiece merges."""
+    """All pairs of pieces that join into a piece, best score first: the order in which SentencePiece merges."""
     kinds = proto.SentencePiece
     scores = {p.piece: p.score for p in proto.pieces if p.type in (kinds.NORMAL, kinds.USER_DEFINED)}
     pairs = [

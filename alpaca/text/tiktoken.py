@@ -113,7 +113,7 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Every token's bytes and rank. Raises InputError, naming the line."""
+    """Read the bytes and rank of every token. Raises InputError, which names the line, for a damaged file."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -138,7 +138,7 @@ def _parse(line: bytes) -> tuple[bytes, int]:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
-    """Every way to build a token from two others, lowest rank first: the order in which tiktoken merges."""
+    """All pairs of tokens that join into a token, lowest rank first: the order in which tiktoken merges."""
     pairs = [
         (rank, token[:cut], token[cut:])
         for token, rank in ranks.items()
@@ -150,7 +150,7 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
 
 
 def _byte_characters() -> list[str]:
-    """GPT-2's character for each byte: its own where that is visible, else one from U+0100 on."""
+    """GPT-2's character for each byte: the byte's own where that is visible, else one from U+0100 on."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in visible else chr(next(others)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""What every tokenizer is to the rest of the program.
+"""The interface that every tokenizer offers to the rest of the program.
 
 In user text a special token is text; BOS and EOS are added by id.
 """
@@ -16,7 +16,7 @@ PAD_TOKEN = "[PAD]"  # what the original recipe adds when a tokenizer has no pad
 
 
 class Tokenizer(ABC):
-    """What the stages need of a tokenizer.
+    """The methods that training, serving and data use of a tokenizer.
 
     prefix_ids: what stands before every text (BOS, for most).   size: number of ids, added tokens included.
     special_ids: ids that stand for no text.                      base_size: without the added tokens.
@@ -37,7 +37,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a whole sequence; special tokens stand for nothing."""
+        """The text of a whole sequence; special tokens add nothing to it."""
 
     @abstractmethod
     def add_pad_token(self) -> bool:
@@ -49,7 +49,7 @@ class Tokenizer(ABC):
 
     @property
     def fill_id(self) -> int:
-        """What fills rows up, masked and without loss: the padding token, or EOS where there is none."""
+        """The id that fills rows up, masked and without loss: the padding token's, or EOS where there is none."""
         return self.eos_id if self.pad_id is None else self.pad_id
 
     def encode(self, text: str) -> list[int]:
@@ -69,6 +69,6 @@ class Tokenizer(ABC):
 
 
 def tokenizer_summary(tokenizer: Tokenizer) -> str:
-    """One line for a log."""
+    """Describe a tokenizer in one line of a log."""
     ids = {"BOS": tokenizer.bos_id, "EOS": tokenizer.eos_id, "PAD": tokenizer.pad_id}
     return f"{tokenizer.size} tokens, " + json.dumps(ids)

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 
 from alpaca.errors import AlpacaError, InputError
 from alpaca.files.archives import pack
-from alpaca.files.downloads import parse_address, upload
+from alpaca.files.network.addresses import parse_address
 from alpaca.files.outputs import require_free_space
 from alpaca.files.places import choose_base, open_weights
 from alpaca.files.reading import read_json
+from alpaca.files.uploads import upload
 
 if TYPE_CHECKING:
     from alpaca.training.configuration.config import TrainConfig

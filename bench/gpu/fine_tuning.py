@@ -9,7 +9,7 @@ from bench.gpu.child import Report, free_memory
 from bench.gpu.model import DrawnAutoModel, hollow_folder
 from bench.gpu.scale import choose_scale
 from bench.machine import DEVICE, measure_matrix_rate, wake
-from bench.provenance import REAL, ROOT
+from bench.provenance import ROOT, find_real
 from bench.targets import rounded
 from bench.train import BenchConfig, run_row
 
@@ -59,5 +59,4 @@ def bench_config(way: str, steps: int) -> BenchConfig:
 
 def examples_path() -> Path:
     """The 4,000 real examples, else the few that the project ships."""
-    real = REAL / "alpaca_4000.json"
-    return real if real.is_file() else ROOT / "alpaca/data/sample.json"
+    return find_real("alpaca_4000.json") or ROOT / "alpaca/data/sample.json"

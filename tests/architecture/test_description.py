@@ -92,7 +92,7 @@ REFUSED = {
     ),
     "more key heads": ({"num_key_value_heads": 12}, "a multiple of num_key_value_heads, found 6 and 12"),
     "no key heads": ({"num_key_value_heads": 0}, "for 'num_key_value_heads', found 0"),
-    "heads that do not make the width": ({"num_attention_heads": 10}, "hidden_size 48 does not divide into num_attention_heads 10"),
+    "heads that do not make the width": ({"num_attention_heads": 10}, "does not divide into num_attention_heads 10"),
     "an odd head": ({"head_dim": 7}, "an even head width, .* found 7"),
     "an odd head that follows": ({"hidden_size": 54}, "an even head width, .* found 9"),
     "no head": ({"head_dim": 0}, "for 'head_dim', found 0"),

@@ -42,3 +42,12 @@ def test_hardware_names_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     hardware = provenance.provenance("serve", ("torch",))["hardware"]
     assert (hardware["gpu"], hardware["cuda"]) == ("NVIDIA H100", "12.8")
+
+
+def test_real_inputs_are_those_of_the_variable_alone(monkeypatch, tmp_path):
+    monkeypatch.delenv("ALPACA_REAL", raising=False)
+    assert provenance.find_real("x.json") is None
+    monkeypatch.setenv("ALPACA_REAL", str(tmp_path))
+    assert provenance.find_real("x.json") is None
+    (tmp_path / "x.json").touch()
+    assert provenance.find_real("x.json") == tmp_path / "x.json"

@@ -6,7 +6,6 @@ from transformers import AutoModelForCausalLM
 
 from alpaca.errors import MissingInput
 from alpaca.text.loading import load_tokenizer
-from bench import random_model
 from bench.random_model import VOCAB_SIZE, Shape, model_folder, write_random_llama
 from bench.rows import Prompts, Row
 
@@ -18,7 +17,7 @@ def folder(tmp_path_factory):
     """Made with a made-up tokenizer."""
     path = tmp_path_factory.mktemp("random")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(random_model, "REAL", path / "nowhere")
+        patch.delenv("ALPACA_REAL", raising=False)
         write_random_llama(path, SHAPE, torch.float32)
     return path
 

@@ -17,7 +17,10 @@ import pytest
 
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace
 from alpaca.files import downloads
-from alpaca.files.downloads import cache_folder, download, parse_address, upload
+from alpaca.files.downloads import cache_folder, download
+from alpaca.files.network import requests, retries
+from alpaca.files.network.addresses import parse_address
+from alpaca.files.uploads import upload
 from tests.conftest import ROOT
 from tests.disk_events import until_rename_to, watch_disk
 
@@ -27,8 +30,8 @@ CONTENT = random.Random(0).randbytes(4_000_000)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ALPACA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(downloads, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(downloads, "_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(requests, "_TIMEOUT_S", 2.0)
 
 
 class FileServer(ThreadingHTTPServer):
@@ -286,6 +289,64 @@ def test_a_failed_upload_speaks_of_no_download(tmp_path):
         download("http://127.0.0.1:9/w.tar")
 
 
+def test_an_upload_ends_with_the_error_that_its_caller_raises(server, tmp_path, monkeypatch):
+    (tmp_path / "w.tar").write_bytes(CONTENT)
+    calls = []
+
+    def stop() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise InputError("stopped while uploading")
+
+    monkeypatch.setattr(_Handler, "do_PUT", lambda handler: handler.rfile.read(len(CONTENT)), raising=False)
+    with pytest.raises(InputError, match=r"^stopped while uploading$"):
+        upload(tmp_path / "w.tar", f"http://127.0.0.1:{server.server_port}/to", on_piece=stop)
+    assert len(calls) == 2
+
+
+def test_uploads_follow_no_redirect(server, tmp_path, monkeypatch):
+    (tmp_path / "w.tar").write_bytes(b"x")
+    seen = []
+
+    def put(handler) -> None:
+        seen.append(handler.path)
+        handler.rfile.read(1)
+        answer(handler, 307, Location="/elsewhere", Content_Length="0")
+
+    monkeypatch.setattr(_Handler, "do_PUT", put, raising=False)
+    with pytest.raises(MissingInput, match="the server answered HTTP 307; check the address"):
+        upload(tmp_path / "w.tar", f"http://127.0.0.1:{server.server_port}/to")
+    assert seen == ["/to/w.tar"]
+
+
+def test_the_environment_names_the_proxy(server, monkeypatch):
+    seen = {}
+
+    def behave(handler) -> bool:
+        seen[handler.path] = handler.headers.get("Proxy-Authorization")
+        return False
+
+    server.behave = behave
+    monkeypatch.setenv("http_proxy", f"me:pw@127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:1")  # says nothing of http and https here
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert download("http://example.invalid/w.tar").read_bytes() == CONTENT
+    assert seen == {"http://example.invalid/w.tar": "Basic bWU6cHc="}
+    assert download(server.url).read_bytes() == CONTENT
+    assert seen["/weights.tar"] is None
+    monkeypatch.setenv("http_proxy", "socks5://me:hidden@127.0.0.1:1")
+    with pytest.raises(InputError, match=r"http_proxy: expected an http or https proxy, .* 'socks5'") as caught:
+        download("http://example.invalid/w.tar")
+    assert "hidden" not in str(caught.value)
+
+
+def test_redirects_in_a_circle_end(server):
+    server.behave = lambda handler: answer(handler, 302, Location="/weights.tar")
+    with pytest.raises(MissingInput, match=r"more than 10 redirects; check the address"):
+        download(server.url)
+    assert len(server.requests) == 11
+
+
 # What is refused --------------------------------------------------------------------------------------------------
 
 
@@ -367,8 +428,8 @@ def test_servers_in_trouble_are_asked_again(server):
 
 
 def test_a_server_that_falls_silent(server, monkeypatch):
-    monkeypatch.setattr(downloads, "_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(downloads, "_MOST_FAILURES", 2)
+    monkeypatch.setattr(requests, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(retries, "_MOST_FAILURES", 2)
     server.behave = lambda handler: time.sleep(0.6) is None
     with pytest.raises(MissingInput, match="in 2 tries: no connection"):
         download(server.url)

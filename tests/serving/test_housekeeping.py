@@ -1,17 +1,19 @@
 """Empty folders of ended predictions go, everything else stays; the phases of a start are named with their seconds."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from alpaca.serving import housekeeping
-from alpaca.serving.housekeeping import Phases, PredictionFolders, process_age_s
+from alpaca.serving.housekeeping import Phases, PredictionFolders
+from tests.conftest import ROOT
 
 NOW = 1_000_000.0
 HOUR = 3600.0
@@ -159,4 +161,11 @@ def test_the_first_phase_may_have_begun_before(clock):
 
 
 def test_the_age_of_this_process():
-    assert process_age_s() == pytest.approx(time.time() - psutil.Process().create_time(), abs=0.1)
+    """By a clock that both processes share, for the wall clock may be set meanwhile."""
+    code = (
+        "import time; from alpaca.serving.housekeeping import process_age_s; print(process_age_s(), time.monotonic())"
+    )
+    started = time.monotonic()
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    age, now = map(float, printed.split())
+    assert age == pytest.approx(now - started, abs=0.1)

@@ -29,7 +29,7 @@ from alpaca.serving.llama.engine import LlamaEngine
 from alpaca.serving.llama.planning import BLOCK_SIZE, max_running, working_bytes
 from alpaca.serving.loading import load_engine
 from alpaca.serving.request import PredictionInputs, Request, make_request
-from alpaca.serving.served import Served
+from alpaca.serving.served_model import ServedModel
 from alpaca.serving.settings import ServerSettings
 from alpaca.text.loading import load_tokenizer, read_eos_ids
 from tests.serving.llama.test_llama import logits
@@ -127,7 +127,7 @@ def test_llamas_it_does_not_know_are_transformers(copy, monkeypatch, caplog, cha
     caplog.set_level(logging.INFO)
     change_json(copy / "config.json", **change)
     monkeypatch.setattr(loading, "_load_transformers", lambda *args: "transformers")
-    assert loading._choose_engine(Served(base=copy, adapters={}), ServerSettings(), Phases()) == "transformers"
+    assert loading._choose_engine(ServedModel(base=copy, adapters={}), ServerSettings(), Phases()) == "transformers"
     assert any(re.search(rf"served by transformers: .*{reason}", message) for message in caplog.messages)
 
 
@@ -138,12 +138,12 @@ def test_the_log_names_model_precision_pages_buckets(load, llama_folder, caplog)
     caplog.set_level(logging.INFO)
     phases = Phases()
     engine = load(phases=phases, dtype="bfloat16", quantization="int8", max_context=512, concurrency=4)
-    line = next(message for message in caplog.messages if "pages" in message)
+    line = next(message for message in caplog.messages if "blocks of" in message)
     num_blocks = 1 + 20 * 512 // BLOCK_SIZE
     kv_gb = num_blocks * BLOCK_SIZE * 2 * 2 * 4 * 8 * 2 / 1e9  # keys and values, 2 layers, 4 heads of 8, 2 bytes
     assert line == (
         f"{llama_folder}: 0.1 M weights, bfloat16 on cpu, quantization int8, "
-        f"{engine._runner.model.num_bytes / 1e9:.2f} GB; context 512 tokens, {num_blocks} pages of 16 tokens "
+        f"{engine._runner.model.num_bytes / 1e9:.2f} GB; context 512 tokens, {num_blocks} blocks of 16 tokens "
         f"({kv_gb:.2f} GB), up to 20 sequences a step; no graphs"
     )
     names = ["tokenizer", "weights", "cache", "kernels and graphs", "first request"]
@@ -159,19 +159,19 @@ def test_phases_of_transformers(load):
 
 def test_a_line_now_and_then_says_what_runs(load, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("alpaca.serving.llama.engine._REPORT_S", 0.05)
+    monkeypatch.setattr("alpaca.serving.llama.engine._LOG_INTERVAL_S", 0.05)
     engine = load(concurrency=1, max_context=512)  # five sequences at once
     full = [engine.submit(request(n=5, max_new_tokens=400, min_new_tokens=400, temperature=1.0)) for _ in range(2)]
     for generation in full:
         tokens(generation)
-    pattern = r"engine: running (\d+), waiting (\d+), pages used (\d+) of 160, (\d+\.\d) tokens/s"
+    pattern = r"engine: running (\d+), waiting (\d+), blocks used (\d+) of 160, (\d+\.\d) tokens/s"
     lines = [re.fullmatch(pattern, message) for message in caplog.messages if message.startswith("engine:")]
     assert lines
     assert all(lines)
     busy = [tuple(float(value) for value in line.groups()) for line in lines]
     assert any(running == 5 and waiting == 5 for running, waiting, _, _ in busy)
     assert all(rate > 0 for *_, rate in busy)
-    assert all(running <= used <= 160 for running, _, used, _ in busy)  # a page each at least
+    assert all(running <= used <= 160 for running, _, used, _ in busy)  # a block each at least
 
 
 def test_the_first_request_was_a_real_one_and_left_the_preamble(load):

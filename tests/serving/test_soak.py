@@ -1,4 +1,4 @@
-"""Ten thousand requests leave nothing behind: no memory, no page, no thread, no folder."""
+"""Ten thousand requests leave nothing behind: no memory, no block, no thread, no folder."""
 
 import contextlib
 import gc
@@ -129,7 +129,7 @@ def test_ten_thousand_requests_leave_no_memory_pages_or_threads(tmp_path, mode):
         assert after_10000 - after_6000 < 4  # which come to an end
         assert engine._scheduler.num_preemptions > 0, "the cache was full now and then"
         assert engine._scheduler.pool.num_used == 0
-        assert sorted(engine._scheduler._free_slots) == list(range(16))
+        assert sorted(engine._scheduler._free_state_rows) == list(range(1, 17))
         assert engine.is_healthy()
         engine.close()
         assert set(threading.enumerate()) == before
@@ -173,7 +173,7 @@ def ask_server(server: LocalServer, client: httpx.Client, ids: list[str], chance
 
 @contextlib.contextmanager
 def serve(folder: Path, *flags: str) -> Iterator[LocalServer]:
-    # A cache so small that all of its pages are in memory after the first few hundred requests.
+    # A cache so small that all of its blocks are in memory after the first few hundred requests.
     small = ["--weights", str(folder), "--concurrency", str(CLIENTS), "--max_context", "128", *flags]
     with running_server(small, on_failure=lambda logs: print(logs[-2000:])) as server:
         yield server

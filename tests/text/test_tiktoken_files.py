@@ -78,9 +78,9 @@ def oracle(ranks: dict[bytes, int], text: str) -> list[int]:
 
 
 def training_texts() -> Iterator[str]:
-    real = Path(os.environ.get("ALPACA_REAL", ROOT.parent / "shared" / "real")) / "alpaca_4000.json"
-    if real.is_file():
-        yield from (text for example in json.loads(real.read_text())[:1500] for text in example.values())
+    if folder := os.environ.get("ALPACA_REAL"):
+        examples = json.loads((Path(folder) / "alpaca_4000.json").read_text("utf-8"))
+        yield from (text for example in examples[:1500] for text in example.values())
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "alpaca").rglob("*.py"))]:
         yield path.read_text()
     yield from [TEXT * 20, "สวัสดีครับ ประเทศไทย ขอบคุณ " * 30, "👩‍👩‍👧 🦙🦙 " * 30, " " * 64 + "\n\n\n" + "=" * 40] * 5

@@ -49,7 +49,7 @@ def test_what_the_model_writes_is_no_markup():
     sheet = Sheet({"stream": True})
     sheet.take(Piece(index=0, text='</div><img src=x onerror="alert(1)">'))
     assert "<img" not in sheet.answers()
-    assert texts(sheet) == ["&lt;/div&gt;&lt;img src=x onerror=&quot;alert(1)&quot;&gt;"]
+    assert texts(sheet) == ["&lt;/div&gt;&lt;img src=x onerror=&#34;alert(1)&#34;&gt;"]
     sheet.take(Ended(status="failed", error="<b>no</b>"))
     assert sheet.line() == '<p class="complaint" role="alert">&lt;b&gt;no&lt;/b&gt;.</p>'
     assert texts(sheet)  # what there was stays

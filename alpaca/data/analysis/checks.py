@@ -58,7 +58,7 @@ _OPEN_WORDS = _words("the a an and or of my your their its our because which if 
 
 @dataclass(frozen=True)
 class Rule:
-    """A check with the name it is logged under, a title, and what it looks for in one sentence."""
+    """A check with its name in the log, its title, and a sentence that says what it looks for."""
 
     name: str
     title: str

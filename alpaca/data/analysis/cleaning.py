@@ -1,4 +1,4 @@
-"""Mending of a data set by named rules, each change logged; what is ambiguous is left as it is.
+"""Mends a data set by named rules and logs each change; ambiguous records are left as they are.
 
 Rules that change a text: line_ends, control_characters, surrounding_whitespace, no_input_placeholder, leaked_task.
 Rules that drop a record: unreadable_record, empty_instruction, empty_output, placeholder_output, exact_duplicate.
@@ -100,7 +100,7 @@ def write_clean(path: Path, kept: Sequence[Mapping[str, object]], changes: Seque
 
 
 def _json(content: object, *, indent: int | None = None) -> str:
-    """JSON as UTF-8 can hold it: a lone surrogate, which a dropped record may have, stays an escape."""
+    """JSON that UTF-8 can hold: a lone surrogate, which a dropped record may have, stays an escape."""
     text = json.dumps(content, ensure_ascii=False, default=str, indent=indent)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -1,12 +1,13 @@
 """report.html of a data set: the analysis on one page that loads nothing and runs no script but its own.
 
-Texts of the data set are shown only through `html.escape`, cut to a few hundred characters.
+The functions here make plain values, which page.html.j2 shows. Texts of the data set are cut to a few hundred
+characters, and escaped by the template as every value is.
 """
 
 import base64
-import html
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from alpaca.data.analysis import verb_plot
@@ -15,41 +16,41 @@ from alpaca.data.analysis.cleaning import MEANINGS, Change
 from alpaca.data.analysis.duplicates import NEAR, Copy
 from alpaca.data.analysis.languages import UNDETERMINED
 from alpaca.data.analysis.summary import Analysis, TokenCounts
-from alpaca.data.analysis.verb_plot import VerbCount, count_verbs
+from alpaca.data.analysis.verb_plot import count_verbs
 from alpaca.data.analysis.verbs import ACCURACY
 from alpaca.data.examples import Example
-from alpaca.pages.html import note, page, section, table
+from alpaca.pages.templates import read_asset, render_page
 
 _NUM_SHOWN = 5  # examples of each finding
-_MOST = 400  # characters of a text that are shown
-_STYLE = """
-details { border-bottom: 1px solid var(--line); padding: .35rem 0; }
-summary { cursor: pointer; display: flex; gap: .6rem; } summary::before { content: "▸"; }
-details[open] > summary::before { content: "▾"; } summary::-webkit-details-marker { display: none; }
-summary b { font-weight: 600; flex: 1; } summary .num { color: var(--soft); white-space: nowrap; }
-a { color: var(--a); }
-details article { margin: .6rem 0; padding: .2rem .8rem .7rem; } .bar { fill: var(--a); } .cut { fill: var(--b); }
-table.wide th, table.wide td { width: auto; } td.num, th.num { text-align: right; white-space: nowrap; }
-"""
+_MAX_SHOWN_CHARS = 400  # of each text
+_TEMPLATE = Path(__file__).with_name("page.html.j2")
+_STYLE = Path(__file__).with_name("page.css")
 
 
 def make_page(analysis: Analysis, changes: Sequence[Change], *, png: bytes, cleaned: Path | None = None) -> str:
-    """The page as HTML. changes: what cleaning does, or did when it was written to `cleaned`."""
-    verbs = count_verbs(analysis.roots)
-    sections = [
-        section("In short", table(_highlights(analysis))),
-        section("Length", _lengths(analysis)),
-        section("What the instructions ask for", _verbs(analysis, verbs, png)),
-        section("Suspicious examples", _findings(analysis)),
-        section("Copies", _copies(analysis)),
-        section("Languages", _languages(analysis)),
-        section("Mending", _mending(analysis, changes, cleaned)),
-    ]
-    if analysis.unreadable:
-        sections.insert(1, section("Records that cannot be read", _unreadable(analysis)))
+    """The page as HTML.
+
+    changes: the changes of cleaning, which were written to `cleaned` if that is given, and else would be made.
+    png: the figure of verbs.
+    """
     name = Path(analysis.data_path).name
-    style = _STYLE + verb_plot.STYLE
-    return page(f"Data: {name}", name, sections, style=style, script=verb_plot.script())
+    return render_page(
+        _TEMPLATE,
+        title=f"Data: {name}",
+        heading=name,
+        style=read_asset(_STYLE),
+        script=verb_plot.read_script(),
+        highlights=_highlights(analysis),
+        unreadable={f"record {index}": reason[:_MAX_SHOWN_CHARS] for index, reason in analysis.unreadable[:50]},
+        num_unreadable=len(analysis.unreadable),
+        png=base64.b64encode(png).decode(),
+        findings=_findings(analysis),
+        copies=_copies(analysis),
+        **_lengths(analysis),
+        **_verbs(analysis),
+        **_languages(analysis),
+        **_mending(analysis, changes, cleaned),
+    )
 
 
 def _highlights(analysis: Analysis) -> dict[str, str]:
@@ -79,20 +80,18 @@ def _share(count: int, total: int) -> str:
 # Lengths ------------------------------------------------------------------------------------------------------
 
 
-def _lengths(analysis: Analysis) -> str:
-    examples = list(analysis.examples.values())
+def _lengths(analysis: Analysis) -> dict[str, object]:
+    examples, tokens = list(analysis.examples.values()), analysis.tokens
     texts = {
         "instruction": [len(example.instruction.split()) for example in examples],
         "input, where there is one": [len(example.input.split()) for example in examples if example.input],
         "answer": [len(example.output.split()) for example in examples],
     }
-    if analysis.tokens is None:
-        unit = "No tokenizer was given (--tokenizer FOLDER), so tokens are not counted and a cut is not foretold."
-        body = _histogram(texts["answer"], cut=None, unit="words in the answer") + note(unit)
+    if tokens is None:
+        bars = _make_histogram(texts["answer"], cut=None, unit="words in the answer")
     else:
-        body = _histogram(analysis.tokens.lengths, cut=analysis.tokens.max_length, unit="tokens of an example")
-        body += table(_token_rows(analysis.tokens))
-    return body + "<h3>words</h3>" + _spread(texts)
+        bars = _make_histogram(tokens.lengths, cut=tokens.max_length, unit="tokens of an example")
+    return {"bars": bars, "token_rows": _token_rows(tokens) if tokens else {}, "word_rows": _word_rows(texts)}
 
 
 def _token_rows(tokens: TokenCounts) -> dict[str, str]:
@@ -115,149 +114,161 @@ def _quantiles(values: Sequence[int]) -> str:
     return ", ".join(f"{name} {ordered[round((len(ordered) - 1) * place)]:,}" for name, place in places.items())
 
 
-def _spread(texts: Mapping[str, Sequence[int]]) -> str:
-    rows = {
+def _word_rows(texts: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    return {
         name: f"{sum(counts):,}; mean {sum(counts) / len(counts):.1f}, {_quantiles(counts)}"
         for name, counts in texts.items()
         if counts
     }
-    return table(rows)
 
 
-def _histogram(values: Sequence[int], *, cut: int | None, unit: str) -> str:
-    """Bars of 30 equal classes up to the 99.5th percentile (or the cut); the last holds all beyond."""
+@dataclass(frozen=True, kw_only=True)
+class _Bar:
+    """A bar of a histogram, in units of the drawing. is_cut: training cuts the examples that it counts."""
+
+    x: float
+    width: float
+    height: float
+    is_cut: bool
+    title: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Histogram:
+    """Bars, labels below them with their places, and the count of the highest bar."""
+
+    bars: list[_Bar]
+    labels: list[tuple[float, str]]
+    unit: str
+    highest: int
+
+
+def _make_histogram(values: Sequence[int], *, cut: int | None, unit: str) -> _Histogram:
+    """Bars of 30 equal classes up to the 99.5th percentile (or the cut); one more holds all larger values."""
     ordered = sorted(values)
     top = max(ordered[round((len(ordered) - 1) * 0.995)], cut or 0, 30)
-    width = -(-top // 30)
-    classes = Counter(min(value // width, 30) for value in values)
-    highest, last = max(classes.values()), max(classes)
-    step, parts = 440 / (last + 1), []
-    for place in range(last + 1):
-        count, size = classes[place], 190 * classes[place] / highest
-        style = "cut" if cut is not None and place * width >= cut else "bar"
-        beyond = " and more" if place == 30 else "" if width == 1 else f"–{(place + 1) * width - 1:,}"
-        title = f"{place * width:,}{beyond}: {count:,}"
-        parts.append(
-            f'<rect class="{style}" x="{20 + place * step:.1f}" y="{210 - size:.1f}" width="{step * 0.86:.1f}" '
-            f'height="{size:.1f}"><title>{title}</title></rect>'
+    class_size = -(-top // 30)
+    counts = Counter(min(value // class_size, 30) for value in values)
+    highest, last = max(counts.values()), max(counts)
+    step = 440 / (last + 1)
+    bars = [
+        _Bar(
+            x=20 + place * step, width=step * 0.86, height=190 * counts[place] / highest,
+            is_cut=cut is not None and place * class_size >= cut,
+            title=f"{_name_class(place, class_size)}: {counts[place]:,}",
         )
-    labels = {0: "0", (last + 1) // 2: f"{(last + 1) // 2 * width:,}", last: f"{last * width:,}"}
-    for place, text in labels.items():
-        parts.append(f'<text x="{20 + place * step:.1f}" y="228" text-anchor="middle">{text}</text>')
-    parts.append(f'<text x="240" y="248" text-anchor="middle">{html.escape(unit)}; highest bar: {highest:,}</text>')
-    look = f'viewBox="0 0 480 254" role="img" aria-label="{html.escape(unit)}"'
-    return f"<figure><svg {look}>{''.join(parts)}</svg></figure>"
+        for place in range(last + 1)
+    ]  # fmt: skip
+    labelled = {0: "0", (last + 1) // 2: f"{(last + 1) // 2 * class_size:,}", last: f"{last * class_size:,}"}
+    labels = [(20 + place * step, text) for place, text in labelled.items()]
+    return _Histogram(bars=bars, labels=labels, unit=unit, highest=highest)
+
+
+def _name_class(place: int, size: int) -> str:
+    if place == 30:
+        return f"{place * size:,} and more"
+    return f"{place * size:,}" + ("" if size == 1 else f"–{(place + 1) * size - 1:,}")
 
 
 # Verbs --------------------------------------------------------------------------------------------------------
 
 
-def _verbs(analysis: Analysis, verbs: list[VerbCount], png: bytes) -> str:
-    total = len(analysis.roots)
-    kinds = Counter(root.kind for root in analysis.roots)
-    with_object = sum(bool(root.object) for root in analysis.roots)
-    questions = Counter(root.verb for root in analysis.roots if root.kind == "question").most_common(8)
-    rows = {
-        "orders (with a root verb)": _share(kinds["order"], total),
-        "with a direct object as well": _share(with_object, total),
-        "different verbs": f"{len(verbs):,}",
-        "questions": _share(kinds["question"], total) + ("; " if questions else "") + _listed(questions),
-        "neither": _share(kinds["other"], total),
-    }
-    shown = verb_plot.shown_verbs(verbs)
-    objects = {verb.verb: _listed(verb.objects[: verb_plot.NUM_OBJECTS]) for verb in shown}
-    lines = [(verb.verb, f"{verb.count:,}", objects[verb.verb]) for verb in shown]
-    image = base64.b64encode(png).decode()
-    link = f'<p><a download="verbs.png" href="data:image/png;base64,{image}">the figure as PNG</a></p>' if verbs else ""
+def _verbs(analysis: Analysis) -> dict[str, object]:
+    verbs = count_verbs(analysis.roots)
+    shown = verb_plot.select_shown(verbs)
+    lines = [(v.verb, f"{v.count:,}", _listed(v.objects[: verb_plot.NUM_OBJECTS])) for v in shown]
     about = (
         f"Inner ring: the {verb_plot.NUM_VERBS} commonest root verbs with an object; outer ring: the "
         f"{verb_plot.NUM_OBJECTS} commonest direct objects of each, by their counts. Found by a lexicon and rules "
         f"for English orders, not by a parser; {ACCURACY}. Questions have no root verb here, objects after a "
         "preposition (“come up with a list”) do not count, other languages are not understood."
     )
-    listing = f"<details><summary>as a table</summary>{_grid(('verb', 'count', 'objects'), lines)}</details>"
-    return verb_plot.draw_svg(verbs) + table(rows) + (listing if verbs else "") + link + note(about)
+    rows = _verb_rows(analysis, len(verbs))
+    return {"verb_figure": verb_plot.draw_svg(verbs), "verb_rows": rows, "verb_lines": lines, "verb_note": about}
+
+
+def _verb_rows(analysis: Analysis, num_verbs: int) -> dict[str, str]:
+    total = len(analysis.roots)
+    kinds = Counter(root.kind for root in analysis.roots)
+    with_object = sum(bool(root.object) for root in analysis.roots)
+    questions = Counter(root.verb for root in analysis.roots if root.kind == "question").most_common(8)
+    return {
+        "orders (with a root verb)": _share(kinds["order"], total),
+        "with a direct object as well": _share(with_object, total),
+        "different verbs": f"{num_verbs:,}",
+        "questions": _share(kinds["question"], total) + ("; " if questions else "") + _listed(questions),
+        "neither": _share(kinds["other"], total),
+    }
 
 
 def _listed(counts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts)
 
 
-def _grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table of any number of columns; all but the first and last are numbers."""
-    style = ['class="num"' if 0 < place < len(header) - 1 else "" for place in range(len(header))]
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        inside = (f"<{tag} {look}>{html.escape(cell)}</{tag}>" for cell, look in zip(cells, style, strict=True))
-        return f"<tr>{''.join(inside)}</tr>"
-
-    return f'<table class="wide">{row(header, "th")}{"".join(row(line, "td") for line in lines)}</table>'
-
-
 # Findings -----------------------------------------------------------------------------------------------------
 
 
-def _findings(analysis: Analysis) -> str:
+def _findings(analysis: Analysis) -> list[dict[str, object]]:
     order = sorted(RULES, key=lambda rule: -len(analysis.findings[rule.name]))
-    about = "What a rule finds is a reason to look, not a verdict. Records are counted from 0."
-    return note(about) + "".join(_finding(analysis, rule) for rule in order)
+    return [_finding(analysis, rule) for rule in order]
 
 
-def _finding(analysis: Analysis, rule: Rule) -> str:
+def _finding(analysis: Analysis, rule: Rule) -> dict[str, object]:
     found = analysis.findings[rule.name]
-    shown = (
-        _example(f"record {finding.index}", analysis.examples[finding.index], evidence=finding.evidence)
+    examples = [
+        (f"record {finding.index}", _texts(analysis.examples[finding.index], evidence=finding.evidence))
         for finding in found[:_NUM_SHOWN]
-    )
-    places = ", ".join(f"{finding.index}" for finding in found[:200])
+    ]
+    places = "records " + ", ".join(f"{finding.index}" for finding in found[:200]) if found else ""
     more = f" and {len(found) - 200:,} more" if len(found) > 200 else ""
-    body = note(rule.meaning) + "".join(shown) + (note(f"records {places}{more}") if found else "")
-    return _fold(rule.title, _share(len(found), len(analysis.examples)), body)
+    return {
+        "title": rule.title, "share": _share(len(found), len(analysis.examples)), "meaning": rule.meaning,
+        "examples": examples, "places": places + more,
+    }  # fmt: skip
 
 
-def _fold(title: str, number: str, body: str) -> str:
-    head = f'<summary><b>{html.escape(title)}</b> <span class="num">{html.escape(number)}</span></summary>'
-    return f"<details>{head}{body}</details>"
-
-
-def _example(title: str, example: Example, *, evidence: str = "") -> str:
+def _texts(example: Example, *, evidence: str = "") -> dict[str, str]:
+    """The texts of an example that are not empty, by their names, cut to what is shown of them."""
     parts = {"seen": evidence, "instruction": example.instruction, "input": example.input, "output": example.output}
-    body = "".join(f"<h3>{name}</h3><pre>{_cut(text)}</pre>" for name, text in parts.items() if text.strip())
-    return f"<article><h3>{html.escape(title)}</h3>{body}</article>"
+    return {name: _cut(text) for name, text in parts.items() if text.strip()}
 
 
 def _cut(text: str) -> str:
-    return html.escape(text if len(text) <= _MOST else text[:_MOST] + " …")
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + " …"
 
 
-def _copies(analysis: Analysis) -> str:
-    kinds = {
-        "Exact copies": (analysis.duplicates.exact, "Instruction, input and output equal those of an earlier example."),
-        "Prompts answered again": (
-            analysis.duplicates.conflicting,
+def _copies(analysis: Analysis) -> list[dict[str, object]]:
+    found = analysis.duplicates
+    near = (
+        f"The pairs of neighbouring words of instruction and input overlap by {NEAR} or more (shared over all) "
+        "with those of an earlier example that is no copy itself; every such example is found."
+    )
+    kinds = (
+        ("Exact copies", found.exact, "Instruction, input and output equal those of an earlier example."),
+        (
+            "Prompts answered again",
+            found.conflicting,
             "Instruction and input equal those of an earlier example, the output differs.",
         ),
-        "Near copies": (
-            analysis.duplicates.near,
-            f"The pairs of neighbouring words of instruction and input overlap by {NEAR} or more (shared over all) "
-            "with those of an earlier example that is no copy itself; every such example is found.",
-        ),
-    }
-    return "".join(
-        _fold(title, _share(len(copies), len(analysis.examples)), note(meaning) + _pairs(analysis, copies))
-        for title, (copies, meaning) in kinds.items()
+        ("Near copies", found.near, near),
     )
+    total = len(analysis.examples)
+    return [
+        {"title": title, "share": _share(len(copies), total), "meaning": meaning, "examples": _pairs(analysis, copies)}
+        for title, copies, meaning in kinds
+    ]
 
 
-def _pairs(analysis: Analysis, copies: Sequence[Copy]) -> str:
-    return "".join(
-        _example(f"record {copy.index}, overlap {copy.overlap:.2f}", analysis.examples[copy.index])
-        + _example(f"which repeats record {copy.of}", analysis.examples[copy.of])
-        for copy in copies[:_NUM_SHOWN]
-    )
+def _pairs(analysis: Analysis, copies: Sequence[Copy]) -> list[tuple[str, dict[str, str]]]:
+    """The first copies, each followed by the example that it repeats."""
+    shown = []
+    for copy in copies[:_NUM_SHOWN]:
+        shown.append((f"record {copy.index}, overlap {copy.overlap:.2f}", _texts(analysis.examples[copy.index])))
+        shown.append((f"which repeats record {copy.of}", _texts(analysis.examples[copy.of])))
+    return shown
 
 
-def _languages(analysis: Analysis) -> str:
+def _languages(analysis: Analysis) -> dict[str, object]:
     instructions, outputs = (Counter(column) for column in zip(*analysis.languages, strict=True))
     total = len(analysis.languages)
     names = sorted(instructions | outputs, key=lambda name: (-instructions[name], -outputs[name], name))
@@ -272,23 +283,18 @@ def _languages(analysis: Analysis) -> str:
         f"code. Answers in other languages than English: {len(other):,}"
     )
     places = f" (records {', '.join(f'{index}' for index in other[:40])}{', …' if len(other) > 40 else ''})"
-    return _grid(("language", "instructions", "answers", ""), lines) + note(about + (places if other else "") + ".")
+    return {"language_lines": lines, "language_note": about + (places if other else "") + "."}
 
 
 # Mending ------------------------------------------------------------------------------------------------------
 
 
-def _mending(analysis: Analysis, changes: Sequence[Change], cleaned: Path | None) -> str:
+def _mending(analysis: Analysis, changes: Sequence[Change], cleaned: Path | None) -> dict[str, object]:
+    if not changes:
+        return {"mending_note": "No rule of --clean would change anything.", "mending_lines": []}
     counts = Counter(change.rule for change in changes)
     lines = [(rule, f"{counts[rule]:,}", meaning) for rule, meaning in MEANINGS.items() if counts[rule]]
-    dropped = sum(change.field is None for change in changes)
-    left = analysis.num_records - dropped
-    if not changes:
-        return note("No rule of --clean would change anything.")
+    num_dropped = sum(change.field is None for change in changes)
     done = f"Written to {cleaned}" if cleaned else "What --clean OUT would do"
-    return note(f"{done}: {left:,} records left, {dropped:,} dropped.") + _grid(("rule", "changes", "meaning"), lines)
-
-
-def _unreadable(analysis: Analysis) -> str:
-    rows = {f"record {index}": reason[:_MOST] for index, reason in analysis.unreadable[:50]}
-    return table(rows) + note(f"{len(analysis.unreadable):,} in all; they count nowhere else on this page.")
+    left = f"{analysis.num_records - num_dropped:,} records left, {num_dropped:,} dropped."
+    return {"mending_note": f"{done}: {left}", "mending_lines": lines}

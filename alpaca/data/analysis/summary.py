@@ -1,4 +1,4 @@
-"""What a data set holds: counts, tokens, verbs, languages, copies and suspicious examples, for the report's page."""
+"""The analysis of a data set for the report: counts, tokens, verbs, languages, copies and suspicious examples."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class TokenCounts:
 
     @cached_property
     def num_all_masked(self) -> int:
-        """Examples whose prompt alone fills max_length: nothing of them can be learnt, training drops them."""
+        """Number of examples whose prompt alone fills max_length: training drops them, since no label is left."""
         pairs = zip(self.lengths, self.prompt_lengths, strict=True)
         return sum(min(length, self.max_length) <= max(prompt, 1) for length, prompt in pairs)
 
@@ -55,7 +55,7 @@ class TokenCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """What a data set holds. Every index counts records from 0, unreadable ones included.
+    """The analysis of a data set. Every index counts records from 0, unreadable ones included.
 
     unreadable: index and reason.   roots, languages: of each example, in order; languages of instruction and output.
     """
@@ -124,7 +124,7 @@ def _bar(listed: Sequence[Example], name: str, progress: bool) -> tqdm:
 
 
 def _place(found: Duplicates, indices: Sequence[int]) -> Duplicates:
-    """The same copies, by the indices of the records."""
+    """The copies, with the indices of records in place of those of examples."""
 
     def placed(copies: Sequence[Copy]) -> list[Copy]:
         return [Copy(indices[copy.index], indices[copy.of], copy.overlap) for copy in copies]

@@ -1,28 +1,31 @@
 """The figure of Stanford's report: root verbs as an inner ring, their direct objects as an outer one.
 
-As SVG that a small script makes interactive (hover or tap names a piece and its count, a verb opens on its own), and
-as PNG. As in the original: the 20 commonest verbs that have objects, the 4 commonest objects of each, and a verb's
-piece as large as these together. A verb's whole count is said beside it, and opened it shows what else it has.
+It is drawn as SVG, which a small script makes interactive (hovering over or tapping a piece names it and its count,
+tapping a verb opens it), and as PNG. As in the original the figure shows the 20 commonest verbs that have objects and
+the 4 commonest objects of each, and a verb's piece is as large as those of its objects together. A verb's whole count
+is named beside it, and an opened verb shows its other objects, too.
 """
 
-import html
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from markupsafe import Markup
+
 from alpaca.data.analysis.verbs import Root
+from alpaca.pages.templates import read_asset, render_part
 
 NUM_VERBS, NUM_OBJECTS, NUM_OBJECTS_ALONE = 20, 4, 14
+_TEMPLATE = Path(__file__).with_name("verb_plot.html.j2")
 _CENTRE, _HOLE, _MIDDLE, _RIM = 320, 92, 190, 312  # of the drawing, 640 x 640
 
 
 @dataclass(frozen=True)
 class VerbCount:
-    """A verb, how many instructions it is the root of, and its objects with theirs, commonest first."""
+    """A verb, the number of instructions it is the root of, and its objects with their numbers, commonest first."""
 
     verb: str
     count: int
@@ -35,7 +38,7 @@ class VerbCount:
 
 
 def count_verbs(roots: Iterable[Root]) -> list[VerbCount]:
-    """All verbs of orders, commonest first, those as common by the alphabet."""
+    """Count the root verbs of orders: commonest first, equally common ones in alphabetical order."""
     objects: dict[str, Counter[str]] = {}
     for root in roots:
         if root.kind == "order":
@@ -49,56 +52,35 @@ def count_verbs(roots: Iterable[Root]) -> list[VerbCount]:
     return sorted(counts, key=lambda verb: (-verb.count, verb.verb))
 
 
-def shown_verbs(verbs: list[VerbCount]) -> list[VerbCount]:
-    """The verbs of the figure."""
+def select_shown(verbs: list[VerbCount]) -> list[VerbCount]:
+    """The verbs that the figure shows: the commonest of those with objects."""
     return [verb for verb in verbs if verb.objects][:NUM_VERBS]
 
 
-def draw_svg(verbs: list[VerbCount]) -> str:
-    """The figure and, for the script, its data; "" for no verbs."""
-    shown = shown_verbs(verbs)
+def draw_svg(verbs: list[VerbCount]) -> Markup:
+    """The figure as HTML and, for the script, its data as JSON; empty without verbs that have objects."""
+    shown = select_shown(verbs)
     if not shown:
-        return ""
+        return Markup()
     pieces = [piece for place, verb in enumerate(_angles(shown)) for piece in _verb_pieces(place, len(shown), *verb)]
-    size = 2 * _CENTRE
-    return (
-        f'<figure id="verbs"><svg viewBox="0 0 {size} {size}" role="group" aria-label="Root verbs and their objects">'
-        f'<g id="ring">{"".join(pieces)}</g><g id="alone"></g>'
-        f'<text id="hub" x="{_CENTRE}" y="{_CENTRE}" text-anchor="middle"></text></svg>'
-        '<p id="said" class="note" aria-live="polite"></p></figure>'
-        f'<script type="application/json" id="verb-data">{_data(shown, sum(verb.count for verb in verbs))}</script>'
-    )
+    data = {"total": sum(verb.count for verb in verbs), "verbs": [_script_data(verb) for verb in shown]}
+    return render_part(_TEMPLATE, size=2 * _CENTRE, pieces=pieces, data=data)
 
 
-STYLE = """
-#verbs svg { max-width: 40rem; margin: 0 auto; } #verbs path { stroke: var(--page); stroke-width: 1; cursor: pointer; }
-#verbs path:hover, #verbs path:focus { outline: none; filter: brightness(1.12) saturate(1.4); }
-#verbs svg text { fill: #16181d; pointer-events: none; font-size: 12.5px; } #verbs #ring text.verb { font-weight: 600; }
-#verbs svg #hub { fill: var(--ink); font-size: 15px; }
-#said { text-align: center; min-height: 1.5em; color: var(--ink); }
-"""
-
-
-def script() -> str:
+def read_script() -> str:
     """The JavaScript that makes the figure interactive."""
-    return Path(__file__).with_name("verb_plot.js").read_text("utf-8")
+    return read_asset(Path(__file__).with_name("verb_plot.js"))
 
 
-def _data(shown: list[VerbCount], total: int) -> str:
-    """JSON for a script element: no < > & that could end it."""
-    verbs = [
-        {
-            "verb": verb.verb, "count": verb.count, "objects": verb.objects[:NUM_OBJECTS_ALONE],
-            "rest": verb.count - sum(count for _, count in verb.objects[:NUM_OBJECTS_ALONE]),
-        }
-        for verb in shown
-    ]  # fmt: skip
-    text = json.dumps({"total": total, "verbs": verbs}, ensure_ascii=True)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def _script_data(verb: VerbCount) -> dict[str, object]:
+    """What the script shows of a verb that is opened. rest: instructions with other objects, or with none."""
+    objects = verb.objects[:NUM_OBJECTS_ALONE]
+    rest = verb.count - sum(count for _, count in objects)
+    return {"verb": verb.verb, "count": verb.count, "objects": objects, "rest": rest}
 
 
 def _angles(shown: list[VerbCount]) -> list[tuple[VerbCount, float, float]]:
-    """Each verb with the angles between which it stands, in radians, clockwise from the top."""
+    """Each verb with the angles at which its piece starts and ends, in radians, clockwise from the top."""
     total = sum(verb.num_shown for verb in shown)
     placed, before = [], 0
     for verb in shown:
@@ -107,32 +89,53 @@ def _angles(shown: list[VerbCount]) -> list[tuple[VerbCount, float, float]]:
     return placed
 
 
-def _verb_pieces(place: int, num: int, verb: VerbCount, start: float, end: float) -> list[str]:
-    hue = 360 * place / num
-    said = f"{verb.verb}: {verb.count:,} (tap to open)"
-    pieces = [_piece((_HOLE, _MIDDLE), (start, end), f"hsl({hue:.0f} 62% 62%)", said, place)]
-    if end - start > 0.105:
-        pieces.append(_label(verb.verb, (_HOLE + _MIDDLE) / 2, (start + end) / 2, most=13, style=' class="verb"'))
-    before, span = start, end - start
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """A piece of a ring: a verb's, or one of its objects'.
+
+    place: the verb's number in the figure.    said: what the page says of the piece.    label: empty where the piece is
+    too narrow for one.
+    """
+
+    path: str
+    fill: str
+    place: int
+    said: str
+    is_verb: bool
+    label: str
+    label_transform: str
+
+
+def _verb_pieces(place: int, num_verbs: int, verb: VerbCount, start: float, end: float) -> list[_Piece]:
+    """The pieces of a verb and of its commonest objects between two angles."""
+    hue = 360 * place / num_verbs
+    radii, middle = (_HOLE, _MIDDLE), (start + end) / 2
+    pieces = [
+        _Piece(
+            path=_wedge(*radii, start, end), fill=f"hsl({hue:.0f} 62% 62%)", place=place, is_verb=True,
+            said=f"{verb.verb}: {verb.count:,} (tap to open)",
+            label=_shorten(verb.verb, 13) if end - start > 0.105 else "", label_transform=_turn(sum(radii) / 2, middle),
+        )
+    ]  # fmt: skip
+    radii = (_MIDDLE + 2, _RIM)
+    before = start
     for name, count in verb.objects[:NUM_OBJECTS]:
-        until = before + span * count / verb.num_shown
-        said = f"{verb.verb}: {name}: {count:,} (tap for all of {verb.verb})"
-        pieces.append(_piece((_MIDDLE + 2, _RIM), (before, until), f"hsl({hue:.0f} 70% 76%)", said, place))
-        if until - before > 0.052:
-            pieces.append(_label(name, (_MIDDLE + _RIM) / 2, (before + until) / 2, most=16))
+        until = before + (end - start) * count / verb.num_shown
+        pieces.append(
+            _Piece(
+                path=_wedge(*radii, before, until), fill=f"hsl({hue:.0f} 70% 76%)", place=place, is_verb=False,
+                said=f"{verb.verb}: {name}: {count:,} (tap for all of {verb.verb})",
+                label=_shorten(name, 16) if until - before > 0.052 else "",
+                label_transform=_turn((_MIDDLE + _RIM) / 2, (before + until) / 2),
+            )
+        )  # fmt: skip
         before = until
     return pieces
 
 
-def _piece(radii: tuple[float, float], angles: tuple[float, float], fill: str, said: str, place: int) -> str:
-    text = html.escape(said)
-    path = _wedge(*radii, *angles)
-    look = f'd="{path}" fill="{fill}" tabindex="0"'
-    return f'<path {look} data-verb="{place}" data-said="{text}"><title>{text}</title></path>'
-
-
 def _wedge(inner: float, outer: float, start: float, end: float) -> str:
-    end = min(end, start + math.tau - 1e-4)  # a whole circle has no arc
+    """The SVG path of a piece between two radii and two angles."""
+    end = min(end, start + math.tau - 1e-4)  # an arc that ends where it starts would not be drawn
     far = int(end - start > math.pi)
     return (
         f"M{_point(outer, start)}A{outer} {outer} 0 {far} 1 {_point(outer, end)}"
@@ -144,15 +147,15 @@ def _point(radius: float, angle: float) -> str:
     return f"{_CENTRE + radius * math.sin(angle):.2f} {_CENTRE - radius * math.cos(angle):.2f}"
 
 
-def _label(text: str, radius: float, angle: float, *, most: int, style: str = "") -> str:
-    """Text along the radius, never upside down."""
+def _turn(radius: float, angle: float) -> str:
+    """The SVG transform of a text along the radius, never upside down."""
     turn = math.degrees(angle) - 90
     flip = " rotate(180)" if turn > 90 else ""
-    where = f"rotate({turn:.2f} {_CENTRE} {_CENTRE}) translate({_CENTRE + radius} {_CENTRE}){flip}"
-    shown = text if len(text) <= most else text[: most - 1] + "…"
-    return (
-        f'<text{style} transform="{where}" text-anchor="middle" dominant-baseline="central">{html.escape(shown)}</text>'
-    )
+    return f"rotate({turn:.2f} {_CENTRE} {_CENTRE}) translate({_CENTRE + radius} {_CENTRE}){flip}"
+
+
+def _shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 # PNG ----------------------------------------------------------------------------------------------------------
@@ -168,7 +171,7 @@ def draw_png(verbs: list[VerbCount]) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1), aspect="equal", xlim=(-1.02, 1.02), ylim=(-1.02, 1.02))
     axes.set_axis_off()
-    shown = shown_verbs(verbs)
+    shown = select_shown(verbs)
     if not shown:
         axes.text(0, 0, "no instruction has a root verb", ha="center", va="center", fontsize=16)
     for place, (verb, start, end) in enumerate(_angles(shown)):
@@ -200,6 +203,5 @@ def _draw_piece(axes, radii, angles, colour, text: str, *, bold: bool) -> None:
 
 
 def _plain(text: str, most: int) -> str:
-    """What the bundled font can draw; other letters become question marks, where it would warn and draw boxes."""
-    text = text.encode("latin-1", "replace").decode("latin-1")
-    return text if len(text) <= most else text[: most - 1] + "…"
+    """Text that the bundled font can draw: for other letters it would warn and draw boxes, so they become "?"."""
+    return _shorten(text.encode("latin-1", "replace").decode("latin-1"), most)

@@ -293,7 +293,7 @@ def _is_modifier_after_noun(word: str, following: str) -> bool:
 
 
 def _is_noun(head: str) -> bool:
-    """Whether a head so far can stand as one: no determiner, no word that most likely describes the next."""
+    """Whether a word can be the head: it is no determiner, and no word that most likely describes the next one."""
     if not head or head in _DETERMINERS or head in ("following", "given", _NUMBER):
         return False
     if head in _lexicon().ing_nouns:

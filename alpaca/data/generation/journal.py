@@ -1,4 +1,4 @@
-"""What a generation run has on disk at every moment: a journal of JSON lines, each appended and fsynced at once.
+"""The state of a generation run on disk: a journal of JSON lines, each appended and fsynced at once.
 
 A line is one of
     completion   what the service answered to prompt `prompt`, before anything is made of it: it has been paid for
@@ -29,7 +29,7 @@ PROVENANCE = "regen_provenance.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A completion in the journal. num_judged: of its blocks, so many have been judged."""
+    """A completion in the journal. num_judged: the number of its blocks that have been judged."""
 
     completion: Completion
     first_number: int
@@ -47,7 +47,7 @@ class Accepted:
 
 @dataclass(kw_only=True)
 class JournalState:
-    """What the lines come to. waiting: the answers, by prompt, that are not judged to their end."""
+    """The state that the journal's lines add up to. waiting: by prompt, the answers that are not fully judged yet."""
 
     accepted: list[Accepted] = field(default_factory=list)
     waiting: dict[int, Answer] = field(default_factory=dict)
@@ -150,7 +150,7 @@ class Journal:
     def add_completion(
         self, number: int, completion: Completion, *, first_number: int, is_chat: bool, endpoint: str, date: str
     ) -> None:
-        """Keep an answer before anything is made of it."""
+        """Write an answer down before it is judged."""
         self._append({
             "kind": "completion", "prompt": number, "first_number": first_number, "is_chat": is_chat,
             "endpoint": endpoint, "date": date, "completion": vars(completion),
@@ -170,7 +170,7 @@ class Journal:
         self._append({"kind": "done", "prompt": number, "rejected": dict(rejected)})
 
     def write_data(self) -> None:
-        """regen.json and, beside it, a list in the same order that says where each record comes from."""
+        """Write regen.json and, beside it, a list in the same order that says where each record comes from."""
         if not self.state.accepted:
             return
         write_json(self._folder / PROVENANCE, [accepted.provenance for accepted in self.state.accepted])

@@ -60,7 +60,7 @@ _LABEL = re.compile(r"(?:^|\n)\s*\d+\.\s*(Instruction|Input|Output):")
 
 
 def read_seed_tasks(path: str | Path) -> list[Example]:
-    """The tasks of a file in Self-Instruct's format: a JSON object a line, of whose `instances` the first counts.
+    """Read the tasks of a file in Self-Instruct's format: a JSON object on each line, whose first instance is used.
 
     Raises MissingInput, and InputError that names the line and the field.
     """
@@ -103,7 +103,7 @@ def _read_seed_task(line: str, where: str) -> Example:
 
 
 def make_prompt(tasks: Sequence[Example], *, number: int, num_prompt_instructions: int, seed: int) -> str:
-    """Prompt `number` of a run: it depends on the tasks, the counts and the seed alone, not on what went before.
+    """Make prompt `number` of a run. It depends only on the tasks, the counts and the seed, not on earlier prompts.
 
     Raises InputError when there are fewer tasks than a prompt shows, or it would leave none to write.
     """
@@ -134,7 +134,7 @@ def _encode_task(number: int, task: Example) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One block of a completion: a task, or why there is none."""
+    """One block of a completion: a task, or the reason why it holds none."""
 
     task: Example | None
     rejection: str = ""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+import tenacity
+
 from alpaca.data.generation.services import Client, Completion, RequestFailed, count_tokens_roughly, cut_at_stop
 from alpaca.errors import ServiceFailed
 
@@ -18,18 +20,18 @@ _LEAST_TOKENS = 64
 
 
 class BudgetSpent(Exception):
-    """A bound of the bill is reached: nothing more is asked, what came is kept."""
+    """A bound on requests or tokens is reached: no further request is sent, and the answers so far are kept."""
 
 
 class Stopped(Exception):
-    """The run ends; a wait was given up."""
+    """The run ends, so a wait for the next try was cut short."""
 
 
 class Budget:
-    """How much may still be asked. Requests are those of this run, failed ones too; tokens those of all runs.
+    """Bounds on the number of requests of this run, failed ones included, and on the tokens of all runs together.
 
-    A request is counted with all the tokens it may come to until it has ended, so that the bound holds whatever the
-    answers' lengths.
+    Until a request has ended it counts with the most tokens that it may use, so that the bound holds whatever the
+    lengths of the answers. num_tokens: those that earlier runs used. Safe to use from many threads.
     """
 
     def __init__(self, *, max_requests: int | None, max_tokens_total: int | None, num_tokens: int = 0) -> None:
@@ -51,7 +53,7 @@ class Budget:
             self._reserved += num_tokens
 
     def settle(self, reserved: int, used: int) -> None:
-        """The request that `reserved` was taken for used this many."""
+        """Replace the `reserved` tokens of a request that has ended by the number it used."""
         with self._lock:
             self._reserved -= reserved
             self.num_tokens += used
@@ -59,8 +61,10 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """When to try again. Waits double from `first_wait_s` to `longest_wait_s`; a service may ask for up to
-    `longest_retry_after_s`."""
+    """How often and when to try again.
+
+    Waits double from `first_wait_s` to `longest_wait_s`. A service may ask for a wait of up to `longest_retry_after_s`.
+    """
 
     max_attempts: int = 8
     first_wait_s: float = 1.0
@@ -69,7 +73,10 @@ class Patience:
 
 
 class Requester:
-    """Asks a client from many threads: again after what passes; what the service asks to wait holds for all of them."""
+    """Asks a client from many threads, and again after failures that may pass.
+
+    A wait that the service asks one thread for holds for all threads.
+    """
 
     def __init__(
         self,
@@ -92,15 +99,29 @@ class Requester:
         self._stopped.set()
 
     def ask(self, prompt: str, *, number: int) -> Completion:
-        """A completion, cut at the stop text. Raises ServiceFailed, BudgetSpent or Stopped."""
-        max_tokens, patience = self._max_tokens, self._patience
-        for attempt in range(1, patience.max_attempts + 1):
+        """Get a completion, cut at the stop text. Raises ServiceFailed, BudgetSpent or Stopped.
+
+        number: the prompt's, for messages and for services that take a seed.
+        """
+        length = self._max_tokens
+
+        def ask_once() -> Completion:
+            nonlocal length
             self._wait_for_turn()
             try:
-                return cut_at_stop(self._ask_once(prompt, max_tokens, number), self._stop)
+                return cut_at_stop(self._ask_once(prompt, length, number), self._stop)
             except RequestFailed as failure:
-                max_tokens = self._prepare_next(failure, attempt, max_tokens, number)
-        raise AssertionError("unreachable")
+                length = self._choose_length(failure, length)
+                raise
+
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(RequestFailed),
+            stop=tenacity.stop_after_attempt(self._patience.max_attempts),
+            wait=lambda state: self._choose_wait(_failure_of(state), state.attempt_number),
+            sleep=self._sleep,
+            before_sleep=lambda state: self._announce_wait(state, number),
+            retry_error_callback=lambda state: _give_up(state, number),
+        )(ask_once)
 
     def _ask_once(self, prompt: str, max_tokens: int, number: int) -> Completion:
         reserved = -(-len(prompt) // 3) + max_tokens  # 3 letters to a token is on the safe side in English
@@ -114,30 +135,40 @@ class Requester:
         finally:
             self._budget.settle(reserved, used)
 
-    def _prepare_next(self, failure: RequestFailed, attempt: int, max_tokens: int, number: int) -> int:
-        """Wait, or shorten; max_tokens of the next try. Raises ServiceFailed when there is none."""
-        shorter = int(max_tokens * _SHORTER)
-        if failure.is_too_long and shorter < _LEAST_TOKENS:
-            raise ServiceFailed(f"{failure}; the prompt alone fills the context: lower --num_prompt_instructions")
-        if attempt == self._patience.max_attempts:
-            raise ServiceFailed(f"gave up on prompt {number} after {attempt} attempts; the last one: {failure}")
+    def _choose_length(self, failure: RequestFailed, max_tokens: int) -> int:
+        """max_tokens for the next try: fewer after a prompt that was too long with them.
+
+        Raises ServiceFailed where no further try can help.
+        """
         if failure.is_too_long:
+            shorter = int(max_tokens * _SHORTER)
+            if shorter < _LEAST_TOKENS:
+                raise ServiceFailed(f"{failure}; the prompt alone fills the context: lower --num_prompt_instructions")
             return shorter
         if failure.is_permanent:
             raise ServiceFailed(str(failure))
-        wait_s = self._choose_wait(failure, attempt)
-        self._say(
-            f"prompt {number}: {failure}; again in {wait_s:.1f} s (attempt {attempt} of {self._patience.max_attempts})"
-        )
+        return max_tokens
+
+    def _announce_wait(self, state: tenacity.RetryCallState, number: int) -> None:
+        """Log the wait before the next try; one that the service asked for holds for all threads."""
+        failure = _failure_of(state)
+        if failure.is_too_long:
+            return
+        attempts = f"attempt {state.attempt_number} of {self._patience.max_attempts}"
+        self._say(f"prompt {number}: {failure}; again in {state.upcoming_sleep:.1f} s ({attempts})")
         if failure.retry_after_s is not None:
             with self._lock:
                 self._not_before = max(self._not_before, time.monotonic() + failure.retry_after_s)
-        self._sleep(wait_s)
-        return max_tokens
 
     def _choose_wait(self, failure: RequestFailed, attempt: int) -> float:
-        """Seconds: between half and all of a doubling wait, so that threads part; never less than was asked for."""
+        """Seconds to wait before the next try; none after a prompt that was too long.
+
+        A random share, half to all, of a wait that doubles: threads that failed together must not ask again together.
+        Never less than the service asked for. Raises ServiceFailed where it asks for more than this command waits.
+        """
         patience = self._patience
+        if failure.is_too_long:
+            return 0.0
         backoff = min(patience.longest_wait_s, patience.first_wait_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
         if failure.retry_after_s is None:
             return backoff
@@ -156,6 +187,17 @@ class Requester:
     def _sleep(self, seconds: float) -> None:
         if self._stopped.wait(seconds):
             raise Stopped
+
+
+def _failure_of(state: tenacity.RetryCallState) -> RequestFailed:
+    failure = state.outcome.exception() if state.outcome else None
+    assert isinstance(failure, RequestFailed)
+    return failure
+
+
+def _give_up(state: tenacity.RetryCallState, number: int) -> Completion:
+    attempts = state.attempt_number
+    raise ServiceFailed(f"gave up on prompt {number} after {attempts} attempts; the last one: {_failure_of(state)}")
 
 
 def utc_now() -> str:

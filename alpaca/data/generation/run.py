@@ -1,4 +1,4 @@
-"""One run of instruction generation: asks ahead of need, judges what comes, keeps it, and ends when it should."""
+"""One run of instruction generation: requests completions ahead of need, judges and keeps them, ends in time."""
 
 import queue
 import signal
@@ -107,7 +107,7 @@ class Generation:
         self._workers = _Workers(self._ask, num_threads=config.request_batch_size)
 
     def run(self) -> Ending:
-        """Generate until there is enough, or something ends it early; what, or None."""
+        """Generate until there are enough tasks. Returns the reason for an early end, else None."""
         with _signals_into(self._workers), _Progress(self._config, self._journal) as progress:
             self._judge_waiting()
             while not self._has_enough():
@@ -151,7 +151,7 @@ class Generation:
             self._workers.submit(number)
 
     def _count_needed(self) -> int:
-        """Prompts that will bring what is missing, going by what one has brought so far."""
+        """The number of prompts that the missing tasks need, by the tasks that a prompt has brought so far."""
         state = self._journal.state
         missing = self._config.num_instructions_to_generate - len(state.accepted)
         per_prompt = NUM_TASKS - 1 - self._config.num_prompt_instructions
@@ -181,14 +181,14 @@ class Generation:
                 raise error
 
     def _end(self, ending: Ending) -> None:
-        """Ask no more. What ended the run first counts, but for a signal."""
+        """Send no more requests. The first reason for the end is kept, unless a signal comes later."""
         if self._ending is None or isinstance(ending, SignalReceived):
             self._ending = ending
         if not isinstance(ending, BudgetSpent):
             self._requester.stop()
 
     def _collect_for(self, seconds: float) -> None:
-        """Keep what is answered within this time: it has been paid for."""
+        """Wait this long for the requests under way and keep their answers, which have been paid for."""
         deadline = time.monotonic() + seconds
         while self._workers.num_under_way:
             try:
@@ -206,7 +206,7 @@ class Generation:
             self._judge(self._order.popleft())
 
     def _judge_waiting(self) -> None:
-        """Judge every answer there is: those of a killed run, and at the end those after a prompt that failed."""
+        """Judge all waiting answers: those of a killed run, and at the end those that follow a failed prompt."""
         for number in sorted(self._journal.state.waiting):
             if not self._has_enough():
                 self._judge(number)
@@ -267,7 +267,7 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class _Result:
-    """What became of a prompt: a completion, or what went wrong."""
+    """The result of a prompt: a completion, or the error."""
 
     number: int
     value: Completion | BaseException

@@ -42,7 +42,7 @@ class Completion:
 
 
 class RequestFailed(Exception):
-    """One request brought no completion. retry_after_s: what the service asked to wait."""
+    """One request brought no completion. retry_after_s: the seconds that the service asked to wait."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ def count_tokens_roughly(text: str) -> int:
 
 
 def hide_secrets(text: str, secrets: tuple[str, ...]) -> str:
-    """`text` without the secrets of 8 letters or more ("EMPTY" is none), and without what else looks like a key."""
+    """Replace secrets of 8 letters or more ("EMPTY" is none), and everything that looks like a key, by stars."""
     for secret in secrets:
         if len(secret) >= 8:
             text = text.replace(secret, "***")
@@ -103,7 +103,7 @@ def cut_at_stop(completion: Completion, stop: str) -> Completion:
 def _status_failure(
     status: int, message: str, headers: Mapping[str, str], *, code: object = None, what: str
 ) -> RequestFailed:
-    """What an HTTP status other than 2xx means for the next try."""
+    """The failure that an HTTP status other than 2xx stands for: whether and when another try may help."""
     hints = {401: "check the API key", 403: "the key may not use this", 404: "check the address and the model's name"}
     is_permanent = code in _NO_QUOTA or not (status in _TRANSIENT or status >= 500)
     hint = f" ({hints[status]})" if status in hints else ""
@@ -116,7 +116,7 @@ def _status_failure(
 
 
 def read_retry_after(headers: Mapping[str, str], *, now: Callable[[], float] = time.time) -> float | None:
-    """Seconds that a reply asks to wait (RFC 9110: a number or a date; OpenAI's milliseconds go before), else None."""
+    """Seconds that a reply asks to wait, else None. RFC 9110: a number or a date; OpenAI's milliseconds go first."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name) or ""
         if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):

@@ -60,11 +60,11 @@ class InstructionPool:
         self.texts.append(text)
 
     def scores(self, text: str) -> Scores:
-        """ROUGE-L F with each text of the pool, bit for bit what rouge_score computes: [P]."""
+        """ROUGE-L F with each text of the pool [P], bit for bit as rouge_score computes it."""
         return self._scores(self._match(tokenize(text)))
 
     def upper_bounds(self, text: str) -> Scores:
-        """What no score can exceed: the score if all shared words stood in the same order: [P]."""
+        """Upper bounds of the scores [P]: those that would result if all shared words stood in the same order."""
         return self._bounds(self._match(tokenize(text)))
 
     def find_similar(self, text: str, threshold: float) -> tuple[int, float] | None:
@@ -75,7 +75,7 @@ class InstructionPool:
         return self._find_similar(self._match(tokenize(text)), threshold)
 
     def compare(self, text: str, *, num_nearest: int = 10) -> Similarity:
-        """The nearest texts of the pool, of equal scores the later first, and the mean score over all of it."""
+        """The nearest texts of the pool (of equal scores the later text first) and the mean score over all."""
         return self._compare(self._match(tokenize(text)), num_nearest)
 
     def judge(

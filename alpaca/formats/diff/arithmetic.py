@@ -1,4 +1,4 @@
-"""tuned - raw and raw + diff, tensor by tensor, in blocks that lie in memory one at a time."""
+"""The arithmetic of weight differences: tuned - raw and raw + diff, tensor by tensor, one block in memory at a time."""
 
 import hashlib
 import logging
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_model(folder: Path) -> Weights:
-    """`open_weights`, saying in the log when the folder holds the rotary tables of older ones, which are left out."""
+    """Open a folder's weights, and log when it holds rotary tables, as older folders do; these are left out."""
     weights = open_weights(folder)
     tables = [name for name in weights.names if is_rotary_table(name)]
     if tables:
@@ -48,7 +48,7 @@ def open_model(folder: Path) -> Weights:
 
 
 def model_specs(weights: Weights) -> dict[str, TensorSpec]:
-    """A model's tensors by name, without rotary tables. Raises InputError for what is no float."""
+    """A model's tensors by name, without rotary tables. Raises InputError for a tensor that is not of floats."""
     specs = {spec.name: spec for spec in weights.specs() if not is_rotary_table(spec.name)}
     for spec in specs.values():
         if spec.dtype not in FLOAT_DTYPES.values():
@@ -59,7 +59,7 @@ def model_specs(weights: Weights) -> dict[str, TensorSpec]:
 
 
 def check_match(raw: Weights, other: Weights) -> None:
-    """Raise InputError unless both hold the same tensors, `other` (tuned, diff) perhaps with more vocabulary rows."""
+    """Raise InputError unless both hold the same tensors; `other` (tuned or diff) may have more vocabulary rows."""
     ours, theirs = model_specs(raw), model_specs(other)
     grown = [read_json(weights.path / "config.json").get("vocab_size") for weights in (raw, other)]
     missing, extra = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
@@ -108,7 +108,7 @@ class RawValues:
 
 
 def mean_row(raw: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor's rows [1, ...] in float32: what the original recipe makes each new row."""
+    """The mean of a tensor's rows [1, ...] in float32, which the original recipe gives to each new row."""
     return raw.float().mean(dim=0, keepdim=True)
 
 
@@ -117,7 +117,7 @@ def total_bytes(specs: Mapping[str, TensorSpec]) -> int:
 
 
 def with_dtype(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """config.json for weights of another type, under the key that it has (today's, yesterday's or both)."""
+    """config.json for weights of another type, set under the key that it has: the new one, the old one or both."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return {**config, **dict.fromkeys(keys, dtype_name(dtype))}
 
@@ -173,7 +173,7 @@ class Recovery:
     """raw + diff, tensor by tensor, exactly as tuned where there is a manifest, in float32 where there is none."""
 
     def __init__(self, path_raw: Path, path_diff: Path, *, dtype: torch.dtype | None, check_sum: bool) -> None:
-        """dtype: of the result; None: the tuned model's.   check_sum: where there is no manifest."""
+        """dtype: the result's; None for the tuned model's.   check_sum: whether to check the sum without a manifest."""
         self.raw, self.diff = open_model(path_raw), open_model(path_diff)
         self.manifest = read_manifest(path_diff)
         self.checks_sum = check_sum and self.manifest is None
@@ -189,20 +189,20 @@ class Recovery:
         self.config = tuned_config if exact else with_dtype(tuned_config, dtype or torch.float32)
 
     def check_base(self) -> None:
-        """Raise InputError when the raw model is not the one the diff was made against (as far as can be known)."""
+        """Raise InputError when the raw model is known not to be the one that the diff was made against."""
         if self.manifest:
             specs = model_specs(self.raw)
             with byte_bar(total_bytes(specs), "checking the raw model") as bar:
                 check_raw(self.raw, specs, self.manifest, bar.update)
 
     def check_result(self) -> None:
-        """For a diff without a manifest: the published sum. To be called when all tensors were read."""
+        """Check the published sum of a diff without a manifest. Call this when all tensors have been read."""
         if self.checks_sum:
             total = check_published_sum(self._sums, self.raw, self.diff, self.config)
             logger.info("the tensors add up to %.4f, as published", total)
 
     def read(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor's values in their own type, flat, in consecutive blocks. Raises InputError for other bits."""
+        """A tensor's values in their own type, in flat consecutive blocks. Raises InputError where the proof fails."""
         if self.manifest is None:
             yield self._sum(name)
             return

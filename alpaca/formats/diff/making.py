@@ -1,4 +1,4 @@
-"""A fine-tuned model as its difference to a base, laid out as Stanford's, with what proves it.
+"""Makes the difference of a fine-tuned model to its base, laid out as Stanford's, with a manifest to prove it by.
 
 The folder is a Hugging Face model whose weights are tuned - raw in float32, where a raw model without [PAD] gets the
 mean of its rows for it. Beside it lie a manifest and the residual, with which every bit of the tuned model comes back.
@@ -44,7 +44,7 @@ _COPIED_FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class DiffConfig:
-    """make_diff's flags."""
+    """The flags of `make_diff`."""
 
     path_raw: Path
     path_tuned: Path
@@ -71,7 +71,7 @@ def copy_small_files(source: Path, target: Path) -> None:
 
 
 def make_diff(config: DiffConfig) -> Path:
-    """Write the diff folder and return it. Raises the errors of `alpaca.errors`; nothing is changed then."""
+    """Write the diff folder and return it. After any error of `alpaca.errors` nothing has changed on disk."""
     require_apart(config.path_diff, {"--path_raw": config.path_raw, "--path_tuned": config.path_tuned})
     if config.path_raw.resolve() == config.path_tuned.resolve():
         raise InputError(f"--path_raw and --path_tuned are the same folder, {config.path_raw}; expected different ones")
@@ -102,7 +102,7 @@ def make_diff(config: DiffConfig) -> Path:
 
 
 def _prove(path_raw: Path, folder: Path) -> None:
-    """Recover the model from what was written, without keeping it: nobody is handed a diff that does not work."""
+    """Recover the model from the written diff, without keeping it, so that no diff is published that does not work."""
     source = Recovery(path_raw, folder, dtype=None, check_sum=False)
     try:
         only_recover(source, keep=False, label="proving")
@@ -121,7 +121,7 @@ def _log_residual(residual: ResidualWriter, specs: Mapping[str, TensorSpec]) -> 
 
 
 def only_recover(source: Recovery, *, keep: bool, label: str = "adding") -> dict[str, torch.Tensor] | None:
-    """Go through all tensors for the checks in it; keep them for a test of the model."""
+    """Read all tensors, which checks them, and keep them to test the model with."""
     kept: dict[str, torch.Tensor] = {}
     with byte_bar(total_bytes(source.specs), label) as bar:
         for name, spec in source.specs.items():

@@ -35,7 +35,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRecord:
-    """One tensor of both models; `residual`: offset and bytes of its part of the residual file, elements listed."""
+    """One tensor of both models. residual: offset and size in bytes of its part of the residual file, and elements."""
 
     raw: Stored
     tuned: Stored
@@ -44,7 +44,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """raw: what the raw model calls itself and how large it is. tuned_config: the tuned model's config.json."""
+    """A manifest's content. raw: name and sizes of the raw model.   tuned_config: the tuned model's config.json."""
 
     raw: dict[str, object]
     tuned_config: dict[str, object]
@@ -53,7 +53,7 @@ class Manifest:
 
 
 def sha256(tensor: torch.Tensor) -> str:
-    """Of a tensor's bytes."""
+    """The SHA-256 of a tensor's bytes."""
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
 
 
@@ -62,7 +62,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def describe(folder: Path, specs: list[TensorSpec]) -> dict[str, object]:
-    """What a model calls itself and its sizes, for messages."""
+    """A model's name, as its config gives it, and its sizes, for messages."""
     config = read_json(folder / "config.json")
     sizes = ("architectures", "num_hidden_layers", "hidden_size", "vocab_size")
     named = {"name": Path(config.get("_name_or_path") or folder.absolute()).name}
@@ -157,7 +157,7 @@ def check_raw(raw: Weights, specs: Mapping[str, TensorSpec], manifest: Manifest,
 
 
 def differing(weights: Weights, expected: Mapping[str, Stored], progress: Callable[[int], object]) -> list[str]:
-    """The names of tensors whose SHA-256 is another than `expected`; several are read at once."""
+    """The names of tensors whose SHA-256 differs from `expected`; several tensors are read at once."""
 
     def matches(name: str) -> bool:
         tensor, dtype = weights.tensor(name), FLOAT_DTYPES[expected[name].dtype]

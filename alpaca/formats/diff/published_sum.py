@@ -29,7 +29,7 @@ _AROUND = {hf_name("embedding"): -1, hf_name("norm"): 10**6, hf_name("head"): 10
 
 
 def is_rotary_table(name: str) -> bool:
-    """Whether a tensor is a layer's rotary table, which models compute anew today."""
+    """Whether a tensor is a layer's rotary table, which today's models compute instead of loading."""
     return _ROTARY.fullmatch(name) is not None
 
 
@@ -52,7 +52,7 @@ def check_published_sum(sums: Mapping[str, torch.Tensor], raw: Weights, diff: We
 
 
 def _tables(raw: Weights, diff: Weights, config: Mapping) -> dict[str, dict[str, torch.Tensor]]:
-    """Sums of the recovered rotary tables by name, for each way they may have been."""
+    """Sums of the recovered rotary tables by name, one dictionary for each way in which they may have been saved."""
     in_raw, in_diff = set(filter(is_rotary_table, raw.names)), set(filter(is_rotary_table, diff.names))
     if config.get("model_type") != "llama" or not config.keys() >= _SIZES:
         return {"": {}}
@@ -81,7 +81,7 @@ def _add(sums: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _place(name: str) -> tuple[int, int]:
-    """Where transformers 4.28's state dict has a tensor; unknown ones keep their order, at the end."""
+    """A tensor's place in the state dict of transformers 4.28; unknown tensors come last, in their own order."""
     if name in _AROUND:
         return _AROUND[name], 0
     match = _LAYER.fullmatch(name)

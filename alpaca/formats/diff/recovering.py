@@ -1,4 +1,4 @@
-"""The fine-tuned model, put together again from a base and a difference, and proved bit by bit."""
+"""Recovers a fine-tuned model from a base and a difference, and proves it bit by bit."""
 
 import hashlib
 import logging
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverConfig:
-    """recover's flags. test_inference: None tries the model where memory allows."""
+    """The flags of `recover`. test_inference: whether to test the model; None tests it where memory allows."""
 
     path_raw: Path
     path_diff: Path
@@ -72,7 +72,7 @@ def recover(config: RecoverConfig) -> Path | None:
 
 
 def _cast(source: Recovery, spec: TensorSpec, written: dict[str, Stored]) -> Iterator[torch.Tensor]:
-    """A recovered tensor in the type it is written in, noting its digest."""
+    """A recovered tensor in the type in which it is written; its digest is noted on the way."""
     digest = hashlib.sha256() if source.manifest is None or spec.dtype != source.own_dtype(spec.name) else None
     for block in source.read(spec.name):
         block = block.to(spec.dtype)
@@ -107,7 +107,7 @@ def _write_recovered(folder: Path, source: Recovery, config: RecoverConfig) -> N
 
 
 def _plan_test(config: RecoverConfig, source: Recovery) -> bool:
-    """Whether the model will be tried. Raises NotEnoughSpace when that was asked for and memory is short."""
+    """Whether to test the model. Raises NotEnoughSpace when a test was asked for and memory is short."""
     if config.test_inference is False:
         return False
     if config.device != "cpu" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What a float32 difference does not restore: the elements of which raw + (tuned - raw) is not tuned, bit for bit.
+"""The residual of a float32 difference: those elements where raw + (tuned - raw) does not restore tuned bit for bit.
 
 Two float32 numbers of different size do not survive subtraction and addition: after 1,000 training steps 7 % of the
 elements come back a last bit off. `diff_residual.dat` holds for these how far their bits are from where they should be,
@@ -29,7 +29,7 @@ _INT_OF = {4: torch.int32, 2: torch.int16}
 
 
 def blocks(num_elements: int) -> Iterator[tuple[int, int, int]]:
-    """(number, start, stop) of each block."""
+    """Yield (number, start, stop) for each block."""
     for number, start in enumerate(range(0, num_elements, BLOCK_ELEMENTS)):
         yield number, start, min(start + BLOCK_ELEMENTS, num_elements)
 
@@ -57,7 +57,7 @@ class ResidualWriter:
         self.num_elements = 0
 
     def add(self, block: int, restored: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Record where the bits of a block (int32 [n]) are not those that are wanted."""
+        """Record the elements of a block (int32 [n]) whose bits differ from the wanted ones."""
         positions = (restored != wanted).nonzero().view(-1)
         if not len(positions):
             return
@@ -120,7 +120,7 @@ def _pack(values: torch.Tensor) -> bytes:
 
 
 def _unpack(packed: bytes, count: int) -> torch.Tensor:
-    """`count` int32. Raises zlib.error, ValueError."""
+    """Read `count` int32 values. Raises zlib.error or ValueError for damaged bytes."""
     unpacker = zlib.decompressobj()
     content = unpacker.decompress(packed, 4 * count)
     content += unpacker.decompress(unpacker.unconsumed_tail, 1)  # nothing but the checksum, which is compared here

@@ -1,4 +1,4 @@
-"""What a recovered model answers to the original tool's test prompt."""
+"""Tests a recovered model with the test prompt of the original tool."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ _TEST_TOKENS = 100
 
 
 def try_model(folder: Path, device: str, tensors: dict[str, torch.Tensor] | None, config: Mapping[str, object]) -> str:
-    """What the model answers, greedily, to the original's test prompt (with its CR-LF line ends).
+    """The model's greedy answer to the original tool's test prompt, whose lines end in CR-LF.
 
     folder: of the tokenizer, and of the model where `tensors` is None.
     """

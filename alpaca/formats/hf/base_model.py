@@ -1,4 +1,4 @@
-"""The base model under an adapter that is to be merged: what names it, and the folder that is found."""
+"""Finds the base model of an adapter that is to be merged."""
 
 import logging
 from dataclasses import dataclass

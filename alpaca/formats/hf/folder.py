@@ -39,7 +39,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """What a file's header says of one tensor."""
+    """The entry of one tensor in a file's header."""
 
     name: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Whether a merged folder computes what its base and adapter compute unmerged, by transformers and PEFT."""
+"""Checks that a merged folder computes the same as its base with the adapter unmerged, by transformers and PEFT."""
 
 import gc
 import importlib.util

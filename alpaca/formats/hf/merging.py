@@ -104,7 +104,7 @@ class MergedWeights:
         return merged
 
     def require_change(self) -> None:
-        """Raise InputError when what was read so far is the base: nothing was changed that its dtype can tell."""
+        """Raise InputError when no merged tensor so far differs from the base's in its dtype."""
         least = _LEAST_CHANGE if self.adapter.uses_dora else 0.0
         if self.changes and max(self.changes.values()) <= least:
             dtype = next(spec.dtype for spec in self.specs() if spec.name in self.changes)
@@ -162,7 +162,7 @@ class MergedWeights:
         return quantize(weight.to(device=self._device, dtype=self.rounded_to or weight.dtype))
 
     def _changed(self, name: str, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """float32 rows of a weight, from number `start` on, with what the adapter adds."""
+        """Rows of a weight from number `start` on, in float32, with the adapter's change added."""
         if name not in self._target_of:
             return rows
         change = self.adapter.low_rank(self._target_of[name])

@@ -26,7 +26,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 class Weights(Protocol):
-    """What both kinds of folder offer."""
+    """The methods that folders of safetensors and of pickled weights share."""
 
     path: Path
 
@@ -39,7 +39,7 @@ class Weights(Protocol):
 
 
 class PickledWeights:
-    """The tensors of a folder with `pytorch_model*.bin`; as `WeightsFolder`, and raises the same errors."""
+    """The tensors of a folder with `pytorch_model*.bin`. Methods and errors are those of `WeightsFolder`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -24,7 +24,7 @@ _READ_BYTES = 8 << 20
 
 
 def find_checkpoint(input_dir: Path, model_size: str | None) -> Path:
-    """The folder that holds a checkpoint, in any of the layouts Meta ships.
+    """Find the folder that holds a checkpoint, in any of the layouts that Meta ships.
 
     `input_dir/SIZE`; a folder named after it, such as `llama-2-7b` or `checkpoints/Llama3.2-1B`, for 7B or 1B;
     `input_dir` itself; each of them also as `original/` inside a Hugging Face repository. Without `model_size` the only
@@ -78,7 +78,7 @@ def _refuse_hugging_face(*folders: Path) -> None:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """consolidated.00.pth, 01, … in order. Raises MissingInput for none, or for a gap, naming what was found."""
+    """List consolidated.00.pth, 01, … in order. Raises MissingInput for none or for a gap, naming the files found."""
     numbered = {int(match[1]): path for path in folder.iterdir() if (match := _SHARD_NAME.fullmatch(path.name))}
     if not numbered:
         raise MissingInput(f"no consolidated.*.pth in {folder}; found: {list_folder(folder)}")
@@ -90,13 +90,13 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def read_params(folder: Path) -> dict[str, object]:
-    """params.json; newer ones have the model's part under "model"."""
+    """Read params.json; in newer ones the model's part stands under "model"."""
     params = read_json(folder / "params.json")
     return params["model"] if isinstance(params.get("model"), dict) else params
 
 
 def open_shard(path: Path) -> dict[str, torch.Tensor]:
-    """A shard's tensors, memory-mapped. Raises InputError for a damaged file or one that holds anything else."""
+    """Open a shard's tensors, memory-mapped. Raises InputError for a file that is damaged or holds anything else."""
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
@@ -122,7 +122,7 @@ def write_checkpoint(folder: Path, shards: list[dict[str, torch.Tensor]], params
 def write_checklist(
     path: Path, files: Iterable[Path], progress: Callable[[int], object] = lambda num_bytes: None
 ) -> None:
-    """The md5 of each file, as Meta ships it. `progress(n)` hears of each n bytes read."""
+    """The checklist of files and their md5, as Meta ships it. progress(n) is called after each n bytes read."""
     write_text(path, "".join(f"{_md5(file, progress)}  {file.name}\n" for file in files))
 
 
@@ -139,7 +139,7 @@ def find_tokenizer(input_dir: Path, folder: Path) -> Path:
 
 
 def read_checklist(path: Path) -> dict[Path, str]:
-    """The files a checklist names, beside it, and their md5; empty where there is no checklist."""
+    """The files that a checklist in the same folder names, and their md5; empty without a checklist."""
     if not path.is_file():
         return {}
     sums: dict[Path, str] = {}
@@ -153,7 +153,7 @@ def read_checklist(path: Path) -> dict[Path, str]:
 
 
 def verify_checksums(sums: Mapping[Path, str], progress: Callable[[int], object]) -> None:
-    """Compare files with their md5, several at once. Raises InputError naming each damaged file, MissingInput a gap."""
+    """Compare files with their md5, several at once. Raises InputError for damaged files, MissingInput for missing."""
     for path in sums:
         if not path.is_file():
             raise MissingInput(f"the checklist names {path}, which is missing; found: {list_folder(path.parent)}")

@@ -1,4 +1,4 @@
-"""Write a table of tensors as `torch.save` does, one tensor at a time: what is in memory does not depend on the file.
+"""Writes a table of tensors as `torch.save` does, one tensor at a time, so that memory does not grow with the file.
 
 The format is a zip archive without compression: `NAME/data.pkl` pickles the table with a reference in place of each
 storage, `NAME/data/0` and so on are the storages' bytes (https://docs.pytorch.org/docs/stable/notes/serialization.html).
@@ -28,7 +28,7 @@ _STORAGES = {
 
 
 class TensorFileWriter:
-    """A file that `torch.load` reads as a table of `specs`, whose tensors are then given in that order."""
+    """Begins a file that `torch.load` reads as a table of `specs`; the tensors are then added in that order."""
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         self._specs = list(specs)
@@ -50,7 +50,7 @@ class TensorFileWriter:
         self._zip.close()
 
     def write(self, tensor: torch.Tensor, progress: Callable[[int], object] = lambda num_bytes: None) -> None:
-        """The next tensor's values, cast to its dtype. `progress(n)` hears of each n bytes written."""
+        """Add the next tensor's values, cast to its dtype. progress(n) is called after each n bytes written."""
         spec = self._specs[self._next]
         assert tuple(tensor.shape) == spec.shape, spec
         step = max(1, _WRITE_BYTES * len(tensor) // max(1, spec.num_bytes))
@@ -66,7 +66,7 @@ class TensorFileWriter:
             file.write(content)
 
     def _entry(self, name: str) -> zipfile.ZipInfo:
-        """An entry whose data will start aligned, by padding in a field that readers skip."""
+        """An entry whose data starts aligned, which padding in a field that readers skip brings about."""
         info = zipfile.ZipInfo(f"{self._prefix}/{name}")
         header = _LOCAL_HEADER_BYTES + len(info.filename) + _ZIP64_BYTES + _PADDING_BYTES
         padding = -(self._zip.fp.tell() + header) % _ALIGNMENT

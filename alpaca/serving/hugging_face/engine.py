@@ -28,9 +28,9 @@ from alpaca.formats.hf.adapters import AdapterFolder
 from alpaca.formats.hf.folder import loading_errors, require_all_weights
 from alpaca.formats.hf.quantization import allow_any_width_on_cpu, bitsandbytes_config
 from alpaca.serving.engine import Engine, Generation, is_device_lost
-from alpaca.serving.llama.sampling import Choices, choose, note, require_finite
+from alpaca.serving.llama.sampling import SamplingState, commit_tokens, require_finite, sample_tokens
 from alpaca.serving.request import Request
-from alpaca.serving.served import check_tokenizers, names_of
+from alpaca.serving.served_model import adapter_names, check_tokenizers
 from alpaca.serving.settings import ServerSettings
 from alpaca.text.loading import load_tokenizer, read_eos_ids
 from alpaca.text.tokenizer import Tokenizer
@@ -53,11 +53,11 @@ class TransformersEngine(Engine):
         eos_ids: frozenset[int] | None = None,
         adapters: Mapping[str, AdapterFolder] = MappingProxyType({}),
     ) -> None:
-        """Takes the model over: its layers are wrapped where `adapters` change them. Raises InputError."""
+        """Takes the model over and wraps the layers that adapters change. Raises InputError if one does not fit."""
         self.tokenizer = tokenizer
         self.max_context = max_context
-        self.adapters = names_of(adapters)
-        self._use_adapter = _switch_of(model, adapters)
+        self.adapters = adapter_names(adapters)
+        self._use_adapter = _make_switch(model, adapters)
         self._model = model.eval()
         self._eos_ids = eos_ids or frozenset([tokenizer.eos_id])
         self._waiting: deque[Generation] = deque()
@@ -111,7 +111,7 @@ class TransformersEngine(Engine):
             return None if self._closed or self._lost is not None else self._waiting.popleft()
 
     def _check_device(self, error: Exception) -> None:
-        """Out of memory passes; any other CUDA error leaves the device unusable in this process."""
+        """Stop the engine after a CUDA error that leaves the device unusable. Running out of memory does not."""
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
         elif is_device_lost(error):
@@ -130,7 +130,7 @@ class TransformersEngine(Engine):
             self._decode(generation, cache, logits)
 
     def _prefill(self, generation: Generation, cache: DynamicCache) -> torch.Tensor | None:
-        """Read the prompt; the logits [n, V] after it, or None when the request was cancelled meanwhile."""
+        """Compute the prompt. Returns the logits [n, V] after it, or None if the request was cancelled meanwhile."""
         request = generation.request
         prompt = torch.tensor([request.prompt_ids], device=self._model.device)
         for piece in prompt.split(_PREFILL_TOKENS, dim=1):
@@ -145,12 +145,12 @@ class TransformersEngine(Engine):
         """Generate token after token for the completions still running, as one batch."""
         request = generation.request
         vocab_size = min(logits.shape[-1], self.tokenizer.size)  # an embedding may be padded beyond the tokenizer
-        choices = [Choices(request, i, eos_ids=self._eos_ids) for i in range(request.n)]
+        states = [SamplingState(request, i, eos_ids=self._eos_ids) for i in range(request.n)]
         running = list(range(request.n))
         for num_generated in range(1, request.max_new_tokens + 1):
-            rows = [choices[i] for i in running]
-            ids = choose(logits[:, :vocab_size], rows)
-            note(rows, ids)
+            rows = [states[i] for i in running]
+            ids = sample_tokens(logits[:, :vocab_size], rows)
+            commit_tokens(rows, ids)
             chosen = ids.tolist()
             for token_id in chosen:
                 require_finite(token_id)
@@ -165,7 +165,7 @@ class TransformersEngine(Engine):
             logits = self._forward(torch.tensor(chosen, device=logits.device)[:, None], cache)
 
     def _publish(self, generation: Generation, completion: int, token_id: int, is_last: bool) -> bool:
-        """Hand on one token; whether its completion goes on."""
+        """Hand on one token. Returns whether its completion goes on."""
         if generation.is_stopped(completion):
             generation.finish(completion)
             return False
@@ -177,7 +177,7 @@ class TransformersEngine(Engine):
         return not (is_eos or is_last)
 
     def _forward(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Logits [R, V] after the last of ids [R, T]; the cache grows by T."""
+        """Logits [R, V] after the last of the token ids [R, T], which are added to the cache."""
         return self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def _beam_search(self, generation: Generation) -> None:
@@ -197,8 +197,8 @@ class TransformersEngine(Engine):
         generation.flush()
 
 
-def _switch_of(model: PreTrainedModel, adapters: Mapping[str, AdapterFolder]) -> Callable[[str | None], None]:
-    """What makes the model compute with an adapter, by its name."""
+def _make_switch(model: PreTrainedModel, adapters: Mapping[str, AdapterFolder]) -> Callable[[str | None], None]:
+    """A function that makes the model compute with the adapter of a name, or with none."""
     if not adapters:
         return lambda name: None
     from alpaca.serving.hugging_face.peft_adapters import PeftAdapters  # importing PEFT takes a second or two
@@ -233,7 +233,7 @@ def _beam_config(request: Request, eos_ids: list[int]) -> GenerationConfig:
 def load_transformers_engine(
     folder: Path, settings: ServerSettings, adapters: Mapping[str, AdapterFolder] = MappingProxyType({})
 ) -> TransformersEngine:
-    """Load a model folder onto the GPU, or the CPU where there is none, and adapters of it.
+    """Load a model folder and its adapters onto the GPU, or onto the CPU if there is none.
 
     Raises the errors of `alpaca.errors`.
     """
@@ -283,7 +283,7 @@ def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
 
 
 def _bound_gpu_memory(fraction: float) -> None:
-    """Let the allocator have what the weights took and `fraction` of what is free after them."""
+    """Limit the allocator to the memory that the weights took, and `fraction` of what is free after them."""
     free, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + fraction * free) / total)
 

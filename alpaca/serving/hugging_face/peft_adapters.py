@@ -1,4 +1,4 @@
-"""Adapters on a transformers model, by PEFT: the model's layers are wrapped in place, one adapter works at a time."""
+"""Adapters on a transformers model, by PEFT. It wraps the model's layers in place; one adapter is active at a time."""
 
 from collections.abc import Mapping
 
@@ -14,11 +14,11 @@ _SHOWN = 3
 
 
 class PeftAdapters:
-    """What switches a model's adapters. Not safe for several threads, as the model has one owner."""
+    """Switches a model between its adapters. Only the thread that owns the model may use it."""
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, AdapterFolder]) -> None:
-        """Wraps layers of `model`. Raises InputError for an adapter that is not for it."""
-        self._slots = {name: f"slot_{at}" for at, name in enumerate(adapters)}  # PEFT's names may hold no dot
+        """Wraps layers of `model`. Raises InputError for an adapter that does not fit it."""
+        self._peft_names = {name: f"adapter_{at}" for at, name in enumerate(adapters)}  # PEFT's names may hold no dot
         self._active: str | None = None
         for name, adapter in adapters.items():
             _check_targets(model, name, adapter)
@@ -26,30 +26,33 @@ class PeftAdapters:
         for name, adapter in adapters.items():
             try:
                 if peft is None:
-                    peft = PeftModel.from_pretrained(model, str(adapter.path), adapter_name=self._slots[name])
+                    peft = PeftModel.from_pretrained(model, str(adapter.path), adapter_name=self._peft_names[name])
                 else:
-                    peft.load_adapter(str(adapter.path), adapter_name=self._slots[name])
+                    peft.load_adapter(str(adapter.path), adapter_name=self._peft_names[name])
             except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
                 raise InputError(f"adapter {name} ({adapter.path}) cannot be laid on this model: {error}") from error
-            _check_wrapped(model, name, adapter, self._slots[name])
+            _check_wrapped(model, name, adapter, self._peft_names[name])
         self._peft = peft
         if peft is not None:
             peft.base_model.disable_adapter_layers()
 
     def use(self, name: str | None) -> None:
-        """From now on the model computes with this adapter, or with none."""
+        """Make the model compute with this adapter, or with none."""
         if self._peft is None or name == self._active:
             return
         if name is None:
             self._peft.base_model.disable_adapter_layers()
         else:
             self._peft.base_model.enable_adapter_layers()
-            self._peft.set_adapter(self._slots[name])
+            self._peft.set_adapter(self._peft_names[name])
         self._active = name
 
 
 def _check_targets(model: PreTrainedModel, name: str, adapter: AdapterFolder) -> None:
-    """Every layer the adapter changes is there, and as wide: PEFT would leave out what it does not find."""
+    """Check that the model has every layer the adapter changes, in the same shape. Raises InputError.
+
+    PEFT itself ignores layers that it does not find.
+    """
     modules = dict(model.named_modules())
     missing = [target for target in adapter.targets if target not in modules]
     if missing:
@@ -68,9 +71,10 @@ def _check_targets(model: PreTrainedModel, name: str, adapter: AdapterFolder) ->
             )
 
 
-def _check_wrapped(model: PreTrainedModel, name: str, adapter: AdapterFolder, slot: str) -> None:
+def _check_wrapped(model: PreTrainedModel, name: str, adapter: AdapterFolder, peft_name: str) -> None:
+    """Check that PEFT wrapped every layer for which the adapter has weights, and no other. Raises InputError."""
     wrapped = {
-        path for path, module in model.named_modules() if isinstance(module, LoraLayer) and slot in module.lora_A
+        path for path, module in model.named_modules() if isinstance(module, LoraLayer) and peft_name in module.lora_A
     }
     if wrapped != set(adapter.targets):
         differ = sorted(wrapped ^ set(adapter.targets))

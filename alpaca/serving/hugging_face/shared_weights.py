@@ -1,4 +1,4 @@
-"""transformers' LLaMA over the engine's own weights: what beam search runs on, without a second copy of the model."""
+"""A transformers model over the LLaMA engine's weights, for beam search without a second copy of them in memory."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from alpaca.serving.llama.network import LlamaLayer, LlamaModel
 
 
 def as_transformers(model: LlamaModel, folder: Path) -> LlamaForCausalLM | None:
-    """The network as transformers has it, its parameters views of ours; None where ours are packed or quantized."""
+    """The engine's model as one of transformers that shares its tensors; None if they are packed or quantized."""
     tensors = _tensors(model)
     if tensors is None:
         return None
@@ -25,7 +25,7 @@ def as_transformers(model: LlamaModel, folder: Path) -> LlamaForCausalLM | None:
 
 
 def _tensors(model: LlamaModel) -> dict[str, torch.Tensor] | None:
-    """Every tensor under its name in a checkpoint."""
+    """The model's tensors by their names in a checkpoint; None if a linear layer does not hold its plain weight."""
     linears = [model.head, *(linear for layer in model.layers for linear in _linears(layer))]
     if not all(isinstance(linear, PlainLinear) for linear in linears):
         return None

@@ -1,4 +1,4 @@
-"""The linear layers of the engine: one interface, and one place that chooses what stands behind it.
+"""The linear layers of the engine: one interface, and `make_linear`, which chooses the kind of layer behind it.
 
 Legend: N rows (packed tokens), I input width, O output width. A layer may be several matrices laid end to end by rows
 (query, key and value; gate and up), so that one product reads the input once.
@@ -65,10 +65,10 @@ class PackedLinear(Linear):
 
 
 class Int8Linear(Linear):
-    """int8 weights with a scale per row; activations stay as they are.
+    """int8 weights with a scale per row; the inputs are not quantized.
 
-    On a GPU the bytes are read once by our kernels. On a CPU torch multiplies bfloat16 rows with int8 weights directly
-    (for few rows 3 to 7 times as fast as the way for everything else: dequantising a block of rows at a time).
+    On a GPU our kernels read each weight once. On a CPU torch multiplies few bfloat16 rows with int8 weights directly,
+    3 to 7 times as fast as the general way, which dequantises a block of weight rows at a time.
     """
 
     def __init__(self, weight: Int8Weight) -> None:
@@ -90,7 +90,7 @@ class Int8Linear(Linear):
         return _multiply_by_row_blocks(x, self._weight)
 
     def _multiply_fused(self, x: torch.Tensor) -> torch.Tensor:
-        # The operator wants the scales in bfloat16, where each would be off by up to 0.2 %: they come after it.
+        # The operator takes scales in bfloat16, which rounds them by up to 0.2 %. So they are multiplied afterwards.
         x = x.contiguous()
         if x.data_ptr() % 64:
             x = x.clone()  # the kernel's loads are aligned ones: from another address they are a segmentation fault
@@ -99,9 +99,9 @@ class Int8Linear(Linear):
 
 
 class Nf4Linear(Linear):
-    """4-bit NF4 weights with a scale for each 64; activations stay as they are.
+    """4-bit NF4 weights with a scale for each 64 of them; the inputs are not quantized.
 
-    On a GPU our kernels read the bytes once where 64 divides the width; everything else dequantises blocks of rows.
+    On a GPU our kernels read each weight once if 64 divides the input width. Otherwise blocks of rows are dequantised.
     """
 
     def __init__(self, weight: Nf4Weight) -> None:
@@ -119,7 +119,7 @@ class Nf4Linear(Linear):
 
 
 class SideBySide(Linear):
-    """Layers of one input whose outputs are laid side by side: for weights that cannot be laid end to end."""
+    """Several layers of one input whose outputs are put side by side, for weights that cannot be laid end to end."""
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         self._layers = list(layers)
@@ -156,14 +156,14 @@ def make_linear(
 
 
 def make_nf4(parts: Sequence[torch.Tensor], device: torch.device) -> Linear:
-    """One layer of the parts end to end, or one beside the other where a block of 64 would straddle two of them."""
+    """One layer of the parts end to end, or one layer each if some block of 64 weights would span two parts."""
     if all(part.numel() % 64 == 0 for part in parts[:-1]):
         return Nf4Linear(quantize_parts(parts, quantization="nf4", device=device))
     return SideBySide([Nf4Linear(quantize_parts([part], quantization="nf4", device=device)) for part in parts])
 
 
 def lay_end_to_end(parts: Sequence[torch.Tensor], *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[O_i, I] each -> [O, I] of `dtype` on `device`; never more than the result and one part at once."""
+    """Join parts [O_i, I] to one weight [O, I] of `dtype` on `device`. Needs memory for it and one part at once."""
     if len(parts) == 1:
         return parts[0].detach().to(device=device, dtype=dtype).contiguous()
     whole = torch.empty(sum(part.shape[0] for part in parts), parts[0].shape[1], device=device, dtype=dtype)
@@ -175,7 +175,7 @@ def lay_end_to_end(parts: Sequence[torch.Tensor], *, device: torch.device, dtype
 
 
 def make_packed(weight: torch.Tensor) -> PackedLinear | None:
-    """weight [O, I] packed, or None where torch cannot, or where the packed product is not the plain one."""
+    """Pack a weight [O, I]; None if torch cannot, or if the packed layer's product differs from the plain one."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
     try:
@@ -186,13 +186,13 @@ def make_packed(weight: torch.Tensor) -> PackedLinear | None:
 
 
 def _products_agree(layer: Linear, twin: PlainLinear) -> bool:
-    """Whether both give the same for 3 random rows, but for rounding; the global random numbers stay untouched."""
+    """Whether two layers agree on 3 random rows, up to rounding. Leaves the global random generator alone."""
     x = torch.randn(3, twin.in_features, generator=torch.Generator().manual_seed(0)).to(twin.weight.dtype)
     return _is_close(layer(x), twin(x))
 
 
 def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two products differ by no more than the rounding of `found`'s dtype; never for one that is not finite."""
+    """Whether two products differ by no more than the rounding of `found`'s dtype. False if one is not finite."""
     if found.shape != expected.shape:
         return False
     largest = expected.float().abs().amax().item()
@@ -200,7 +200,7 @@ def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _load_kernels(device: torch.device) -> ModuleType | None:
-    """Our Triton kernels, on a GPU with Triton installed."""
+    """Our Triton kernels, if the device is a GPU and Triton is installed."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from alpaca.serving.kernels import triton_linear
@@ -225,7 +225,7 @@ def _multiply_by_row_blocks(
 
 
 def _fused_int8_agrees(layer: Int8Linear) -> bool:
-    """Whether torch's private product of bfloat16 and int8 exists, takes this shape, and is right."""
+    """Whether torch's private product of bfloat16 and int8 exists, takes this shape, and gives the right numbers."""
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
     try:
         found = layer._multiply_fused(x)

@@ -1,8 +1,9 @@
 """The model's operations between its matrix products in plain torch: what a CPU runs, and what `triton_ops` must equal.
 
 Legend: N packed tokens of a step, S sequences, H query heads, K key/value heads, d head width, D model width,
-F feed-forward width, B pages in the cache, P pages per sequence at most, `page` tokens per page. A slot is
-page number * page + offset: one token's place in the cache. A group is the H // K query heads that share a key head.
+F feed-forward width, B blocks of the cache, P blocks of one sequence at most, block_size tokens a block. A slot is one
+token's place in the cache: block number * block_size + place in the block. A group is the H // K query heads that share
+a key head.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from alpaca.serving.kernels.low_rank import add_low_rank as add_low_rank
 
-# Copied pages of one attention call. Larger buffers come from mmap, and its page faults cost more than the attention.
+# Copied blocks of one attention call. Larger buffers come from mmap, and its page faults cost more than the attention.
 _MOST_GATHERED_BYTES = 4 << 20
 _MOST_PADDING_BYTES = 1 << 20  # copying this much costs about as much as one more call
 
@@ -24,8 +25,8 @@ class AttentionBatch:
     """Which keys each packed query of one step sees.
 
     Sequence s owns the rows query_starts[s] to query_starts[s + 1]; they are its last positions, and causal among
-    themselves. The functions here read the tensors once per batch and remember; whoever overwrites tensors in place,
-    as a captured graph's owner does, calls `triton_ops` or builds a new batch.
+    themselves. The functions of `ops` read the tensors once and keep in the batch what they found. So tensors that are
+    overwritten in place, as those of a CUDA graph are, need `triton_ops`, which reads them in each call.
     """
 
     block_tables: torch.Tensor  # [S, P] int32
@@ -38,15 +39,15 @@ class AttentionBatch:
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """One call of attention: s sequences of one query each, or one sequence of n queries."""
+    """One call of attention, for s sequences of one query each, or for one sequence of n queries."""
 
-    rows: torch.Tensor | slice | None  # of the packed queries; None: all
-    pages: torch.Tensor  # [s * pages of the longest]
+    rows: torch.Tensor | slice | None  # which of the packed queries; None: all
+    blocks: torch.Tensor  # [s * blocks of the longest]
     num_sequences: int
     num_keys: int  # of the longest
     mask: torch.Tensor | None = None  # [s, 1, 1, num_keys] or [n, num_keys], True where seen
     is_causal: bool = False
-    unused: torch.Tensor | None = None  # gathered tokens past their sequence's end, in [0, s * pages * page)
+    unused: torch.Tensor | None = None  # gathered tokens past their sequence's end, in [0, s * blocks * block_size)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -71,22 +72,22 @@ def rotate_and_store(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor,
+    slot_mapping: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
 ) -> torch.Tensor:
     """Rotate queries and keys (Hugging Face's half-split rotary embedding); write keys and values into the cache.
 
-    qkv [N, (H + 2K) * d], cos_sin [positions, d] (cosines, then sines), positions [N], slots [N],
-    caches [B, page, K, d] -> queries [N, H, d], a view. Of tokens that share a slot any one stays.
+    qkv [N, (H + 2K) * d], cos_sin [positions, d] (cosines, then sines), positions [N], slot_mapping [N],
+    caches [B, block_size, K, d] -> queries [N, H, d], a view. Of several tokens with the same slot any one is kept.
     """
     num_kv_heads, width = key_cache.shape[2:]
     heads = qkv.view(qkv.shape[0], -1, width)
     num_rotated = heads.shape[1] - num_kv_heads
     rotated = _rotate(heads[:, :num_rotated], cos_sin.index_select(0, positions)[:, None])
     # Not index_copy_, which takes tens of microseconds where index_put_ takes a few.
-    key_cache.view(-1, num_kv_heads, width).index_put_((slots,), rotated[:, num_rotated - num_kv_heads :])
-    value_cache.view(-1, num_kv_heads, width).index_put_((slots,), heads[:, num_rotated:])
+    key_cache.view(-1, num_kv_heads, width).index_put_((slot_mapping,), rotated[:, num_rotated - num_kv_heads :])
+    value_cache.view(-1, num_kv_heads, width).index_put_((slot_mapping,), heads[:, num_rotated:])
     return rotated[:, : num_rotated - num_kv_heads]
 
 
@@ -113,7 +114,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of packed queries over paged keys and values; zeros for rows that see no key.
 
-    q [N, H, d], caches [B, page, K, d] -> [N, H, d].
+    q [N, H, d], caches [B, block_size, K, d] -> [N, H, d].
     """
     pieces = _split_into_pieces(batch, q.shape[0], key_cache)
     if len(pieces) == 1 and pieces[0].rows is None:
@@ -149,76 +150,86 @@ def _gather(key_cache: torch.Tensor, value_cache: torch.Tensor, piece: _Piece) -
     One buffer for both: glibc returns memory to the system, for the next call to fault in again, when what is free
     exceeds twice its largest block.
     """
-    pages = key_cache.new_empty(2, len(piece.pages), *key_cache.shape[1:])
-    torch.index_select(key_cache, 0, piece.pages, out=pages[0])
-    torch.index_select(value_cache, 0, piece.pages, out=pages[1])
-    tokens = pages.flatten(1, 2)
+    blocks = key_cache.new_empty(2, len(piece.blocks), *key_cache.shape[1:])
+    torch.index_select(key_cache, 0, piece.blocks, out=blocks[0])
+    torch.index_select(value_cache, 0, piece.blocks, out=blocks[1])
+    tokens = blocks.flatten(1, 2)
     if piece.unused is not None:  # another sequence's NaN would come through the mask: 0 * NaN is NaN
         tokens.index_fill_(1, piece.unused, 0)
     keys, values = tokens.unflatten(1, (piece.num_sequences, -1))[:, :, : piece.num_keys].transpose(2, 3)
     return keys, values
 
 
-# The pieces of a step: found once, used by every layer
+# The pieces of a step, which are found once and used by every layer
 
 
 def _split_into_pieces(batch: AttentionBatch, num_rows: int, key_cache: torch.Tensor) -> list[_Piece]:
-    """The calls that make up the batch's attention, remembered in it: every layer has the same."""
-    page = key_cache.shape[1]
-    page_bytes = key_cache[0].numel() * key_cache.element_size()
-    if (page, page_bytes) not in batch._pieces:
-        batch._pieces[page, page_bytes] = list(_find_pieces(batch, num_rows, page, page_bytes))
-    return batch._pieces[page, page_bytes]
+    """The calls that make up the batch's attention. The batch keeps them, as every layer makes the same calls."""
+    block_size = key_cache.shape[1]
+    block_bytes = key_cache[0].numel() * key_cache.element_size()
+    if (block_size, block_bytes) not in batch._pieces:
+        batch._pieces[block_size, block_bytes] = list(_find_pieces(batch, num_rows, block_size, block_bytes))
+    return batch._pieces[block_size, block_bytes]
 
 
-def _find_pieces(batch: AttentionBatch, num_rows: int, page: int, page_bytes: int) -> Iterator[_Piece]:
+def _find_pieces(batch: AttentionBatch, num_rows: int, block_size: int, block_bytes: int) -> Iterator[_Piece]:
     lengths, starts = batch.seq_lens.tolist(), batch.query_starts.tolist()
     num_queries = [end - start for start, end in pairwise(starts)]
     decoding = [s for s, length in enumerate(lengths) if length and num_queries[s] == 1]
-    for group in _group_by_length(decoding, lengths, page, page_bytes):
-        yield _decode_piece(batch, group, [lengths[s] for s in group], [starts[s] for s in group], num_rows, page)
+    for group in _group_by_length(decoding, lengths, block_size, block_bytes):
+        yield _decode_piece(batch, group, [lengths[s] for s in group], [starts[s] for s in group], num_rows, block_size)
     for s, length in enumerate(lengths):
         if length and num_queries[s] > 1:
-            yield _prefill_piece(batch, s, length, starts[s], num_queries[s], num_rows, page)
+            yield _prefill_piece(batch, s, length, starts[s], num_queries[s], num_rows, block_size)
 
 
-def _group_by_length(sequences: list[int], lengths: list[int], page: int, page_bytes: int) -> Iterator[list[int]]:
-    """Neighbours in length together: little is copied as padding, no buffer grows large. Groups are in row order."""
+def _group_by_length(
+    sequences: list[int], lengths: list[int], block_size: int, block_bytes: int
+) -> Iterator[list[int]]:
+    """Put sequences of similar length together, so that little padding is copied and no buffer grows large.
+
+    Each group is in row order.
+    """
     groups: list[list[int]] = []
-    num_pages = 0
+    num_grouped = 0  # blocks of the last group's sequences, without padding
     for s in sorted(sequences, key=lambda s: lengths[s]):
-        pages = -(-lengths[s] // page)
-        padded = (len(groups[-1]) + 1) * pages if groups else 0
-        too_long = padded * page_bytes > _MOST_GATHERED_BYTES
-        if not groups or too_long or 2 * (padded - num_pages - pages) * page_bytes > _MOST_PADDING_BYTES:
+        num_blocks = -(-lengths[s] // block_size)
+        padded = (len(groups[-1]) + 1) * num_blocks if groups else 0
+        too_long = padded * block_bytes > _MOST_GATHERED_BYTES
+        if not groups or too_long or 2 * (padded - num_grouped - num_blocks) * block_bytes > _MOST_PADDING_BYTES:
             groups.append([])
-            num_pages = 0
+            num_grouped = 0
         groups[-1].append(s)
-        num_pages += pages
+        num_grouped += num_blocks
     return (sorted(group) for group in groups)
 
 
 def _decode_piece(
-    batch: AttentionBatch, sequences: list[int], lengths: list[int], first_rows: list[int], num_rows: int, page: int
+    batch: AttentionBatch,
+    sequences: list[int],
+    lengths: list[int],
+    first_rows: list[int],
+    num_rows: int,
+    block_size: int,
 ) -> _Piece:
     longest, device = max(lengths), batch.block_tables.device
     rows = None if len(first_rows) == num_rows else torch.tensor(first_rows, device=device)
-    pages = batch.block_tables[:, : -(-longest // page)].index_select(0, torch.tensor(sequences, device=device))
+    blocks = batch.block_tables[:, : -(-longest // block_size)].index_select(0, torch.tensor(sequences, device=device))
     if min(lengths) == longest:
-        return _Piece(rows, pages.flatten(), len(sequences), longest)
-    used = torch.arange(pages.shape[1] * page, device=device) < torch.tensor(lengths, device=device)[:, None]
-    pages = pages.where(used[:, ::page], 0)  # table entries past the end may be anything; page 0 exists
+        return _Piece(rows, blocks.flatten(), len(sequences), longest)
+    used = torch.arange(blocks.shape[1] * block_size, device=device) < torch.tensor(lengths, device=device)[:, None]
+    blocks = blocks.where(used[:, ::block_size], 0)  # table entries past the end may be anything; block 0 exists
     unused = used.flatten().logical_not().nonzero().flatten()
-    return _Piece(rows, pages.flatten(), len(sequences), longest, used[:, None, None, :longest], unused=unused)
+    return _Piece(rows, blocks.flatten(), len(sequences), longest, used[:, None, None, :longest], unused=unused)
 
 
 def _prefill_piece(
-    batch: AttentionBatch, sequence: int, length: int, start: int, num_queries: int, num_rows: int, page: int
+    batch: AttentionBatch, sequence: int, length: int, start: int, num_queries: int, num_rows: int, block_size: int
 ) -> _Piece:
-    device, pages = batch.block_tables.device, batch.block_tables[sequence, : -(-length // page)]
+    device, blocks = batch.block_tables.device, batch.block_tables[sequence, : -(-length // block_size)]
     rows = None if num_queries == num_rows else slice(start, start + num_queries)
     if num_queries == length:
-        return _Piece(rows, pages, 1, length, is_causal=True)
+        return _Piece(rows, blocks, 1, length, is_causal=True)
     last_seen = torch.arange(length - num_queries, length, device=device)
     mask = torch.arange(length, device=device) <= last_seen[:, None]
-    return _Piece(rows, pages, 1, length, mask)
+    return _Piece(rows, blocks, 1, length, mask)

@@ -108,14 +108,14 @@ def rotate_and_store(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor,
+    slot_mapping: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
 ) -> torch.Tensor:
     """Rotate queries and keys (Hugging Face's half-split rotary embedding); write keys and values into the cache.
 
-    qkv [N, (H + 2K) * d], cos_sin [positions, d] (cosines, then sines), positions [N], slots [N],
-    caches [B, page, K, d] -> queries [N, H, d]. Of tokens that share a slot any one stays.
+    qkv [N, (H + 2K) * d], cos_sin [positions, d] (cosines, then sines), positions [N], slot_mapping [N],
+    caches [B, block_size, K, d] -> queries [N, H, d]. Of several tokens with the same slot any one is kept.
     """
     assert all(tensor.is_contiguous() for tensor in (cos_sin, key_cache, value_cache))
     num_kv_heads, width = key_cache.shape[2:]
@@ -123,7 +123,7 @@ def rotate_and_store(
     q = torch.empty(qkv.shape[0], num_heads, width, dtype=qkv.dtype, device=qkv.device)
     block_heads = 8
     _rotate_and_store_kernel[(qkv.shape[0], triton.cdiv(num_heads + 2 * num_kv_heads, block_heads))](
-        qkv, cos_sin, positions, slots, q, key_cache, value_cache, qkv.stride(0),
+        qkv, cos_sin, positions, slot_mapping, q, key_cache, value_cache, qkv.stride(0),
         num_heads=num_heads, num_kv_heads=num_kv_heads, half=width // 2, block_heads=block_heads,
         block_half=triton.next_power_of_2(width // 2), num_warps=2,
     )  # fmt: skip
@@ -132,11 +132,11 @@ def rotate_and_store(
 
 @triton.jit
 def _rotate_and_store_kernel(
-    qkv, cos_sin, positions, slots, q, key_cache, value_cache, stride,
+    qkv, cos_sin, positions, slot_mapping, q, key_cache, value_cache, stride,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, half: tl.constexpr,
     block_heads: tl.constexpr, block_half: tl.constexpr,
 ):  # fmt: skip
-    """A few heads of one token: queries, keys and values, told apart by masks."""
+    """Handles a few heads of one token. Masks tell queries, keys and values apart."""
     width: tl.constexpr = 2 * half
     first_value: tl.constexpr = num_heads + num_kv_heads
     row = tl.program_id(0).to(tl.int64)
@@ -155,7 +155,7 @@ def _rotate_and_store_kernel(
     new_second = (second * cos + first * sin).to(q.dtype.element_ty)
     is_query = inside & (heads < num_heads)
     _store_halves(q + row * (num_heads * width) + offsets, new_first, new_second, is_query, half)
-    place = tl.load(slots + row).to(tl.int64) * (num_kv_heads * width)
+    place = tl.load(slot_mapping + row).to(tl.int64) * (num_kv_heads * width)
     is_key = inside & (heads >= num_heads) & turned
     _store_halves(key_cache + place + (offsets - num_heads * width), new_first, new_second, is_key, half)
     is_value = inside & (heads >= first_value)
@@ -182,12 +182,12 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of packed queries over paged keys and values; zeros for rows that see no key.
 
-    q [N, H, d], caches [B, page, K, d] -> [N, H, d]. Of the batch's numbers only the two bounds choose the launch.
+    q [N, H, d], caches [B, block_size, K, d] -> [N, H, d]. The launch depends on the batch's shapes and two bounds.
     `num_splits` programs share a sequence's keys; None: enough to fill the device.
     """
     assert all(tensor.is_contiguous() for tensor in (q[0], key_cache, value_cache))
     num_rows, num_heads, width = q.shape
-    page, num_kv_heads = key_cache.shape[1:3]
+    block_size, num_kv_heads = key_cache.shape[1:3]
     group, num_sequences, one_query = num_heads // num_kv_heads, batch.seq_lens.shape[0], batch.max_query_len == 1
     block_rows, block_keys, num_warps = _choose_blocks(width, q.element_size(), group, one_query=one_query)
     tile_tokens = 1 if one_query else block_rows // group
@@ -201,9 +201,9 @@ def paged_attention(
     _attention_kernel[(num_kv_heads, num_tiles, splits)](
         q, key_cache, value_cache, batch.block_tables, batch.seq_lens, batch.query_starts, partials, lses,
         num_sequences, num_rows, q.stride(0), batch.block_tables.stride(0), scale * math.log2(math.e),
-        num_kv_heads=num_kv_heads, group=group, width=width, page=page, block_rows=block_rows, block_keys=block_keys,
-        block_width=_pad_width(width), tile_tokens=tile_tokens, one_query=one_query, is_split=splits > 1,
-        num_warps=num_warps, num_stages=3,
+        num_kv_heads=num_kv_heads, group=group, width=width, block_size=block_size, block_rows=block_rows,
+        block_keys=block_keys, block_width=_pad_width(width), tile_tokens=tile_tokens, one_query=one_query,
+        is_split=splits > 1, num_warps=num_warps, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_rows, num_heads)](
@@ -217,7 +217,7 @@ def _choose_blocks(width: int, element_size: int, group: int, *, one_query: bool
     """Rows of a tile, keys of a step, warps: as large as Triton 3.6 compiles for sm_90 without spilling registers.
 
     A tile has the rows of one whole group at least (beyond 64 heads to a group some registers may be spilled). Three
-    stages keep one step's keys and values under way while the one before is used: page numbers are a stage ahead.
+    stages keep one step's keys and values under way while the one before is used: block numbers are a stage ahead.
     """
     least = max(triton.next_power_of_2(group), 16)
     if element_size == 4:  # no tensor cores: float32 is multiplied as float32
@@ -249,7 +249,7 @@ def _pad_width(width: int) -> int:
 def _attention_kernel(
     q, key_cache, value_cache, block_tables, seq_lens, query_starts, partials, lses,
     num_sequences, num_rows, q_stride, table_stride, scale_log2,
-    num_kv_heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr, page: tl.constexpr,
+    num_kv_heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr, block_size: tl.constexpr,
     block_rows: tl.constexpr, block_keys: tl.constexpr, block_width: tl.constexpr,
     tile_tokens: tl.constexpr, one_query: tl.constexpr, is_split: tl.constexpr,
 ):  # fmt: skip
@@ -297,8 +297,8 @@ def _attention_kernel(
     for first_key in range(begin, end, block_keys):
         keys = first_key + tl.arange(0, block_keys)
         in_split = keys < end
-        pages = tl.load(table + keys // page, mask=in_split, other=0).to(tl.int64)
-        places = (pages * page + keys % page) * (num_kv_heads * width) + kv_head * width
+        blocks = tl.load(table + keys // block_size, mask=in_split, other=0).to(tl.int64)
+        places = (blocks * block_size + keys % block_size) * (num_kv_heads * width) + kv_head * width
         inside = in_split[:, None] & in_width[None, :]
         key_block = tl.load(
             key_cache + places[None, :] + columns[:, None], mask=in_split[None, :] & in_width[:, None], other=0.0

@@ -1,4 +1,4 @@
-"""The LLaMA engine's adapters: stacks of all adapters' matrices, a layer's side by side, and what they take."""
+"""The LLaMA engine's adapters: checks them, stacks their matrices for each layer, and computes the memory they take."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ _IDENTITY_ROWS = 512  # of DoRA's base weights at a time
 
 
 def check_for_llama(adapters: Mapping[str, AdapterFolder], config: ModelDescription) -> None:
-    """Raise InputError for an adapter that the LLaMA engine cannot serve on this model, saying what can."""
+    """Raise InputError, which names an engine that can, if the LLaMA engine cannot serve an adapter on this model."""
     shapes = {name: shape for layer in range(config.num_layers) for name, shape in _shapes(config, layer).items()}
     for name, adapter in adapters.items():
         reason = _why_not(adapter)
@@ -73,7 +73,7 @@ def _check_shape(what: str, low_rank: LowRank, shape: tuple[int, int] | None, co
 
 
 def stacked_bytes(adapters: Mapping[str, AdapterFolder], config: ModelDescription, dtype: torch.dtype) -> int:
-    """What `with_adapters` will take on the device, DoRA's factors included."""
+    """Bytes that `with_adapters` takes on the device, with the factors of DoRA."""
     plans = [plan for layer in range(config.num_layers) for plan in _plan_layer(adapters, config, layer).values()]
     return sum(
         len(adapters) * dtype.itemsize * (
@@ -84,13 +84,13 @@ def stacked_bytes(adapters: Mapping[str, AdapterFolder], config: ModelDescriptio
 
 
 def largest_ranks(adapters: Mapping[str, AdapterFolder]) -> int:
-    """Ranks a step's row has in one layer at most: three parts of the largest."""
+    """Most ranks that a row meets in one linear layer, which has up to three parts."""
     ranks = [adapter.low_rank(target).a.shape[0] for adapter in adapters.values() for target in adapter.targets]
     return 3 * max(ranks, default=0)
 
 
 def with_adapters(model: LlamaModel, adapters: Mapping[str, AdapterFolder]) -> LlamaModel:
-    """The same model with the adapters' low-rank matrices beside it, on its device and in its dtype.
+    """A copy of the model, which shares its weights, with the adapters' low-rank matrices in its dtype, on its device.
 
     Raises the InputErrors of `check_for_llama`.
     """
@@ -106,7 +106,10 @@ def with_adapters(model: LlamaModel, adapters: Mapping[str, AdapterFolder]) -> L
 
 @dataclass(frozen=True, kw_only=True)
 class _StackPlan:
-    """What one linear layer's stack will hold. targets, parts: of what any adapter changes, in the layer's order."""
+    """What the stack of one linear layer will hold.
+
+    targets, parts: those that some adapter changes, in the layer's order.
+    """
 
     targets: Sequence[str]
     parts: Sequence[tuple[int, int]]
@@ -120,7 +123,7 @@ class _StackPlan:
 
     @property
     def outputs(self) -> list[slice]:
-        """Each part's rows of B."""
+        """The rows of B of each part."""
         ends = list(itertools.accumulate(width for _, width in self.parts))
         return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -151,7 +154,7 @@ def _plan_layer(adapters: Mapping[str, AdapterFolder], config: ModelDescription,
 
 
 def _stack(plan: _StackPlan, adapters: Mapping[str, AdapterFolder], linear: Linear, model: LlamaModel) -> LowRankStack:
-    """One linear layer's stack; computed in float32 at least, kept in the model's dtype."""
+    """The stack of one linear layer, computed in float32 or more and kept in the model's dtype."""
     dtype = torch.promote_types(model.dtype, torch.float32)
     a = torch.zeros(len(adapters), len(plan.targets), plan.rank, plan.width, dtype=dtype)
     b = torch.zeros(len(adapters), plan.num_outputs, plan.rank, dtype=dtype)
@@ -171,7 +174,7 @@ def _stack(plan: _StackPlan, adapters: Mapping[str, AdapterFolder], linear: Line
 
 
 def _changes(plan: _StackPlan, adapters: Mapping[str, AdapterFolder]) -> Iterator[tuple[int, int, LowRank]]:
-    """(adapter, part, change) of all that the stack holds."""
+    """Every change that the stack holds, with the numbers of its adapter and its part."""
     for k, adapter in enumerate(adapters.values()):
         for part, target in enumerate(plan.targets):
             if target in adapter.targets:

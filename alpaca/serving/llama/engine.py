@@ -1,4 +1,4 @@
-"""The engine for LLaMA models: continuous batching. One thread owns the device and does step after step:
+"""The engine for LLaMA models, with continuous batching. One thread owns the device and repeats three stages:
 
     schedule   which tokens of which sequences            scheduler.py
     run        the network over them, and sample          runner.py
@@ -19,32 +19,36 @@ import torch
 from alpaca.errors import EngineClosed, InputError, NumbersOverflow, PromptTooLong
 from alpaca.serving.engine import Engine, Generation, is_device_lost
 from alpaca.serving.llama.runner import Runner
-from alpaca.serving.llama.sampling import Choices, require_finite
-from alpaca.serving.llama.scheduler import Scheduler, Sequence, Work
-from alpaca.serving.llama.step import Launched
+from alpaca.serving.llama.sampling import SamplingState, require_finite
+from alpaca.serving.llama.scheduler import ScheduledSequence, Scheduler, Sequence
+from alpaca.serving.llama.step import PendingStep
 from alpaca.serving.request import NO_ADAPTERS, AdapterNames, Request
 from alpaca.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_REPORT_S = 10.0
+_LOG_INTERVAL_S = 10.0
 _IDLE_WAIT_S = 1.0
-# Waking a reader and sending its piece through Cog costs about 0.1 ms of a core; per running sequence a reader gets
-# its next piece after this long at the earliest, so that handing on takes a small share of the time.
+# Waking a reader and sending its piece through Cog costs about 0.1 ms of a core. Between two pieces a reader therefore
+# waits for this long times the running sequences, so that handing pieces on takes a small share of the time.
 _PIECE_INTERVAL_S = 0.0015
 
 
 @dataclass(frozen=True)
-class Completion:
-    """Whose a sequence is."""
+class RunningCompletion:
+    """The completion that a sequence computes: completion number `index` of a generation, and how it is sampled."""
 
     generation: Generation
     index: int
-    choices: Choices
+    sampling: SamplingState
 
 
 class LlamaEngine(Engine):
-    """Runs many requests at once on one LLaMA. `beams` gives the engine for beam search, made when first wanted."""
+    """Answers many requests at once with one LLaMA.
+
+    beams: makes the engine for beam search, when a request first needs it.
+    launches_ahead: whether a step is launched before the tokens of the step before it are read.
+    """
 
     def __init__(
         self,
@@ -62,14 +66,14 @@ class LlamaEngine(Engine):
         self.adapters = adapters
         self._runner = runner
         self._scheduler = scheduler
-        self._beams = _Lazily(beams)
+        self._beams = _LazyEngine(beams)
         self._launches_ahead = launches_ahead
         names = runner.model.adapters.names if runner.model.adapters else ()
-        self._slots = {name: slot for slot, name in enumerate((None, *names))}
+        self._adapter_indices = {name: index for index, name in enumerate((None, *names))}
         self._arrivals: SimpleQueue[Generation | None] = SimpleQueue()
-        self._sequences: dict[Generation, list[Sequence]] = {}  # those that have not ended
-        self._in_flight: Launched | None = None
-        self._report = _Report()
+        self._sequences: dict[Generation, list[Sequence]] = {}  # of each generation those that have not ended
+        self._in_flight: PendingStep | None = None
+        self._throughput = _ThroughputLog()
         self._is_closed = False
         self._lost: BaseException | None = None
         self._closing = threading.Lock()
@@ -103,8 +107,8 @@ class LlamaEngine(Engine):
         self._beams.close()
 
     def _check(self, request: Request) -> None:
-        """Refuse at once what could never run."""
-        if request.adapter not in self._slots:
+        """Refuse a request that could never run. Raises InputError, PromptTooLong."""
+        if request.adapter not in self._adapter_indices:
             raise InputError(f"this engine has no adapter {request.adapter!r}")
         num_rows = self._runner.model.config.vocab_size
         outside = [token_id for token_id in request.prompt_ids if not 0 <= token_id < num_rows]
@@ -123,7 +127,7 @@ class LlamaEngine(Engine):
         try:
             while not self._is_closed and self._lost is None:
                 self._step()
-        except Exception as error:  # a bug; nobody may wait for ever because of it
+        except Exception as error:  # a bug; its readers must not wait for ever
             logger.exception("the engine's thread failed")
             with self._closing:
                 self._lost = error
@@ -132,15 +136,15 @@ class LlamaEngine(Engine):
     def _step(self) -> None:
         self._take_arrivals()
         self._drop_cancelled()
-        launched = self._launch(self._scheduler.schedule())
+        pending = self._launch(self._scheduler.schedule())
         if self._launches_ahead:
-            launched, self._in_flight = self._in_flight, launched
-        if launched is not None:
-            self._publish(launched)
-        self._report.write_if_due(self._scheduler)
+            pending, self._in_flight = self._in_flight, pending
+        if pending is not None:
+            self._publish(pending)
+        self._throughput.write_if_due(self._scheduler)
 
     def _take_arrivals(self) -> None:
-        """Queue what was submitted; wait for it when there is nothing else to do."""
+        """Queue the requests that were submitted. Wait for one, for a while, when there is nothing else to do."""
         is_idle = not self._sequences and self._in_flight is None
         try:
             while True:
@@ -153,18 +157,18 @@ class LlamaEngine(Engine):
 
     def _enqueue(self, generation: Generation) -> None:
         request = generation.request
-        adapter = self._slots[request.adapter]
         sequences = self._sequences[generation] = []
         for index in range(request.n):
-            owner = Completion(generation, index, Choices(request, index, eos_ids=self._runner.eos_ids))
-            leader = sequences[0] if sequences else None
-            sequences.append(
-                Sequence(
-                    request.prompt_ids, max_new_tokens=request.max_new_tokens, adapter=adapter, leader=leader,
-                    owner=owner,
-                )
-            )  # fmt: skip
-            self._scheduler.add(sequences[-1])
+            sampling = SamplingState(request, index, eos_ids=self._runner.eos_ids)
+            sequence = Sequence(
+                request.prompt_ids,
+                max_new_tokens=request.max_new_tokens,
+                adapter_index=self._adapter_indices[request.adapter],
+                shares_prompt_with=sequences[0] if sequences else None,
+                completion=RunningCompletion(generation, index, sampling),
+            )
+            sequences.append(sequence)
+            self._scheduler.add(sequence)
 
     def _drop_cancelled(self) -> None:
         for generation in [generation for generation in self._sequences if generation.is_cancelled]:
@@ -176,47 +180,47 @@ class LlamaEngine(Engine):
 
     # Run
 
-    def _launch(self, works: list[Work]) -> Launched | None:
-        if not works:
+    def _launch(self, scheduled: list[ScheduledSequence]) -> PendingStep | None:
+        if not scheduled:
             return None
-        for work in works:
-            if work.sequence.num_admissions == 1 and work.start == work.sequence.num_cached:
-                self._note_start(work.sequence)
+        for item in scheduled:
+            if item.sequence.num_admissions == 1 and item.start == item.sequence.num_cached:
+                self._record_start(item.sequence)
         try:
-            launched = self._runner.launch(works)
+            pending = self._runner.launch(scheduled)
         except Exception as error:
-            return self._launch_one_by_one(works, error)
-        self._scheduler.launched(works)
-        return launched
+            return self._launch_one_by_one(scheduled, error)
+        self._scheduler.record_launch(scheduled)
+        return pending
 
-    def _note_start(self, sequence: Sequence) -> None:
-        completion: Completion = sequence.owner
+    def _record_start(self, sequence: Sequence) -> None:
+        completion: RunningCompletion = sequence.completion
         if completion.index == 0:
             completion.generation.cached_tokens = sequence.num_cached
             completion.generation.start()
 
-    def _launch_one_by_one(self, works: list[Work], error: Exception) -> None:
-        """After a step that failed: each sequence's part alone, so that only those fail that cannot be computed."""
-        logger.exception("a step of %d sequences failed", len(works))
-        self._note_loss(error)
+    def _launch_one_by_one(self, scheduled: list[ScheduledSequence], error: Exception) -> None:
+        """Run each sequence of a failed step alone, so that only the requests fail that cannot be computed."""
+        logger.exception("a step of %d sequences failed", len(scheduled))
+        self._handle_device_error(error)
         if self._in_flight is not None:
-            self._publish(self._in_flight)  # their tokens come first
+            self._publish(self._in_flight)  # its tokens come before those of this step
             self._in_flight = None
-        for work in works:
-            if self._lost is not None or work.sequence.is_finished:
+        for item in scheduled:
+            if self._lost is not None or item.sequence.is_finished:
                 continue
             try:
-                if len(works) == 1:
+                if len(scheduled) == 1:
                     raise error
-                launched = self._runner.launch([work])
-                self._scheduler.launched([work])
-                self._publish(launched)
+                pending = self._runner.launch([item])
+                self._scheduler.record_launch([item])
+                self._publish(pending)
             except Exception as own_error:
-                self._note_loss(own_error)
-                self._fail(work.sequence.owner.generation, own_error)
+                self._handle_device_error(own_error)
+                self._fail(item.sequence.completion.generation, own_error)
 
-    def _note_loss(self, error: Exception) -> None:
-        """A lost device stays lost in this process. Out of memory passes."""
+    def _handle_device_error(self, error: Exception) -> None:
+        """Stop the engine if the device is lost for this process. After any other error, free unused device memory."""
         if is_device_lost(error):
             with self._closing:
                 self._lost = error
@@ -236,28 +240,28 @@ class LlamaEngine(Engine):
 
     # Publish
 
-    def _publish(self, launched: Launched) -> None:
-        """Hand on a step's tokens. Waits for the device."""
+    def _publish(self, pending: PendingStep) -> None:
+        """Wait for a step's tokens and hand them on to their readers."""
         try:
-            ids = launched.ids()
+            ids = pending.wait()
         except Exception as error:
             logger.exception("a step failed on the device")
-            self._note_loss(error)
-            for work in launched.works:
-                self._fail(work.sequence.owner.generation, error)
+            self._handle_device_error(error)
+            for item in pending.scheduled:
+                self._fail(item.sequence.completion.generation, error)
             return
-        for work, token_id in zip(launched.sampled, ids, strict=True):
-            if not work.sequence.is_finished:
-                self._scheduler.append(work.sequence, token_id)
-                self._advance(work.sequence, token_id)
-        self._report.num_tokens += len(ids)
+        for item, token_id in zip(pending.sampled, ids, strict=True):
+            if not item.sequence.is_finished:
+                self._scheduler.append_token(item.sequence, token_id)
+                self._advance(item.sequence, token_id)
+        self._throughput.num_tokens += len(ids)
         interval_s = _PIECE_INTERVAL_S * len(self._scheduler.running)
         for generation in list(self._sequences):
             generation.flush(interval_s=interval_s)
 
     def _advance(self, sequence: Sequence, token_id: int) -> None:
-        """One more token of a completion, which may be its last."""
-        completion: Completion = sequence.owner
+        """Give a completion its next token, and end it if that was the last."""
+        completion: RunningCompletion = sequence.completion
         generation = completion.generation
         try:
             require_finite(token_id)
@@ -267,7 +271,7 @@ class LlamaEngine(Engine):
         is_eos, is_stopped = token_id in self._runner.eos_ids, generation.is_stopped(completion.index)
         if not (is_eos or is_stopped):
             generation.put_token(completion.index, token_id)
-        if is_eos or is_stopped or len(sequence.ids) - sequence.num_prompt == sequence.max_new_tokens:
+        if is_eos or is_stopped or len(sequence.token_ids) - sequence.num_prompt_tokens == sequence.max_new_tokens:
             generation.finish(completion.index)
             self._end(sequence, generation)
 
@@ -279,8 +283,8 @@ class LlamaEngine(Engine):
             generation.flush()
 
 
-class _Lazily:
-    """An engine that is made when it is first wanted."""
+class _LazyEngine:
+    """Holds an engine that is made when it is first needed."""
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         self._make = make
@@ -303,8 +307,8 @@ class _Lazily:
                 self._engine.close()
 
 
-class _Report:
-    """A line in the log now and then while there is work."""
+class _ThroughputLog:
+    """Writes a line into the log every ten seconds while tokens are generated."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
@@ -313,11 +317,11 @@ class _Report:
     def write_if_due(self, scheduler: Scheduler) -> None:
         now = time.monotonic()
         seconds = now - self._since
-        if seconds < _REPORT_S:
+        if seconds < _LOG_INTERVAL_S:
             return
         if self.num_tokens:
             logger.info(
-                "engine: running %d, waiting %d, pages used %d of %d, %.1f tokens/s",
+                "engine: running %d, waiting %d, blocks used %d of %d, %.1f tokens/s",
                 len(scheduler.running), len(scheduler.waiting), scheduler.pool.num_used, scheduler.pool.capacity,
                 self.num_tokens / seconds,
             )  # fmt: skip

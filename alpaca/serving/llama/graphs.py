@@ -1,16 +1,21 @@
-"""Decode steps as captured CUDA graphs: one launch for a step instead of some hundred kernels.
+"""Decode steps as captured CUDA graphs: the host launches one graph for a step instead of some hundred kernels.
 
-A graph is bound to the memory it was captured with, so every step's inputs go into the same buffers, and a step of S
-sequences runs in the smallest bucket that holds them; the rows beyond S are padding: they write into block 0, which is
-nobody's, and their tokens are dropped. What varies from step to step (lengths, blocks, sampling) is read from these
-buffers on the device and never baked in. The network is captured once for each bucket, and where there are adapters
-once more with them, so that steps in which no row has one cost nothing more; sampling once for each bucket and kind of
-sampling, so that a request with penalties (sampled outside of a graph) costs the others no graph.
+A graph reads and writes the memory it was captured with. So the fields of every step are copied into the same buffers,
+and a step of S sequences runs in the smallest bucket of at least S rows. The rows beyond S are padding: they write into
+block 0, which belongs to no sequence, and their tokens are dropped. Lengths, blocks and sampling parameters vary from
+step to step; the kernels read them from the buffers, and none is fixed in a graph.
 
-`replayer` makes something with `replay()` of a function; tests pass one that simply calls it, on the CPU.
+The network is captured once for each bucket. If there are adapters, it is captured once more with them, so that steps
+without an adapter do not pay for them. Sampling is captured apart, once for each bucket and kind of sampling. So a
+request with penalties, which is sampled outside of a graph, leaves the network of its step in one.
+
+Tests pass a `replayer` that calls the function again instead of capturing it, on the CPU.
+
+Legend: S sequences of a step, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -19,17 +24,23 @@ import torch
 from alpaca.serving.kernels.low_rank import AdapterRows
 from alpaca.serving.kernels.ops import AttentionBatch
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
-from alpaca.serving.llama.sampling import Choices, SamplingBatch, at_least_float32, columns_of, flags_of, sample
-from alpaca.serving.llama.step import HostStep, StepInputs
+from alpaca.serving.llama.sampling import (
+    SamplingKind,
+    SamplingState,
+    at_least_float32,
+    sample_batch,
+    sampling_fields,
+)
+from alpaca.serving.llama.step import SamplingFields, StepBuffers, StepFields
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-_STAGING_SETS = 2  # a step is laid out while the device may still copy the one before
-_FIELDS = {
-    "ids": torch.int64, "positions": torch.int64, "slots": torch.int64, "state_rows": torch.int64,
-    "top_k": torch.int64, "uniform": torch.float64, "seq_lens": torch.int32, "temperature": torch.float32,
-    "top_p": torch.float32, "min_p": torch.float32, "must_go_on": torch.bool, "adapters": torch.int32,
-}  # fmt: skip
-_KINDS = ((False, False), (True, False), (True, True))  # any row sampled, any row filtered
+_NUM_STAGING = 2  # a step is laid out while the device may still copy the one before
+# A bucket's graph may hold any mixture of rows, so only the costly parts of sampling are left out where no row needs
+# them.
+_KINDS = tuple(
+    SamplingKind(any_greedy=True, any_sampled=any_sampled, any_filtered=any_filtered, any_must_go_on=True)
+    for any_sampled, any_filtered in ((False, False), (True, False), (True, True))
+)
 
 
 class Replayable(Protocol):
@@ -59,10 +70,11 @@ class CudaReplayer:
 
 
 class DecodeGraphs:
-    """The graphs over one model and cache. Not safe for several threads, as the device has one owner.
+    """The graphs of one model and cache. One thread uses them, the one that owns the device.
 
-    last_ids: [max_running + 1] int64, each running sequence's newest token; the last row is for padding.
-    vocab_size: the tokenizer's, by which logits are cut.    max_blocks: of one sequence.
+    last_ids: [1 + max_running] int64, each running sequence's newest token by its state row; row 0 is for padding.
+    vocab_size: the tokenizer's; logits beyond it are cut off.
+    max_blocks: most blocks of one sequence.
     """
 
     def __init__(
@@ -77,25 +89,22 @@ class DecodeGraphs:
         replayer: Replayer | None = None,
     ) -> None:
         self._model, self._cache, self._last_ids, self._vocab_size = model, cache, last_ids, vocab_size
-        max_running = len(last_ids) - 1
+        max_running, device = len(last_ids) - 1, model.device
         self._replayer = replayer or CudaReplayer()
         self.buckets = [size for size in BUCKETS if size < max_running] + [max_running]
-        device, num_rows, num_blocks = model.device, self.buckets[-1], max_blocks
-        self._padding_row = max_running  # of last_ids
-        self._memory = _bytes_for(num_rows, device=device)
-        self._inputs = _views(self._memory, num_rows)
-        self._tables = torch.zeros(num_rows, num_blocks, dtype=torch.int32, device=device)
-        self._query_starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+        self._buffers = StepBuffers(max_running, max_blocks, device=device)
+        pin = device.type == "cuda"
+        self._staging = [StepBuffers(max_running, max_blocks, pin=pin) for _ in range(_NUM_STAGING)]
+        self._query_starts = torch.arange(max_running + 1, dtype=torch.int32, device=device)
         self._eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
-        self._ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._staging = [_Staging(num_rows, num_blocks, pin=device.type == "cuda") for _ in range(_STAGING_SETS)]
+        self._ids = torch.zeros(max_running, dtype=torch.int64, device=device)
         self._logits: dict[int, torch.Tensor] = {}
         self._forward: dict[tuple[int, bool], Replayable] = {}
-        self._sampling: dict[tuple[int, tuple[bool, bool]], Replayable] = {}
+        self._sampling: dict[tuple[int, SamplingKind], Replayable] = {}
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int], object] = lambda size: None) -> None:
-        """Capture everything, the largest bucket first, whose memory the others then share."""
+        """Capture all graphs, the largest bucket first, as the others then share its memory."""
         for size in reversed(self.buckets):
             self._forward[size, False] = self._replayer(lambda size=size: self._run_forward(size))
             if self._model.adapters is not None:
@@ -104,27 +113,28 @@ class DecodeGraphs:
                 self._sampling[size, kind] = self._replayer(lambda size=size, kind=kind: self._run_sampling(size, kind))
             progress(size)
 
-    def launch(self, step: HostStep, tables: np.ndarray, rows: Sequence[Choices]) -> torch.Tensor:
-        """Queue a step that gives every sequence one token. The logits [S, V], for `choose`.
+    def launch(self, step: StepFields[list], block_tables: np.ndarray, states: list[SamplingState]) -> torch.Tensor:
+        """Queue the network of a step in which every sequence has one token. Returns its logits [S, V].
 
-        Where `rows` are given, none of them penalised, they are for `sample`.
+        With `states`, none of them with penalties, `sample` may follow. Without them the caller samples from a copy of
+        the logits, which the next launch overwrites.
         """
-        num_rows = len(step.ids)
+        num_rows = len(step.token_ids)
         size = next(size for size in self.buckets if size >= num_rows)
         staging = self._staging[0]
         self._staging.reverse()
-        staging.fill(step, tables, size, padding_row=self._padding_row)
-        self._size, self._kind = size, (False, False)
-        if rows:
-            staging.fill_sampling(columns_of(rows), size)
-            flags = flags_of(rows)
-            self._kind = (flags["any_sampled"], flags["any_filtered"])
-        staging.send(self._memory, self._tables, size)
-        self._forward[size, step.uses_adapters].replay()
+        staging.write(step, size)
+        staging.write_block_tables(block_tables)
+        self._size, self._kind = size, _KINDS[0]
+        if states:
+            staging.write(sampling_fields(states), size)
+            self._kind = dataclasses.replace(SamplingKind.of(states), any_greedy=True, any_must_go_on=True)
+        self._buffers.copy_from(staging, size)
+        self._forward[size, any(step.adapter_indices)].replay()
         return self._logits[size][:num_rows]
 
     def sample(self, num_rows: int) -> torch.Tensor:
-        """Queue the sampling of the step just launched with its rows. Its ids [S]."""
+        """Queue the sampling of the step just launched with its states. Returns its token ids [S]."""
         self._sampling[self._size, self._kind].replay()
         return self._ids[:num_rows]
 
@@ -134,101 +144,30 @@ class DecodeGraphs:
         self._logits[size] = self._compute_logits(size, uses_adapters=False)
 
     def _run_with_adapters(self, size: int) -> None:
-        """The same into the same memory, where the sampling's graphs look for it."""
+        """Put the logits where the graph without adapters puts them, since the graphs of sampling read them there."""
         logits = self._compute_logits(size, uses_adapters=True)
         kept = self._logits.setdefault(size, logits)
         if kept is not logits:
             kept.copy_(logits)
 
     def _compute_logits(self, size: int, *, uses_adapters: bool) -> torch.Tensor:
-        inputs = {name: tensor[:size] for name, tensor in self._inputs.items()}
-        ids = torch.where(inputs["ids"] < 0, self._last_ids[inputs["state_rows"]], inputs["ids"])
-        step = StepInputs(
-            ids=ids,
-            positions=inputs["positions"],
-            slots=inputs["slots"],
-            attention=AttentionBatch(
-                block_tables=self._tables[:size],
-                seq_lens=inputs["seq_lens"],
-                query_starts=self._query_starts[: size + 1],
-                max_query_len=1,
-                max_seq_len=self._tables.shape[1] * self._cache.block_size,
-            ),
-            adapters=AdapterRows(inputs["adapters"]) if uses_adapters else None,
+        step, block_tables = self._buffers.view(StepFields, size), self._buffers.block_tables
+        token_ids = torch.where(step.token_ids < 0, self._last_ids[step.state_rows], step.token_ids)
+        attention = AttentionBatch(
+            block_tables=block_tables[:size],
+            seq_lens=step.seq_lens,
+            query_starts=self._query_starts[: size + 1],
+            max_query_len=1,
+            max_seq_len=block_tables.shape[1] * self._cache.block_size,
         )
-        hidden = self._model.forward(step, self._cache)
+        adapters = AdapterRows(step.adapter_indices) if uses_adapters else None
+        hidden = self._model.forward(token_ids, step, attention, self._cache, adapters=adapters)
         return self._model.logits(hidden)[:, : self._vocab_size]
 
-    def _run_sampling(self, size: int, kind: tuple[bool, bool]) -> None:
-        inputs = {name: tensor[:size] for name, tensor in self._inputs.items()}
-        batch = SamplingBatch(
-            **{name: inputs[name] for name in ("temperature", "top_k", "top_p", "min_p", "uniform", "must_go_on")},
-            eos_ids=self._eos_ids,
-            any_greedy=True,
-            any_sampled=kind[0],
-            any_filtered=kind[1],
-            any_must_go_on=True,
-        )
+    def _run_sampling(self, size: int, kind: SamplingKind) -> None:
+        state_rows = self._buffers.view(StepFields, size).state_rows
         # Copied, as sampling changes its scores in place and a replay must find the logits as they were.
-        ids = sample(at_least_float32(self._logits[size]).clone(), batch)
+        scores = at_least_float32(self._logits[size]).clone()
+        ids = sample_batch(scores, self._buffers.view(SamplingFields, size), self._eos_ids, kind)
         self._ids[:size].copy_(ids)
-        self._last_ids.index_copy_(0, inputs["state_rows"], ids.clamp(min=0))
-
-
-class _Staging:
-    """A step's inputs on the host, in pinned memory, to be copied while the device works."""
-
-    def __init__(self, num_rows: int, num_blocks: int, *, pin: bool) -> None:
-        self._bytes = _bytes_for(num_rows, pin=pin)
-        self._fields = {name: tensor.numpy() for name, tensor in _views(self._bytes, num_rows).items()}
-        self._tables = torch.zeros(num_rows, num_blocks, dtype=torch.int32, pin_memory=pin)
-        self._table_rows = self._tables.numpy()
-
-    def fill(self, step: HostStep, tables: np.ndarray, size: int, *, padding_row: int) -> None:
-        """Lay a step out, padding up to `size` rows."""
-        for name, values, padding in (
-            ("ids", step.ids, 0),
-            ("positions", step.positions, 0),
-            ("slots", step.slots, 0),
-            ("seq_lens", step.seq_lens, 0),
-            ("state_rows", step.state_rows, padding_row),
-            ("adapters", step.adapters, 0),
-        ):
-            self._put(name, values, size, padding)
-        self._table_rows[: len(tables), : tables.shape[1]] = tables
-
-    def fill_sampling(self, columns: dict[str, list], size: int) -> None:
-        """The same for the rows' sampling; padding rows are greedy."""
-        for name, values in columns.items():
-            self._put(name, values, size, 0)
-
-    def send(self, inputs: torch.Tensor, tables: torch.Tensor, size: int) -> None:
-        """Copy everything to the device, without waiting."""
-        inputs.copy_(self._bytes, non_blocking=True)
-        tables[:size].copy_(self._tables[:size], non_blocking=True)
-
-    def _put(self, name: str, values: Sequence, size: int, padding: int) -> None:
-        field = self._fields[name]
-        field[: len(values)] = values
-        field[len(values) : size] = padding
-
-
-def _bytes_for(num_rows: int, *, device: torch.device | None = None, pin: bool = False) -> torch.Tensor:
-    """Memory for all fields: one copy moves them together."""
-    size = sum(_aligned(num_rows * dtype.itemsize) for dtype in _FIELDS.values())
-    return torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pin)
-
-
-def _views(memory: torch.Tensor, num_rows: int) -> dict[str, torch.Tensor]:
-    """Each field [num_rows] as a part of `memory`."""
-    views = {}
-    start = 0
-    for name, dtype in _FIELDS.items():
-        num_bytes = num_rows * dtype.itemsize
-        views[name] = memory[start : start + num_bytes].view(dtype)
-        start += _aligned(num_bytes)
-    return views
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // 16) * 16
+        self._last_ids.index_copy_(0, state_rows, ids.clamp(min=0))

@@ -1,4 +1,4 @@
-"""The LLaMA network over packed tokens and a paged key/value cache: shape, rotary table, and one forward pass.
+"""The LLaMA network over packed tokens and a key/value cache in blocks: rotary table, weights, and the forward pass.
 
 Legend: N packed tokens of a step, R rows that are sampled, D width, H heads, K key/value heads, d head width, F
 feed-forward width, V vocabulary, L layers, B blocks of the cache.
@@ -14,8 +14,9 @@ import torch.nn.functional as F  # noqa: N812
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.serving.kernels.linear import Linear, PlainLinear
-from alpaca.serving.kernels.low_rank import LowRankStack
-from alpaca.serving.llama.step import StepInputs
+from alpaca.serving.kernels.low_rank import AdapterRows, LowRankStack
+from alpaca.serving.kernels.ops import AttentionBatch
+from alpaca.serving.llama.step import StepFields
 
 # Rotary embedding -----------------------------------------------------------------------------------------------
 
@@ -38,7 +39,7 @@ def rotary_table(config: ModelDescription, num_positions: int, dtype: torch.dtyp
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaLayer:
-    """One decoder layer's weights; projections that read the same input are one."""
+    """The weights of one decoder layer. Projections of the same input are one linear layer."""
 
     input_norm: torch.Tensor  # [D]
     qkv: Linear  # D -> (H + 2K) d
@@ -49,7 +50,7 @@ class LlamaLayer:
 
 
 class KeyValueCache:
-    """Keys and values in blocks; layer i's are `keys[i]` and `values[i]`, each [B, block, K, d]."""
+    """Keys and values in blocks: `keys[i]` and `values[i]` are those of layer i, each [B, block_size, K, d]."""
 
     def __init__(
         self, config: ModelDescription, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -63,7 +64,7 @@ class KeyValueCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU memory that is taken only when it is written to: torch.zeros writes it all at once."""
+    """Zeros. On a CPU their memory is taken only when it is written to, while torch.zeros writes it all at once."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
@@ -71,7 +72,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """Adapters over one model: their names, that of adapter 1 first, and each layer's changes by names of FUSED."""
+    """All adapters over one model.
+
+    names: that of adapter index 1 first.
+    layers: for each layer its changed projections, by the names of FUSED.
+    """
 
     names: tuple[str, ...]
     layers: list[dict[str, LowRankStack]]
@@ -83,7 +88,7 @@ class Adapters:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaModel:
-    """The network on one device. `ops` is the module with the fused operations (torch or Triton)."""
+    """A LLaMA on one device. `ops` is the module with the fused operations, `ops` or `triton_ops`."""
 
     config: ModelDescription
     embedding: torch.Tensor  # [V, D]
@@ -104,41 +109,53 @@ class LlamaModel:
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights, without adapters."""
         linears = [self.head, *(p for layer in self.layers for p in (layer.qkv, layer.attention_out, layer.gate_up, layer.down))]  # fmt: skip  # noqa: E501
         norms = (2 * len(self.layers) + 1) * self.norm.nbytes
         is_shared = isinstance(self.head, PlainLinear) and self.head.weight.data_ptr() == self.embedding.data_ptr()
         table = 0 if is_shared else self.embedding.nbytes
         return table + norms + sum(linear.num_bytes for linear in linears)
 
-    def forward(self, inputs: StepInputs, cache: KeyValueCache) -> torch.Tensor:
-        """Hidden states [N, D] after the last norm; the cache gets the step's keys and values."""
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        step: StepFields[torch.Tensor],
+        attention: AttentionBatch,
+        cache: KeyValueCache,
+        *,
+        adapters: AdapterRows | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [N, D] after the last norm; the step's keys and values are written into the cache.
+
+        token_ids: [N] int64. They are read here and not in `step`, where some may be unknown still.
+        adapters: None if no token has one.
+        """
         config, ops = self.config, self.ops
         scale = config.head_width**-0.5
-        residual = F.embedding(inputs.ids, self.embedding)
+        residual = F.embedding(token_ids, self.embedding)
         x = ops.rms_norm(residual, self.layers[0].input_norm, config.norm_eps)
         for index, layer in enumerate(self.layers):
             keys, values = cache.keys[index], cache.values[index]
-            qkv = self._project(index, "qkv", x, inputs)
-            q = ops.rotate_and_store(qkv, self.rotary, inputs.positions, inputs.slots, keys, values)
-            mixed = ops.paged_attention(q, keys, values, inputs.attention, scale)
-            x = self._project(index, "attention_out", mixed.flatten(1), inputs)
+            qkv = self._project(index, "qkv", x, adapters)
+            q = ops.rotate_and_store(qkv, self.rotary, step.positions, step.slot_mapping, keys, values)
+            mixed = ops.paged_attention(q, keys, values, attention, scale)
+            x = self._project(index, "attention_out", mixed.flatten(1), adapters)
             x, residual = ops.add_rms_norm(x, residual, layer.ffn_norm, config.norm_eps)
-            x = ops.silu_mul(self._project(index, "gate_up", x, inputs))
-            x = self._project(index, "down", x, inputs)
+            x = ops.silu_mul(self._project(index, "gate_up", x, adapters))
+            x = self._project(index, "down", x, adapters)
             is_last = index + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[index + 1].input_norm
             x, residual = ops.add_rms_norm(x, residual, next_norm, config.norm_eps)
         return x
 
-    def _project(self, index: int, name: str, x: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
-        """One linear layer of layer `index`, as each row's adapter has it."""
+    def _project(self, index: int, name: str, x: torch.Tensor, adapters: AdapterRows | None) -> torch.Tensor:
+        """One linear layer of layer `index`, with what each token's adapter adds to it."""
         y = getattr(self.layers[index], name)(x)
-        if inputs.adapters is None or self.adapters is None:
+        if adapters is None or self.adapters is None:
             return y
         stack = self.adapters.layers[index].get(name)
-        return y if stack is None else self.ops.add_low_rank(y, x, stack, inputs.adapters)
+        return y if stack is None else self.ops.add_low_rank(y, x, stack, adapters)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, D] -> [R, V]."""
+        """Logits [R, V] of hidden states [R, D]."""
         return self.head(hidden)

@@ -1,4 +1,4 @@
-"""How the memory is divided: weights, working memory, and as many key/value blocks as the rest has room for.
+"""Divides a device's memory: weights, working memory, and as many key/value blocks as fit into the rest.
 
 Shapes and settings in, numbers out. The engine sizes itself with the memory it finds free once the weights are loaded.
 """
@@ -23,7 +23,7 @@ _BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: an absolute maxim
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes by use, and what they make possible."""
+    """What the memory is used for, in bytes, and how many requests of which length that allows."""
 
     weights_bytes: int
     adapter_bytes: int
@@ -35,7 +35,7 @@ class MemoryPlan:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens the cache has room for; one block is for padding."""
+        """Number of tokens the cache has room for. One block is for padding."""
         return (self.num_blocks - 1) * BLOCK_SIZE
 
     @property
@@ -43,17 +43,17 @@ class MemoryPlan:
         return self.num_blocks * BLOCK_SIZE * self.kv_bytes_per_token
 
     def num_requests(self, length: int) -> int:
-        """How many requests of `length` tokens are computed at once, without one waiting for room."""
+        """Number of requests of `length` tokens that run at once, without one waiting for room."""
         return min(self.max_running, (self.num_blocks - 1) // -(-length // BLOCK_SIZE))
 
 
 def max_running(settings: ServerSettings) -> int:
-    """Sequences in one step: every request in flight with all of its completions, up to a bound."""
+    """Most sequences of one step: all completions of every request in flight, up to MOST_RUNNING."""
     return min(MOST_RUNNING, 5 * settings.concurrency)
 
 
 def weights_bytes(config: ModelDescription, dtype: torch.dtype, quantization: str) -> int:
-    """What the weights take on the device, the rotary table left out."""
+    """Bytes of the weights on the device, without the rotary table."""
     per_weight = _BYTES_PER_WEIGHT.get(quantization, dtype.itemsize)
     return int(config.num_linear * per_weight) + (config.num_parameters - config.num_linear) * dtype.itemsize
 
@@ -82,7 +82,7 @@ def plan_memory(
     adapter_bytes: int = 0,
     num_ranks: int = 0,
 ) -> MemoryPlan:
-    """Divide `free_bytes`, free once weights and adapters are loaded. Raises NotEnoughSpace when no request fits."""
+    """Divide the bytes that are free after weights and adapters. Raises NotEnoughSpace if no request fits."""
     running = max_running(settings)
     context = min(settings.max_context or config.max_context, config.max_context)
     working = working_bytes(
@@ -115,7 +115,7 @@ def plan_memory(
 
 
 def advice(settings: ServerSettings) -> str:
-    """What makes more fit, of what was not done yet."""
+    """A sentence on how to make room, without what the settings already do."""
     smaller = {"none": "set ALPACA_QUANTIZATION to int8 or nf4", "int8": "set ALPACA_QUANTIZATION to nf4"}
     steps = [smaller.get(settings.quantization), "lower COG_MAX_CONCURRENCY and ALPACA_MAX_CONTEXT"]
     return f"To make room {', '.join(filter(None, steps))}, or use a machine with more memory"

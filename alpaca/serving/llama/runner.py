@@ -1,13 +1,14 @@
-"""Runs the scheduler's steps on the device: lays tokens out, runs the network, samples; and knows no requests' fate.
+"""Runs scheduled steps on the device: lays out their fields, runs the network, and samples.
 
-A step is launched without waiting for the one before: a token that is not known on the host yet is taken from
-`last_ids` on the device, where sampling put it. Steps that only decode run in CUDA graphs on a GPU (`graphs.py`).
+The runner launches a step without waiting for the one before it. A token that the host does not know yet is taken from
+`last_ids` on the device, where the sampling of the step before put it. On a GPU, steps that only decode run as CUDA
+graphs (`graphs.py`).
 
-Legend: N packed tokens of a step, S sequences, R rows that are sampled, V vocabulary.
+Legend: N packed tokens of a step, S sequences, R sequences that get a new token, P blocks of the longest sequence,
+D model width.
 """
 
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,15 +17,17 @@ from alpaca.serving.kernels.low_rank import AdapterRows
 from alpaca.serving.kernels.ops import AttentionBatch
 from alpaca.serving.llama.graphs import DecodeGraphs, Replayer
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
-from alpaca.serving.llama.sampling import Choices, choose, note, send
-from alpaca.serving.llama.scheduler import Work
-from alpaca.serving.llama.step import HostStep, Launched, StepInputs
-
-UNKNOWN = -1  # in place of a token id: sampled by the step before, to be found in last_ids
+from alpaca.serving.llama.sampling import SamplingState, commit_tokens, sample_tokens
+from alpaca.serving.llama.scheduler import ScheduledSequence
+from alpaca.serving.llama.step import UNKNOWN, PendingStep, StepFields, to_device, to_tensor
 
 
 class Runner:
-    """One model, its key/value cache, and the device's side of up to `max_running` sequences."""
+    """One model, its key/value cache, and the state on the device of up to `max_running` sequences.
+
+    max_context: most tokens of one sequence.
+    vocab_size: the tokenizer's. The model may have more rows; their tokens are never sampled.
+    """
 
     def __init__(
         self,
@@ -38,13 +41,14 @@ class Runner:
     ) -> None:
         self.model = model
         self.cache = cache
-        self.vocab_size = vocab_size  # the tokenizer's: an embedding may be padded beyond it
+        self.vocab_size = vocab_size
         self.eos_ids = eos_ids
         self.max_blocks = -(-max_context // cache.block_size)  # of one sequence
-        self.last_ids = torch.zeros(max_running + 1, dtype=torch.int64, device=model.device)  # the last is for padding
+        # Each running sequence's newest token, by its state row. Row 0 is for padding.
+        self.last_ids = torch.zeros(1 + max_running, dtype=torch.int64, device=model.device)
         self.graphs: DecodeGraphs | None = None
-        self._block_tables = np.zeros((max_running, self.max_blocks), dtype=np.int32)
-        self._in_table: dict[int, tuple[int, int, int]] = {}
+        self._block_tables = np.zeros((1 + max_running, self.max_blocks), dtype=np.int32)
+        self._table_versions: dict[int, tuple[int, int, int]] = {}
 
     def make_graphs(self, replayer: Replayer | None = None) -> DecodeGraphs:
         """Graphs of this runner's decode steps, which `launch` uses once they are captured and put in `graphs`."""
@@ -59,137 +63,145 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def launch(self, works: list[Work]) -> Launched:
-        """Start a step; what it wrote into the cache is there for every later one."""
-        if self.model.adapters is not None:
-            works = sorted(works, key=lambda work: work.sequence.adapter)  # rows of one adapter lie together
-        step = self._lay_out(works)
-        sampled = [work for work in works if work.samples]
-        rows = [work.sequence.owner.choices for work in sampled]
-        tables = self._tables(works)
-        if self.graphs is not None and step.is_decode and len(sampled) == len(works):
-            ids = self._launch_graph(step, tables, rows)
+    def launch(self, scheduled: list[ScheduledSequence]) -> PendingStep:
+        """Queue a step on the device. Every later step sees the keys and values that it writes into the cache.
+
+        A step that raises here may be launched again with the same outcome.
+        """
+        if self.model.adapters is not None:  # tokens of one adapter must lie together
+            scheduled = sorted(scheduled, key=lambda item: item.sequence.adapter_index)
+        step, block_tables = self._lay_out(scheduled), self._gather_block_tables(scheduled)
+        states = [item.sequence.completion.sampling for item in scheduled if item.samples_token]
+        if self.graphs is not None and len(step.token_ids) == len(scheduled) == len(states):
+            ids = self._run_graph(step, block_tables, states)
         else:
-            hidden = self.model.forward(self._inputs(step, tables), self.cache)
-            ids = self._sample(hidden, works, step, rows)
-        launched = self._deliver(works, ids)
-        note(rows, ids)  # last: a step that failed before is tried again as if it had not been
-        return launched
+            hidden = self._run_network(step, block_tables)
+            ids = self._sample(hidden, scheduled, states)
+        pending = self._start_copy(scheduled, ids)
+        commit_tokens(states, ids)  # last, so that a step that failed above can be launched again
+        return pending
 
-    def _launch_graph(self, step: HostStep, tables: np.ndarray, rows: list[Choices]) -> torch.Tensor:
-        penalised = any(row.is_penalised for row in rows)
-        logits = self.graphs.launch(step, tables, [] if penalised else rows)
-        if penalised:
-            ids = choose(logits.clone(), rows)
-            self._keep_last(step.state_rows, ids)
-            return ids
-        return self.graphs.sample(len(rows))
+    def _run_graph(self, step: StepFields[list], block_tables: np.ndarray, states: list[SamplingState]) -> torch.Tensor:
+        """A step that decodes only. Penalties differ from row to row in ways that no graph holds."""
+        is_penalised = any(state.is_penalised for state in states)
+        logits = self.graphs.launch(step, block_tables, [] if is_penalised else states)
+        if not is_penalised:
+            return self.graphs.sample(len(states))
+        ids = sample_tokens(logits.clone(), states)
+        self._keep_last(step.state_rows, ids)
+        return ids
 
-    def _sample(self, hidden: torch.Tensor, works: list[Work], step: HostStep, rows: list[Choices]) -> torch.Tensor:
-        """The next token of each sequence whose last one is in the step, from hidden [N, D]: [R]."""
-        if not rows:
+    def _run_network(self, step: StepFields[list], block_tables: np.ndarray) -> torch.Tensor:
+        """Hidden states [N, D] of a step's tokens."""
+        fields = to_device(step, self.model.device)
+        attention = AttentionBatch(
+            block_tables=self._tensor(block_tables, torch.int32),
+            seq_lens=fields.seq_lens,
+            query_starts=self._tensor([0, *itertools.accumulate(step.query_lens)], torch.int32),
+            max_query_len=max(step.query_lens),
+            max_seq_len=max(step.seq_lens),
+        )
+        return self.model.forward(
+            self._find_token_ids(step, fields),
+            fields,
+            attention,
+            self.cache,
+            adapters=AdapterRows(fields.adapter_indices) if any(step.adapter_indices) else None,
+        )
+
+    def _find_token_ids(self, step: StepFields[list], fields: StepFields[torch.Tensor]) -> torch.Tensor:
+        """The step's token ids [N], with those that only the device knows filled in."""
+        if UNKNOWN not in step.token_ids:
+            return fields.token_ids
+        assert step.token_ids.count(UNKNOWN) <= len(step.state_rows)
+        row_of_token = fields.state_rows.repeat_interleave(fields.query_lens, output_size=len(step.token_ids))
+        return torch.where(fields.token_ids == UNKNOWN, self.last_ids[row_of_token], fields.token_ids)
+
+    def _sample(
+        self, hidden: torch.Tensor, scheduled: list[ScheduledSequence], states: list[SamplingState]
+    ) -> torch.Tensor:
+        """The new token [R] of each sequence whose last known token is in the step, from hidden states [N, D]."""
+        if not states:
             return torch.empty(0, dtype=torch.int64, device=hidden.device)
-        last = [end - 1 for work, end in zip(works, step.query_starts[1:], strict=True) if work.samples]
-        if len(last) < len(hidden):
-            hidden = hidden.index_select(0, self._tensor(last))
-        ids = choose(self.model.logits(hidden)[:, : self.vocab_size], rows)
-        self._keep_last([work.sequence.slot for work in works if work.samples], ids)
+        ends = itertools.accumulate(item.num_tokens for item in scheduled)
+        last_tokens = [end - 1 for item, end in zip(scheduled, ends, strict=True) if item.samples_token]
+        if len(last_tokens) < len(hidden):
+            hidden = hidden.index_select(0, self._tensor(last_tokens))
+        ids = sample_tokens(self.model.logits(hidden)[:, : self.vocab_size], states)
+        self._keep_last([item.sequence.state_row for item in scheduled if item.samples_token], ids)
         return ids
 
     def _keep_last(self, state_rows: list[int], ids: torch.Tensor) -> None:
-        """For the next step, which may start before the host knows them; what is no token must not be looked up."""
+        """Keep the new tokens for the next step, which may start before the host knows them.
+
+        NOT_FINITE is kept as token 0, since the embedding has no row for it.
+        """
         self.last_ids[self._tensor(state_rows)] = ids.clamp(min=0)
 
-    def _deliver(self, works: list[Work], ids: torch.Tensor) -> Launched:
+    def _start_copy(self, scheduled: list[ScheduledSequence], ids: torch.Tensor) -> PendingStep:
+        """Begin to copy the new tokens to the host."""
         if ids.device.type == "cpu":
-            return Launched(works, ids.clone())  # a graph's next replay writes over them
+            return PendingStep(scheduled, ids.clone())  # the next replay of a graph overwrites `ids`
         on_host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
         on_host.copy_(ids, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Launched(works, on_host, ready)
+        return PendingStep(scheduled, on_host, ready)
 
     @torch.inference_mode()
     def compile_prefill(self) -> None:
-        """Have every kernel built that a step with prompts can need: of few and many rows, of short and long prompts.
+        """Build every kernel that a step with prompts can need, for few and many tokens, short and long prompts.
 
-        All of it reads and writes block 0, which is nobody's.
+        The steps read and write block 0, which belongs to no sequence.
         """
         longest = min(self.max_blocks * self.cache.block_size, len(self.model.rotary))
         for num_tokens, length in itertools.product((16, 32, 64, 128), (1, longest)):
-            self._compute_nothing(min(num_tokens, longest), length, slot=0)
+            self._run_padding(min(num_tokens, longest), length, adapter_index=0)
         if self.model.adapters is not None:
-            for num_tokens in (16, 128):  # their kernels know few rows and many, and no lengths
-                self._compute_nothing(min(num_tokens, longest), 1, slot=1)
+            for num_tokens in (16, 128):  # the adapters' kernels differ for few and many tokens, not by length
+                self._run_padding(min(num_tokens, longest), 1, adapter_index=1)
 
-    def _compute_nothing(self, num_tokens: int, length: int, *, slot: int) -> None:
-        """A step of one sequence with `num_tokens` tokens, its last at `length` or later, all with one adapter."""
-        device, length = self.model.device, max(num_tokens, length)
-        inputs = StepInputs(
-            ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
-            positions=torch.arange(num_tokens, device=device),
-            slots=torch.zeros(num_tokens, dtype=torch.int64, device=device),
-            attention=AttentionBatch(
-                block_tables=torch.zeros(1, self.max_blocks, dtype=torch.int32, device=device),
-                seq_lens=self._tensor([length], torch.int32),
-                query_starts=self._tensor([0, num_tokens], torch.int32),
-                max_query_len=num_tokens,
-                max_seq_len=length,
-            ),
-            adapters=AdapterRows(self._tensor([slot] * num_tokens, torch.int32)) if slot else None,
-        )
-        self.model.logits(self.model.forward(inputs, self.cache))
+    def _run_padding(self, num_tokens: int, length: int, *, adapter_index: int) -> None:
+        """Run a step of one made-up sequence with `num_tokens` tokens in the step, and at least `length` in all."""
+        zeros = [0] * num_tokens
+        step = StepFields(
+            token_ids=zeros, positions=list(range(num_tokens)), slot_mapping=zeros,
+            adapter_indices=[adapter_index] * num_tokens, state_rows=[0], seq_lens=[max(num_tokens, length)],
+            query_lens=[num_tokens],
+        )  # fmt: skip
+        self.model.logits(self._run_network(step, self._block_tables[:1]))
 
     # Laying out
 
-    def _lay_out(self, works: list[Work]) -> HostStep:
-        step = HostStep([], [], [], [], [0], [], [])
+    def _lay_out(self, scheduled: list[ScheduledSequence]) -> StepFields[list]:
+        step = StepFields(
+            token_ids=[], positions=[], slot_mapping=[], adapter_indices=[], state_rows=[], seq_lens=[], query_lens=[]
+        )
         size = self.cache.block_size
-        for work in works:
-            sequence, start, end = work.sequence, work.start, work.start + work.num_tokens
+        for item in scheduled:
+            sequence, start, end = item.sequence, item.start, item.start + item.num_tokens
             blocks = sequence.blocks
-            known = sequence.ids[start:end]
-            step.ids.extend(known if len(known) == work.num_tokens else [*known, UNKNOWN])
+            known = sequence.token_ids[start:end]
+            step.token_ids.extend(known if len(known) == item.num_tokens else [*known, UNKNOWN])
             step.positions.extend(range(start, end))
-            step.slots.extend(blocks[at // size] * size + at % size for at in range(start, end))
+            step.slot_mapping.extend(blocks[at // size] * size + at % size for at in range(start, end))
+            step.adapter_indices.extend([sequence.adapter_index] * item.num_tokens)
+            step.state_rows.append(sequence.state_row)
             step.seq_lens.append(end)
-            step.query_starts.append(step.query_starts[-1] + work.num_tokens)
-            step.state_rows.append(sequence.slot)
-            step.adapters.extend([sequence.adapter] * work.num_tokens)
+            step.query_lens.append(item.num_tokens)
         return step
 
-    def _tables(self, works: list[Work]) -> np.ndarray:
-        """Each sequence's blocks, [S, P] int32; kept from step to step, as they seldom change."""
+    def _gather_block_tables(self, scheduled: list[ScheduledSequence]) -> np.ndarray:
+        """Each sequence's blocks, [S, P] int32. Rows are kept from step to step, as they seldom change."""
         longest = 0
-        for work in works:
-            sequence = work.sequence
-            state = (sequence.order, sequence.num_admissions, len(sequence.blocks))
-            if self._in_table.get(sequence.slot) != state:
-                self._block_tables[sequence.slot, : len(sequence.blocks)] = sequence.blocks
-                self._in_table[sequence.slot] = state
+        for item in scheduled:
+            sequence = item.sequence
+            version = (sequence.arrival, sequence.num_admissions, len(sequence.blocks))
+            if self._table_versions.get(sequence.state_row) != version:
+                self._block_tables[sequence.state_row, : len(sequence.blocks)] = sequence.blocks
+                self._table_versions[sequence.state_row] = version
             longest = max(longest, len(sequence.blocks))
-        return self._block_tables[[work.sequence.slot for work in works], :longest]
+        return self._block_tables[[item.sequence.state_row for item in scheduled], :longest]
 
-    def _inputs(self, step: HostStep, tables: np.ndarray) -> StepInputs:
-        ids = self._tensor(step.ids)
-        if UNKNOWN in step.ids:
-            assert step.ids.count(UNKNOWN) <= len(step.state_rows)
-            row_of_token = np.repeat(step.state_rows, np.diff(step.query_starts))
-            ids = torch.where(ids == UNKNOWN, self.last_ids[self._tensor(row_of_token)], ids)
-        queries = np.diff(step.query_starts)
-        return StepInputs(
-            ids=ids,
-            positions=self._tensor(step.positions),
-            slots=self._tensor(step.slots),
-            attention=AttentionBatch(
-                block_tables=self._tensor(tables, torch.int32),
-                seq_lens=self._tensor(step.seq_lens, torch.int32),
-                query_starts=self._tensor(step.query_starts, torch.int32),
-                max_query_len=int(queries.max()),
-                max_seq_len=max(step.seq_lens),
-            ),
-            adapters=AdapterRows(self._tensor(step.adapters, torch.int32)) if step.uses_adapters else None,
-        )
-
-    def _tensor(self, values: Sequence[int] | np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return send(values, dtype, self.model.device)
+    def _tensor(self, values: list[int] | np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return to_tensor(values, dtype, self.model.device)

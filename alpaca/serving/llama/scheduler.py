@@ -1,12 +1,12 @@
-"""Which tokens of which sequences the next step computes. Plain Python, no torch: decisions only.
+"""Decides which tokens of which sequences the next step computes. Plain Python without torch: it only decides.
 
-First come, first served. Every running sequence gets its next token in each step (decode); what is left of the step's
-token budget goes to prompts, in order and in chunks (prefill), so that a long prompt never stalls the others. When the
-cache is full the youngest running sequence gives its blocks back and later computes its tokens again (preemption by
-recomputation); the oldest always goes on, so nobody starves.
+Requests are served in order of arrival. Every running sequence gets its next token in each step (decode). What is left
+of the step's token budget goes to prompts, in order and in chunks (prefill), so that a long prompt never holds the
+others up. When the cache is full, the youngest running sequence gives its blocks back and computes its tokens again
+later (preemption by recomputation). The oldest sequence is never preempted, so every sequence finishes some day.
 
-A step may be scheduled while the one before is still under way: tokens that were sampled but are not known yet count
-as `num_in_flight`.
+A step may be scheduled while the step before it is still being computed. Tokens that were sampled, but whose ids the
+host does not know yet, are counted as `num_in_flight`.
 """
 
 import bisect
@@ -18,81 +18,94 @@ from alpaca.serving.llama.cache import NO_PREFIX, BlockPool
 
 
 class Sequence:
-    """One completion: its tokens, the blocks that hold their keys and values, and how far it has come."""
+    """The tokens of one completion, the blocks that hold their keys and values, and how far it has been computed.
+
+    adapter_index: 0 for the base model alone, k for the k-th adapter (`kernels.low_rank`).
+    shares_prompt_with: the first completion of the same prompt. This sequence waits until that one has computed the
+    prompt, then shares its blocks.
+    completion: the caller's own record of the completion. The scheduler never looks into it.
+    """
 
     def __init__(
         self,
         prompt_ids: Iterable[int],
         *,
         max_new_tokens: int,
-        adapter: int = 0,
-        leader: "Sequence | None" = None,
-        owner: Any = None,
+        adapter_index: int = 0,
+        shares_prompt_with: "Sequence | None" = None,
+        completion: Any = None,
     ) -> None:
-        self.ids = list(prompt_ids)  # prompt and what is known of the answer
-        self.num_prompt = len(self.ids)
+        self.token_ids = list(prompt_ids)  # the prompt, then the tokens of the answer whose ids are known
+        self.num_prompt_tokens = len(self.token_ids)
         self.max_new_tokens = max_new_tokens
-        self.adapter = adapter  # its slot (low_rank.py); 0: none
-        self.leader = leader  # the first completion of the same prompt, whose blocks this one shares
-        self.owner = owner
-        self.order = -1  # of arrival
-        self.slot: int | None = None  # its row of the runner's state while it runs
+        self.adapter_index = adapter_index
+        self.shares_prompt_with = shares_prompt_with
+        self.completion = completion
+        self.arrival = -1  # the sequence's number in order of arrival
+        self.state_row: int | None = None  # its row of the runner's state, while it runs
         self.blocks: list[int] = []
-        self.num_computed = 0  # tokens whose keys and values are in the blocks, or will be after the step under way
+        self.num_computed = 0  # tokens whose keys and values are in the blocks once every launched step is done
         self.num_in_flight = 0
         self.num_cached = 0  # prompt tokens that were found in the cache when it first ran
         self.num_admissions = 0
         self.is_finished = False
-        self._num_remembered = 0
-        self._prefix = self.root
+        self._num_remembered_blocks = 0
+        self._prefix = self.root_prefix  # what the remembered blocks hold
 
     @property
-    def root(self) -> int:
-        """What stands before its first block: an adapter's keys and values are no other's, whatever the tokens."""
-        return NO_PREFIX - self.adapter
+    def root_prefix(self) -> int:
+        """The prefix before the first block. Each adapter has its own, as it changes the keys and values of a token."""
+        return NO_PREFIX - self.adapter_index
 
     def __len__(self) -> int:
-        """Tokens, those in flight included."""
-        return len(self.ids) + self.num_in_flight
+        """Number of tokens, those in flight included."""
+        return len(self.token_ids) + self.num_in_flight
 
     @property
     def num_generated(self) -> int:
-        """Tokens of the answer, those in flight included."""
-        return len(self) - self.num_prompt
+        """Number of tokens of the answer, those in flight included."""
+        return len(self) - self.num_prompt_tokens
 
     def release_into(self, pool: BlockPool) -> None:
-        """Give all blocks back; what they hold has to be computed again (or found)."""
+        """Give all blocks back. Their tokens have to be computed again, or found in the cache."""
         pool.release(self.blocks)
         self.blocks = []
-        self.num_computed = self._num_remembered = 0
-        self._prefix = self.root
+        self.num_computed = self._num_remembered_blocks = 0
+        self._prefix = self.root_prefix
 
-    def start(self, found: list[int], prefix: int, new: list[int], block_size: int) -> None:
-        """Take blocks that were found in the cache to hold `prefix`, and new ones for what follows it."""
-        self.blocks, self._prefix, self._num_remembered = found + new, prefix, len(found)
+    def take_blocks(self, found: list[int], prefix: int, new: list[int], block_size: int) -> None:
+        """Begin with blocks found in the cache, which hold `prefix`, and with new blocks for the tokens after it."""
+        self.blocks, self._prefix, self._num_remembered_blocks = found + new, prefix, len(found)
         self.num_computed = len(found) * block_size
 
     def remember_full_blocks(self, pool: BlockPool) -> None:
-        """Make those blocks known that are full of known tokens."""
+        """Tell the pool what the newly filled blocks hold, so that later prompts find them."""
         size = pool.block_size
-        for index in range(self._num_remembered, min(self.num_computed, len(self.ids)) // size):
-            ids = self.ids[index * size : (index + 1) * size]
-            self._prefix = pool.remember(self.blocks[index], ids, self._prefix)
-            self._num_remembered = index + 1
+        for index in range(self._num_remembered_blocks, min(self.num_computed, len(self.token_ids)) // size):
+            token_ids = self.token_ids[index * size : (index + 1) * size]
+            self._prefix = pool.remember(self.blocks[index], token_ids, self._prefix)
+            self._num_remembered_blocks = index + 1
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """A sequence's part of a step: `num_tokens` tokens from position `start` on."""
+class ScheduledSequence:
+    """One sequence's part of a step: the step computes `num_tokens` of its tokens, from position `start` on.
+
+    samples_token: whether they reach the end of the sequence, so that the last one's logits give a new token.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
-    samples: bool  # the last of them is the sequence's last: its logits give the next token
+    samples_token: bool
 
 
 class Scheduler:
-    """Holds the waiting and the running sequences, both in order of arrival."""
+    """Holds the waiting and the running sequences, both in order of arrival, and gives them room in steps.
+
+    max_running: most sequences that run at once. Each has one of the runner's state rows 1 to max_running.
+    max_step_tokens: most tokens of one step.
+    """
 
     def __init__(self, pool: BlockPool, *, max_running: int, max_step_tokens: int) -> None:
         assert max_step_tokens > max_running, "every running sequence and some prompt tokens fit a step"
@@ -101,64 +114,73 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._max_step_tokens = max_step_tokens
-        self._free_slots = list(reversed(range(max_running)))
+        self._free_state_rows = list(range(max_running, 0, -1))
         self._num_arrived = 0
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether a sequence of so many tokens in the end could ever run. The last one is never an input."""
+        """Whether the cache could ever hold a sequence that grows to `num_tokens` tokens.
+
+        The last token is never computed, so it needs no room.
+        """
         return self._num_blocks(num_tokens - 1) <= self.pool.capacity
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence in the queue, behind all that came before."""
-        assert self.fits(sequence.num_prompt + sequence.max_new_tokens), "refused when it was submitted"
-        sequence.order = self._num_arrived
+        """Put a sequence at the end of the queue."""
+        assert self.fits(sequence.num_prompt_tokens + sequence.max_new_tokens), "the engine refuses what never fits"
+        sequence.arrival = self._num_arrived
         self._num_arrived += 1
         self.waiting.append(sequence)
 
-    def schedule(self) -> list[Work]:
-        """The next step: decode first, then prompts under way, then the queue. Empty when nothing can be done now."""
-        works = self._decode()
-        budget = self._max_step_tokens - len(works)
+    def schedule(self) -> list[ScheduledSequence]:
+        """Plan the next step: decoding first, then prompts that have begun, then the queue.
+
+        The list is empty when nothing can be computed now. Call `record_launch` once the step is launched.
+        """
+        scheduled = self._schedule_decoding()
+        budget = self._max_step_tokens - len(scheduled)
         for sequence in self.running:
             if len(sequence) - sequence.num_computed > 1:
-                budget -= self._prefill(works, sequence, budget)
+                budget -= self._schedule_prompt(scheduled, sequence, budget)
         while budget and (sequence := self._admit_next()) is not None:
-            budget -= self._prefill(works, sequence, budget)
-        return works
+            budget -= self._schedule_prompt(scheduled, sequence, budget)
+        return scheduled
 
-    def launched(self, works: list[Work]) -> None:
-        """The step will be computed: count its tokens."""
-        for work in works:
-            sequence = work.sequence
-            sequence.num_computed += work.num_tokens
-            sequence.num_in_flight += work.samples
+    def record_launch(self, scheduled: list[ScheduledSequence]) -> None:
+        """Count the tokens of a step that was launched."""
+        for item in scheduled:
+            sequence = item.sequence
+            sequence.num_computed += item.num_tokens
+            sequence.num_in_flight += item.samples_token
             sequence.remember_full_blocks(self.pool)
 
-    def append(self, sequence: Sequence, token_id: int) -> None:
-        """A token in flight is known now."""
+    def append_token(self, sequence: Sequence, token_id: int) -> None:
+        """Add the id of a token that was in flight."""
         sequence.num_in_flight -= 1
-        sequence.ids.append(token_id)
+        sequence.token_ids.append(token_id)
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is."""
+        """Remove a sequence that waits or runs."""
         sequence.is_finished = True
-        if sequence.slot is None:
+        if sequence.state_row is None:
             self.waiting.remove(sequence)
         else:
             self._stop_running(sequence)
 
     # Decode
 
-    def _decode(self) -> list[Work]:
-        works: list[Work] = []
+    def _schedule_decoding(self) -> list[ScheduledSequence]:
+        scheduled: list[ScheduledSequence] = []
         for sequence in list(self.running):
-            is_ready = sequence.slot is not None and len(sequence) - sequence.num_computed == 1
+            is_ready = sequence.state_row is not None and len(sequence) - sequence.num_computed == 1
             if is_ready and sequence.num_generated < sequence.max_new_tokens and self._make_room(sequence):
-                works.append(Work(sequence, sequence.num_computed, 1, True))
-        return works
+                scheduled.append(ScheduledSequence(sequence, sequence.num_computed, 1, True))
+        return scheduled
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """A block for the sequence's next token, taken from the youngest if need be; False when that is itself."""
+        """Give the sequence a block for its next token, preempting the youngest sequences if need be.
+
+        Returns False when the sequence itself was the youngest and has been preempted.
+        """
         if self._num_blocks(len(sequence)) <= len(sequence.blocks):
             return True
         while self.pool.num_free == 0:
@@ -172,53 +194,58 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
         self._stop_running(sequence)
-        bisect.insort(self.waiting, sequence, key=lambda other: other.order)
+        bisect.insort(self.waiting, sequence, key=lambda other: other.arrival)
 
     # Prefill
 
-    def _prefill(self, works: list[Work], sequence: Sequence, budget: int) -> int:
-        """Add as much of the sequence's prompt as the budget allows; the number of tokens."""
-        count = min(len(sequence) - sequence.num_computed, budget)
-        if count:
-            ends = sequence.num_computed + count == len(sequence)
-            works.append(Work(sequence, sequence.num_computed, count, ends))
-        return count
+    def _schedule_prompt(self, scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
+        """Schedule as many of the sequence's missing tokens as the budget allows; returns their number."""
+        num_tokens = min(len(sequence) - sequence.num_computed, budget)
+        if num_tokens:
+            reaches_end = sequence.num_computed + num_tokens == len(sequence)
+            scheduled.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens, reaches_end))
+        return num_tokens
 
     def _admit_next(self) -> Sequence | None:
-        """Start the first waiting sequence if a slot and blocks for all its tokens are there."""
-        candidate = next((s for s in self.waiting if not self._waits_for_leader(s)), None)
-        if candidate is None or not self._free_slots or candidate.num_in_flight or not self._take_blocks(candidate):
+        """Start the first waiting sequence, if a state row is free and there are blocks for all its tokens."""
+        candidate = next((s for s in self.waiting if not self._waits_for_prompt(s)), None)
+        if candidate is None or not self._free_state_rows or candidate.num_in_flight or not self._allocate(candidate):
             return None
         self.waiting.remove(candidate)
-        candidate.slot = self._free_slots.pop()
-        bisect.insort(self.running, candidate, key=lambda other: other.order)
+        candidate.state_row = self._free_state_rows.pop()
+        bisect.insort(self.running, candidate, key=lambda other: other.arrival)
         if candidate.num_admissions == 0:
             candidate.num_cached = candidate.num_computed
         candidate.num_admissions += 1
         return candidate
 
-    def _waits_for_leader(self, sequence: Sequence) -> bool:
-        leader = sequence.leader
-        return leader is not None and not leader.is_finished and leader.num_computed < leader.num_prompt
+    def _waits_for_prompt(self, sequence: Sequence) -> bool:
+        """Whether the completion whose prompt this sequence shares has not computed it yet."""
+        first = sequence.shares_prompt_with
+        return first is not None and not first.is_finished and first.num_computed < first.num_prompt_tokens
 
-    def _take_blocks(self, sequence: Sequence) -> bool:
-        """Hold the blocks of the known prefix and new ones for the rest. The last token is computed in any case."""
-        found, prefix = self.pool.find_prefix(sequence.ids[:-1], sequence.root)
+    def _allocate(self, sequence: Sequence) -> bool:
+        """Give the sequence the cached blocks of its beginning and new ones for the rest; False if too few are free.
+
+        Its last token is computed even if it is cached, as its logits are needed.
+        """
+        found, prefix = self.pool.find_prefix(sequence.token_ids[:-1], sequence.root_prefix)
         self.pool.hold(found)
-        missing = self._num_blocks(len(sequence)) - len(found)
-        # One block for each running sequence stays free: admitting now what is preempted at once would be work lost.
-        if missing > self.pool.num_free - len(self.running):
+        num_missing = self._num_blocks(len(sequence)) - len(found)
+        # One block for each running sequence stays free. Otherwise the sequence admitted here would soon be preempted,
+        # and its work lost.
+        if num_missing > self.pool.num_free - len(self.running):
             self.pool.release(found)
             return False
-        sequence.start(found, prefix, self.pool.allocate(missing), self.pool.block_size)
+        sequence.take_blocks(found, prefix, self.pool.allocate(num_missing), self.pool.block_size)
         return True
 
     # Both
 
     def _stop_running(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        sequence.slot = None
+        self._free_state_rows.append(sequence.state_row)
+        sequence.state_row = None
         sequence.release_into(self.pool)
 
     def _num_blocks(self, num_tokens: int) -> int:

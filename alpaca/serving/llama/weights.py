@@ -1,4 +1,4 @@
-"""From a Hugging Face folder straight into the engine's own layout: no second copy of the model at any time."""
+"""Loads a Hugging Face folder straight into the engine's own layout, without a second copy of the model in memory."""
 
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _LAYER_ORDER = tuple(LAYER)  # the order in which a layer's tensors are read
 
 
 def supports(config: ModelDescription) -> str | None:
-    """Why this engine cannot compute a model, or None where it can."""
+    """Why this engine cannot compute a model; None if it can."""
     if config.model_type != "llama":
         return f"its model_type is {config.model_type!r}, not llama"
     if biased := [name for name in ("attention_bias", "mlp_bias") if getattr(config, name)]:
@@ -39,7 +39,10 @@ def supports(config: ModelDescription) -> str | None:
 
 
 def read_llama(folder: Path) -> ModelDescription:
-    """The model in a folder, for this engine. Raises UnsupportedModel for one that it cannot compute, InputError."""
+    """Read the description of a folder's model.
+
+    Raises InputError, and UnsupportedModel if this engine cannot compute the model.
+    """
     config = read_description(folder, only="llama")
     if reason := supports(config):
         raise UnsupportedModel(f"{folder}: {reason}")
@@ -110,7 +113,7 @@ def require_tensors(weights: WeightsFolder, config: ModelDescription) -> None:
 
 
 class _ReadAhead:
-    """Reads tensors in a known order, some threads and at most `_MOST_READ_AHEAD` bytes ahead of who takes them.
+    """Reads tensors in a known order, with some threads, at most `_MOST_READ_AHEAD` bytes before they are taken.
 
     For a GPU they come in pinned memory, so that their copy to the device is quick.
     """

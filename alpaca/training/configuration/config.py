@@ -171,7 +171,7 @@ class TrainConfig:
 
     num_samples: int = field(default=3, metadata=_flag("prompts answered before and after, for report.html"))
     plan_only: bool = field(default=False, metadata=_flag("show what the run will take, as a table and JSON, and end"))
-    count_memory: str | None = field(default=None, metadata=_flag('plan for GPUs of this memory ("80GB"): those here'))
+    plan_memory: str | None = field(default=None, metadata=_flag('plan for GPUs of this memory ("80GB"): those here'))
     plan_gpus: int | None = field(default=None, metadata=_flag("plan for so many of them: torchrun's number"))
     plan_gpus_per_machine: int | None = field(
         default=None, metadata=_flag("of them in one machine, over which --fsdp hybrid_shard shards: 8")

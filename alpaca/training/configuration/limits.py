@@ -25,7 +25,7 @@ _MOST = {  # far beyond any use, and within what torch and a float can count
 }  # fmt: skip
 _POSITIVE = ("num_train_epochs", "adam_epsilon")
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "warmup_ratio", "lora_dropout", "eval_fraction")
-_MEMORIES = ("memory_limit", "count_memory")
+_MEMORIES = ("memory_limit", "plan_memory")
 
 
 def check_each_value(config: object) -> None:

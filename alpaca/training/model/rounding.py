@@ -40,7 +40,7 @@ def update_parameter(weights: Tensor, gradient: Tensor, first: Tensor, second: T
 
 
 def _update_chunk(weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor, update: Update, start: int) -> None:
-    """Update one chunk. Products and sums are apart, as in the kernel: fused ones would round once."""
+    """Update one chunk, products and sums one by one, as in the kernel: fused ones would round once."""
     g, m, v = gradient.float(), first.float(), second.float()
     m = m + (g - m) * update.first_share
     v = v * update.second_kept + g * g * update.second_share

@@ -1,6 +1,6 @@
 """`--plan_only`: the plan of a run as a table and as JSON, for the GPUs named or those here.
 
-    python train.py --model_name_or_path weights --data_path data.json --plan_only --count_memory 80GB --plan_gpus 4
+    python train.py --model_name_or_path weights --data_path data.json --plan_only --plan_memory 80GB --plan_gpus 4
 
 needs neither the GPUs nor the weights: config.json, the tokenizer and the data are enough.
 """
@@ -34,19 +34,19 @@ _CARD_BYTES = {"24GB": 23.5, "40GB": 39.4, "80GB": 79.1, "141GB": 139.5}  # GiB 
 def print_plan(config: TrainConfig, *, show: Callable[[str], object] = print) -> None:
     """Show the plan as a table and, as the last line, as JSON; for the hardware named, or what is here.
 
-    `--count_memory` is that of each GPU and `--plan_gpus` their number. Raises NotEnoughSpace, once all is shown, when
+    `--plan_memory` is that of each GPU and `--plan_gpus` their number. Raises NotEnoughSpace, once all is shown, when
     the run does not fit.
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    on_gpu = bool(config.count_memory) or torch.cuda.is_available()
+    on_gpu = bool(config.plan_memory) or torch.cuda.is_available()
     num_processes = config.plan_gpus or int(os.environ.get("WORLD_SIZE", "1"))
     on_machine = config.plan_gpus_per_machine or _own_machine(named=bool(config.plan_gpus))
     settings = _resolve_for(config, num_processes=num_processes, on_gpu=on_gpu)
     planner = open_planner(settings)
     setup = make_setup(settings, planner.shape, num_processes=num_processes, on_gpu=on_gpu, on_machine=on_machine)
     _require_whole_machines(setup)
-    hardware = _named_hardware(config) if config.count_memory else find_hardware(_device(on_gpu))
+    hardware = _named_hardware(config) if config.plan_memory else find_hardware(_device(on_gpu))
     plan = planner.plan(setup, limit_hardware(hardware, config.memory_limit))
     cards = _card_plans(planner, dataclasses.replace(setup, on_gpu=True, bf16=config.bf16))
     would = [] if plan.fits else planner.suggest(setup, plan.hardware)
@@ -88,16 +88,16 @@ def open_planner(settings: RunSettings) -> Planner:
 
 
 def _named_hardware(config: TrainConfig) -> Hardware:
-    memory = card_bytes(config.count_memory)
+    memory = card_bytes(config.plan_memory)
     nearest = min(CARDS, key=lambda card: abs(card_bytes(card) - memory))
     peak = config.plan_tflops * 1e12 if config.plan_tflops else CARDS[nearest]
-    return assume_gpu(f"a GPU of {config.count_memory}", memory, peak)
+    return assume_gpu(f"a GPU of {config.plan_memory}", memory, peak)
 
 
 def card_bytes(text: str) -> int:
     """Bytes of "80GB": of a usual card what it really has, else the size as written."""
     card = _CARD_BYTES.get(text.replace(" ", "").upper())
-    return int(card * 2**30) if card else parse_memory("count_memory", text)
+    return int(card * 2**30) if card else parse_memory("plan_memory", text)
 
 
 def _card_plans(planner: Planner, setup: Setup) -> list[dict[str, object]]:

@@ -1,9 +1,8 @@
-"""report.html: a finished run on one page, with nothing to load from elsewhere. Charts are inline SVG.
+"""report.html: a finished run on one page, with nothing to load from elsewhere.
 
-The page's frame and look are those of `alpaca.pages.html`.
+The functions here make plain values and charts, which page.html.j2 shows.
 """
 
-import html
 import importlib.metadata
 import math
 import platform
@@ -12,18 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from markupsafe import Markup
 
 from alpaca.data.examples import EncodingReport
 from alpaca.files.atomic import write_text
-from alpaca.pages.html import note, page, section, table
+from alpaca.pages.templates import render_page
 from alpaca.training.planning.plan import Plan
 from alpaca.training.planning.words import format_seconds, memory_parts
 from alpaca.training.report.answers import Sample
+from alpaca.training.report.charts import Line, Points, draw_lines
 from alpaca.training.report.recorders import Entry
 
 REPORT_NAME = "report.html"
-_MOST_POINTS = 600  # of a line; more do not show
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 260, 58, 12, 12, 40  # of a chart, and its margins
+_TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +58,21 @@ def write_report(output_dir: Path, record: Record) -> Path:
 def make_page(record: Record) -> str:
     """The page as HTML."""
     name = Path(str(record.flags["output_dir"])).absolute().name
-    sections = [
-        section("In short", table(_highlights(record))),
-        section("Loss", _loss_charts(record.history)),
-        section("Learning rate", line_chart({"learning rate": _points(record.history, "learning_rate")}, y="rate")),
-        section("Throughput", _throughput(record)),
-        section("Memory", _memory(record)),
-        section("Answers before and after", _samples(record)),
-        section("Data", _data(record)),
-        section("Hardware and versions", table(_machine(record))),
-        section("Configuration", table({key: str(value) for key, value in record.flags.items()})),
-    ]
-    return page(f"Training: {name}", name, sections)
+    return render_page(
+        _TEMPLATE,
+        title=f"Training: {name}",
+        heading=name,
+        highlights=_highlights(record),
+        charts=_charts(record.history),
+        throughput_rows=_throughput_rows(record),
+        memory_rows=_memory_rows(record),
+        memory_note=_memory_note(record),
+        samples=[_sample_texts(sample) for sample in record.samples],
+        samples_note=_samples_note(record),
+        data={name: _data_rows(part) for name, part in _data_parts(record).items()},
+        machine=_machine(record),
+        flags=record.flags,
+    )
 
 
 # Sections -----------------------------------------------------------------------------------------------------
@@ -89,14 +92,23 @@ def _highlights(record: Record) -> dict[str, str]:
     return rows
 
 
-def _loss_charts(history: Sequence[Entry]) -> str:
-    charts = [line_chart({"loss": _points(history, "loss"), "held-out loss": _points(history, "eval_loss")}, y="loss")]
-    if perplexity := _points(history, "eval_perplexity"):
-        charts.append(line_chart({"": [], "held-out perplexity": perplexity}, y="perplexity"))
-    return "".join(charts)
+def _charts(history: Sequence[Entry]) -> dict[str, list[Markup]]:
+    """The charts of each section. A chart without points is left out, that of perplexity for example."""
+    loss, held_out = _points(history, "loss"), _points(history, "eval_loss")
+    perplexity, rates = _points(history, "eval_perplexity"), _points(history, "learning_rate")
+    speeds = _points(history, "tokens_per_second")
+    charts = {
+        "loss": [
+            draw_lines([Line("loss", loss), Line("held-out loss", held_out, is_second=True)], y="loss"),
+            draw_lines([Line("held-out perplexity", perplexity, is_second=True)], y="perplexity"),
+        ],
+        "learning_rate": [draw_lines([Line("learning rate", rates)], y="rate")],
+        "throughput": [draw_lines([Line("useful tokens/s", speeds)], y="tokens/s", from_zero=True)],
+    }
+    return {section: [chart for chart in drawn if chart] for section, drawn in charts.items()}
 
 
-def _throughput(record: Record) -> str:
+def _throughput_rows(record: Record) -> dict[str, str]:
     share = "unknown (no peak is listed for this device)"
     if record.share_of_peak is not None:
         share = f"{record.share_of_peak:.1%}"
@@ -109,43 +121,47 @@ def _throughput(record: Record) -> str:
             f"{record.plan.work.num_tokens / record.plan.seconds:,.1f} tokens/s, at "
             f"{record.plan.hardware.flops / 1e12:,.3f} TFLOP/s ({record.plan.hardware.flops_are})"
         )
-    chart = line_chart({"useful tokens/s": _points(record.history, "tokens_per_second")}, y="tokens/s", zero=True)
-    return chart + table(rows)
+    return rows
 
 
-def _memory(record: Record) -> str:
+def _memory_rows(record: Record) -> dict[str, str]:
     measured = f"{record.peak_bytes / 1e9:.3f} GB"
     if record.plan is None:
-        return table({"measured peak": measured}) + note("No plan was made for this kind of model.")
+        return {"measured peak": measured}
     memory = record.plan.memory
     planned = memory.peak_bytes - (memory.overhead_bytes if record.device.type == "cuda" else 0)
     rows = {name: f"{size / 1e9:.3f} GB" for name, size in memory_parts(memory).items() if size}
     rows[f"planned peak ({memory.peak_moment})"] = f"{planned / 1e9:.3f} GB"
     rows["measured peak"] = f"{measured} ({record.peak_bytes / planned - 1:+.0%} of the plan)"
+    return rows
+
+
+def _memory_note(record: Record) -> str:
+    if record.plan is None:
+        return "No plan was made for this kind of model."
     where = "torch's allocations on the GPU; CUDA's context apart"
     if record.device.type != "cuda":
         where = "anonymous memory beyond the interpreter and its imports, over the whole run"
-    return table(rows) + note(f"Of the first process. Measured: {where}. Not all parts are there at the same moment.")
+    return f"Of the first process. Measured: {where}. Not all parts are there at the same moment."
 
 
-def _samples(record: Record) -> str:
+def _sample_texts(sample: Sample) -> dict[str, str]:
+    return {
+        "prompt": sample.prompt, "before": sample.before or "(nothing)", "after": sample.after or "(nothing)",
+        "the data's answer": sample.reference,
+    }  # fmt: skip
+
+
+def _samples_note(record: Record) -> str:
     if not record.samples:
-        return note(record.no_samples)
+        return record.no_samples
     source = "held-out examples" if record.held_out else "training examples (nothing was held out)"
-    articles = []
-    for sample in record.samples:
-        parts = {
-            "prompt": sample.prompt, "before": sample.before or "(nothing)", "after": sample.after or "(nothing)",
-            "the data's answer": sample.reference,
-        }  # fmt: skip
-        body = "".join(f"<h3>{name}</h3><pre>{html.escape(text)}</pre>" for name, text in parts.items())
-        articles.append(f"<article>{body}</article>")
-    return note(f"Greedy, at most 64 tokens; prompts of {source}.") + "".join(articles)
+    return f"Greedy, at most 64 tokens; prompts of {source}."
 
 
-def _data(record: Record) -> str:
+def _data_parts(record: Record) -> dict[str, EncodingReport]:
     parts = {"training data": record.data, "held-out data": record.held_out}
-    return "".join(f"<h3>{name}</h3>{table(_data_rows(part))}" for name, part in parts.items() if part)
+    return {name: part for name, part in parts.items() if part}
 
 
 def _data_rows(report: EncodingReport) -> dict[str, str]:
@@ -173,93 +189,8 @@ def _machine(record: Record) -> dict[str, str]:
     }
 
 
-# Charts -------------------------------------------------------------------------------------------------------
-
-Points = list[tuple[float, float]]
-
-
 def _points(history: Iterable[Entry], key: str) -> Points:
     return [(entry["step"], entry[key]) for entry in history if math.isfinite(entry.get(key, math.nan))]
-
-
-def line_chart(series: Mapping[str, Points], *, y: str, zero: bool = False) -> str:
-    """Up to two lines over the steps as SVG; a key where there are two. zero: the axis starts there."""
-    filled = {name: _thin(points) for name, points in series.items() if points}
-    if not filled:
-        return note("Nothing was logged.")
-    everything = [point for points in filled.values() for point in points]
-    xs, ys = _ticks([x for x, _ in everything]), _ticks([value for _, value in everything] + [0.0] * zero)
-    scale = _Scale(xs[0], xs[-1], ys[0], ys[-1])
-    parts = [*_axes(scale, xs, ys)]
-    for (name, points), letter in zip(series.items(), "ab", strict=False):
-        if points:
-            parts.append(_line(scale, filled[name], letter))
-    keys = [(name, letter) for (name, points), letter in zip(series.items(), "ab", strict=False) if points]
-    for row, (name, letter) in enumerate(keys):
-        place = f'x="{_WIDTH - _RIGHT - 4}" y="{_TOP + 16 + 18 * row}" text-anchor="end"'
-        parts.append(f'<text class="key-{letter}" {place}>{html.escape(name)}</text>')
-    label = html.escape(f"{y} over the steps")
-    return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg></figure>'
-    )
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """From values to places in the drawing."""
-
-    left: float
-    right: float
-    low: float
-    high: float
-
-    def x(self, value: float) -> float:
-        return _LEFT + (value - self.left) / (self.right - self.left) * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - self.low) / (self.high - self.low) * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _axes(scale: _Scale, xs: list[float], ys: list[float]) -> list[str]:
-    parts = []
-    for value in ys:
-        place = f"{scale.y(value):.1f}"
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{place}" y2="{place}"/>')
-        text = f'x="{_LEFT - 6}" y="{scale.y(value) + 4:.1f}" text-anchor="end"'
-        parts.append(f"<text {text}>{_number(value)}</text>")
-    for value in xs:
-        text = f'x="{scale.x(value):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle"'
-        parts.append(f"<text {text}>{_number(value)}</text>")
-    parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">step</text>')
-    return parts
-
-
-def _line(scale: _Scale, points: Points, letter: str) -> str:
-    places = [(scale.x(x), scale.y(value)) for x, value in points]
-    line = f'<polyline class="{letter}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
-    if len(points) > 30 or (letter == "a" and len(points) > 1):
-        return line
-    style = "dot" if letter == "b" else "a"
-    return line + "".join(f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places)
-
-
-def _thin(points: Points) -> Points:
-    """At most so many points: means of neighbours."""
-    size = -(-len(points) // _MOST_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
-
-
-def _ticks(values: list[float]) -> list[float]:
-    """About five round numbers that enclose the values."""
-    low, high = min(values), max(values)
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    raw = (high - low) / 5
-    unit = 10 ** math.floor(math.log10(raw))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [number * step for number in range(first, last + 1)]
 
 
 def _number(value: float) -> str:

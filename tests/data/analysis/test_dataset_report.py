@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor
 from alpaca.data.analysis.cleaning import clean_records
 from alpaca.data.analysis.page import make_page
 from alpaca.data.analysis.summary import Analysis, analyse, count_tokens
-from alpaca.data.analysis.verb_plot import NUM_VERBS, count_verbs, draw_png, draw_svg, script
+from alpaca.data.analysis.verb_plot import NUM_VERBS, count_verbs, draw_png, draw_svg, read_script
 from alpaca.data.analysis.verbs import Root
 from alpaca.data.examples import Example, encode_examples, read_examples, read_records
 from alpaca.data.report import parse_arguments, write_outputs
@@ -41,7 +41,10 @@ READ_BY_EYE = {
     "cut_ending": [],
     "damaged_text": [],
 }
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)>&lt;b&gt;<!-- -->"
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)>&lt;b&gt;<!-- -->"
+    "{{7*7}}{% raw %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,7 @@ class Page(HTMLParser):
         self.attributes: set[str] = set()
         self.links: list[str] = []
         self.scripts: list[str] = []
+        self.texts: list[str] = []
         self._in_script = False
         self.feed(page)
 
@@ -168,8 +172,7 @@ class Page(HTMLParser):
         self._in_script = self._in_script and tag != "script"
 
     def handle_data(self, data: str) -> None:
-        if self._in_script:
-            self.scripts.append(data)
+        (self.scripts if self._in_script else self.texts).append(data)
 
 
 def page_of(records: list[object], name: str = "data.json") -> str:
@@ -196,7 +199,9 @@ def test_hostile_texts_stay_texts():
     assert not {name for name in page.attributes if name.startswith("on")}
     data = json.loads(page.scripts[0])
     assert {verb["verb"] for verb in data["verbs"]} <= {"write", "grab", "x"}
-    assert page.scripts[-1] == script()
+    assert page.scripts[-1] == read_script()
+    assert page.texts.count(HOSTILE) == 1  # the heading
+    assert page.texts.count(f"\n{HOSTILE}") >= 4  # inputs and outputs; a line's end after <pre> is dropped
     assert all(link.startswith("data:image/png") for link in page.links)
 
 
@@ -215,7 +220,7 @@ def test_the_page_loads_nothing_and_allows_its_own_script_only(analysis: Analysi
 def test_unreadable_records_are_listed_and_counted_apart():
     good = {"instruction": "Name it.", "output": "Red."}
     text = page_of([{"instruction": "No answer."}, good, 5])
-    assert "the field &#x27;output&#x27; is missing" in text
+    assert "the field &#39;output&#39; is missing" in text
     assert "record 2" in text
     assert "2 in all" in text
     with pytest.raises(InputError, match="holds no examples"):

@@ -46,25 +46,25 @@ def build_step(
     *,
     heads: tuple[int, int] = (4, 2),
     width: int = 16,
-    page: int = 16,
+    block_size: int = 16,
     dtype: torch.dtype = torch.float64,
-    num_shared_pages: int = 0,
+    num_shared_blocks: int = 0,
     spare_rows: int = 0,
 ) -> Paged:
-    """A step over scrambled pages; every slot that no sequence owns is NaN, every table entry past an end nonsense."""
-    num_pages = [-(-length // page) for length in lengths]
-    table_width = max(*num_pages, 1) + 2
-    free = (torch.randperm(sum(num_pages) + 1, generator=torch.Generator().manual_seed(9)) + 1).tolist()
+    """A step over scrambled blocks; every slot that no sequence owns is NaN, every table entry past an end nonsense."""
+    num_blocks = [-(-length // block_size) for length in lengths]
+    table_width = max(*num_blocks, 1) + 2
+    free = (torch.randperm(sum(num_blocks) + 1, generator=torch.Generator().manual_seed(9)) + 1).tolist()
     tables = torch.full((len(lengths), table_width), 2**31 - 1, dtype=torch.int32)
-    for s, count in enumerate(num_pages):
-        shared = min(num_shared_pages, count) if s else 0
+    for s, count in enumerate(num_blocks):
+        shared = min(num_shared_blocks, count) if s else 0
         tables[s, :shared] = tables[0, :shared]
         tables[s, shared:count] = torch.tensor([free.pop() for _ in range(count - shared)], dtype=torch.int32)
-    keys = torch.full((sum(num_pages) + 2, page, heads[1], width), torch.nan, dtype=dtype)
+    keys = torch.full((sum(num_blocks) + 2, block_size, heads[1], width), torch.nan, dtype=dtype)
     values, fresh = keys.clone(), random(2, *keys.shape, seed=3, dtype=dtype)
     for s, length in enumerate(lengths):
         for token in range(length):
-            place = int(tables[s, token // page]), token % page
+            place = int(tables[s, token // block_size]), token % block_size
             keys[place], values[place] = fresh[0][place], fresh[1][place]
     starts = torch.tensor([0, *queries]).cumsum(0).int()
     q = random(sum(queries) + spare_rows, heads[0], width, seed=4, dtype=dtype)
@@ -75,11 +75,11 @@ def build_step(
 def naive_attention(step: Paged, scale: float) -> torch.Tensor:
     """One query and one head after the other, over keys collected one by one, in float64."""
     num_heads = step.q.shape[1]
-    page, num_kv_heads = step.key_cache.shape[1:3]
+    block_size, num_kv_heads = step.key_cache.shape[1:3]
     expected = torch.zeros(step.q.shape, dtype=torch.float64)
     starts = step.batch.query_starts.tolist()
     for s, length in enumerate(step.batch.seq_lens.tolist()):
-        places = [(int(step.batch.block_tables[s, i // page]), i % page) for i in range(length)]
+        places = [(int(step.batch.block_tables[s, i // block_size]), i % block_size) for i in range(length)]
         for row in range(starts[s], starts[s + 1]):
             seen = places[: max(length - (starts[s + 1] - 1 - row), 0)]
             for head in range(num_heads if seen else 0):
@@ -96,7 +96,7 @@ STEPS = {
     "one sequence decodes": dict(lengths=[21], queries=[1]),
     "equal lengths": dict(lengths=[18, 18, 18], queries=[1, 1, 1]),
     "unequal lengths": dict(lengths=[1, 33, 16, 17, 50], queries=[1] * 5),
-    "shared pages": dict(lengths=[40, 37, 48], queries=[1, 1, 5], num_shared_pages=2),
+    "shared blocks": dict(lengths=[40, 37, 48], queries=[1, 1, 5], num_shared_blocks=2),
     "prefill": dict(lengths=[19], queries=[19]),
     "prefill of two": dict(lengths=[19, 32], queries=[19, 32]),
     "chunk from the middle": dict(lengths=[45], queries=[20]),
@@ -104,7 +104,7 @@ STEPS = {
     "padding rows": dict(lengths=[0, 20, 0, 9, 0], queries=[1, 1, 0, 1, 1]),
     "rows of no sequence": dict(lengths=[20, 9, 0], queries=[1, 1, 0], spare_rows=3),
     "only padding": dict(lengths=[0, 0], queries=[1, 1]),
-    "pages of 8": dict(lengths=[23, 8, 31], queries=[1, 8, 3], page=8),
+    "blocks of 8": dict(lengths=[23, 8, 31], queries=[1, 8, 3], block_size=8),
 }
 
 
@@ -156,14 +156,14 @@ def test_silu_mul_gates_the_second_half(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 8), (3, 1, 80)])
 def test_rotate_and_store_is_a_rotation_in_each_plane(dtype, table_dtype, heads, kv_heads, width):
-    num_tokens, page, half = 5, 8, width // 2
+    num_tokens, block_size, half = 5, 8, width // 2
     qkv = random(num_tokens, (heads + 2 * kv_heads) * width, dtype=dtype)
     angles = random(40, half, seed=1)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1).to(table_dtype)
-    positions, slots = torch.tensor([0, 39, 7, 7, 12]), torch.tensor([8, 31, 9, 23, 16])
-    caches = [random(4, page, kv_heads, width, seed=seed, dtype=dtype) for seed in (2, 3)]
+    positions, slot_mapping = torch.tensor([0, 39, 7, 7, 12]), torch.tensor([8, 31, 9, 23, 16])
+    caches = [random(4, block_size, kv_heads, width, seed=seed, dtype=dtype) for seed in (2, 3)]
     before = [cache.clone() for cache in caches]
-    q = ops.rotate_and_store(qkv, cos_sin, positions, slots, *caches)
+    q = ops.rotate_and_store(qkv, cos_sin, positions, slot_mapping, *caches)
 
     planes = qkv.double().view(num_tokens, -1, 2, half)[:, : heads + kv_heads].transpose(2, 3).contiguous()
     turns = torch.polar(torch.ones(()).double(), angles[positions])[:, None]
@@ -174,8 +174,8 @@ def test_rotate_and_store_is_a_rotation_in_each_plane(dtype, table_dtype, heads,
     values = qkv.view(num_tokens, -1, width)[:, heads + kv_heads :]
     for cache, old, new in zip(caches, before, [turned[:, heads:], values.double()], strict=True):
         expected = old.double()
-        for token, slot in enumerate(slots.tolist()):
-            expected[slot // page, slot % page] = new[token]
+        for token, slot in enumerate(slot_mapping.tolist()):
+            expected[slot // block_size, slot % block_size] = new[token]
         assert cache.dtype == dtype
         check(cache.to(narrow), expected, narrow)
 
@@ -201,8 +201,8 @@ def test_the_rotation_is_transformers(dtype):
 def test_padding_tokens_may_share_a_slot():
     qkv, cos_sin = random(4, 3 * 16), torch.cat([torch.ones(1, 8), torch.zeros(1, 8)], dim=-1)
     caches = torch.zeros(2, 2, 8, 1, 16, dtype=torch.float64)
-    slots = torch.tensor([3, 3, 3, 9])
-    ops.rotate_and_store(qkv, cos_sin, torch.zeros(4, dtype=torch.int64), slots, caches[0], caches[1])
+    slot_mapping = torch.tensor([3, 3, 3, 9])
+    ops.rotate_and_store(qkv, cos_sin, torch.zeros(4, dtype=torch.int64), slot_mapping, caches[0], caches[1])
     assert torch.equal(caches[1][1, 1, 0], qkv[3, 32:])
     assert any(torch.equal(caches[1][0, 3, 0], qkv[i, 32:]) for i in range(3))
     assert caches[:, 0, :3].abs().max() == 0

@@ -72,42 +72,42 @@ def make_rows(layer: str, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(num_rows, width, generator=generator), torch.randn(num_rows, num_outputs, generator=generator)
 
 
-def rows_of(slots: list[int]) -> AdapterRows:
-    return AdapterRows(torch.tensor(slots, dtype=torch.int32, device=DEVICE))
+def rows_of(indices: list[int]) -> AdapterRows:
+    return AdapterRows(torch.tensor(indices, dtype=torch.int32, device=DEVICE))
 
 
-def check(kernels, layer: str, slots: list[int], dtype: torch.dtype, *, has_factors: bool = False) -> None:
-    x, y = (tensor.to(DEVICE, dtype) for tensor in make_rows(layer, len(slots)))
+def check(kernels, layer: str, indices: list[int], dtype: torch.dtype, *, has_factors: bool = False) -> None:
+    x, y = (tensor.to(DEVICE, dtype) for tensor in make_rows(layer, len(indices)))
     stack = moved(make_stack(layer, has_factors=has_factors), dtype)
-    expected = naive(y, x, stack, slots)
-    found = kernels.add_low_rank(y, x, stack, rows_of(slots))
+    expected = naive(y, x, stack, indices)
+    found = kernels.add_low_rank(y, x, stack, rows_of(indices))
     assert found is y
     assert (found.double() - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
 
 
-def naive(y: torch.Tensor, x: torch.Tensor, stack: LowRankStack, slots: list[int]) -> torch.Tensor:
+def naive(y: torch.Tensor, x: torch.Tensor, stack: LowRankStack, indices: list[int]) -> torch.Tensor:
     """Row by row and part by part, as the formula reads, in float64."""
     out = y.double().clone()
-    for row, slot in enumerate(slots):
+    for row, index in enumerate(indices):
         first = 0
-        for part, (start, width) in enumerate(stack.parts if slot else ()):
-            a = stack.a[slot - 1, part * stack.rank : (part + 1) * stack.rank].double()
-            b = stack.b[slot - 1, first : first + width].double()
+        for part, (start, width) in enumerate(stack.parts if index else ()):
+            a = stack.a[index - 1, part * stack.rank : (part + 1) * stack.rank].double()
+            b = stack.b[index - 1, first : first + width].double()
             out[row, start : start + width] += b @ (a @ x[row].double())
             if stack.factors is not None:
-                out[row, start : start + width] *= stack.factors[slot - 1, first : first + width].double()
+                out[row, start : start + width] *= stack.factors[index - 1, first : first + width].double()
             first += width
     return out
 
 
-@pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS)
+@pytest.mark.parametrize("indices", SLOTS.values(), ids=SLOTS)
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("has_factors", [False, True], ids=["LoRA", "DoRA"])
-def test_the_twin_is_the_formula(layer, slots, has_factors):
-    x, y = (tensor.double() for tensor in make_rows(layer, len(slots)))
+def test_the_twin_is_the_formula(layer, indices, has_factors):
+    x, y = (tensor.double() for tensor in make_rows(layer, len(indices)))
     stack = moved(make_stack(layer, has_factors=has_factors), torch.float64, torch.device("cpu"))
-    expected = naive(y, x, stack, slots)
-    rows = AdapterRows(torch.tensor(slots, dtype=torch.int32))
+    expected = naive(y, x, stack, indices)
+    rows = AdapterRows(torch.tensor(indices, dtype=torch.int32))
     torch.testing.assert_close(add_by_twin(y, x, stack, rows), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -115,38 +115,38 @@ def test_the_twin_keeps_what_another_adapter_makes_of_a_row_out_of_it():
     x, y = (tensor.double() for tensor in make_rows("qkv", 4))
     stack = moved(make_stack("qkv", has_factors=False), torch.float64, torch.device("cpu"))
     assert stack.joined, "adapters few enough to be computed at once"
-    slots = [1, 2, 0, 1]
-    expected = naive(y, x, stack, slots)
+    indices = [1, 2, 0, 1]
+    expected = naive(y, x, stack, indices)
     stack.a[1] = torch.inf  # of the second adapter, whose rows alone are lost by it
-    found = add_by_twin(y.clone(), x, stack, AdapterRows(torch.tensor(slots, dtype=torch.int32)))
+    found = add_by_twin(y.clone(), x, stack, AdapterRows(torch.tensor(indices, dtype=torch.int32)))
     torch.testing.assert_close(found[[0, 2, 3]], expected[[0, 2, 3]], rtol=1e-12, atol=1e-12)
     assert not found[1].isfinite().all()
 
 
 @with_kernels
-@pytest.mark.parametrize("slots", SLOTS.values(), ids=SLOTS)
-def test_any_mixture(kernels, slots):
-    check(kernels, "qkv", slots, torch.float32)
+@pytest.mark.parametrize("indices", SLOTS.values(), ids=SLOTS)
+def test_any_mixture(kernels, indices):
+    check(kernels, "qkv", indices, torch.float32)
 
 
 @with_kernels
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("slots", ["mixed", "many sorted"])
-def test_narrow_types(kernels, slots, dtype):
-    check(kernels, "gate", SLOTS[slots], dtype)
+@pytest.mark.parametrize("indices", ["mixed", "many sorted"])
+def test_narrow_types(kernels, indices, dtype):
+    check(kernels, "gate", SLOTS[indices], dtype)
 
 
 @with_kernels
-@pytest.mark.parametrize("slots", ["mixed", "many mixed"])
+@pytest.mark.parametrize("indices", ["mixed", "many mixed"])
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer != "qkv"])
-def test_any_layer(kernels, layer, slots):
-    check(kernels, layer, SLOTS[slots], torch.float32)
+def test_any_layer(kernels, layer, indices):
+    check(kernels, layer, SLOTS[indices], torch.float32)
 
 
 @with_kernels
-@pytest.mark.parametrize("slots", ["mixed", "many mixed"])
-def test_dora(kernels, slots):
-    check(kernels, "q and v", SLOTS[slots], torch.float32, has_factors=True)
+@pytest.mark.parametrize("indices", ["mixed", "many mixed"])
+def test_dora(kernels, indices):
+    check(kernels, "q and v", SLOTS[indices], torch.float32, has_factors=True)
 
 
 @with_kernels
@@ -171,10 +171,10 @@ def test_in_a_cuda_graph(kernels):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kernels.add_low_rank(out.copy_(y), x, stack, rows)
-    for slots in (SLOTS["mixed"], [0] * 7, [1, 1, 1, 2, 2, 3, 0]):
-        rows.slots.copy_(torch.tensor(slots, dtype=torch.int32))
+    for indices in (SLOTS["mixed"], [0] * 7, [1, 1, 1, 2, 2, 3, 0]):
+        rows.adapter_indices.copy_(torch.tensor(indices, dtype=torch.int32))
         graph.replay()
-        expected = naive(y, x, stack, slots)
+        expected = naive(y, x, stack, indices)
         assert (out.double() - expected).abs().max() <= 3e-6 * expected.abs().max()
 
 

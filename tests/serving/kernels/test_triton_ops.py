@@ -190,12 +190,12 @@ def test_rotate_and_store_is_its_twin(kernels, dtype, heads, kv_heads, width):
     qkv = random(5, (heads + 2 * kv_heads) * width, dtype=dtype)
     angles = random(40, width // 2, seed=1)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-    positions, slots = torch.tensor([0, 39, 7, 7, 12]), torch.tensor([8, 31, 9, 23, 16])
+    positions, slot_mapping = torch.tensor([0, 39, 7, 7, 12]), torch.tensor([8, 31, 9, 23, 16])
     caches = random(2, 4, 8, kv_heads, width, seed=2, dtype=dtype)
     written = caches.to(DEVICE, copy=True)
-    inputs = (tensor.to(DEVICE) for tensor in (qkv, cos_sin, positions, slots))
-    check(kernels.rotate_and_store(*inputs, *written), ops.rotate_and_store(qkv, cos_sin, positions, slots, *caches),
-          dtype)  # fmt: skip
+    inputs = (tensor.to(DEVICE) for tensor in (qkv, cos_sin, positions, slot_mapping))
+    expected = ops.rotate_and_store(qkv, cos_sin, positions, slot_mapping, *caches)
+    check(kernels.rotate_and_store(*inputs, *written), expected, dtype)
     check(written, caches, dtype)
     assert torch.equal(written[1].cpu(), caches[1])
 
@@ -203,8 +203,9 @@ def test_rotate_and_store_is_its_twin(kernels, dtype, heads, kv_heads, width):
 def test_padding_tokens_may_share_a_slot(kernels):
     qkv, cos_sin = random(4, 3 * 16, dtype=torch.float32), torch.zeros(1, 16)
     caches = torch.zeros(2, 2, 8, 1, 16, device=DEVICE)
-    slots, positions = torch.tensor([3, 3, 3, 9], device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    kernels.rotate_and_store(qkv.to(DEVICE), cos_sin.to(DEVICE), positions, slots, *caches)
+    slot_mapping = torch.tensor([3, 3, 3, 9], device=DEVICE)
+    positions = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    kernels.rotate_and_store(qkv.to(DEVICE), cos_sin.to(DEVICE), positions, slot_mapping, *caches)
     assert torch.equal(caches[1, 1, 1, 0].cpu(), qkv[3, 32:])
     assert caches[:, 0, :3].abs().max() == 0
     assert caches[:, 0, 4:].abs().max() == 0

@@ -18,8 +18,8 @@ from alpaca.serving.llama.adapters import with_adapters
 from alpaca.serving.llama.graphs import DecodeGraphs
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.runner import Runner
-from alpaca.serving.llama.sampling import Choices
-from alpaca.serving.llama.step import HostStep
+from alpaca.serving.llama.sampling import SamplingState
+from alpaca.serving.llama.step import StepFields
 from alpaca.serving.llama.weights import load_llama, read_llama
 from tests.conftest import ROOT
 from tests.serving.kernels.test_triton_ops import DEVICE, INTERPRETED, let_numbers_be_indices
@@ -78,18 +78,21 @@ def make_graphs(runner: Runner, max_running: int) -> DecodeGraphs:
     return graphs
 
 
-def decode_step(lengths: list[int], step: int, slots_of: list[int] | None = None) -> tuple[HostStep, torch.Tensor]:
-    """A step in which sequence i computes its token number lengths[i] + step, in blocks of its own.
-
-    slots_of: each sequence's adapter.
-    """
-    places = [length + step for length in lengths]
+def decode_step(
+    lengths: list[int], step: int, adapter_indices: list[int] | None = None
+) -> tuple[StepFields[list], torch.Tensor]:
+    """A step in which sequence i computes its token number lengths[i] + step, in blocks of its own."""
+    positions = [length + step for length in lengths]
     tables = torch.arange(1, 1 + 8 * len(lengths), dtype=torch.int32).view(-1, 8)
-    slots = [int(tables[i, at // SIZE]) * SIZE + at % SIZE for i, at in enumerate(places)]
-    made = HostStep(
-        [3 + (7 * i + step) % 100 for i in range(len(lengths))], places, slots, [at + 1 for at in places],
-        list(range(len(lengths) + 1)), list(range(len(lengths))), slots_of or [0] * len(lengths),
-    )  # fmt: skip
+    made = StepFields(
+        token_ids=[3 + (7 * i + step) % 100 for i in range(len(lengths))],
+        positions=positions,
+        slot_mapping=[int(tables[i, at // SIZE]) * SIZE + at % SIZE for i, at in enumerate(positions)],
+        adapter_indices=adapter_indices or [0] * len(lengths),
+        state_rows=list(range(1, 1 + len(lengths))),
+        seq_lens=[at + 1 for at in positions],
+        query_lens=[1] * len(lengths),
+    )
     return made, tables
 
 
@@ -103,10 +106,10 @@ def test_every_bucket_gives_the_twins_logits_while_lengths_change(tmp_path, trit
     lengths = [5, 70, 16, 31, 100, 1, 47, 15, 64]
     for step, num_rows in enumerate([9, 1, 2, 3, 5, 8, 9]):
         made, tables = decode_step(lengths[:num_rows], step)
-        rows = [Choices(request(), 0, eos_ids=[2])] * num_rows
+        rows = [SamplingState(request(), 0, eos_ids=[2])] * num_rows
         with torch.inference_mode():
             found = graphs.launch(made, tables.numpy(), rows)
-            hidden = twin.model.forward(twin._inputs(made, tables.numpy()), twin.cache)
+            hidden = twin._run_network(made, tables.numpy())
             torch.testing.assert_close(found.float(), twin.model.logits(hidden).float(), rtol=0, atol=TOLERANCE)
             assert graphs.sample(num_rows).tolist() == found.argmax(-1).tolist()
 
@@ -119,14 +122,14 @@ def test_graphs_with_and_without_adapters_share_what_samples(tmp_path, triton_op
     twin = make_runner(with_adapters(load(tmp_path / "base", ops), adapters), max_running=4)
     graphs = make_graphs(runner, 4)
     lengths = [5, 33, 16, 1]
-    for step, slots in enumerate([[1, 1, 1], [0] * 4, [0, 1, 2, 2], [0], [2]]):
-        made, tables = decode_step(lengths[: len(slots)], step, slots)
-        rows = [Choices(request(), 0, eos_ids=[2])] * len(slots)
+    for step, indices in enumerate([[1, 1, 1], [0] * 4, [0, 1, 2, 2], [0], [2]]):
+        made, tables = decode_step(lengths[: len(indices)], step, indices)
+        rows = [SamplingState(request(), 0, eos_ids=[2])] * len(indices)
         with torch.inference_mode():
             found = graphs.launch(made, tables.numpy(), rows)
-            hidden = twin.model.forward(twin._inputs(made, tables.numpy()), twin.cache)
+            hidden = twin._run_network(made, tables.numpy())
             torch.testing.assert_close(found.float(), twin.model.logits(hidden).float(), rtol=0, atol=TOLERANCE)
-            assert graphs.sample(len(slots)).tolist() == found.argmax(-1).tolist()
+            assert graphs.sample(len(indices)).tolist() == found.argmax(-1).tolist()
 
 
 def write_adapters(base, folder) -> dict[str, AdapterFolder]:

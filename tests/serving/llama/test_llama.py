@@ -14,7 +14,7 @@ from alpaca.formats.hf.folder import WeightsFolder
 from alpaca.serving.kernels import ops
 from alpaca.serving.kernels.ops import AttentionBatch
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
-from alpaca.serving.llama.step import StepInputs
+from alpaca.serving.llama.step import StepFields
 from alpaca.serving.llama.weights import load_llama, read_llama
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float64, quantization: str = "
 
 
 def logits(model: LlamaModel, prompts: list[list[int]], *, chunk: int) -> list[torch.Tensor]:
-    """Each prompt's logits [T, V], computed `chunk` tokens of every prompt a step, in pages of 4 that lie scattered."""
+    """Each prompt's logits [T, V], computed `chunk` tokens of every prompt a step, in scattered blocks of 4."""
     size, per_sequence = 4, 64
     cache = KeyValueCache(model.config, num_blocks=200, block_size=size, dtype=model.dtype, device=CPU)
     tables = torch.randperm(199, generator=torch.Generator().manual_seed(0))[: len(prompts) * per_sequence] + 1
@@ -70,17 +70,22 @@ def logits(model: LlamaModel, prompts: list[list[int]], *, chunk: int) -> list[t
         lengths = torch.tensor([len(ids) for _, ids in parts])
         positions = torch.cat([torch.arange(start, start + length) for length in lengths])
         owner = torch.repeat_interleave(torch.tensor(rows), lengths)
-        inputs = StepInputs(
-            ids=torch.tensor([i for _, ids in parts for i in ids]),
+        seq_lens = (start + lengths).int()
+        step = StepFields(
+            token_ids=torch.tensor([i for _, ids in parts for i in ids]),
             positions=positions,
-            slots=tables[owner, positions // size].long() * size + positions % size,
-            attention=AttentionBatch(
-                tables[rows], (start + lengths).int(), torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
-                int(lengths.max()), int(start + lengths.max()),
-            ),
+            slot_mapping=tables[owner, positions // size].long() * size + positions % size,
+            adapter_indices=torch.zeros(len(positions), dtype=torch.int32),
+            state_rows=torch.tensor(rows) + 1,
+            seq_lens=seq_lens,
+            query_lens=lengths.int(),
+        )
+        attention = AttentionBatch(
+            tables[rows], seq_lens, torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
+            int(lengths.max()), int(start + lengths.max()),
         )  # fmt: skip
         with torch.inference_mode():
-            out = model.logits(model.forward(inputs, cache))
+            out = model.logits(model.forward(step.token_ids, step, attention, cache))
         for s, piece in zip(rows, out.split(lengths.tolist()), strict=True):
             found[s].append(piece)
     return [torch.cat(pieces) for pieces in found]

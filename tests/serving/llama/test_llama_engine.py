@@ -28,7 +28,7 @@ from alpaca.serving.llama.cache import BlockPool
 from alpaca.serving.llama.engine import LlamaEngine
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.runner import Runner
-from alpaca.serving.llama.sampling import Choices, choose, note
+from alpaca.serving.llama.sampling import SamplingState, commit_tokens, sample_tokens
 from alpaca.serving.llama.scheduler import Scheduler
 from alpaca.serving.loading import load_engine
 from alpaca.serving.request import Request
@@ -105,12 +105,12 @@ def naive(model: LlamaForCausalLM, request: Request) -> list[list[int]]:
     """Decode without batch or cache: all tokens again for each one."""
     answers = []
     for completion in range(request.n):
-        row = Choices(request, completion, eos_ids=[2])
+        row = SamplingState(request, completion, eos_ids=[2])
         ids = list(request.prompt_ids)
         while len(ids) < len(request.prompt_ids) + request.max_new_tokens:
             logits = model(torch.tensor([ids]), use_cache=False).logits[:, -1]
-            chosen = choose(logits, [row])
-            note([row], chosen)
+            chosen = sample_tokens(logits, [row])
+            commit_tokens([row], chosen)
             ids.append(chosen.item())
             if ids[-1] == 2:
                 break
@@ -229,7 +229,7 @@ def test_who_wants_the_whole_answer_is_woken_once(engine):
     assert [len(batch) for batch in generation.batches()] == [51]
 
 
-def test_cancel_frees_slot_and_pages(engine):
+def test_cancel_frees_state_row_and_blocks(engine):
     generation = engine.submit(request(max_new_tokens=110, min_new_tokens=110))
     next(generation.batches())
     generation.cancel()
@@ -284,10 +284,10 @@ def test_a_failing_step_fails_the_requests_concerned_and_no_other(models, caplog
     engine = make_engine(model, mode="ahead")
     launch = engine._runner.launch
 
-    def fail_for_poison(works):
-        if any(50 in work.sequence.ids[:3] for work in works):
+    def fail_for_poison(scheduled):
+        if any(50 in item.sequence.token_ids[:3] for item in scheduled):
             raise ValueError("poison")
-        return launch(works)
+        return launch(scheduled)
 
     engine._runner.launch = fail_for_poison
     healthy = [request(prompt_ids=(1, 60 + i, 70), max_new_tokens=40, temperature=1.0, seed=i) for i in range(4)]
@@ -310,18 +310,18 @@ def test_a_step_that_failed_and_is_tried_again_changes_no_answer(models, caplog,
     engine = make_engine(model, mode=mode)
     launch, steps = engine._runner.launch, []
 
-    def fail_now_and_then(works):
-        steps.append(len(works))
-        is_third = len(works) > 1 and len(steps) % 3 == 0
+    def fail_now_and_then(scheduled):
+        steps.append(len(scheduled))
+        is_third = len(scheduled) > 1 and len(steps) % 3 == 0
         if is_third and fails == "before":
             raise ValueError("now and then")
         if is_third:
             deliver, engine._runner._deliver = engine._runner._deliver, None
             try:
-                return launch(works)
+                return launch(scheduled)
             finally:
                 engine._runner._deliver = deliver
-        return launch(works)
+        return launch(scheduled)
 
     engine._runner.launch = fail_now_and_then
     chance = random.Random(5)

@@ -85,14 +85,14 @@ def scheduler(num_blocks: int, *, max_running: int = 8, max_step_tokens: int = 1
 
 def run_step(it: Scheduler, *, token: int = 7) -> list[Sequence]:
     """One step whose tokens are known at once; the sequences that were part of it."""
-    works = it.schedule()
-    it.launched(works)
-    for work in works:
-        if work.samples:
-            it.append(work.sequence, token)
-            if work.sequence.num_generated == work.sequence.max_new_tokens:
-                it.finish(work.sequence)
-    return [work.sequence for work in works]
+    scheduled = it.schedule()
+    it.record_launch(scheduled)
+    for item in scheduled:
+        if item.samples_token:
+            it.append_token(item.sequence, token)
+            if item.sequence.num_generated == item.sequence.max_new_tokens:
+                it.finish(item.sequence)
+    return [item.sequence for item in scheduled]
 
 
 def test_first_come_first_served():
@@ -114,12 +114,12 @@ def test_a_long_prompt_is_read_in_chunks_beside_running_streams():
     it.add(long)
     steps = []
     while long.num_generated < 1:
-        works = it.schedule()
-        steps.append([(work.sequence is stream, work.num_tokens) for work in works])
-        it.launched(works)
-        for work in works:
-            if work.samples:
-                it.append(work.sequence, 7)
+        scheduled = it.schedule()
+        steps.append([(item.sequence is stream, item.num_tokens) for item in scheduled])
+        it.record_launch(scheduled)
+        for item in scheduled:
+            if item.samples_token:
+                it.append_token(item.sequence, 7)
     assert steps == [[(True, 1), (False, 15)]] * 3 + [[(True, 1), (False, 5)]]
 
 
@@ -127,7 +127,7 @@ def test_completions_of_one_prompt_share_its_blocks():
     it = scheduler(100, max_step_tokens=64)
     prompt = list(range(18))
     leader = Sequence(prompt, max_new_tokens=5)
-    others = [Sequence(prompt, max_new_tokens=5, leader=leader) for _ in range(3)]
+    others = [Sequence(prompt, max_new_tokens=5, shares_prompt_with=leader) for _ in range(3)]
     for sequence in (leader, *others):
         it.add(sequence)
     assert run_step(it) == [leader]  # the others wait until there is something to share
@@ -141,10 +141,10 @@ def test_a_known_prefix_is_not_computed_again_but_its_last_token_is():
     it = scheduler(100, max_step_tokens=64)
     for expected in ([(0, 16)], [(12, 4)]):  # the whole prompt is known, yet its logits are wanted
         it.add(sequence := Sequence(range(16), max_new_tokens=1))
-        works = it.schedule()
-        assert [(work.start, work.num_tokens) for work in works] == expected
-        it.launched(works)
-        it.append(sequence, 7)
+        scheduled = it.schedule()
+        assert [(item.start, item.num_tokens) for item in scheduled] == expected
+        it.record_launch(scheduled)
+        it.append_token(sequence, 7)
         it.finish(sequence)
 
 
@@ -160,7 +160,7 @@ def test_the_youngest_makes_room_and_goes_on_later():
         order += [sequence for sequence in ran if sequence.is_finished]
     assert order == [old, young]
     assert young.num_admissions == 2
-    assert len(young.ids) == 16
+    assert len(young.token_ids) == 16
     assert it.pool.num_free == it.pool.capacity
 
 
@@ -186,16 +186,16 @@ def test_who_is_preempted_with_a_token_in_flight_waits_until_it_is_known():
     old, young = (Sequence(range(16), max_new_tokens=4) for _ in range(2))
     it.add(old)
     it.add(young)
-    it.launched(it.schedule())  # both sample, and nobody knows the tokens yet
+    it.record_launch(it.schedule())  # both sample, and nobody knows the tokens yet
     assert young.num_in_flight == 1
-    works = it.schedule()
+    scheduled = it.schedule()
     assert it.num_preemptions == 1
-    assert [work.sequence for work in works] == [old]
-    assert young.slot is None
-    it.launched(works)
+    assert [item.sequence for item in scheduled] == [old]
+    assert young.state_row is None
+    it.record_launch(scheduled)
     for sequence in (old, young):
-        it.append(sequence, 7)
-    assert [(work.sequence, work.num_tokens) for work in it.schedule()] == [(old, 1), (young, 1)]
+        it.append_token(sequence, 7)
+    assert [(item.sequence, item.num_tokens) for item in it.schedule()] == [(old, 1), (young, 1)]
 
 
 @pytest.mark.parametrize(("num_blocks", "is_admitted"), [(2 + 3 + 1, False), (2 + 3 + 2, True)])

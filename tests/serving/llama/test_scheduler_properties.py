@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from alpaca.serving.llama.cache import BlockPool
-from alpaca.serving.llama.scheduler import Scheduler, Sequence, Work
+from alpaca.serving.llama.scheduler import ScheduledSequence, Scheduler, Sequence
 
 SIZE = 4  # tokens in a block
 EOS = 0
@@ -36,10 +36,10 @@ def answer_alone(sequence: Sequence) -> list[int]:
     """The tokens that the sequence gets where nothing is shared, cached, preempted or cut into chunks."""
     cells: list[int] = []
     tokens: list[int] = []
-    inputs = sequence.ids[: sequence.num_prompt]
+    inputs = sequence.token_ids[: sequence.num_prompt_tokens]
     while len(tokens) < sequence.max_new_tokens and EOS not in tokens:
         for token in inputs:
-            cells.append(compute_cell(cells[-1] if cells else sequence.adapter, token))
+            cells.append(compute_cell(cells[-1] if cells else sequence.adapter_index, token))
         inputs = [choose_token(cells)]
         tokens += inputs
     return tokens
@@ -50,29 +50,29 @@ class Device:
 
     def __init__(self) -> None:
         self.cells: dict[int, int] = {}
-        self.last_tokens: dict[int, int] = {}  # by slot: what the host does not know yet
+        self.last_tokens: dict[int, int] = {}  # by state row: what the host does not know yet
 
-    def run(self, works: list[Work]) -> list[int]:
-        """The sampled tokens, one for each work that samples."""
-        for work in works:
-            self._write(work)
-        sampled = [work for work in works if work.samples]
-        tokens = [choose_token(self._read(work)) for work in sampled]
-        self.last_tokens.update((work.sequence.slot, token) for work, token in zip(sampled, tokens, strict=True))
+    def run(self, scheduled: list[ScheduledSequence]) -> list[int]:
+        """The sampled tokens, one for each item that samples."""
+        for item in scheduled:
+            self._write(item)
+        sampled = [item for item in scheduled if item.samples_token]
+        tokens = [choose_token(self._read(item)) for item in sampled]
+        self.last_tokens.update((item.sequence.state_row, token) for item, token in zip(sampled, tokens, strict=True))
         return tokens
 
-    def _write(self, work: Work) -> None:
-        sequence, end = work.sequence, work.start + work.num_tokens
-        tokens = sequence.ids[work.start : end]
-        if len(tokens) < work.num_tokens:
-            tokens = [*tokens, self.last_tokens[sequence.slot]]
-        assert len(tokens) == work.num_tokens, "one token at most is not known yet"
-        for at, token in enumerate(tokens, start=work.start):
-            before = self.cells[self._place(sequence, at - 1)] if at else sequence.adapter
+    def _write(self, item: ScheduledSequence) -> None:
+        sequence, end = item.sequence, item.start + item.num_tokens
+        tokens = sequence.token_ids[item.start : end]
+        if len(tokens) < item.num_tokens:
+            tokens = [*tokens, self.last_tokens[sequence.state_row]]
+        assert len(tokens) == item.num_tokens, "one token at most is not known yet"
+        for at, token in enumerate(tokens, start=item.start):
+            before = self.cells[self._place(sequence, at - 1)] if at else sequence.adapter_index
             self.cells[self._place(sequence, at)] = compute_cell(before, token)
 
-    def _read(self, work: Work) -> list[int]:
-        return [self.cells[self._place(work.sequence, at)] for at in range(work.start + work.num_tokens)]
+    def _read(self, item: ScheduledSequence) -> list[int]:
+        return [self.cells[self._place(item.sequence, at)] for at in range(item.start + item.num_tokens)]
 
     def _place(self, sequence: Sequence, at: int) -> int:
         return sequence.blocks[at // SIZE] * SIZE + at % SIZE
@@ -97,7 +97,7 @@ class History:
         self.ended: list[Sequence] = []
         self.first_steps: dict[Sequence, int] = {}  # in which step a sequence's first token was computed
         self.num_steps = 0
-        self._under_way: tuple[list[Work], list[int]] = ([], [])
+        self._under_way: tuple[list[ScheduledSequence], list[int]] = ([], [])
 
     def run(self) -> None:
         """Arrivals for a while, then steps until every sequence has ended."""
@@ -111,29 +111,29 @@ class History:
 
     def _step(self) -> None:
         admissions = {sequence: sequence.num_admissions for sequence in self.alive}
-        works = self.scheduler.schedule()
-        check_works(works, self.scheduler, self.max_step_tokens)
+        scheduled = self.scheduler.schedule()
+        check_scheduled(scheduled, self.scheduler, self.max_step_tokens)
         check_blocks(self.scheduler)
-        check_admissions(admissions, works, self.scheduler, self.max_step_tokens)
-        tokens = self.device.run(works)
-        for work in works:
-            if work.samples:
-                self.first_steps.setdefault(work.sequence, self.num_steps)
-        self.scheduler.launched(works)
-        check_cache(works, self.scheduler)
-        known = works, tokens
+        check_admissions(admissions, scheduled, self.scheduler, self.max_step_tokens)
+        tokens = self.device.run(scheduled)
+        for item in scheduled:
+            if item.samples_token:
+                self.first_steps.setdefault(item.sequence, self.num_steps)
+        self.scheduler.record_launch(scheduled)
+        check_cache(scheduled, self.scheduler)
+        known = scheduled, tokens
         if self.ahead:
             known, self._under_way = self._under_way, known
         self._publish(*known)
         self.num_steps += 1
 
-    def _publish(self, works: list[Work], tokens: list[int]) -> None:
-        for work, token in zip([work for work in works if work.samples], tokens, strict=True):
-            sequence = work.sequence
+    def _publish(self, scheduled: list[ScheduledSequence], tokens: list[int]) -> None:
+        for item, token in zip([item for item in scheduled if item.samples_token], tokens, strict=True):
+            sequence = item.sequence
             if sequence.is_finished:
                 continue
-            self.scheduler.append(sequence, token)
-            if token == EOS or len(sequence.ids) - sequence.num_prompt == sequence.max_new_tokens:
+            self.scheduler.append_token(sequence, token)
+            if token == EOS or len(sequence.token_ids) - sequence.num_prompt_tokens == sequence.max_new_tokens:
                 self._end(sequence)
 
     def _add_request(self) -> None:
@@ -142,8 +142,10 @@ class History:
         prompt = [topic] * self.chance.randint(1, 16) + [self.chance.randint(1, 2)] * self.chance.randint(0, 5)
         leader, adapter, has_leader = None, self.chance.choice([0, 0, 1]), self.chance.random() < 0.4
         for _ in range(self.chance.choice([1, 1, 1, 3])):
-            sequence = Sequence(prompt, max_new_tokens=self.chance.randint(1, 24), adapter=adapter, leader=leader)
-            if self.scheduler.fits(sequence.num_prompt + sequence.max_new_tokens):
+            sequence = Sequence(
+                prompt, max_new_tokens=self.chance.randint(1, 24), adapter_index=adapter, shares_prompt_with=leader
+            )
+            if self.scheduler.fits(sequence.num_prompt_tokens + sequence.max_new_tokens):
                 self.scheduler.add(sequence)
                 self.alive.append(sequence)
                 leader = leader or (sequence if has_leader else None)
@@ -158,21 +160,21 @@ class History:
 # The rules ----------------------------------------------------------------------------------------------------------
 
 
-def check_works(works: list[Work], scheduler: Scheduler, max_step_tokens: int) -> None:
+def check_scheduled(scheduled: list[ScheduledSequence], scheduler: Scheduler, max_step_tokens: int) -> None:
     """Each part of a step is what its sequence needs next, all keep to the budget, and the oldest goes on."""
-    assert sum(work.num_tokens for work in works) <= max_step_tokens
-    assert len({work.sequence for work in works}) == len(works)
-    for work in works:
-        sequence, end = work.sequence, work.start + work.num_tokens
+    assert sum(item.num_tokens for item in scheduled) <= max_step_tokens
+    assert len({item.sequence for item in scheduled}) == len(scheduled)
+    for item in scheduled:
+        sequence, end = item.sequence, item.start + item.num_tokens
         assert sequence in scheduler.running
-        assert work.start == sequence.num_computed < end
-        assert work.samples == (end == len(sequence))
+        assert item.start == sequence.num_computed < end
+        assert item.samples_token == (end == len(sequence))
         assert sequence.num_generated < sequence.max_new_tokens, "its last token is under way"
-        written = {sequence.blocks[at // SIZE] for at in range(work.start, end)}
+        written = {sequence.blocks[at // SIZE] for at in range(item.start, end)}
         holders = Counter(block for other in scheduler.running for block in other.blocks)
         assert {holders[block] for block in written} == {1}, "somebody else reads what this sequence writes"
     for oldest in scheduler.running[:1]:  # it is in every step, unless all of its tokens are under way
-        assert oldest.num_generated >= oldest.max_new_tokens or oldest in {work.sequence for work in works}
+        assert oldest.num_generated >= oldest.max_new_tokens or oldest in {item.sequence for item in scheduled}
 
 
 def check_blocks(scheduler: Scheduler) -> None:
@@ -185,24 +187,24 @@ def check_blocks(scheduler: Scheduler) -> None:
     assert all(len(sequence.blocks) == len(set(sequence.blocks)) for sequence in scheduler.running)
     assert all(len(sequence.blocks) * SIZE >= sequence.num_computed for sequence in scheduler.running)
     assert not any(sequence.blocks or sequence.num_computed for sequence in scheduler.waiting)
-    slots = [sequence.slot for sequence in scheduler.running]
-    assert len(set(slots)) == len(slots)
+    rows = [sequence.state_row for sequence in scheduler.running]
+    assert len(set(rows)) == len(rows)
 
 
-def check_cache(works: list[Work], scheduler: Scheduler) -> None:
+def check_cache(scheduled: list[ScheduledSequence], scheduler: Scheduler) -> None:
     """A later prompt that begins with a sequence's tokens finds all of its full blocks whose tokens are known.
 
     Not so where another sequence computed the same at the same time: the blocks of only one of the two are found.
     """
-    for sequence in (work.sequence for work in works):
-        known = sequence.ids[: sequence.num_computed]
+    for sequence in (item.sequence for item in scheduled):
+        known = sequence.token_ids[: sequence.num_computed]
         full = sequence.blocks[: len(known) // SIZE]
         if all(block in scheduler.pool._key_of for block in full):
-            assert scheduler.pool.find_prefix(known, sequence.root)[0] == full
+            assert scheduler.pool.find_prefix(known, sequence.root_prefix)[0] == full
 
 
 def check_admissions(
-    before: dict[Sequence, int], works: list[Work], scheduler: Scheduler, max_step_tokens: int
+    before: dict[Sequence, int], scheduled: list[ScheduledSequence], scheduler: Scheduler, max_step_tokens: int
 ) -> None:
     """Who starts is first among those that could, has no token in flight and leaves the others a block each.
 
@@ -213,25 +215,25 @@ def check_admissions(
     could_start = [sequence for sequence in scheduler.waiting if not is_behind_leader(sequence)]
     for sequence in admitted:
         assert sequence.num_in_flight == 0
-        assert all(sequence.order < other.order for other in could_start)
+        assert all(sequence.arrival < other.arrival for other in could_start)
     for sequences in (scheduler.running, scheduler.waiting):
-        assert sequences == sorted(sequences, key=lambda sequence: sequence.order)
+        assert sequences == sorted(sequences, key=lambda sequence: sequence.arrival)
     if admitted:
         assert scheduler.pool.num_free >= len(scheduler.running) - 1
-    if could_start and scheduler._free_slots and sum(work.num_tokens for work in works) < max_step_tokens:
+    if could_start and scheduler._free_state_rows and sum(item.num_tokens for item in scheduled) < max_step_tokens:
         first = could_start[0]
         assert first.num_in_flight or num_blocks_wanted(first, scheduler) > scheduler.pool.num_free
 
 
 def is_behind_leader(sequence: Sequence) -> bool:
     """Whether the prompt that a sequence shares with its leader is not computed yet."""
-    leader = sequence.leader
-    return leader is not None and not leader.is_finished and leader.num_computed < leader.num_prompt
+    leader = sequence.shares_prompt_with
+    return leader is not None and not leader.is_finished and leader.num_computed < leader.num_prompt_tokens
 
 
 def num_blocks_wanted(sequence: Sequence, scheduler: Scheduler) -> int:
     """Free blocks that a waiting sequence takes or finds, and the one that stays for each running sequence."""
-    found, _ = scheduler.pool.find_prefix(sequence.ids[:-1], sequence.root)
+    found, _ = scheduler.pool.find_prefix(sequence.token_ids[:-1], sequence.root_prefix)
     held = {block for other in scheduler.running for block in other.blocks}
     return -(-len(sequence) // SIZE) - len(held.intersection(found)) + len(scheduler.running)
 
@@ -247,9 +249,11 @@ def test_random_histories_keep_the_rules(seed, ahead):
     assert scheduler.pool.num_free == scheduler.pool.capacity
     assert len(history.ended) > 5
     for sequence in history.ended:
-        assert sequence.ids[sequence.num_prompt :] == answer_alone(sequence)
+        assert sequence.token_ids[sequence.num_prompt_tokens :] == answer_alone(sequence)
     # (Completions behind a leader wait for its prompt, so that others may pass them.)
-    leaders = sorted((s for s in history.first_steps if s.leader is None), key=lambda sequence: sequence.order)
+    leaders = sorted(
+        (s for s in history.first_steps if s.shares_prompt_with is None), key=lambda sequence: sequence.arrival
+    )
     steps = [history.first_steps[sequence] for sequence in leaders]
     assert steps == sorted(steps)
 
@@ -262,5 +266,5 @@ def test_the_histories_meet_every_case():
     sequences = [sequence for history in histories for sequence in history.ended]
     assert sum(history.scheduler.num_preemptions for history in histories) > 100
     assert sum(sequence.num_cached > 0 for sequence in sequences) > 100
-    assert sum(sequence.leader is not None for sequence in sequences) > 100
+    assert sum(sequence.shares_prompt_with is not None for sequence in sequences) > 100
     assert sum(sequence.num_admissions > 1 for sequence in sequences) > 50

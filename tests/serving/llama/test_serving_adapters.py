@@ -23,7 +23,7 @@ from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.loading import load_engine
 from alpaca.serving.plan import main
 from alpaca.serving.request import AdapterNames
-from alpaca.serving.served import describe_other_bases, open_served
+from alpaca.serving.served_model import describe_other_bases, open_served_model
 from alpaca.serving.settings import ServerSettings, parse_adapters
 from tests.serving.llama.test_llama import KINDS, load, logits, save_model
 from tests.serving.llama.test_llama_engine import MODES, make_engine, naive, random_request, request, tokens
@@ -58,19 +58,19 @@ class Oracle:
     """PEFT's unmerged model, switched to a request's adapter."""
 
     def __init__(self, base: LlamaForCausalLM, folders: dict[str, Path]) -> None:
-        self._slots = {name: f"slot{at}" for at, name in enumerate(folders)}
+        self._peft_names = {name: f"slot{at}" for at, name in enumerate(folders)}
         for name, folder in folders.items():
-            if self._slots[name] == "slot0":
+            if self._peft_names[name] == "slot0":
                 self.model = PeftModel.from_pretrained(base, folder, adapter_name="slot0").eval()
             else:
-                self.model.load_adapter(folder, adapter_name=self._slots[name])
+                self.model.load_adapter(folder, adapter_name=self._peft_names[name])
 
     def using(self, name: str | None) -> torch.nn.Module:
         if name is None:
             self.model.base_model.disable_adapter_layers()
         else:
             self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(self._slots[name])
+            self.model.set_adapter(self._peft_names[name])
         return self.model
 
 
@@ -136,7 +136,7 @@ def test_logits_are_pefts(tmp_path, kind, one_thread):
     plain = load(tmp_path / "base")
     prompt = list(range(3, 40))
     for name, adapter in adapters.items():
-        # Alone, so that slot 1 is the one; test_any_mixture has them together.
+        # Alone, so that it has index 1; test_any_mixture has them together.
         model = with_adapters(plain, {name: adapter})
         with torch.inference_mode():
             expected = oracle.using(name)(torch.tensor([prompt])).logits[0]
@@ -148,9 +148,8 @@ def adapted_logits(model: LlamaModel, prompt: list[int]) -> torch.Tensor:
     """The logits [T, V] of a prompt whose rows all have the first adapter."""
     forward = LlamaModel.forward
 
-    def with_first(self, inputs, cache):
-        rows = ops_rows(len(inputs.ids))
-        return forward(self, type(inputs)(**{**vars(inputs), "adapters": rows}), cache)
+    def with_first(self, token_ids, step, attention, cache):
+        return forward(self, token_ids, step, attention, cache, adapters=ops_rows(len(token_ids)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlamaModel, "forward", with_first)
@@ -245,18 +244,18 @@ def test_rows_of_one_adapter_lie_together(both, monkeypatch):
     seen = []
     lay_out = engine._runner._lay_out
 
-    def note(works):
-        step = lay_out(works)
-        seen.append(step.adapters)
+    def watched(scheduled):
+        step = lay_out(scheduled)
+        seen.append(step.adapter_indices)
         return step
 
-    engine._runner._lay_out = note
+    engine._runner._lay_out = watched
     names = ["all", None, "dora", "all", None, "dora", "all"]
     generations = [engine.submit(request(prompt_ids=(1, 9 + i), adapter=name)) for i, name in enumerate(names)]
     for generation in generations:
         assert tokens(generation) == expect(oracle, generation.request)
     assert max(map(len, map(set, seen))) == 3
-    assert all(slots == sorted(slots) for slots in seen)
+    assert all(indices == sorted(indices) for indices in seen)
     engine.close()
 
 
@@ -353,26 +352,26 @@ def test_a_client_names_adapters_and_nothing_else(asked):
 @pytest.mark.usefixtures("both")
 def test_the_base_is_found_by_the_config_or_the_setting(place, tmp_path, monkeypatch):
     adapter = shutil.copytree(place / "all", tmp_path / "adapter")
-    assert open_served(adapter, ServerSettings()).base == place / "base"
+    assert open_served_model(adapter, ServerSettings()).base == place / "base"
     change(adapter / "adapter_config.json", base_model_name_or_path="base")
     monkeypatch.chdir(place)
-    served = open_served(adapter, ServerSettings(adapters=f"a={place / 'dora'}"))
+    served = open_served_model(adapter, ServerSettings(adapters=f"a={place / 'dora'}"))
     assert (served.base, list(served.adapters)) == (Path("base"), ["default", "a"])
     monkeypatch.chdir(tmp_path)
-    assert open_served(adapter, ServerSettings(base_model=str(place / "base"))).base == place / "base"
+    assert open_served_model(adapter, ServerSettings(base_model=str(place / "base"))).base == place / "base"
     with pytest.raises(
         MissingInput, match=rf"base model 'base' is not here \(no folder {tmp_path}/base\)\. Set ALPACA_B"
     ):
-        open_served(adapter, ServerSettings())
+        open_served_model(adapter, ServerSettings())
     change(adapter / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(MissingInput, match=r"base model '' is not here \(no base_model_name_or_path\)"):
-        open_served(adapter, ServerSettings())
+        open_served_model(adapter, ServerSettings())
     with pytest.raises(InputError, match="is an adapter itself"):
-        open_served(adapter, ServerSettings(base_model=str(place / "all")))
+        open_served_model(adapter, ServerSettings(base_model=str(place / "all")))
     with pytest.raises(InputError, match=r"ALPACA_ADAPTERS: a=\S+base is no adapter"):
-        open_served(place / "base", ServerSettings(adapters=f"a={place / 'base'}"))
+        open_served_model(place / "base", ServerSettings(adapters=f"a={place / 'base'}"))
     with pytest.raises(MissingInput, match="ALPACA_ADAPTERS: a must name a folder"):
-        open_served(place / "base", ServerSettings(adapters=f"a={tmp_path / 'nothing'}"))
+        open_served_model(place / "base", ServerSettings(adapters=f"a={tmp_path / 'nothing'}"))
 
 
 def change(path: Path, **values: object) -> None:
@@ -395,7 +394,7 @@ def test_a_base_quantized_otherwise_than_in_training_is_warned_of(place, tmp_pat
     if trained:
         record(adapter, base_quantization=trained)
     settings = ServerSettings(quantization=served)
-    said = list(describe_other_bases(open_served(adapter, settings), settings))
+    said = list(describe_other_bases(open_served_model(adapter, settings), settings))
     assert len(said) == warned
     if warned:
         assert f"adapter default was trained on its base with quantization {trained}" in said[0]
@@ -410,7 +409,7 @@ def test_a_base_of_other_tensors_than_in_training_is_warned_of(place, tmp_path):
     settings = ServerSettings(adapters=f"second={second}")
 
     def said(folder: Path, settings: ServerSettings = settings) -> list[str]:
-        return list(describe_other_bases(open_served(folder, settings), settings))
+        return list(describe_other_bases(open_served_model(folder, settings), settings))
 
     record(adapter, base_fingerprint=mine)
     assert not said(adapter)

@@ -357,7 +357,7 @@ def test_quantized_bases_are_smaller(llama_7b: Path):
 def test_what_fits_and_what_would(card, arguments, fits, would, llama_7b: Path, records: Path, tmp_path: Path):
     config = TrainConfig(
         model_name_or_path=str(llama_7b), data_path=str(records), output_dir=str(tmp_path / "out"),
-        plan_only=True, count_memory=card, **arguments,
+        plan_only=True, plan_memory=card, **arguments,
     )  # fmt: skip
     shown: list[str] = []
     if fits:
@@ -397,7 +397,7 @@ def test_gradients_are_planned_whole_where_training_keeps_them_so(llama_7b: Path
 def test_a_plan_for_a_run_of_quantized_weights_in_little_memory(llama_7b: Path, records: Path, tmp_path: Path):
     """LLaMA-7B by QLoRA in what torchtune's figure for an 8B is, 7.4 GiB, by recomputing just enough."""
     settings = {"model_name_or_path": str(llama_7b), "data_path": str(records), "output_dir": str(tmp_path / "out")}
-    micro = {"method": "qlora", "per_device_train_batch_size": 2, "count_memory": "24GB", "plan_only": True}
+    micro = {"method": "qlora", "per_device_train_batch_size": 2, "plan_memory": "24GB", "plan_only": True}
     shown: list[str] = []
     print_plan(TrainConfig(**settings, **micro, memory_limit="7.4GiB"), show=shown.append)
     found = json.loads(shown[-1])
@@ -424,7 +424,7 @@ def test_a_hybrid_sharding_shards_inside_a_machine(llama_7b: Path, records: Path
 
     def find(words: str, **values: int) -> tuple[dict, str]:
         return plan_of(
-            TrainConfig(**base, plan_only=True, count_memory="80GB", plan_gpus=16, fsdp=f"{words} auto_wrap", **values)
+            TrainConfig(**base, plan_only=True, plan_memory="80GB", plan_gpus=16, fsdp=f"{words} auto_wrap", **values)
         )
 
     (full, _), (hybrid, table) = find("full_shard"), find("hybrid_shard")
@@ -457,7 +457,7 @@ def test_the_table_of_gpus_is_the_same_from_a_machine_without_one(llama_7b: Path
         model_name_or_path=str(llama_7b), data_path=str(records), output_dir=str(tmp_path / "out"), plan_only=True,
         numerics="stanford", plan_gpus=4,
     )  # fmt: skip
-    (here, _), (named, table) = plan_of(config), plan_of(dataclasses.replace(config, count_memory="80GB"))
+    (here, _), (named, table) = plan_of(config), plan_of(dataclasses.replace(config, plan_memory="80GB"))
     assert here["cards"] == named["cards"]
     row = next(row for row in named["cards"] if row["gpus"] == 4)
     assert row["peak_bytes"]["80GB"] == named["memory"]["peak_bytes"]

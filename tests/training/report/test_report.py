@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from alpaca.data.examples import EncodingReport
 from alpaca.errors import InputError, MissingPackage
 from alpaca.text.loading import load_tokenizer
 from alpaca.training.configuration.config import TrainConfig
@@ -21,7 +22,9 @@ from alpaca.training.configuration.flags import RENAMED
 from alpaca.training.configuration.resolving import make_settings, resolve
 from alpaca.training.loop import TrainingStopped, train
 from alpaca.training.report import answers
-from alpaca.training.report.page import line_chart
+from alpaca.training.report.answers import Sample
+from alpaca.training.report.charts import Line, draw_lines
+from alpaca.training.report.page import Record, make_page
 from alpaca.training.report.summary import MemoryMeter, evaluation_entry, mean_rate
 from alpaca.training.schedule import count_held_out
 
@@ -113,7 +116,9 @@ def test_report_page_holds_the_run(configure: Configure):
     text = (folder / "report.html").read_text()
     page = _Page(text)
     assert not [value for name, value in page.attributes if name in ("src", "href", "onload")]
-    assert "http" not in re.sub(r"https?://\S*dataset\S*", "", text)
+    assert "http" not in re.sub(r"https?://\S*dataset\S*|http-equiv", "", text)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
+    assert all(value.startswith("#") for name, value in page.attributes if name == "xlink:href")
     assert "<script" not in text
     assert page.parts["h2"] == [
         "In short", "Loss", "Learning rate", "Throughput", "Memory", "Answers before and after", "Data",
@@ -231,11 +236,43 @@ def test_mean_rate_weighs_by_time():
 
 @pytest.mark.parametrize("points", [[(1, 5.0)], [(1, 0.0), (2, 0.0)], [(i, 1e-5 * i) for i in range(2000)]])
 def test_charts_of_any_run(points: list):
-    svg = line_chart({"loss": points}, y="loss")
-    places = re.search(r'points="([^"]*)"', svg)[1].split()
+    svg = draw_lines([Line("loss", points)], y="loss")
+    assert svg == draw_lines([Line("loss", points)], y="loss")
+    width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', svg).groups())
+    drawn = re.findall(r'<path d="([^"]*)"[^>]*style="fill: none; stroke: var\(--a\)', svg)
+    places = [tuple(map(float, place)) for place in re.findall(r"[ML] (\S+) (\S+)", drawn[0])]
     assert 1 <= len(places) <= 600
-    for place in places:
-        x, y = map(float, place.split(","))
-        assert 0 <= x <= 480
-        assert 0 <= y <= 260
-    assert "Nothing was logged" in line_chart({"loss": []}, y="loss")
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in places)
+    if len(points) > 1:
+        assert [y for _, y in places] == sorted((y for _, y in places), reverse=True)  # it rises, or is flat
+    assert draw_lines([Line("loss", [])], y="loss") == ""
+
+
+def test_charts_are_named_coloured_by_the_page_and_load_nothing():
+    lines = [Line("loss", [(1, 2.0), (2, 1.0)]), Line("<b>&", [(2, 1.5)], is_second=True)]
+    svg = draw_lines(lines, y='"loss"', from_zero=True)
+    assert svg.startswith('<svg role="img" aria-label="&#34;loss&#34; over the steps" viewBox="0 0 ')
+    assert {"step", "loss", "&lt;b&gt;&amp;", "0.00"} <= set(re.findall(r">([^<>]+)</text>", svg))
+    assert {"var(--a)", "var(--b)", "var(--soft)", "var(--line)"} == set(re.findall(r"var\([^)]*\)", svg))
+    assert not re.search(r"#[0-9a-f]{6}\b|http|<metadata|<image|<script", svg.replace('href="#', ""))
+
+
+def test_hostile_texts_stay_texts_in_the_report():
+    hostile = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{7*7}}"
+    data = EncodingReport(
+        num_read=2, num_kept=2, num_tokens=9, num_targets=3, num_without_eos=0, num_all_masked=0,
+        num_empty_outputs=0, num_duplicates=0, max_length=512,
+    )  # fmt: skip
+    flags = {"output_dir": hostile, "model_name_or_path": hostile, "method": "full", "recipe": "alpaca"}
+    record = Record(
+        flags=flags, plan=None, history=[{"step": 1, "loss": math.nan}], summary={"train_runtime": 1.0}, data=data,
+        held_out=None, num_processes=1, device=torch.device("cpu"), peak_bytes=1, tokens_per_second=1.0,
+        share_of_peak=None, samples=[Sample(prompt=hostile, reference=hostile, before=hostile, after=hostile)],
+    )  # fmt: skip
+    text = make_page(record)
+    page = _Page(text)
+    assert not {"script", "img"} & page.parts.keys()
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.parts["pre"].count(f"\n{hostile}") == 4
+    assert page.parts["td"].count(hostile) == 3  # the model, in short and by its flag, and the folder
+    assert text.count("Nothing was logged.") == 3

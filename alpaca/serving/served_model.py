@@ -1,4 +1,4 @@
-"""What a server serves: the base model's folder and the adapters over it, found and held against each other."""
+"""What a server serves: finds the folders of the base model and its adapters, and checks that they fit together."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -22,21 +22,22 @@ _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
-    """What a server was given: a base model, and adapters by the names that requests use."""
+class ServedModel:
+    """The folder of a base model, and its adapters by the names that requests use."""
 
     base: Path
     adapters: dict[str, AdapterFolder]
 
 
-def names_of(adapters: Mapping[str, AdapterFolder]) -> AdapterNames:
-    """What requests may ask for."""
+def adapter_names(adapters: Mapping[str, AdapterFolder]) -> AdapterNames:
+    """The names of adapters that requests may ask for, and the default."""
     return AdapterNames(named=tuple(adapters), default=DEFAULT_ADAPTER if DEFAULT_ADAPTER in adapters else None)
 
 
-def open_served(folder: Path, settings: ServerSettings) -> Served:
-    """The base model and the adapters: `folder` is the one or the other, the settings name more.
+def open_served_model(folder: Path, settings: ServerSettings) -> ServedModel:
+    """Find the base model and the adapters of a server.
 
+    `folder` is the base model's or an adapter's; the settings name further adapters, and the base of an adapter.
     Raises InputError, MissingInput.
     """
     adapters: dict[str, AdapterFolder] = {}
@@ -51,11 +52,14 @@ def open_served(folder: Path, settings: ServerSettings) -> Served:
         if not is_adapter(found):
             raise InputError(f"ALPACA_ADAPTERS: {name}={place} is no adapter: it has no adapter_config.json")
         adapters[name] = open_adapter(found)
-    return Served(base=base, adapters=adapters)
+    return ServedModel(base=base, adapters=adapters)
 
 
 def _find_base(adapter: AdapterFolder, settings: ServerSettings) -> Path:
-    """The model folder under an adapter: the setting's, else the one its config names, from the working directory."""
+    """The folder of an adapter's base model: the one the settings name, else the one its adapter_config.json names.
+
+    A relative path of adapter_config.json is taken from the working directory.
+    """
     if settings.base_model:
         base = open_weights(settings.base_model, named="ALPACA_BASE_MODEL")
     else:
@@ -74,9 +78,9 @@ def _find_base(adapter: AdapterFolder, settings: ServerSettings) -> Path:
 
 
 def check_tokenizers(adapters: Mapping[str, AdapterFolder], tokenizer: Tokenizer) -> None:
-    """Where an adapter brings a tokenizer it must be the base's, which all are served with; a [PAD] more is none less.
+    """Check the tokenizers that adapters bring against the base model's, with which all of them are served.
 
-    Raises InputError.
+    An additional [PAD] token makes no difference. Raises InputError if a tokenizer differs otherwise.
     """
     text = format_prompt("Name three alpacas.", "", "alpaca")
     for name, adapter in adapters.items():
@@ -91,10 +95,10 @@ def check_tokenizers(adapters: Mapping[str, AdapterFolder], tokenizer: Tokenizer
             )
 
 
-def describe_other_bases(served: Served, settings: ServerSettings) -> Iterator[str]:
-    """Where an adapter meets another base than it was trained on, as train.py recorded it beside the adapter.
+def describe_other_bases(served: ServedModel, settings: ServerSettings) -> Iterator[str]:
+    """Warnings about adapters whose base model is not the one they were trained on, which train.py recorded.
 
-    For warnings: a base of other tensors may be the same in another dtype, and a rounded one what was wanted.
+    Only warnings, since other tensors may be the same model in another dtype, and quantization may be intended.
     """
     own = None
     for name, adapter in served.adapters.items():
