@@ -43,12 +43,13 @@ def open_base(settings: BaseSettings) -> Base:
     folder = locate_model(settings.model, cache_dir=settings.cache_dir)
     if not (folder / "config.json").is_file():
         raise MissingInput(_no_model(folder))
+    dtype = _weights_dtype(folder)
     _check_files(folder)
     tokenizer = load_tokenizer(_locate_tokenizer(settings, folder))
     if settings.needs_pad_token and tokenizer.add_pad_token():
         logger.info("added %s as id %d: the tokenizer had no padding token", PAD_TOKEN, tokenizer.pad_id)
     logger.info("tokenizer: %s", tokenizer_summary(tokenizer))
-    return Base(folder=folder, tokenizer=tokenizer, dtype=_weights_dtype(folder))
+    return Base(folder=folder, tokenizer=tokenizer, dtype=dtype)
 
 
 def _check_files(folder: Path) -> None:

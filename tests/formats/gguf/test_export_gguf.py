@@ -136,8 +136,12 @@ def test_blocks_of_rows_are_the_whole(tmp_path, monkeypatch):
 def test_tied_embeddings_are_written_once(tmp_path):
     folder = write_model(tmp_path / "m", tie_word_embeddings=True)
     assert "output.weight" not in types_of(run(folder, tmp_path / "m.gguf"))
-    change_tensors(folder, lm_head__weight=torch.zeros(4, 4))  # which transformers ignores, too
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(folder, lm_head__weight=embedding)  # a copy of it says nothing new
     assert "output.weight" not in types_of(run(folder, tmp_path / "again.gguf"))
+    change_tensors(folder, lm_head__weight=embedding + 1)  # a head of its own, whatever the config says
+    own = run(folder, tmp_path / "own.gguf", "--outtype", "f32")
+    assert np.array_equal(tensors_of(own)["output.weight"], (embedding + 1).float().numpy())
 
 
 def test_pickled_weights_are_read_too(tmp_path):
