@@ -111,7 +111,7 @@ def open_weights(folder: str | Path) -> Weights:
     if not folder.is_dir():
         raise MissingInput(f"no folder {folder}; expected a Hugging Face model on this machine")
     if is_adapter(folder):
-        raise InputError(f"{folder} is a LoRA adapter, no whole model: merge it first by alpaca.formats.hf.export")
+        raise InputError(f"{folder} is a LoRA adapter, no whole model: merge it first by convert.export_hf_checkpoint")
     _check_pointers(folder)
     if (folder / INDEX_NAME).is_file() or (folder / "model.safetensors").is_file():
         return WeightsFolder(folder)
