@@ -20,7 +20,7 @@ from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.base_model import find_base
 from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, read_description, require_all_weights
 from alpaca.formats.hf.merging import MergedWeights, open_merged
-from alpaca.formats.hf.pickled import Weights, as_stored, open_weights
+from alpaca.formats.hf.pickled import Weights, as_stored, open_model_weights
 from alpaca.formats.meta import checkpoint as meta_files
 from alpaca.formats.meta import layout, sharding
 from alpaca.formats.meta import params as meta_params
@@ -111,7 +111,7 @@ def open_source(config: ExportConfig) -> Source:
     model = read_description(base, only="llama")
     if reason := meta_params.supports(model):
         raise InputError(f"{base}: {reason}")
-    weights: Weights | MergedWeights = open_weights(base)
+    weights: Weights | MergedWeights = open_model_weights(base)
     if adapter is not None:
         weights = open_merged(
             weights,
