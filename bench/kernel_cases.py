@@ -196,7 +196,7 @@ def _clone(weight: torch.Tensor | Int8Weight | Nf4Weight) -> torch.Tensor | Int8
 
 
 def linear_ways(plan: Plan, kind: str, width: int, dtype: torch.dtype) -> list[LinearWay]:
-    """The ways of one format; which of them alpaca/serving/linear.py takes is told by the numbers of rows."""
+    """The ways of one format; which of them alpaca/serving/kernels/linear.py takes is told by the numbers of rows."""
     kernels = plan.kernels("triton_linear")
     plain = LinearWay(name="plain", make=linear.PlainLinear, chosen_up_to=math.inf if kernels else -1)
     if kind == "none":

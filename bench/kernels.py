@@ -10,9 +10,9 @@ they come from memory; the inputs of small operations stay in the cache, as in t
 move, its share is of what copying a large tensor moves in the same run.
 
 linear says for each format and number of rows which way makes a whole step's products fastest, and whether that is the
-one alpaca/serving/linear.py takes; `winners` says the same of every other operation, sdpa and varlen on contiguous keys
-(the ceilings) left out. When a kernel loses the GPU, the families after it run in a fresh process. The last line is one
-JSON object.
+one alpaca/serving/kernels/linear.py takes; `winners` says the same of every other operation, sdpa and varlen on
+contiguous keys (the ceilings) left out. When a kernel loses the GPU, the families after it run in a fresh process. The
+last line is one JSON object.
 """
 
 import argparse

@@ -15,8 +15,6 @@ from alpaca.errors import run_command
 from alpaca.formats.gguf.export import OUTTYPES, ExportConfig, export
 from alpaca.formats.hf.merging import QUANTIZATIONS
 
-# The command ----------------------------------------------------------------------------------------------------
-
 
 def parse_arguments(arguments: list[str] | None = None) -> ExportConfig:
     """The command line."""

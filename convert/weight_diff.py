@@ -19,8 +19,6 @@ from alpaca.formats.diff.making import DiffConfig, make_diff
 from alpaca.formats.diff.recovering import RecoverConfig, recover
 from alpaca.formats.hf.folder import FLOAT_DTYPES
 
-# The command ------------------------------------------------------------------------------------------------------
-
 
 def _truth(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,29 @@ def test_only_these_import_cog():
 
 def test_packages_have_empty_inits():
     assert not [path for path in ROOT.glob("alpaca/**/__init__.py") if path.read_text()]
+
+
+def test_architecture_is_pure():
+    """A mapping goes in and a description comes out: no library is needed, and nothing that opens files."""
+    allowed = sys.stdlib_module_names - {"io", "os", "pathlib", "shutil", "tempfile", "subprocess"} | {"alpaca"}
+    for name in MODULES:
+        if room_of(name) == "alpaca.architecture":
+            names = imported(MODULES[name])
+            assert {other.split(".")[0] for other in names} <= allowed, name
+            assert "open" not in called(MODULES[name]), name
+
+
+def called(path: Path) -> set[str]:
+    """The names of the functions that a file calls without a dot before them."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return {function.id for function in calls if isinstance(function, ast.Name)}
+
+
+def test_kernels_know_no_engine():
+    for name in MODULES:
+        if name.startswith("alpaca.serving.kernels."):
+            others = {other for other in own_imports(name) if other.startswith("alpaca.serving.")}
+            assert all(other.startswith("alpaca.serving.kernels") for other in others), f"{name} imports {others}"
 
 
 def test_the_deciding_side_of_serving_needs_no_torch():

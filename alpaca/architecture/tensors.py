@@ -51,7 +51,6 @@ OUTER = {
         _name("head", "lm_head", "output", 0),
     )
 }
-ROTARY_ROLES = ("query", "key")  # rows are reordered within each head between the formats
 # The engine's layers: what reads the same input is one matrix, its parts' rows end to end.
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv": ("query", "key", "value"),

@@ -18,8 +18,6 @@ from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.served_model import open_served_model
 from alpaca.serving.settings import DTYPES, QUANTIZATIONS, ServerSettings
 
-# The command --------------------------------------------------------------------------------------------------------
-
 
 def main() -> None:
     options = _parse_arguments()

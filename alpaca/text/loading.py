@@ -9,8 +9,6 @@ from alpaca.text.sentencepiece import SentencePieceTokenizer, is_sentencepiece, 
 from alpaca.text.tiktoken import is_tiktoken
 from alpaca.text.tokenizer import Tokenizer
 
-# Loading ------------------------------------------------------------------------------------------------------
-
 
 def read_eos_ids(folder: Path, tokenizer: Tokenizer, *, vocab_size: int) -> frozenset[int]:
     """The EOS ids: the tokenizer's, and those of the folder's configs unless these are known to be wrong.
@@ -45,7 +43,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         )
     if model_file.is_file() and not (folder / "tokenizer.json").is_file():
         raise MissingInput(
-            f"{folder} has Llama 3's tokenizer.model but no tokenizer.json; alpaca.formats.meta.to_hf "
+            f"{folder} has Llama 3's tokenizer.model but no tokenizer.json; convert.convert_llama_weights_to_hf "
             "writes one, or copy the one of the model's Hugging Face repository"
         )
     return HuggingFaceTokenizer(folder)

@@ -12,8 +12,6 @@ from bench.rows import Prompts, Row
 from bench.serve_report import Results, row_figures, step_costs
 from bench.ways import Way
 
-_UNTOLD = ("name", "rounds_others_cores", "num_retries")
-
 
 class Sampler:
     """Runs rows on one way, against the bandwidth that this process has measured on the same card."""

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "script")]
+sys.path.insert(0, str(ROOT))
 read_known = argparse.ArgumentParser.parse_known_args
 # `script/predict` leaves what it does not know to `script/serve`.
-REST_GOES_TO = {"script/local_predict.py": "script/serve.py", "deploy.local_predict": "deploy.serve"}
+REST_GOES_TO = {"deploy.local_predict": "deploy.serve"}
 
 
 class ParsedError(BaseException):

@@ -26,7 +26,7 @@ from typing import Literal
 Kind = Literal["order", "question", "other"]
 
 
-ACCURACY = (  # tests/data/test_instruction_verbs.py measures it
+ACCURACY = (  # tests/data/analysis/test_instruction_verbs.py measures it
     "verb and object are right in 197 of 200 hand-labelled instructions of the Alpaca data and in 58 of 60 of the "
     "Self-Instruct seed tasks, labelled by the rules' author, who did not tune them on these"
 )

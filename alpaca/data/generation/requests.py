@@ -16,9 +16,6 @@ _SHORTER = 0.8  # the original's factor for max_tokens when prompt and answer ex
 _LEAST_TOKENS = 64
 
 
-# Bounds and repetition ------------------------------------------------------------------------------------------
-
-
 class BudgetSpent(Exception):
     """A bound on requests or tokens is reached: no further request is sent, and the answers so far are kept."""
 

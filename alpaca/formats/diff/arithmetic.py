@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from alpaca.architecture.tensors import is_rotary_table
 from alpaca.errors import InputError
 from alpaca.files.progress import byte_bar
 from alpaca.files.reading import read_json
@@ -23,7 +24,7 @@ from alpaca.formats.diff.manifest import (
     sha256,
     summary,
 )
-from alpaca.formats.diff.published_sum import check_published_sum, is_rotary_table
+from alpaca.formats.diff.published_sum import check_published_sum
 from alpaca.formats.diff.residual import (
     RESIDUAL_NAME,
     ResidualWriter,
@@ -33,14 +34,14 @@ from alpaca.formats.diff.residual import (
     restored_bits,
 )
 from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec
-from alpaca.formats.hf.pickled import Weights, open_weights
+from alpaca.formats.hf.pickled import Weights, open_model_weights
 
 logger = logging.getLogger(__name__)
 
 
 def open_model(folder: Path) -> Weights:
     """Open a folder's weights, and log when it holds rotary tables, as older folders do; these are left out."""
-    weights = open_weights(folder)
+    weights = open_model_weights(folder)
     tables = [name for name in weights.names if is_rotary_table(name)]
     if tables:
         logger.info("%s: leaving out %d rotary tables (%s, …)", folder, len(tables), tables[0])

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 import torch
 
 from alpaca.architecture.rope import read_rope
-from alpaca.architecture.tensors import LAYER, hf_name
+from alpaca.architecture.tensors import LAYER, hf_name, is_rotary_table
 from alpaca.errors import InputError
 from alpaca.formats.hf.pickled import Weights
 
 PUBLISHED_SUM = 50637.1836
 TOLERANCE = 1e-2
-_ROTARY = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.weight)?")
 _IN_LAYER = (
     *(LAYER[role].hf for role in ("query", "key", "value", "attention_out")), "self_attn.rotary_emb.inv_freq",
@@ -26,11 +25,6 @@ _IN_LAYER = (
 )  # fmt: skip
 _SIZES = {"num_hidden_layers", "hidden_size", "num_attention_heads"}
 _AROUND = {hf_name("embedding"): -1, hf_name("norm"): 10**6, hf_name("head"): 10**6 + 1}
-
-
-def is_rotary_table(name: str) -> bool:
-    """Whether a tensor is a layer's rotary table, which today's models compute instead of loading."""
-    return _ROTARY.fullmatch(name) is not None
 
 
 def check_published_sum(sums: Mapping[str, torch.Tensor], raw: Weights, diff: Weights, config: Mapping) -> float:

@@ -26,7 +26,7 @@ from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.base_model import find_base
 from alpaca.formats.hf.folder import FLOAT_DTYPES, read_description
 from alpaca.formats.hf.merging import MergedWeights, open_merged
-from alpaca.formats.hf.pickled import Weights, as_stored, open_weights
+from alpaca.formats.hf.pickled import Weights, as_stored, open_model_weights
 
 logger = logging.getLogger(__name__)
 OUTTYPES = ("f16", "bf16", "f32", "q8_0")
@@ -94,7 +94,7 @@ def open_source(config: ExportConfig) -> Source:
         found = find_base(open_adapter(adapter), flag="--input_dir, beside --adapter")
         folder = found.folder
         logger.info("base: %s", found.note)
-    weights: Weights = open_weights(folder)
+    weights: Weights = open_model_weights(folder)
     if adapter is None:
         return Source(folder, weights, folder, folder.resolve().name)
     if not is_adapter(adapter):

@@ -19,9 +19,6 @@ from alpaca.formats.gguf.tokenizer import Vocabulary
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 
 
-# The file -------------------------------------------------------------------------------------------------------
-
-
 def add_model(writer, model: ModelDescription, *, name: str, outtype: str) -> None:
     """What llama.cpp must know of the model besides its tensors."""
     gguf = import_gguf()

@@ -17,7 +17,7 @@ from alpaca.formats.hf.base_model import find_base
 from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, WeightsFolder
 from alpaca.formats.hf.merge_check import compare_logits
 from alpaca.formats.hf.merging import MergedWeights, open_merged
-from alpaca.formats.hf.pickled import open_weights
+from alpaca.formats.hf.pickled import open_model_weights
 from alpaca.formats.hf.writing import write_weights
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def export(config: ExportConfig) -> Path:
     base = found.folder
     require_apart(config.output_dir, {"--base_model": base, "--adapter": config.adapter})
     merged = open_merged(
-        open_weights(base),
+        open_model_weights(base),
         config.adapter,
         quantization=config.base_quantization,
         dtype=FLOAT_DTYPES.get(config.dtype),

@@ -50,9 +50,6 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-# Reading ------------------------------------------------------------------------------------------------------
-
-
 class WeightsFolder:
     """The tensors of a folder with `model.safetensors`, or with several files and their index; read on demand.
 

@@ -216,7 +216,7 @@ def read_base_record(adapter: Path) -> tuple[str | None, torch.dtype | None]:
 
 
 def read_base_fingerprint(adapter: Path) -> str | None:
-    """Of the base in training, as train.py wrote it down; None where there is no record of it."""
+    """The fingerprint of the base that an adapter was trained on, from train.py's record; None where there is none."""
     file = _find_record(adapter)
     found = read_json(file).get("base_fingerprint") if file else None
     return str(found) if found else None

@@ -1,7 +1,7 @@
 """Weight folders of 2023: `pytorch_model.bin`, or `pytorch_model-00001-of-00003.bin` and so on with their index.
 
 Opened memory-mapped and with `weights_only=True`: tensors cost no memory until they are read, and nothing in a file can
-run. `open_weights` takes whichever kind a folder holds.
+run. `open_model_weights` takes whichever kind a folder holds.
 """
 
 import pickle
@@ -102,7 +102,7 @@ def as_stored(description: ModelDescription, weights: Weights) -> ModelDescripti
     return untie(description, shapes, has_equal_head=lambda: torch.equal(*map(weights.tensor, names)))
 
 
-def open_weights(folder: str | Path) -> Weights:
+def open_model_weights(folder: str | Path) -> Weights:
     """A folder's weights, safetensors before pickles.
 
     Raises MissingInput for what is not there, InputError for damaged files, Git LFS pointers and LoRA adapters.
@@ -111,7 +111,7 @@ def open_weights(folder: str | Path) -> Weights:
     if not folder.is_dir():
         raise MissingInput(f"no folder {folder}; expected a Hugging Face model on this machine")
     if is_adapter(folder):
-        raise InputError(f"{folder} is a LoRA adapter, no whole model: merge it first by alpaca.formats.hf.export")
+        raise InputError(f"{folder} is a LoRA adapter, no whole model: merge it first by convert.export_hf_checkpoint")
     _check_pointers(folder)
     if (folder / INDEX_NAME).is_file() or (folder / "model.safetensors").is_file():
         return WeightsFolder(folder)

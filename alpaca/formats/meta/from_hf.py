@@ -20,7 +20,7 @@ from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.base_model import find_base
 from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, read_description, require_all_weights
 from alpaca.formats.hf.merging import MergedWeights, open_merged
-from alpaca.formats.hf.pickled import Weights, as_stored, open_weights
+from alpaca.formats.hf.pickled import Weights, as_stored, open_model_weights
 from alpaca.formats.meta import checkpoint as meta_files
 from alpaca.formats.meta import layout, sharding
 from alpaca.formats.meta import params as meta_params
@@ -111,16 +111,7 @@ def open_source(config: ExportConfig) -> Source:
     model = read_description(base, only="llama")
     if reason := meta_params.supports(model):
         raise InputError(f"{base}: {reason}")
-    weights: Weights | MergedWeights = open_weights(base)
-    if adapter is not None:
-        weights = open_merged(
-            weights,
-            adapter,
-            quantization=config.base_quantization,
-            dtype=FLOAT_DTYPES.get(config.dtype),
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            base_is_named=config.adapter is not None,
-        )
+    weights = _open_tensors(config, base, adapter)
     model = as_stored(model, weights)
     num_tokens, has_tiktoken = _count_tokens(tokenizer_file)
     stored = _stored_rows(weights)
@@ -138,6 +129,21 @@ def open_source(config: ExportConfig) -> Source:
         weights=weights, model=model, params=params, shape=shape, placements=placements,
         tokenizer_file=tokenizer_file, has_tiktoken=has_tiktoken, num_cut=stored - num_rows,
     )  # fmt: skip
+
+
+def _open_tensors(config: ExportConfig, base: Path, adapter: Path | None) -> Weights | MergedWeights:
+    """The base's tensors, with the adapter merged into them as they are read."""
+    weights = open_model_weights(base)
+    if adapter is None:
+        return weights
+    return open_merged(
+        weights,
+        adapter,
+        quantization=config.base_quantization,
+        dtype=FLOAT_DTYPES.get(config.dtype),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        base_is_named=config.adapter is not None,
+    )
 
 
 def _find_tokenizer(config: ExportConfig, folders: list[Path]) -> Path:

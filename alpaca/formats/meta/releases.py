@@ -46,7 +46,7 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def config(self) -> dict[str, object]:
-        """As config.json has it, rope_theta aside."""
+        """The numbers under the names that config.json has for them, without rope_theta."""
         return {"rope_type": "llama3", **asdict(self)}
 
 

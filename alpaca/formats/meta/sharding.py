@@ -18,9 +18,6 @@ from alpaca.formats.meta.layout import Placement, shard_shape
 _BLOCK_BYTES = 4 << 20  # small enough to stay in the processor's cache between reading and writing
 
 
-# Moving values --------------------------------------------------------------------------------------------------
-
-
 def row_blocks(placement: Placement, parts: list[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The whole tensor in Hugging Face's order, as consecutive blocks of rows of about 4 MiB.
 

@@ -56,7 +56,7 @@ class Source:
 
     @property
     def eos_ids(self) -> int | list[int]:
-        """As the configs have it: one id, or all that end an answer."""
+        """The value of eos_token_id in the configs: one id, or the list of all ids that end an answer."""
         ids = self.tokenizer.eos_ids if isinstance(self.tokenizer, TiktokenModel) else []
         return ids if len(ids) > 1 else self.tokenizer.eos_id
 

@@ -24,9 +24,6 @@ _SEVEN = ", ".join(name.rpartition(".")[2] for name in _LAYER_NAMES)
 _IDENTITY_ROWS = 512  # of DoRA's base weights at a time
 
 
-# The LLaMA engine's ---------------------------------------------------------------------------------------------------
-
-
 def check_for_llama(adapters: Mapping[str, AdapterFolder], config: ModelDescription) -> None:
     """Raise InputError, which names an engine that can, if the LLaMA engine cannot serve an adapter on this model."""
     shapes = {name: shape for layer in range(config.num_layers) for name, shape in _shapes(config, layer).items()}

@@ -49,7 +49,6 @@ def resolve_settings(config: TrainConfig, *, num_processes: int, device: "torch.
 
 def make_settings(config: TrainConfig) -> RunSettings:
     """A resolved configuration as one typed part for each room."""
-    output_dir = Path(config.output_dir)
     return RunSettings(
         base=BaseSettings(
             model=config.model_name_or_path,
@@ -57,61 +56,82 @@ def make_settings(config: TrainConfig) -> RunSettings:
             cache_dir=config.cache_dir,
             needs_pad_token=config.method == "full",
         ),
-        data=DataSettings(
-            path=config.data_path,
-            eval_path=config.eval_data_path,
-            num_held_out=config.val_set_size,
-            held_out_share=config.eval_fraction,
-            max_length=config.model_max_length,
-            train_on_inputs=config.train_on_inputs,
-            seed=config.seed,
-        ),
+        data=_data_settings(config),
         model=_model_settings(config),
-        batch=BatchSettings(
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=config.per_device_train_batch_size,
-            num_micro_batches=config.gradient_accumulation_steps,
-            eval_micro_batch_size=config.per_device_eval_batch_size,
-            max_length=config.model_max_length,
-            loss_average=config.loss_average,
-            num_epochs=config.num_train_epochs,
-            max_steps=config.max_steps,
-            seed=config.seed,
-        ),
-        optimizer=OptimizerSettings(
-            learning_rate=config.learning_rate,
-            schedule=config.lr_scheduler_type,
-            warmup_ratio=config.warmup_ratio,
-            warmup_steps=config.warmup_steps,
-            betas=(config.adam_beta1, config.adam_beta2),
-            epsilon=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-        ),
-        checkpoints=CheckpointSettings(
-            output_dir=output_dir,
-            strategy=config.save_strategy,
-            steps=config.save_steps,
-            minutes=config.save_minutes,
-            keep=config.save_total_limit,
-            resume=config.resume_from_checkpoint,
-            overwrite=config.overwrite_output_dir,
-            final_dtype=config.save_dtype,
-        ),
-        report=ReportSettings(
-            output_dir=output_dir,
-            report_to=config.report_to,
-            run_name=config.run_name or output_dir.absolute().name,
-            logging_steps=config.logging_steps,
-            eval_strategy=config.eval_strategy,
-            eval_steps=config.eval_steps,
-            num_samples=config.num_samples,
-        ),
+        batch=_batch_settings(config),
+        optimizer=_optimizer_settings(config),
+        checkpoints=_checkpoint_settings(config),
+        report=_report_settings(config),
         memory_limit=config.memory_limit,
         tf32=config.tf32,
         identity={name: getattr(config, name) for name in _IDENTITY_FLAGS},
         flags=config_json(config),
+    )
+
+
+def _data_settings(config: TrainConfig) -> DataSettings:
+    return DataSettings(
+        path=config.data_path,
+        eval_path=config.eval_data_path,
+        num_held_out=config.val_set_size,
+        held_out_share=config.eval_fraction,
+        max_length=config.model_max_length,
+        train_on_inputs=config.train_on_inputs,
+        seed=config.seed,
+    )
+
+
+def _batch_settings(config: TrainConfig) -> BatchSettings:
+    return BatchSettings(
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.per_device_train_batch_size,
+        num_micro_batches=config.gradient_accumulation_steps,
+        eval_micro_batch_size=config.per_device_eval_batch_size,
+        max_length=config.model_max_length,
+        loss_average=config.loss_average,
+        num_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+    )
+
+
+def _optimizer_settings(config: TrainConfig) -> OptimizerSettings:
+    return OptimizerSettings(
+        learning_rate=config.learning_rate,
+        schedule=config.lr_scheduler_type,
+        warmup_ratio=config.warmup_ratio,
+        warmup_steps=config.warmup_steps,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+    )
+
+
+def _checkpoint_settings(config: TrainConfig) -> CheckpointSettings:
+    return CheckpointSettings(
+        output_dir=Path(config.output_dir),
+        strategy=config.save_strategy,
+        steps=config.save_steps,
+        minutes=config.save_minutes,
+        keep=config.save_total_limit,
+        resume=config.resume_from_checkpoint,
+        overwrite=config.overwrite_output_dir,
+        final_dtype=config.save_dtype,
+    )
+
+
+def _report_settings(config: TrainConfig) -> ReportSettings:
+    output_dir = Path(config.output_dir)
+    return ReportSettings(
+        output_dir=output_dir,
+        report_to=config.report_to,
+        run_name=config.run_name or output_dir.absolute().name,
+        logging_steps=config.logging_steps,
+        eval_strategy=config.eval_strategy,
+        eval_steps=config.eval_steps,
+        num_samples=config.num_samples,
     )
 
 

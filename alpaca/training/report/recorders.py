@@ -11,9 +11,6 @@ from alpaca.training.configuration.settings import ReportSettings, RunSettings
 Entry = dict[str, float]  # of the log: "step", "epoch" and what was measured
 
 
-# While it runs ------------------------------------------------------------------------------------------------
-
-
 class Recorder(ABC):
     """Where log entries go besides log_history."""
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: trainer_state.json, a loss curve, and a summary in words."""
+"""What a run leaves to look at: trainer_state.json, a loss curve, a summary in words, and the memory it took."""
 
 import contextlib
 import io
@@ -11,8 +11,6 @@ import torch
 from alpaca.files.atomic import write_bytes, write_json
 from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.report.recorders import Entry
-
-# Afterwards ---------------------------------------------------------------------------------------------------
 
 
 def write_trainer_state(

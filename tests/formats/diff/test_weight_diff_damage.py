@@ -174,7 +174,7 @@ DAMAGES = {
     "wrong shard": (InputError, "lacks 'model.norm.weight', which its index says it holds"),
     "bad index": (InputError, "expected a weight_map"),
     "pointer": (InputError, r"is a Git LFS pointer, not the file: run `git lfs pull`"),
-    "adapter": (InputError, "is a LoRA adapter, no whole model"),
+    "adapter": (InputError, r"is a LoRA adapter, no whole model: merge it first by convert\.export_hf_checkpoint"),
     "config": (MissingInput, r"config\.json is missing"),
     "folder": (MissingInput, "no folder"),
 }
