@@ -7,6 +7,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# torch.set_num_threads turns it off for the rest of a process. So that a test that calls it changes no later one's last
+# bits, it is off in all of them, and in the processes they start.
+os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 
 import pytest
 
@@ -72,3 +75,21 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
     return folder / "tokenizer.model"
+
+
+# Files whose tests take longest come first: each file is one worker's, and a long one at the end would leave the other
+# worker idle.
+LONGEST = (
+    "training/checkpoints/test_checkpoint.py", "training/test_distributed.py", "training/model/test_methods.py",
+    "training/model/test_optimizer.py", "serving/llama/test_gpu_path.py", "serving/kernels/test_triton_ops.py",
+    "test_train.py", "test_predict.py", "training/planning/test_training_plan.py", "training/test_command.py",
+    "training/test_loop.py", "serving/llama/test_llama_engine.py", "formats/meta/test_conversion_stopped.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        path = item.path.relative_to(ROOT / "tests").as_posix() if item.path.is_relative_to(ROOT / "tests") else ""
+        return LONGEST.index(path) if path in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
