@@ -95,6 +95,7 @@ def test_two_processes_train_what_one_does(configure: Configure, opt_without_dro
         assert most == largest == 481 * 48 * 4
 
 
+@pytest.mark.slow
 def test_three_processes_and_another_number_resumes(configure: Configure, tmp_path: Path):
     """Also with fewer examples than processes in the last micro-step, and a set smaller than the global batch."""
     values = {"learning_rate": 2e-4, "save_steps": 4, "max_steps": 7}

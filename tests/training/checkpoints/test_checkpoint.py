@@ -98,6 +98,7 @@ def test_dropout_goes_on_where_it_was(
     assert resumed[4] != whole[4]
 
 
+@pytest.mark.slow
 def test_killed_then_terminated_then_finished(configure: Configure, tmp_path: Path):
     """kill -9 after a checkpoint, SIGTERM in the next run, the third ends: the weights are the uninterrupted ones."""
     values = {"num_train_epochs": 14, "save_steps": 10}
