@@ -95,7 +95,7 @@ def is_sentencepiece(model_file: Path) -> bool:
 
 def load_sentencepiece(folder: Path, model_file: Path) -> SentencePieceTokenizer:
     config = _special_tokens(folder)
-    tokenizer = SentencePieceTokenizer(model_file, added=_listed_tokens(folder), pad_token=config.get("pad_token"))
+    tokenizer = SentencePieceTokenizer(model_file, added=listed_tokens(folder), pad_token=config.get("pad_token"))
     right = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     wrong = {key: config[key] for key in right if key in config and tokenizer.id_of(config[key]) != right[key]}
     if wrong:
@@ -116,7 +116,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return named
 
 
-def _listed_tokens(folder: Path) -> dict[str, int]:
+def listed_tokens(folder: Path) -> dict[str, int]:
     """Special and added tokens as tokenizer.json lists them, or added_tokens.json of older folders."""
     added: dict[str, int] = {}
     if (folder / "added_tokens.json").is_file():

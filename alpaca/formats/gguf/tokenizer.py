@@ -15,7 +15,7 @@ from pathlib import Path
 from alpaca.errors import InputError
 from alpaca.files.reading import read_json
 from alpaca.text.loading import load_tokenizer
-from alpaca.text.sentencepiece import SentencePieceTokenizer
+from alpaca.text.sentencepiece import SentencePieceTokenizer, listed_tokens
 from alpaca.text.tiktoken import PIECES
 from alpaca.text.tokenizer import Tokenizer
 
@@ -100,7 +100,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path, num_row
     table = _Table({}, {}, {})
     for token_id, piece in enumerate(proto.pieces):
         table.add(token_id, piece.piece, types[piece.type], piece.score)
-    for token, token_id in _added_tokens(folder).items():
+    for token, token_id in listed_tokens(folder).items():
         if token_id >= tokenizer.base_size:
             table.add(token_id, token, CONTROL)  # text that looks like one stays text, as everywhere in this project
     adds_space = proto.normalizer_spec.add_dummy_prefix
@@ -121,17 +121,6 @@ def _check_sentencepiece(proto, model_file: Path) -> None:
             "%s normalises text (%s), llama.cpp does not: some texts will get other tokens there",
             model_file, spec.name or "it removes extra spaces",
         )  # fmt: skip
-
-
-def _added_tokens(folder: Path) -> dict[str, int]:
-    """Tokens beside the vocabulary, as added_tokens.json of older folders and tokenizer.json list them."""
-    added: dict[str, int] = {}
-    if (folder / "added_tokens.json").is_file():
-        added.update(read_json(folder / "added_tokens.json"))
-    if (folder / "tokenizer.json").is_file():
-        entries = read_json(folder / "tokenizer.json").get("added_tokens", [])
-        added.update({entry["content"]: entry["id"] for entry in entries})
-    return added
 
 
 def _from_byte_fallback(tokenizer: Tokenizer, written: dict, folder: Path, num_rows: int) -> Vocabulary:
