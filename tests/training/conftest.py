@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,10 +29,12 @@ SETTINGS = {  # float32, no files but what a test looks at
 
 
 @pytest.fixture(autouse=True)
-def drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def drawing(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leave the charts out of a run where the test does not ask for `charts`: they take longer than a tiny training."""
-    if "charts" not in request.fixturenames:
-        leave_out_charts(monkeypatch.setattr)
+    with pytest.MonkeyPatch.context() as patch:
+        if "charts" not in request.fixturenames:
+            leave_out_charts(patch.setattr)
+        yield
 
 
 @pytest.fixture

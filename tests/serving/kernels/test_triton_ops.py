@@ -247,7 +247,7 @@ def test_attention_of_any_head_width(kernels, width):
 
 @pytest.mark.parametrize("heads", [(4, 4), (3, 1), (16, 1), (10, 2), (24, 1), (48, 2), (71, 1)], ids=str)
 def test_attention_of_any_group(kernels, heads):
-    for queries in ([1, 1], [1, 9]):
+    for queries in ([1, 1], [1, 9 if heads[0] < 16 else 2]):
         step = build_step([20, 33], queries, heads=heads, dtype=torch.float32)
         check_attention(kernels, step, num_splits=2)
 
