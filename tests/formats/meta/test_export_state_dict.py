@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -27,6 +26,7 @@ from convert.export_state_dict_checkpoint import parse_arguments
 from tests.conftest import ROOT
 from tests.formats.hf.test_export_hf import contents, damage_end, lose_shard, only, peak_of, save_large
 from tests.formats.hf.test_merging import merged_by_peft, save_adapter
+from tests.processes import mistake_of, run_code
 from tests.tiny import TinyLlama, split_for_rank, train_tokenizer, write_meta
 
 IDS = [1, 5, 260, 300, 17, 17, 301, 9]
@@ -440,8 +440,7 @@ def test_killed_at_any_stage_it_can_be_run_again(stage: str, old: bool, hf: Path
         target.mkdir()
         (target / "old").write_text("old")
     flags = ["--input_dir", str(hf), "--output_dir", str(target), "--num_shards", "2", "--overwrite"]
-    script = [sys.executable, "-c", KILLED, stage, *flags]
-    died = subprocess.run(script, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    died = run_code(KILLED, stage, *flags)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert contents(target) == {"old": b"old"} if old else not target.exists()
     assert contents(export(parse_arguments(flags))) == clean  # to the byte: nothing in the files is of the moment
@@ -456,10 +455,7 @@ def test_command_says_what_it_does_and_a_mistake_is_one_line(hf: Path):
     assert re.search(r"hf: 1 shard, \d+ tokens", good.stdout)
     assert re.search(r"wrote .*ckpt in \d", good.stdout)
     assert "B/s" in good.stderr
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert again.stderr.startswith("error: ")
-    assert "Traceback" not in again.stderr
+    assert "exists already; pass --overwrite" in mistake_of(command)
 
 
 @pytest.mark.slow

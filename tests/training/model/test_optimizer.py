@@ -388,9 +388,7 @@ def test_a_steps_gradient_is_its_micro_batches_sum_to_float32s_precision(configu
     low = {name: torch.zeros_like(own) for name, own in parameters.items()}
     assert len(run.data) >= 64
     for index in range(64):
-        (
-            gradients.sum_losses(run, run.data, torch.tensor([index])) / int(run.data.target_counts[:64].sum())
-        ).backward()
+        (gradients.sum_losses(run, run.data, torch.tensor([index])) / int(run.data.target_counts[:64].sum())).backward()
         for name, own in parameters.items():
             exact[name] += own.grad.double()
             low[name] += own.grad.to(LOW)
