@@ -427,7 +427,7 @@ SLOW_WRITER = """
 import sys, time
 from alpaca.formats.hf import writing
 write = writing._write_piece
-writing._write_piece = lambda *args: (time.sleep(0.2), write(*args))
+writing._write_piece = lambda *args: (time.sleep(0.2), write(*args))[1]
 sys.argv = sys.argv[1:]
 from convert import convert_llama_weights_to_hf as command
 command.run_command(command.main)
