@@ -1,4 +1,4 @@
-"""One of torchrun's processes: trains the configurations of a JSON file one after the other.
+"""One of several processes with ranks: trains the configurations of a JSON file one after the other.
 
 Besides the configuration a job may have: "crash_after", a step after which rank 0 ends with an exception of which the
 others hear nothing; "copy_from", a folder to copy to its output folder, and "flip", a file there of which one byte is
