@@ -39,7 +39,7 @@ def _parts(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _without_mistakes(file: Path, content: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """The EOS ids of a config. Early conversions of LLaMA name <unk>, id 0, as BOS and EOS, or BOS as EOS after that."""
+    """The EOS ids of a config. LLaMA's early conversions named <unk>, id 0, as BOS, and it or the real BOS as EOS."""
     ids = [token_id for token_id in _ids(file, content, "eos") if not tokenizer.is_unknown(token_id)]
     if any(map(tokenizer.is_unknown, _ids(file, content, "bos"))):
         ids = [token_id for token_id in ids if token_id != tokenizer.bos_id]

@@ -91,21 +91,26 @@ def _load_hugging_face(folder: Path):
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if _keeps_text(tokenizer) or not (folder / "tokenizer.json").is_file():
-            return tokenizer
-        problem: Exception = ValueError("its text does not survive encoding and decoding")
-    except Exception as error:  # it raises whatever the folder's content makes its Python stumble over
-        problem, tokenizer = error, None
-    try:
-        as_written = PreTrainedTokenizerFast.from_pretrained(folder)
-        return as_written if tokenizer is None or _keeps_text(as_written) else tokenizer
-    except Exception as error:
+    has_json = (folder / "tokenizer.json").is_file()
+    tokenizer, problem = _try(AutoTokenizer, folder)
+    if has_json and (tokenizer is None or not _keeps_text(tokenizer)):
+        as_written, _ = _try(PreTrainedTokenizerFast, folder)
+        if as_written is not None and (tokenizer is None or _keeps_text(as_written)):
+            return as_written
+    if tokenizer is None:
         raise MissingInput(
-            f"no usable tokenizer in {folder} (found: {list_folder(folder)}): {problem}; {error}\n"
+            f"no usable tokenizer in {folder} (found: {list_folder(folder)}): {problem}\n"
             "copy the model's tokenizer.model, or its tokenizer.json and tokenizer_config.json, into that folder"
-        ) from error
+        ) from problem
+    return tokenizer
+
+
+def _try(kind, folder: Path):
+    """A tokenizer of this class, or None and what went wrong: anything, since the folder's content steers Python."""
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False), None
+    except Exception as error:
+        return None, error
 
 
 def _keeps_text(tokenizer) -> bool:

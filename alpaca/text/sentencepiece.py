@@ -8,6 +8,7 @@ gives the same ids through AutoTokenizer.
 import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from alpaca.errors import InputError
@@ -52,7 +53,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise InputError(f"{model_file} is no SentencePiece model, or a damaged one: {error}") from error
         self.base_size = self._processor.get_piece_size()
         special = (AddedToken(token_id=i, content=token) for token, i in (added or {}).items() if i >= self.base_size)
-        self._listed = {token.content: token for token in [*special, *listed]}
+        self._listed = {token.content: self._renumber(token) for token in [*special, *listed]}
         self._prefixes_all = prefixes_all
         self._adds_space = _read_proto(self.model_file).normalizer_spec.add_dummy_prefix
         self._set_special_tokens(names or SpecialNames(roles={}))
@@ -139,13 +140,15 @@ class SentencePieceTokenizer(Tokenizer):
         ordinary = {token.token_id for token in listed if not token.special}
         special = {token.token_id for token in listed if token.special and not self.is_unknown(token.token_id)}
         self.special_ids = frozenset((controls - ordinary) | special | named | {eos_id})
-        contents = {token.token_id: token.content.encode() for token in listed}
-        self._bytes = [contents.get(i, b"") for i in range(self.size)]
-        self._bytes[: self.base_size] = [self._piece_bytes(i) for i in range(self.base_size)]
-        for token_id in ordinary:
-            self._bytes[token_id] = contents[token_id]
-        for token_id in self.special_ids:
-            self._bytes[token_id] = b""
+        own = {i: self._piece_bytes(i) for i in range(self.base_size)}
+        shown = {**own, **{token.token_id: token.content.encode() for token in listed if not token.special}}
+        self._bytes = [b"" if i in self.special_ids else shown.get(i, b"") for i in range(self.size)]
+
+    def _renumber(self, token: AddedToken) -> AddedToken:
+        """The token under the id of the model's own piece of that name: AutoTokenizer adds no second one."""
+        token_id = self._processor.piece_to_id(token.content)
+        is_own = self._processor.id_to_piece(token_id) == token.content
+        return replace(token, token_id=token_id) if is_own else token
 
     def _believed(self, named: str | None, *, other: int, own: int) -> int | None:
         """The id that the folder's name for BOS or EOS has, or the model's own where that cannot be right.
@@ -305,9 +308,9 @@ def _build_backend(proto, model_file: Path, added: Sequence[AddedToken], *, pref
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise InputError(f"{model_file} is not a BPE model, which LLaMA's tokenizer is")
     vocabulary = {piece.piece: token_id for token_id, piece in enumerate(proto.pieces)}
-    if [token.token_id for token in added if token.token_id >= len(vocabulary)] != [
-        *range(len(vocabulary), len(vocabulary) + sum(token.token_id >= len(vocabulary) for token in added))
-    ]:  # ids that `tokenizers` would give in order
+    if not _get_ids_in_order(vocabulary, added):
+        ids = {token.token_id for token in added}
+        vocabulary = {piece: token_id for piece, token_id in vocabulary.items() if token_id not in ids}
         vocabulary |= {token.content: token.token_id for token in added}
     unknown = proto.pieces[proto.trainer_spec.unk_id].piece
     bytes_fall_back = any(piece.type == kinds.BYTE for piece in proto.pieces)
@@ -326,6 +329,12 @@ def _build_backend(proto, model_file: Path, added: Sequence[AddedToken], *, pref
     if any(piece.type == kinds.USER_DEFINED for piece in proto.pieces):
         logger.warning("%s has user-defined symbols; text around them may differ through AutoTokenizer", model_file)
     return backend
+
+
+def _get_ids_in_order(vocabulary: Mapping[str, int], added: Sequence[AddedToken]) -> bool:
+    """Whether `tokenizers`, which numbers added tokens itself, comes to the ids that these have."""
+    new = [token.token_id for token in added if vocabulary.get(token.content) != token.token_id]
+    return new == [*range(len(vocabulary), len(vocabulary) + len(new))]
 
 
 def _add_tokens(backend, proto, added: Sequence[AddedToken]) -> None:

@@ -65,7 +65,7 @@ class Tokenizer(ABC):
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """The ids that end an answer as far as the tokenizer knows: EOS, and the model file's own where that differs."""
+        """The ids that end an answer as far as the tokenizer knows: EOS, and the model file's own if that differs."""
         return frozenset([self.eos_id])
 
     def is_unknown(self, token_id: int) -> bool:
