@@ -44,7 +44,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return token_id if token_id in self.special_ids else None
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        shown = [token_id for token_id in ids if token_id not in self.special_ids]
+        return self._tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def add_pad_token(self) -> bool:
         if self.pad_id is not None:
