@@ -155,8 +155,8 @@ MUTATIONS = [
     ),
     Mutation(
         path="alpaca/text/loading.py",
-        old="difference is not None or any(",
-        new="any(",
+        old="difference is not None or bool(",
+        new="bool(",
         killed_by="tests/text/test_added_tokens.py::test_a_tokenizer_json_with_other_pieces_than_tokenizer_model_holds",
         why="a tokenizer.model that a fine-tune left behind cuts the texts",
     ),

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from alpaca.errors import InputError, MissingInput
+from alpaca.files.reading import read_json
 from alpaca.text.added_tokens import read_added_tokens
 from alpaca.text.hugging_face import HuggingFaceTokenizer
 from alpaca.text.sentencepiece import describe_other_vocabulary, is_sentencepiece, load_sentencepiece
@@ -40,10 +41,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _is_outdated(folder: Path) -> bool:
-    """Whether tokenizer.json, and not the SentencePiece model beside it, says how the model's texts are cut."""
+    """Whether tokenizer.json, and not the SentencePiece model beside it, says how the model's texts are cut.
+
+    Ordinary tokens that tokenizer.json does not list are found beside the SentencePiece model just as well.
+    """
     if not (folder / "tokenizer.json").is_file():
         return False
     difference = describe_other_vocabulary(folder)
     if difference:
         logger.warning("%s: %s; tokenizer.json holds, as a fine-tune changed it", folder, difference)
-    return difference is not None or any(not token.special for token in read_added_tokens(folder).values())
+    ordinary = {token.content: token.token_id for token in read_added_tokens(folder).values() if not token.special}
+    entries = read_json(folder / "tokenizer.json").get("added_tokens") or ()
+    written = {entry["content"]: entry["id"] for entry in entries}
+    return difference is not None or bool(ordinary and ordinary.items() <= written.items())
