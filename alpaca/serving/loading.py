@@ -33,7 +33,8 @@ from alpaca.serving.served_model import (
     open_served_model,
 )
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.loading import load_tokenizer, read_eos_ids
+from alpaca.text.eos import read_eos_ids
+from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import RAW_TEMPLATE
 from alpaca.text.tokenizer import Tokenizer
 
@@ -123,8 +124,8 @@ def _load_llama(served: ServedModel, config: ModelDescription, settings: ServerS
         config, settings, free_bytes=free_memory(device), device=device.type, dtype=dtype,
         adapter_bytes=model.adapters.num_bytes if model.adapters else 0, num_ranks=largest_ranks(served.adapters),
     )  # fmt: skip
-    vocab_size = min(config.vocab_size, tokenizer.size)
-    eos_ids = read_eos_ids(served.base, tokenizer, vocab_size=vocab_size)
+    eos_ids = read_eos_ids(served.base, tokenizer, vocab_size=config.vocab_size)
+    vocab_size = min(config.vocab_size, max([tokenizer.size, *(token_id + 1 for token_id in eos_ids)]))
     runner, scheduler = _make_runner(model, plan, vocab_size=vocab_size, eos_ids=eos_ids)
     phases.end("cache")
     _warm_up(runner, plan)

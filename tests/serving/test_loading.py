@@ -31,7 +31,8 @@ from alpaca.serving.loading import load_engine
 from alpaca.serving.request import PredictionInputs, Request, make_request
 from alpaca.serving.served_model import ServedModel
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.loading import load_tokenizer, read_eos_ids
+from alpaca.text.eos import read_eos_ids
+from alpaca.text.loading import load_tokenizer
 from tests.serving.llama.test_llama import logits
 from tests.serving.llama.test_llama_engine import DEFAULTS, tokens
 

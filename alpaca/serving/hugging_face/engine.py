@@ -32,7 +32,8 @@ from alpaca.serving.llama.sampling import SamplingState, commit_tokens, require_
 from alpaca.serving.request import Request
 from alpaca.serving.served_model import adapter_names, check_tokenizers
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.loading import load_tokenizer, read_eos_ids
+from alpaca.text.eos import read_eos_ids
+from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,8 @@ class TransformersEngine(Engine):
     def _decode(self, generation: Generation, cache: DynamicCache, logits: torch.Tensor) -> None:
         """Generate token after token for the completions still running, as one batch."""
         request = generation.request
-        vocab_size = min(logits.shape[-1], self.tokenizer.size)  # an embedding may be padded beyond the tokenizer
+        # An embedding may be padded beyond the tokenizer, and a config may name EOS ids that the tokenizer has not.
+        vocab_size = min(logits.shape[-1], max([self.tokenizer.size, *(token_id + 1 for token_id in self._eos_ids)]))
         states = [SamplingState(request, i, eos_ids=self._eos_ids) for i in range(request.n)]
         running = list(range(request.n))
         for num_generated in range(1, request.max_new_tokens + 1):

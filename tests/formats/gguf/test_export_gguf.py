@@ -17,6 +17,7 @@ from alpaca.formats.gguf import tensors
 from alpaca.formats.gguf.model import rotary_divisors
 from alpaca.formats.hf.folder import read_description
 from alpaca.formats.meta.sharding import rotary_halves, rotary_pairs
+from alpaca.text.loading import load_tokenizer
 from tests.formats.gguf_models import (
     change_config,
     change_tensors,
@@ -238,6 +239,21 @@ def test_tokens_are_sentencepieces(tmp_path):
     }  # fmt: skip
     assert {key: value(reader, f"tokenizer.ggml.{key}") for key in expected} == expected
     assert value(reader, "tokenizer.chat_template") is None
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_ordinary_added_tokens_are_user_defined(tmp_path, saved):
+    """llama.cpp finds these in any text, as AutoTokenizer does. `saved`: with a tokenizer.json that lists them, too."""
+    folder = write_model(tmp_path / "m", vocab_size=410)
+    size = load_tokenizer(folder).size
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size, "<tool>": size + 2}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    if saved:
+        load_tokenizer(folder).save(folder)
+    reader = run(folder, tmp_path / "m.gguf")
+    tokens, types = value(reader, "tokenizer.ggml.tokens"), value(reader, "tokenizer.ggml.token_type")
+    assert [(tokens[i], types[i]) for i in (size, size + 2)] == [("<|im_end|>", 3), ("<tool>", 4)]
+    assert value(reader, "tokenizer.ggml.eos_token_id") == size
 
 
 def test_pad_token_without_a_row_is_left_out(tmp_path, caplog):
