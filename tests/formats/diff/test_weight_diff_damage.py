@@ -241,7 +241,7 @@ def test_old_files_that_are_damaged(tmp_path, llama_folder, old_diff):
     with pytest.raises(InputError, match=r"lacks .*, which its index says it holds"):
         recovered(llama_folder, old_diff, tmp_path / "back", **options)
     file.unlink()
-    with pytest.raises(MissingInput, match=r"names files not there: pytorch_model-00002-of-00002\.bin"):
+    with pytest.raises(MissingInput, match=r"names files that are not there: pytorch_model-00002-of-00002\.bin"):
         recovered(llama_folder, old_diff, tmp_path / "back", **options)
     (old_diff / "pytorch_model.bin.index.json").write_text('{"weight_map": [1]}')
     with pytest.raises(InputError, match="expected a weight_map of names and files"):
