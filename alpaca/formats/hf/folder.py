@@ -35,6 +35,7 @@ SAFETENSORS_NAMES = {
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -95,6 +96,10 @@ class WeightsFolder:
     def stored(self, name: str) -> torch.Tensor:
         """The same: nothing is unpacked here. `saved.unpacking.UnpackedWeights` has another meaning for it."""
         return self.tensor(name)
+
+    def keeps(self, name: str) -> bool:
+        """Whether `stored` gives a tensor as int8 or nf4."""
+        return False
 
     def _spec(self, name: str) -> TensorSpec:
         file = self.path / self._file_of[name]

@@ -52,6 +52,8 @@ class Weights(Protocol):
 
     def stored(self, name: str) -> torch.Tensor | Int8Weight | Nf4Weight: ...
 
+    def keeps(self, name: str) -> bool: ...
+
 
 class RenamedWeights:
     """Weights of which some have other names than their file's. `names`: the new one of each old one."""
@@ -76,6 +78,10 @@ class RenamedWeights:
     def stored(self, name: str) -> torch.Tensor | Int8Weight | Nf4Weight:
         """As `UnpackedWeights.stored`."""
         return self._weights.stored(self._stored[name])
+
+    def keeps(self, name: str) -> bool:
+        """As `UnpackedWeights.keeps`."""
+        return self._weights.keeps(self._stored[name])
 
 
 class PickledWeights:
@@ -105,6 +111,9 @@ class PickledWeights:
     def stored(self, name: str) -> torch.Tensor:
         """The same: nothing is quantized here."""
         return self.tensor(name)
+
+    def keeps(self, name: str) -> bool:
+        return False
 
     def _read_index(self) -> dict[str, str]:
         index = self.path / PICKLE_INDEX_NAME

@@ -3,7 +3,7 @@
 Methods that are not here are refused by name. What one of them needs is a module of this room, with a `find`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +60,7 @@ class UnpackedWeights:
                 "is: copy both again from one place, or take quantization_config out if the weights are whole"
             )
         self._packed = {packed.name: packed for packed in found}
-        self._order = self._whole_names(found)
+        self._order = self._whole_names(found, () if _has_biases(config) else self._zero_biases())
 
     @property
     def names(self) -> list[str]:
@@ -108,10 +108,16 @@ class UnpackedWeights:
         dtype = self._dtype or packed.dtype or self._own_dtype
         return TensorSpec(name=name, shape=packed.shape, dtype=dtype)
 
-    def _whole_names(self, found: list[PackedWeight]) -> dict[str, None]:
+    def _zero_biases(self) -> list[str]:
+        """Biases that GPTQ's first programs wrote for every layer, of zeros, in models that have none."""
+        biases = [f"{name.removesuffix('weight')}bias" for name in self._packed]
+        return [name for name in biases if name in self._stored and not self._weights.tensor(name).any()]
+
+    def _whole_names(self, found: list[PackedWeight], biases: Iterable[str]) -> dict[str, None]:
         """The model's names in the files' order: a packed weight stands where its first part does."""
         packed_of = {part: packed.name for packed in found for part in packed.parts}
-        unread = set(compressed.cache_scales(self._stored)) if self.method == "compressed-tensors" else set()
+        unread = set(biases)
+        unread |= set(compressed.cache_scales(self._stored)) if self.method == "compressed-tensors" else set()
         return dict.fromkeys(packed_of.get(name, name) for name in self._stored if name not in unread)
 
 
@@ -131,6 +137,10 @@ def saved_quantization(config: Mapping[str, Any]) -> str:
         return "none"
     kind = bitsandbytes.saved_kind(config["quantization_config"])
     return kind if kind in ("int8", "nf4") else "none"
+
+
+def _has_biases(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") != "llama" or bool(config.get("attention_bias") or config.get("mlp_bias"))
 
 
 def _config_dtype(config: Mapping[str, Any]) -> torch.dtype:
