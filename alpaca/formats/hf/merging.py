@@ -12,14 +12,12 @@ from pathlib import Path
 
 import torch
 
-from alpaca.architecture.families import FAMILIES
-from alpaca.architecture.inventory import is_tied
 from alpaca.architecture.tensors import hf_name
 from alpaca.errors import InputError
 from alpaca.files.reading import read_json
 from alpaca.formats.hf.adapters import AdapterFolder, LowRank, open_adapter, unsupported_kind
 from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, find_fingerprint
-from alpaca.formats.hf.pickled import Weights, open_model_weights
+from alpaca.formats.hf.pickled import Weights, find_tied, is_table, open_model_weights
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight, quantize_int8, quantize_nf4
 from alpaca.formats.precisions import QUANTIZATIONS
 
@@ -63,7 +61,7 @@ class MergedWeights:
         self.rounded_to, self._dtype, self._device = rounded_to, dtype, torch.device(device)
         self._keeps_any = any(base.keeps(name) for name in base.names)
         specs = {spec.name: spec for spec in base.specs()}
-        self._tied = find_tied(base, specs)
+        self._tied = find_tied(base)
         if self._tied:
             specs.setdefault(_HEAD, dataclasses.replace(specs[self._tied], name=_HEAD))
         _check_kind(adapter)
@@ -339,7 +337,7 @@ def _find_trained(adapter: AdapterFolder, specs: Mapping[str, TensorSpec], base:
         if name is None:
             raise InputError(f"{adapter.path} holds {trained!r} whole, which {base} does not have")
         expected = specs[name].shape
-        grows = _is_table(name) and tensor.ndim == 2 and tensor.shape[1:] == expected[1:] and len(tensor) > expected[0]
+        grows = is_table(name) and tensor.ndim == 2 and tensor.shape[1:] == expected[1:] and len(tensor) > expected[0]
         if tuple(tensor.shape) != expected and not grows:
             raise InputError(
                 f"{adapter.path} holds {trained!r} as {list(tensor.shape)}, {base} as {list(expected)}: "
@@ -351,31 +349,10 @@ def _find_trained(adapter: AdapterFolder, specs: Mapping[str, TensorSpec], base:
 
 def _check_grown(adapter: AdapterFolder, trained: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]) -> None:
     """Tables that grow must grow together."""
-    ends = {name: tensor for name, tensor in trained.items() if _is_table(name)}
+    ends = {name: tensor for name, tensor in trained.items() if is_table(name)}
     if any(len(tensor) != specs[name].shape[0] for name, tensor in ends.items()) and len(ends) != 2:
         found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in ends.items())
         raise InputError(f"{adapter.path} adds rows at one end of the model only ({found}); expected both to grow")
-
-
-def find_tied(base: Weights, specs: Mapping[str, TensorSpec]) -> str | None:
-    """The name of the embedding that is the base's head, too; None where the head is another matrix."""
-    config = read_json(base.path / "config.json")
-    family = FAMILIES.get(str(config.get("model_type")))
-    flag = config.get("tie_word_embeddings", family.ties_by_default if family else True)
-    embedding = next((name for name in specs if _is_table(name) and name != _HEAD), None)
-    shapes = {name: specs[name].shape for name in (embedding, _HEAD) if name in specs}
-    tied = embedding is not None and is_tied(
-        bool(flag) or _HEAD not in specs,
-        shapes,
-        ends=(embedding, _HEAD),
-        has_equal_head=lambda: torch.equal(base.tensor(str(embedding)), base.tensor(_HEAD)),
-    )
-    return embedding if tied else None
-
-
-def _is_table(name: str) -> bool:
-    """Whether a weight has a row for each token."""
-    return name.rsplit(".", 2)[-2:][0] in ("embed_tokens", "word_embeddings", "lm_head")
 
 
 def _check_shapes(name: str, change: LowRank, spec: TensorSpec, adapter: AdapterFolder) -> None:

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from alpaca.architecture.description import ModelDescription
-from alpaca.architecture.inventory import untie
+from alpaca.architecture.families import FAMILIES
+from alpaca.architecture.inventory import is_tied, untie
 from alpaca.architecture.tensors import hf_name
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.model_folders import is_adapter
@@ -137,6 +138,37 @@ def as_stored(description: ModelDescription, weights: Weights) -> ModelDescripti
     names = hf_name("embedding"), hf_name("head")
     shapes = {spec.name: spec.shape for spec in weights.specs()}
     return untie(description, shapes, has_equal_head=lambda: torch.equal(*map(weights.tensor, names)))
+
+
+def read_as_stored(folder: Path, description: ModelDescription) -> ModelDescription:
+    """`as_stored` for a folder, where it holds weights; a config.json alone is taken at its word."""
+    is_asked = description.ties_embeddings and (has_safetensors(folder) or has_pickles(folder))
+    return as_stored(description, open_model_weights(folder)) if is_asked else description
+
+
+def find_tied(weights: Weights) -> str | None:
+    """The name of the embedding that is the head, too, in a model of any kind; None where the head is another matrix.
+
+    The rule is `inventory.is_tied`; a file without a head has the embedding for it, whatever config.json says.
+    """
+    config, shapes = _read_config(weights.path), {spec.name: spec.shape for spec in weights.specs()}
+    family, head = FAMILIES.get(str(config.get("model_type"))), hf_name("head")
+    flag = config.get("tie_word_embeddings", family.ties_by_default if family else True)
+    embedding = next((name for name in shapes if is_table(name) and name != head), None)
+    if embedding is None:
+        return None
+    tied = is_tied(
+        bool(flag) or head not in shapes,
+        shapes,
+        ends=(embedding, head),
+        has_equal_head=lambda: torch.equal(weights.tensor(embedding), weights.tensor(head)),
+    )
+    return embedding if tied else None
+
+
+def is_table(name: str) -> bool:
+    """Whether a weight has a row for each token."""
+    return name.rsplit(".", 2)[-2:][0] in ("embed_tokens", "word_embeddings", "lm_head")
 
 
 def open_model_weights(folder: str | Path, *, dtype: torch.dtype | None = None) -> Weights:

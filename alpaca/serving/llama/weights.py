@@ -15,8 +15,8 @@ from alpaca.architecture.inventory import check_tensors
 from alpaca.architecture.rope import NUMBERS_OF
 from alpaca.architecture.tensors import FUSED, LAYER, hf_name
 from alpaca.errors import UnsupportedModel
-from alpaca.formats.hf.folder import has_safetensors, read_description
-from alpaca.formats.hf.pickled import Weights, as_stored, has_pickles, open_model_weights
+from alpaca.formats.hf.folder import read_description
+from alpaca.formats.hf.pickled import Weights, open_model_weights, read_as_stored
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
 from alpaca.formats.hf.saved.unpacking import why_unread
 from alpaca.serving.kernels.linear import Linear, make_linear
@@ -50,9 +50,7 @@ def read_llama(folder: Path) -> ModelDescription:
     config = read_description(folder, only="llama")
     if reason := supports(config):
         raise UnsupportedModel(f"{folder}: {reason}")
-    if config.ties_embeddings and (has_safetensors(folder) or has_pickles(folder)):
-        return as_stored(config, open_model_weights(folder))
-    return config
+    return read_as_stored(folder, config)
 
 
 def count_whole(folder: Path, config: ModelDescription) -> int:

@@ -271,7 +271,7 @@ LOW_2 = {  # Meta's code has 1 for low_freq_factor, and no place to say another
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "needs a number above 0 for 'low_freq_factor'"),
         ({"rope_parameters": LOW_2}, "cannot have the rope"),
         ({"hidden_size": "many"}, "expected a whole number from 1 to .* for 'hidden_size', found 'many'"),
-        ({"quantization_config": {"bits": 4}}, "was saved quantized .*; give the model unquantized"),
+        ({"quantization_config": {"bits": 4}}, "was saved quantized by an unnamed method, .* take the model"),
         ({"num_hidden_layers": 3}, r"lacks weights of its model: model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, r"holds weights of layer 1 \(counted from 0\), and its config.json says that"),
         ({"intermediate_size": 128}, r"gate_proj.weight is \[176, 64\], config.json makes it \[128"),
