@@ -111,8 +111,7 @@ def test_what_was_saved_whole_beside_4_bit_stays_whole(whole: Path, tmp_path: Pa
     monkeypatch.setattr("sys.argv", ["plan", "--weights", str(folder), "--memory", "8GB", "--dtype", "float32"])
     plan.main()
     planned = json.loads(capsys.readouterr().out.splitlines()[-1])["weights_bytes"]
-    rotary = engine._runner.model.rotary.nbytes
-    assert planned == pytest.approx(engine._runner.model.num_bytes - rotary, rel=0.01)
+    assert planned == engine._runner.model.num_bytes
 
 
 def test_the_plan_counts_the_unpacked_size(whole: Path, tmp_path: Path, capsys, monkeypatch):
