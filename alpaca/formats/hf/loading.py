@@ -44,15 +44,30 @@ def load_causal_lm(
     if how is not None:  # None given by name would override the folder's own
         arguments["quantization_config"] = how
     try:
-        if opens_as_stored(folder) or is_same or (method and not unpacks and how is None):
-            return _load_as_stored(folder, method, arguments)
-        return _load_tensors(folder, open_model_weights(folder, dtype=dtype), arguments)
+        return _untied(*_load(folder, method, arguments, is_same=is_same, unpacks=unpacks))
     except torch.OutOfMemoryError:
         raise
     except loading_errors() as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+
+
+def _load(
+    folder: Path, method: str, arguments: dict[str, Any], *, is_same: bool, unpacks: bool
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    by_itself = is_same or (method and not unpacks and "quantization_config" not in arguments)
+    if by_itself or opens_as_stored(folder):
+        return _load_as_stored(folder, method, arguments)
+    return _load_tensors(folder, open_model_weights(folder, dtype=arguments["dtype"]), arguments)
+
+
+def _untied(model: "PreTrainedModel", found: dict[str, Any]) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """The model whose config says what transformers did: it ties a head anew, by the flag, whenever rows are added."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
+    return model, found
 
 
 def _load_as_stored(folder: Path, method: str, arguments: dict[str, Any]) -> tuple["PreTrainedModel", dict[str, Any]]:

@@ -52,7 +52,7 @@ def describe_final(model: nn.Module, base: Base, dtype: torch.dtype) -> Final:
         "torch_dtype": dtype_name,  # older programs read this name
     }
     config.pop("quantization_config", None)  # what is written is whole
-    if hf_name("head") in tensors and model.config.tie_word_embeddings:
+    if hf_name("head") in tensors:
         config["tie_word_embeddings"] = False  # programs that trust the flag would drop the head
     return Final(tensors=tensors, stem="model", configs={"config.json": config, "generation_config.json": ids})
 
