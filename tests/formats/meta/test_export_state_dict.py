@@ -25,6 +25,7 @@ from alpaca.formats.meta.torch_zip import TensorFileWriter
 from convert import convert_llama_weights_to_hf
 from convert.export_state_dict_checkpoint import parse_arguments
 from tests.conftest import ROOT
+from tests.formats.hf.saved_sources import save_quantized
 from tests.formats.hf.test_export_hf import contents, damage_end, lose_shard, only, peak_of, save_large
 from tests.formats.hf.test_merging import merged_by_peft, save_adapter
 from tests.tiny import TinyLlama, split_for_rank, train_tokenizer, write_meta
@@ -183,6 +184,15 @@ def test_tied_embeddings_and_llama_3s_rope(rope: dict[str, float], hf: Path):
     assert config["tie_word_embeddings"] is True
     assert config["rope_parameters"] == scaling
     assert same_tensors(load_file(back / "model.safetensors"), tensors)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed w8a8"])
+def test_weights_that_were_saved_quantized_are_exported_whole(kind: str, hf: Path):
+    expected = save_quantized(hf, hf.parent / "saved", kind)
+    back = convert_back(run(hf.parent / "saved", hf.parent / "ckpt", "--dtype", "float32"), hf.parent / "again")
+    found = load_file(back / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in expected.items())
 
 
 def test_dtype_and_pickled_folders(hf: Path):
