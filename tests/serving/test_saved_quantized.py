@@ -124,6 +124,15 @@ def test_the_plan_counts_the_unpacked_size(whole: Path, tmp_path: Path, capsys, 
     assert sizes[0] == sizes[1]
 
 
+def test_a_4_bit_folder_whose_kind_is_left_to_the_default_says_both_precisions(whole: Path, tmp_path: Path, load):
+    folder = shutil.copytree(whole, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    how = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    with pytest.raises(InputError, match="was saved as fp4 .*ALPACA_QUANTIZATION asks for int8: leave it out"):
+        load(folder, quantization="int8")
+
+
 # transformers ----------------------------------------------------------------------------------------------------
 
 

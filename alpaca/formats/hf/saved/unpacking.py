@@ -131,11 +131,15 @@ def why_unread(method: str) -> str:
     )
 
 
+def bitsandbytes_kind(config: Mapping[str, Any]) -> str:
+    """ "int8", "nf4" or "fp4" where a folder's weights were saved by bitsandbytes; else "none"."""
+    is_its_own = quantization_method(config) == "bitsandbytes"
+    return bitsandbytes.saved_kind(config["quantization_config"]) if is_its_own else "none"
+
+
 def saved_quantization(config: Mapping[str, Any]) -> str:
     """ "int8" or "nf4" where a folder's weights were saved as this project's own layers compute with; else "none"."""
-    if quantization_method(config) != "bitsandbytes":
-        return "none"
-    kind = bitsandbytes.saved_kind(config["quantization_config"])
+    kind = bitsandbytes_kind(config)
     return kind if kind in ("int8", "nf4") else "none"
 
 
