@@ -129,7 +129,7 @@ def test_a_4_bit_folder_whose_kind_is_left_to_the_default_says_both_precisions(w
     config = json.loads((folder / "config.json").read_text())
     how = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
-    with pytest.raises(InputError, match="was saved as fp4 .*ALPACA_QUANTIZATION asks for int8: leave it out"):
+    with pytest.raises(InputError, match=r"was saved as fp4 .*ALPACA_QUANTIZATION asks for int8: leave it out"):
         load(folder, quantization="int8")
 
 
