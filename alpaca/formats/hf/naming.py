@@ -14,7 +14,8 @@ from alpaca.architecture.tensors import LAYER_PREFIX, OUTER, hf_name
 from alpaca.errors import InputError
 
 _COMPILED = re.compile(r"(^|(?<=\.))_orig_mod\.")
-_WRAPPERS = ("module.", "base_model.model.", "_fsdp_wrapped_module.", "_forward_module.", "language_model.")
+_WRAPPERS = ("module.", "base_model.model.", "_fsdp_wrapped_module.", "_forward_module.")
+_TEXT_PART = "language_model."  # of a model that sees, too
 _LAYER_MARK = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 # A LLaMA without its head is saved as the module `model` alone: these are its names, with `model.` taken away.
 _INNER = "model."
@@ -31,7 +32,7 @@ def find_names(stored: Iterable[str], config: Mapping[str, Any], *, where: Path)
     stored = list(stored)
     _refuse_unmerged(stored, where)
     own = {name: name for name in stored}
-    for rename in (_without_compiler, _without_wrappers, _with_model(config, where)):
+    for rename in (_without_compiler, _without_wrappers(_has_layers_in_model(config)), _with_model(config, where)):
         own = dict(zip(own, rename(list(own.values())), strict=True))
     if len(set(own.values())) < len(own):
         twice = sorted(name for name in own.values() if list(own.values()).count(name) > 1)
@@ -60,18 +61,30 @@ def _without_compiler(names: list[str]) -> list[str]:
     return [_COMPILED.sub("", name) for name in names]
 
 
-def _without_wrappers(names: list[str]) -> list[str]:
-    """Names without the wrappers that all of them carry, from the outside in."""
-    while wrapper := _find_wrapper(names):
-        names = _without_compiler([name.removeprefix(wrapper) for name in names])
-    return names
+def _has_layers_in_model(config: Mapping[str, Any]) -> bool:
+    """Whether the names of the whole model are known to begin with `model.layers.`."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family is not None and family.prefix == LAYER_PREFIX
 
 
-def _find_wrapper(names: list[str]) -> str | None:
+def _without_wrappers(is_known: bool) -> Callable[[list[str]], list[str]]:
+    """Takes away the wrappers that all names carry, from the outside in. is_known: see `_has_layers_in_model`."""
+
+    def rename(names: list[str]) -> list[str]:
+        while wrapper := _find_wrapper(names, is_known):
+            names = _without_compiler([name.removeprefix(wrapper) for name in names])
+        return names
+
+    return rename
+
+
+def _find_wrapper(names: list[str], is_known: bool) -> str | None:
     """What all names begin with; `model.` is a wrapper where another `model.` or the head follows it."""
-    wrapped = [wrapper for wrapper in _WRAPPERS if names and all(name.startswith(wrapper) for name in names)]
+    wrappers = (*_WRAPPERS, _TEXT_PART) if is_known else _WRAPPERS
+    wrapped = [wrapper for wrapper in wrappers if names and all(name.startswith(wrapper) for name in names)]
     inner = (f"{_INNER}{_INNER}", f"{_INNER}{hf_name('head')}")
-    if not wrapped and all(name.startswith(_INNER) for name in names) and any(name.startswith(inner) for name in names):
+    is_inner = is_known and all(name.startswith(_INNER) for name in names)
+    if not wrapped and is_inner and any(name.startswith(inner) for name in names):
         return _INNER
     return wrapped[0] if wrapped else None
 
@@ -83,7 +96,7 @@ def _with_model(config: Mapping[str, Any], where: Path) -> Callable[[list[str]],
         family = FAMILIES.get(str(config.get("model_type")))
         inner = [name for name in names if name != hf_name("head")]
         is_bare = bool(inner) and all(name.startswith(_BARE_NAMES) for name in inner)
-        if family is None or family.prefix != LAYER_PREFIX or not is_bare:
+        if family is None or not _has_layers_in_model(config) or not is_bare:
             return names
         if inner == names and not config.get("tie_word_embeddings", family.ties_by_default):
             raise InputError(
