@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from alpaca.errors import InputError
 from alpaca.formats.hf.loading import load_causal_lm
+from alpaca.formats.hf.merging import open_merged
 from alpaca.formats.hf.pickled import open_model_weights
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
 from alpaca.formats.hf.saved.packed import unpack_integers
@@ -202,3 +203,25 @@ def test_the_log_says_what_was_unpacked(whole: Path, tmp_path: Path, caplog: pyt
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
     assert "saved quantized by gptq: 14 of 21 tensors, unpacked when read" in lines[0]
+
+
+def test_an_adapter_is_merged_into_what_4_bit_weights_stand_for(tmp_path: Path):
+    """As it was trained: on the saved weights as they are, never quantized a second time."""
+    from peft import LoraConfig, get_peft_model
+
+    source = save_whole(tmp_path / "whole", width=128, ffn=64)
+    save_by_bitsandbytes(source, tmp_path / "saved", **BITSANDBYTES["nf4 twice"][0])
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(source), LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    weights = open_model_weights(tmp_path / "saved")
+    merged = open_merged(tmp_path / "saved", tmp_path / "adapter", quantization="nf4", dtype=torch.float32)
+    for name in merged.names:
+        stored = weights.stored(name)
+        expected = (stored if isinstance(stored, torch.Tensor) else stored.dequantize(torch.float32)).float()
+        if name.endswith("q_proj.weight"):
+            change = merged.adapter.low_rank(name.removesuffix(".weight"))
+            expected = expected + change.scale * change.b @ change.a
+        assert torch.allclose(merged.tensor(name), expected, atol=1e-6), name
