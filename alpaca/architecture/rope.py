@@ -88,6 +88,38 @@ def read_rope(config: Mapping[str, Any], *, source: str = "config.json") -> Rope
     return Rope(kind=kind, theta=float(theta), numbers=numbers)
 
 
+def describe_other_theta(config: Mapping[str, Any]) -> str:
+    """Which base counts, where a config.json that was read without an error names two that differ; else ""."""
+    older, newer = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    if not older or "rope_theta" not in newer:
+        return ""
+    holds = older.get("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    if holds == newer["rope_theta"]:
+        return ""
+    return (
+        "rope_scaling replaces rope_parameters as a whole, as transformers 5 has it: the rotary base is "
+        f"{holds:g}, not the {newer['rope_theta']:g} in rope_parameters"
+    )
+
+
+def spell_for_all(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json whose rotary settings every program reads alike; all other keys as they are.
+
+    transformers 4.46 to 4.57 and mlx-lm know `rope_theta` and `rope_scaling` alone: without them they compute with
+    a base of 10,000, and say nothing. transformers 5 reads both spellings, and from here the same settings in both.
+    A config without any rotary settings, and one that names them by kinds of layers, stay as they are.
+    """
+    values = _find_settings(config, "config.json")
+    by_layers = any(isinstance(value, Mapping) for value in values.values())
+    if by_layers or not (values or "rope_theta" in config):
+        return dict(config)
+    theta = values.get("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    kind = values["rope_type"] if "rope_type" in values else values.get("type", "default")
+    whole = {**values, "rope_type": kind, "rope_theta": theta}
+    scaling = None if kind == "default" else {name: value for name, value in whole.items() if name != "rope_theta"}
+    return {**config, "rope_theta": theta, "rope_parameters": whole, "rope_scaling": scaling}
+
+
 def _find_settings(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     """The object that counts: a `rope_scaling` that is not empty, else `rope_parameters`."""
     given = {name: config.get(name) or {} for name in ("rope_scaling", "rope_parameters")}

@@ -291,6 +291,7 @@ def remove_tensor(folder: Path) -> None:
 
 
 def name_missing_shards(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -319,7 +320,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[AlpacaError], str]] = {
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
-        MissingInput, r"no model\.safetensors or model\.safetensors\.index\.json in .*copy; found: config\.json",
+        MissingInput, r"no model\*\.safetensors or pytorch_model\*\.bin in .*copy; found: config\.json",
     ),
     "cut weights": (
         lambda folder: cut(folder / "model.safetensors", 50_000),

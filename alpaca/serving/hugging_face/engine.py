@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
@@ -25,8 +24,9 @@ from alpaca.architecture.inventory import check_layers
 from alpaca.errors import EngineClosed, InputError, MissingInput, NotEnoughSpace
 from alpaca.files.reading import list_folder
 from alpaca.formats.hf.adapters import AdapterFolder
-from alpaca.formats.hf.folder import loading_errors, require_all_weights
-from alpaca.formats.hf.quantization import allow_any_width_on_cpu, bitsandbytes_config
+from alpaca.formats.hf.folder import require_all_weights
+from alpaca.formats.hf.loading import load_causal_lm
+from alpaca.formats.hf.quantization import allow_any_width_on_cpu
 from alpaca.serving.engine import Engine, Generation, is_device_lost
 from alpaca.serving.llama.sampling import SamplingState, commit_tokens, require_finite, sample_tokens
 from alpaca.serving.request import Request
@@ -262,20 +262,13 @@ def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            output_loading_info=True,
-            dtype=dtype,
-            device_map={"": device},
-            local_files_only=True,
-            quantization_config=bitsandbytes_config(settings.quantization, dtype),
+        model, found = load_causal_lm(
+            folder, dtype=dtype, quantization=settings.quantization, device_map={"": device}, unpacks=False
         )
     except torch.OutOfMemoryError as error:
         raise NotEnoughSpace(
             f"{folder} does not fit the GPU as {dtype}: set ALPACA_QUANTIZATION to int8 or nf4 ({error})"
         ) from error
-    except loading_errors() as error:
-        raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     require_all_weights(folder, found["missing_keys"])
     num_layers = model.config.get_text_config().num_hidden_layers
     check_layers(num_layers, found["unexpected_keys"], where=str(folder))

@@ -52,10 +52,14 @@ def max_running(settings: ServerSettings) -> int:
     return min(MOST_RUNNING, 5 * settings.concurrency)
 
 
-def weights_bytes(config: ModelDescription, dtype: torch.dtype, quantization: str) -> int:
-    """Bytes of the weights on the device, without the rotary table."""
+def weights_bytes(config: ModelDescription, dtype: torch.dtype, quantization: str, *, num_whole: int = 0) -> int:
+    """Bytes of the weights on the device, without the rotary table.
+
+    num_whole: elements of the layers' matrices that a folder which was saved quantized holds whole.
+    """
     per_weight = _BYTES_PER_WEIGHT.get(quantization, dtype.itemsize)
-    return int(config.num_linear * per_weight) + (config.num_parameters - config.num_linear) * dtype.itemsize
+    num_quantized = config.num_linear - num_whole
+    return int(num_quantized * per_weight) + (config.num_parameters - num_quantized) * dtype.itemsize
 
 
 def working_bytes(

@@ -12,6 +12,7 @@ from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_b
 from alpaca.data.examples import EncodedDataset
 from alpaca.errors import InputError
 from alpaca.formats.hf.folder import read_description
+from alpaca.formats.hf.pickled import read_as_stored
 from alpaca.training.configuration.config import ALL_LINEAR
 from alpaca.training.configuration.parsing import count_checkpointed
 from alpaca.training.configuration.settings import RunSettings
@@ -95,6 +96,7 @@ def read_model(folder: Path, *, num_tokens: int = 0) -> ModelDescription:
         model = read_description(folder)
     except InputError as error:
         raise InputError(f"no plan can be made: {error}") from error
+    model = read_as_stored(folder, model)
     return model.with_vocab(max(num_tokens, model.vocab_size))
 
 

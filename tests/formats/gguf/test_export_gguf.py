@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.formats.gguf import tensors
@@ -29,6 +29,7 @@ from tests.formats.gguf_models import (
     write_byte_level,
     write_model,
 )
+from tests.formats.hf.saved_sources import save_quantized
 from tests.tiny import TEXT, TinyLlama, train_tokenizer, write_meta
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
@@ -152,6 +153,16 @@ def test_pickled_weights_are_read_too(tmp_path):
     (folder / "model.safetensors").unlink()
     run(folder, tmp_path / "pickled.gguf")
     assert (tmp_path / "pickled.gguf").read_bytes() == (tmp_path / "safetensors.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["gptq, columns in another order", "awq", "compressed w4a16", "fp8 by blocks"])
+def test_weights_that_were_saved_quantized_are_exported_whole(kind, tmp_path):
+    tensors = save_quantized(write_model(tmp_path / "m"), tmp_path / "saved", kind)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "m" / "model.safetensors")
+    whole = tensors_of(run(tmp_path / "m", tmp_path / "whole.gguf", "--outtype", "f32"))
+    saved = tensors_of(run(tmp_path / "saved", tmp_path / "saved.gguf", "--outtype", "f32"))
+    assert whole.keys() == saved.keys()
+    assert all(np.array_equal(whole[name], saved[name]) for name in whole)
 
 
 # The model's numbers ----------------------------------------------------------------------------------------------
