@@ -78,8 +78,8 @@ MUTATIONS = [
     ),
     Mutation(
         path="alpaca/serving/llama/scheduler.py",
-        old="return NO_PREFIX - self.adapter_index",
-        new="return NO_PREFIX",
+        old="return NO_PREFIX - 2 * self.adapter_index - self.is_long",
+        new="return NO_PREFIX - self.is_long",
         killed_by="tests/serving/llama/test_scheduler_properties.py",
         why="an adapter's keys and values are taken for another one's",
     ),

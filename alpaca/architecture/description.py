@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alpaca.architecture.families import FAMILIES, Family
-from alpaca.architecture.rope import Rope, read_rope
+from alpaca.architecture.patterns import read_patterns
+from alpaca.architecture.rope import Rope, read_rope, read_windowed_rope
 from alpaca.architecture.tensors import Shape
 from alpaca.errors import InputError, UnsupportedModel
 
@@ -31,6 +32,12 @@ class ModelDescription:
     width: of the residual stream.    head_width: of one head's query, key and value.    ties_embeddings: the head is
     the embedding and has no tensor of its own.    quantized_by: the method in quantization_config, "" for whole
     weights.    attention_bias, mlp_bias: whether config.json asks for them, in a family that listens.
+    windows: of each layer how many tokens it sees, its own included; 0: all.    turns: of each layer whether its
+    heads turn; (): all do.    windowed_rope: the settings of the layers in `windowed`, where they have their own.
+    query_scalar, attention_multiplier: what scores are multiplied by, where that is not the head's width's: see
+    `attention_scale`.    attention_softcap, logits_softcap: bounds that scores and logits come near; 0: none.
+    embedding_multiplier, residual_multiplier, logits_divisor: of the embeddings, of what a layer adds, of logits.
+    unusual: keys of config.json that ask for what is not described here.
     embedding_width, has_final_norm: OPT's alone.
     """
 
@@ -50,6 +57,18 @@ class ModelDescription:
     attention_bias: bool = False
     mlp_bias: bool = False
     quantized_by: str = ""
+    windows: tuple[int, ...] = ()
+    windowed: tuple[bool, ...] = ()
+    turns: tuple[bool, ...] = ()
+    windowed_rope: Rope | None = None
+    query_scalar: float = 0.0
+    attention_multiplier: float = 0.0
+    attention_softcap: float = 0.0
+    logits_softcap: float = 0.0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    unusual: tuple[str, ...] = ()
     embedding_width: int = 0
     has_final_norm: bool = True
 
@@ -79,6 +98,22 @@ class ModelDescription:
     @property
     def kv_width(self) -> int:
         return self.num_kv_heads * self.head_width
+
+    @property
+    def attention_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return self.attention_multiplier or (self.query_scalar or self.head_width) ** -0.5
+
+    def window(self, layer: int) -> int:
+        """How many tokens a layer sees, the query's own included; 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """How a layer's heads turn; None: they do not."""
+        if self.turns and not self.turns[layer]:
+            return None
+        is_windowed = bool(self.windowed and self.windowed[layer])
+        return self.windowed_rope if self.windowed_rope is not None and is_windowed else self.rope
 
     def kv_elements_per_token(self) -> int:
         """Elements of the keys and values of one token in all layers."""
@@ -160,17 +195,26 @@ class _Reader:
         width, heads = sizes["width"], sizes["num_heads"]
         kv_heads = self._size("num_kv_heads", "num_key_value_heads", default=heads)
         head_width = self._size("head_width", "head_dim", default=max(1, width // heads))
+        max_context = self._size("max_context", "max_position_embeddings", default=2048, takes_null=False)
+        patterns = read_patterns(
+            self._config, family.windows, family.turns, num_layers=sizes["num_layers"], max_context=max_context,
+            source=self._source,
+        )  # fmt: skip
         description = ModelDescription(
             model_type=kind,
             **sizes,
+            **dataclasses.asdict(patterns),
+            **{name: self._number(key, default) for name, (key, default) in family.numbers.items()},
+            windowed_rope=read_windowed_rope(self._config, source=self._source) if family.rope.per_layer else None,
+            unusual=tuple(key for key, usual in family.only.items() if self._config.get(key, usual[0]) not in usual),
             num_kv_heads=kv_heads,
             head_width=head_width,
             ffn_width=self._size("ffn_width", *family.keys["ffn_width"]) if "ffn_width" in family.keys else 4 * width,
             vocab_size=self._size("vocab_size", "vocab_size"),
-            max_context=self._size("max_context", "max_position_embeddings", default=2048, takes_null=False),
+            max_context=max_context,
             norm_eps=self._epsilon("rms_norm_eps", default=family.defaults.get("norm_eps", 1e-6)),
             activation=self._activation(),
-            rope=read_rope(self._config, source=self._source),
+            rope=read_rope(self._config, source=self._source, rule=family.rope),
             ties_embeddings=self._flag("tie_word_embeddings", default=family.ties_by_default),
             **{name: self._flag(key, default=default) for name, (key, default) in family.biases.items()},
             quantized_by=self._quantization(),
@@ -189,6 +233,13 @@ class _Reader:
             )
         if made.family.block == "llama" and made.head_width % 2:
             self._refuse(f"expected an even head width, for rotary embedding turns pairs; found {made.head_width}")
+        for rope in filter(None, (made.rope, made.windowed_rope)):
+            for factors in filter(None, (rope.short_factors, rope.long_factors)):
+                if len(factors) != rope.width(made.head_width) // 2:
+                    self._refuse(
+                        f"expected {rope.width(made.head_width) // 2} factors of longrope, one for each pair of a head "
+                        f"that turns; found {len(factors)}"
+                    )
         if (made.model_type == "llama" or self._config.get("head_dim") is None) and made.width % made.num_heads:
             self._refuse(f"hidden_size {made.width} does not divide into num_attention_heads {made.num_heads}")
 
@@ -219,10 +270,20 @@ class _Reader:
             self._refuse(f"expected true or false for {key!r}, found {value!r}")
         return value
 
+    def _number(self, key: str, default: float) -> float:
+        """A number above 0, or 0 for null."""
+        value = self._config.get(key, default)
+        if value is None:
+            return 0.0
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            self._refuse(f"expected a number above 0 for {key!r}, found {value!r}")
+        return float(value)
+
     def _activation(self) -> str:
-        value = self._config.get("hidden_act", "silu")
+        key, default = self._family.activation
+        value = self._config.get(key, default)
         if not isinstance(value, str):
-            self._refuse(f"expected the name of an activation for 'hidden_act', found {value!r}")
+            self._refuse(f"expected the name of an activation for {key!r}, found {value!r}")
         return _SAME_ACTIVATION.get(value, value)
 
     def _quantization(self) -> str:

@@ -107,7 +107,7 @@ def test_what_nobody_can_compute_is_refused(name):
         read_rope(given(**settings), source="here")
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "mine"])
+@pytest.mark.parametrize("kind", ["proportional", "axial", "mine"])
 def test_a_kind_without_a_formula_is_named_and_not_computed(kind):
     rope = read_rope(given(rope_scaling={"type": kind, "factor": 2.0}))
     assert rope.kind == kind

@@ -21,6 +21,7 @@ class Sequence:
     """The tokens of one completion, the blocks that hold their keys and values, and how far it has been computed.
 
     adapter_index: 0 for the base model alone, k for the k-th adapter (`kernels.low_rank`).
+    is_long: whether its positions turn as those of long sequences do (longrope), which its final length decides.
     shares_prompt_with: the first completion of the same prompt. This sequence waits until that one has computed the
     prompt, then shares its blocks.
     completion: the caller's own record of the completion. The scheduler never looks into it.
@@ -32,6 +33,7 @@ class Sequence:
         *,
         max_new_tokens: int,
         adapter_index: int = 0,
+        is_long: bool = False,
         shares_prompt_with: "Sequence | None" = None,
         completion: Any = None,
     ) -> None:
@@ -39,6 +41,7 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.max_new_tokens = max_new_tokens
         self.adapter_index = adapter_index
+        self.is_long = is_long
         self.shares_prompt_with = shares_prompt_with
         self.completion = completion
         self.arrival = -1  # the sequence's number in order of arrival
@@ -54,8 +57,11 @@ class Sequence:
 
     @property
     def root_prefix(self) -> int:
-        """The prefix before the first block. Each adapter has its own, as it changes the keys and values of a token."""
-        return NO_PREFIX - self.adapter_index
+        """The prefix before the first block.
+
+        Each adapter has its own, as it changes the keys and values of a token, and so have long sequences.
+        """
+        return NO_PREFIX - 2 * self.adapter_index - self.is_long
 
     def __len__(self) -> int:
         """Number of tokens, those in flight included."""

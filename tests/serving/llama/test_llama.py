@@ -130,10 +130,15 @@ def test_old_and_new_spellings_of_the_rotary_parameters(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "opt"}, "its model_type is 'opt', not llama"),
-        ({"attention_bias": True}, "has attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not one of default, linear, llama3"),
+        ({"model_type": "opt"}, "its model_type is 'opt', not llama or mistral"),
+        ({"is_causal": False}, "its is_causal asks for what this engine does not compute"),
+        ({"hidden_act": "relu"}, "activation is 'relu'; this engine computes silu, gelu"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral' is not one of default, linear, llama3"),
+        (
+            {"model_type": "phi3", "pad_token_id": 0, "partial_rotary_factor": 0.4},
+            "its partial_rotary_factor turns 3 numbers of a head; expected pairs",
+        ),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "its use_bidirectional_attention asks for"),
         ({"quantization_config": {"load_in_4bit": True}}, "was saved quantized"),
     ],
 )
