@@ -104,6 +104,11 @@ class ModelDescription:
         """What the products of queries and keys are multiplied by."""
         return self.attention_multiplier or (self.query_scalar or self.head_width) ** -0.5
 
+    @property
+    def changes_scores(self) -> bool:
+        """Whether attention's scores are capped, or the head's logits capped or divided."""
+        return bool(self.attention_softcap or self.logits_softcap) or self.logits_divisor != 1.0
+
     def window(self, layer: int) -> int:
         """How many tokens a layer sees, the query's own included; 0: all."""
         return self.windows[layer] if self.windows else 0

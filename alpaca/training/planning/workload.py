@@ -119,7 +119,7 @@ def make_setup(
         global_batch_size=batch.global_batch_size,
         max_length=batch.max_length,
         num_checkpointed=count_checkpointed(model.checkpointing, shape.num_layers),
-        padding_free=model.padding_free and not shape.family.keeps_scores,
+        padding_free=model.padding_free and not (shape.family.keeps_scores or shape.changes_scores),
         offload=model.sharding.offload,
         reshard=model.sharding.reshard_after_forward,
         bf16=model.bf16,
