@@ -20,7 +20,8 @@ from alpaca.errors import InputError, UnsupportedModel
 # Far beyond any model there is; with them no product of sizes leaves 64 bits by a number that a file merely claims.
 _MOST = {
     "width": 1 << 18, "num_layers": 1 << 14, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_width": 1 << 16,
-    "ffn_width": 1 << 22, "vocab_size": 1 << 28, "max_context": 1 << 32,
+    "ffn_width": 1 << 22, "vocab_size": 1 << 28, "max_context": 1 << 32, "num_experts": 1 << 14,
+    "experts_per_token": 1 << 14, "expert_width": 1 << 22,
 }  # fmt: skip
 _SAME_ACTIVATION = {"swish": "silu"}
 
@@ -37,6 +38,8 @@ class ModelDescription:
     query_scalar, attention_multiplier: what scores are multiplied by, where that is not the head's width's: see
     `attention_scale`.    attention_softcap, logits_softcap: bounds that scores and logits come near; 0: none.
     embedding_multiplier, residual_multiplier, logits_divisor: of the embeddings, of what a layer adds, of logits.
+    num_experts, experts_per_token, expert_width: of a feed-forward by experts, their number, how many each token gets,
+    and their width; 0: none.    normalizes_experts: whether the shares of those chosen are made to sum to one.
     unusual: keys of config.json that ask for what is not described here.
     embedding_width, has_final_norm: OPT's alone.
     """
@@ -68,6 +71,10 @@ class ModelDescription:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
+    normalizes_experts: bool = True
     unusual: tuple[str, ...] = ()
     embedding_width: int = 0
     has_final_norm: bool = True
@@ -147,8 +154,15 @@ class ModelDescription:
 
     @functools.cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of a layer's matrices by the last part of their modules' names, "o_proj" and so on."""
-        matrices = {name: shape for name, shape in self.layer_shapes.items() if len(shape) == 2}
+        """(rows, columns) of a layer's matrices by the last part of their modules' names, "o_proj" and so on.
+
+        Those of experts are not among them: all experts' have the same names.
+        """
+        experts = self.family.experts
+        apart = (f"{experts.experts}.", f"{experts.router}.") if experts else ()
+        matrices = {
+            name: shape for name, shape in self.layer_shapes.items() if len(shape) == 2 and not name.startswith(apart)
+        }
         return {name.removesuffix(".weight").rpartition(".")[2]: shape for name, shape in matrices.items()}  # type: ignore[misc]
 
     # Counts
@@ -156,7 +170,7 @@ class ModelDescription:
     @property
     def num_linear(self) -> int:
         """Parameters in the layers' matrices: those that quantization makes smaller."""
-        return self.num_layers * sum(rows * columns for rows, columns in self.linears.values())
+        return self.num_layers * sum(math.prod(shape) for shape in self.layer_shapes.values() if len(shape) == 2)
 
     @property
     def num_layer_vectors(self) -> int:
@@ -210,6 +224,7 @@ class _Reader:
             **sizes,
             **dataclasses.asdict(patterns),
             **{name: self._number(key, default) for name, (key, default) in family.numbers.items()},
+            **self._experts(),
             windowed_rope=read_windowed_rope(self._config, source=self._source) if family.rope.per_layer else None,
             unusual=tuple(key for key, usual in family.only.items() if self._config.get(key, usual[0]) not in usual),
             num_kv_heads=kv_heads,
@@ -274,6 +289,19 @@ class _Reader:
         if not isinstance(value, bool):
             self._refuse(f"expected true or false for {key!r}, found {value!r}")
         return value
+
+    def _experts(self) -> dict[str, int | bool]:
+        names = self._family.experts
+        if names is None:
+            return {}
+        sizes = {
+            name: self._size(name, *self._family.keys[name])
+            for name in ("num_experts", "experts_per_token", "expert_width")
+        }
+        if sizes["experts_per_token"] > sizes["num_experts"]:
+            self._refuse(f"each token gets {sizes['experts_per_token']} experts of {sizes['num_experts']}")
+        normalizes = names.normalizes is None or self._flag(names.normalizes[0], default=names.normalizes[1])
+        return {**sizes, "normalizes_experts": normalizes}
 
     def _number(self, key: str, default: float) -> float:
         """A number above 0, or 0 for null."""

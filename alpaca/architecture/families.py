@@ -39,6 +39,8 @@ class Sizes(Protocol):
     ties_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    num_experts: int
+    expert_width: int
 
     @property
     def query_width(self) -> int: ...
@@ -48,6 +50,26 @@ class Sizes(Protocol):
 
     @property
     def family(self) -> "Family": ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """How a family with experts names them in a layer: the router, the list of experts, and each one's matrices.
+
+    normalizes: config.json's key that says whether the chosen experts' shares are made to sum to one, and its default;
+    without a key they always are.
+    """
+
+    router: str
+    experts: str
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    normalizes: tuple[str, bool] | None = None
+
+    def of(self, expert: int) -> tuple[str, str, str]:
+        """The modules of one expert in its layer: gate, up and down."""
+        return tuple(f"{self.experts}.{expert}.{name}" for name in (self.gate, self.up, self.down))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +97,7 @@ class Family:
     activation: config.json's key of the gate's activation, and its default.
     windows, turns, rope: `patterns` and `rope` have the rules.
     numbers: fields of `ModelDescription` by config.json's key and default; null is 0, which is off.
+    experts: names of the experts that stand for the feed-forward, of which a router chooses some for each token.
     embeds_by_root: whether embeddings are multiplied by the square root of their width.
     only: keys that must have one of these values, or be missing: with others the family computes something else.
     """
@@ -103,6 +126,7 @@ class Family:
     turns: Turn | None = None
     rope: RopeRule = field(default_factory=RopeRule)
     numbers: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    experts: ExpertNames | None = None
     embeds_by_root: bool = False
     only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
@@ -128,7 +152,7 @@ def _llama_layer(model: Sizes) -> Shapes:
         rows = sizes[layer] if len(names) > 1 else (sum(sizes[layer]),)
         for name, num_rows in zip(names, rows, strict=True):
             _matrix(shapes, name, num_rows, columns[layer], bias=biased[layer])
-    return shapes | _head_norms(model)
+    return shapes | _head_norms(model) | _expert_shapes(model)
 
 
 def _head_norms(model: Sizes) -> Shapes:
@@ -137,6 +161,18 @@ def _head_norms(model: Sizes) -> Shapes:
     is_whole = model.family.head_norms == "whole"
     widths = (model.query_width, model.kv_width) if is_whole else (model.head_width, model.head_width)
     return {f"{name}.weight": (width,) for name, width in zip(HEAD_NORMS, widths, strict=True)}
+
+
+def _expert_shapes(model: Sizes) -> Shapes:
+    names, width = model.family.experts, model.width
+    if names is None:
+        return {}
+    shapes: Shapes = {f"{names.router}.weight": (model.num_experts, width)}
+    for expert in range(model.num_experts):
+        gate, up, down = names.of(expert)
+        shapes |= dict.fromkeys((f"{gate}.weight", f"{up}.weight"), (model.expert_width, width))
+        shapes[f"{down}.weight"] = (width, model.expert_width)
+    return shapes
 
 
 def _llama_outer(model: Sizes) -> Shapes:
@@ -209,6 +245,11 @@ _NORMS_BEFORE = {"input_norm": "input_layernorm", "ffn_norm": "post_attention_la
 _NORMS_AFTER = {"attention_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}
 _NORMS_AROUND = {"input_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_NORMS_AFTER}
 _FUSED = {layer: tuple(LAYER[role].hf for role in roles) for layer, roles in FUSED.items()}
+_EXPERT_KEYS = {"num_experts": ("num_local_experts", "num_experts"), "experts_per_token": ("num_experts_per_tok",)}
+_ROUTED = {
+    "fused": {name: _FUSED[name] for name in ("qkv", "attention_out")},
+    "input_groups": (("q_proj", "k_proj", "v_proj"), ("o_proj",)), "reads_stream": ("q_proj",),
+}  # fmt: skip
 _ATTENTION_BIAS = {"attention_bias": _BIASES["attention_bias"]}
 _CAUSAL = {"is_causal": (True,)}
 _GEMMA = {
@@ -288,6 +329,26 @@ FAMILIES: Mapping[str, Family] = {
     "exaone4": _llama_like(
         head_norms="each", norms=_NORMS_AFTER, defaults={"num_kv_heads": 32, "norm_eps": 1e-5},
         windows=WindowRule(size=4096, chosen=all_but_each(4)), turns=windowed_turns,
+    ),
+    "mixtral": _llama_like(
+        **_ROUTED, defaults={"num_kv_heads": 8, "max_context": 131072, "norm_eps": 1e-5, "num_experts": 8,
+                             "experts_per_token": 2},
+        windows=WindowRule(listed=False), rope=RopeRule(theta=1e6),
+        keys={**_LLAMA_KEYS, **_EXPERT_KEYS, "expert_width": ("intermediate_size",)},
+        experts=ExpertNames(
+            router="block_sparse_moe.gate", experts="block_sparse_moe.experts", gate="w1", up="w3", down="w2",
+        ),
+    ),
+    "qwen3_moe": _llama_like(
+        **_ROUTED, head_norms="each", biases=_ATTENTION_BIAS,
+        defaults={"num_kv_heads": 4, "max_context": 32768, "num_experts": 128, "experts_per_token": 8,
+                  "expert_width": 768},
+        windows=WindowRule(size=4096, needs_switch=True, listed=False),
+        keys={**_LLAMA_KEYS, **_EXPERT_KEYS, "expert_width": ("moe_intermediate_size",)},
+        experts=ExpertNames(
+            router="mlp.gate", experts="mlp.experts", normalizes=("norm_topk_prob", False),
+        ),
+        only={**_CAUSAL, "decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
     ),
     "opt": Family(
         block="opt", layer=_opt_layer, outer=_opt_outer, prefix="model.decoder.layers.", keys=_OPT_KEYS,

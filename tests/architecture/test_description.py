@@ -124,6 +124,20 @@ MODELS: dict[str, dict[str, object]] = {
     "EXAONE 4 without windows": {
         **LLAMA, "model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2,
     },
+    "Mixtral": {**LLAMA, "model_type": "mixtral", "num_local_experts": 3},
+    "Mixtral, defaults": {
+        **LLAMA, "model_type": "mixtral", "num_attention_heads": 8, "num_key_value_heads": ABSENT,
+        "max_position_embeddings": ABSENT, "rms_norm_eps": ABSENT, "sliding_window": 32,
+    },
+    "Qwen 3 with experts": {
+        **LLAMA, "model_type": "qwen3_moe", "num_experts": 5, "moe_intermediate_size": 24, "num_experts_per_tok": 3,
+        "norm_topk_prob": True, "head_dim": 16,
+    },
+    "Qwen 3 with experts, defaults": {
+        **LLAMA, "model_type": "qwen3_moe", "num_attention_heads": 8, "num_key_value_heads": ABSENT, "num_experts": 9,
+        "max_position_embeddings": ABSENT, "moe_intermediate_size": ABSENT, "use_sliding_window": True,
+        "sliding_window": 32, "attention_bias": True,
+    },
     "OPT": OPT,
     "OPT, head of its own": {**OPT, "tie_word_embeddings": False},
     "OPT, narrow embedding": {**OPT, "word_embed_proj_dim": 24},
@@ -215,8 +229,28 @@ def test_tensors_and_counts_are_those_of_transformers(tmp_path, name):
     expected = shapes_of_transformers(read_with_transformers(config, tmp_path))
     if model.model_type == "bloom":  # its published files lack the prefix
         expected = {key.removeprefix("transformer."): shape for key, shape in expected.items()}
+    if model.num_experts:
+        expected = apart(expected, model)
     assert model.tensor_shapes() == expected
     assert model.num_parameters == sum(math.prod(shape) for shape in expected.values())
+
+
+def apart(shapes: dict[str, tuple[int, ...]], model: ModelDescription) -> dict[str, tuple[int, ...]]:
+    """transformers lays experts end to end in memory, and writes each by itself, as they are published."""
+    names = model.family.experts
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        layer, _, tensor = name.partition("mlp.")
+        if tensor == "gate.weight":
+            found[f"{layer}{names.router}.weight"] = shape
+        elif tensor.startswith("experts."):
+            parts = [names.gate, names.up] if "gate_up" in tensor else [names.down]
+            each = shape[1] // len(parts), shape[2]
+            experts = (f"{layer}{names.experts}.{expert}" for expert in range(shape[0]))
+            found |= {f"{expert}.{part}.weight": each for expert in experts for part in parts}
+        else:
+            found[name] = shape
+    return found
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith(("OPT", "BLOOM"))])
@@ -245,7 +279,7 @@ def test_layers_and_multipliers_are_those_of_transformers(tmp_path, name):
         made = AutoModelForCausalLM.from_config(theirs)
     attentions = [layer.self_attn for layer in made.model.layers]
     listed = getattr(theirs, "layer_types", None) or [None] * len(attentions)
-    if model.model_type in ("mistral", "phi3"):  # one mask for all layers
+    if model.model_type in ("mistral", "phi3", "mixtral", "qwen3_moe"):  # one mask for all layers
         listed = ["sliding_attention" if theirs.sliding_window is not None else None] * len(attentions)
     windows = [theirs.sliding_window if kind == "sliding_attention" else 0 for kind in listed]
     assert [model.window(layer) for layer in range(model.num_layers)] == [

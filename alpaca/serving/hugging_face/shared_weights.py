@@ -12,8 +12,11 @@ from alpaca.serving.llama.network import LlamaLayer, LlamaModel
 
 
 def as_transformers(model: LlamaModel, folder: Path) -> PreTrainedModel | None:
-    """The engine's model as one of transformers that shares its tensors; None if they are packed or quantized."""
-    tensors = _tensors(model)
+    """The engine's model as one of transformers that shares its tensors; None if they are packed or quantized.
+
+    Nor are those of experts shared, which transformers lays end to end.
+    """
+    tensors = None if model.config.num_experts else _tensors(model)
     if tensors is None:
         return None
     config = AutoConfig.from_pretrained(folder)

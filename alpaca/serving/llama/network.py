@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.architecture.rope import Rope
+from alpaca.serving.kernels.experts import Experts, mix_experts
 from alpaca.serving.kernels.linear import Linear, PlainLinear
 from alpaca.serving.kernels.low_rank import AdapterRows, LowRankStack
 from alpaca.serving.kernels.ops import AttentionBatch
@@ -68,9 +69,10 @@ class LlamaLayer:
     qkv: Linear  # D -> (H + 2K) d
     attention_out: Linear  # H d -> D
     ffn_norm: torch.Tensor | None  # [D]
-    gate_up: Linear  # D -> 2F
-    down: Linear  # F -> D
     rotary: torch.Tensor
+    gate_up: Linear | None = None  # D -> 2F
+    down: Linear | None = None  # F -> D
+    experts: Experts | None = None  # in place of these two
     head_norms: tuple[tuple[int, torch.Tensor], ...] = ()
     attention_post_norm: torch.Tensor | None = None  # [D], after attention and before the sum
     ffn_post_norm: torch.Tensor | None = None  # [D]
@@ -78,7 +80,9 @@ class LlamaLayer:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return self.qkv, self.attention_out, self.gate_up, self.down
+        """Of attention and the feed-forward, without experts'."""
+        every = (self.qkv, self.attention_out, self.gate_up, self.down)
+        return tuple(linear for linear in every if linear is not None)
 
     @property
     def norms(self) -> list[torch.Tensor]:
@@ -153,7 +157,8 @@ class LlamaModel:
         norms = self.norm.nbytes + sum(norm.nbytes for layer in self.layers for norm in layer.norms)
         is_shared = isinstance(self.head, PlainLinear) and self.head.weight.data_ptr() == self.embedding.data_ptr()
         table = 0 if is_shared else self.embedding.nbytes
-        return table + norms + sum(linear.num_bytes for linear in linears)
+        experts = sum(layer.experts.num_bytes for layer in self.layers if layer.experts)
+        return table + norms + experts + sum(linear.num_bytes for linear in linears)
 
     def forward(
         self,
@@ -185,8 +190,11 @@ class LlamaModel:
             mixed = ops.paged_attention(q, keys, values, attention, scale, window=layer.window, softcap=softcap)
             x = self._project(index, "attention_out", mixed.flatten(1), adapters)
             x, residual = self._add(x, residual, layer.attention_post_norm, layer.ffn_norm)
-            x = self._activate(self._project(index, "gate_up", x, adapters))
-            x = self._project(index, "down", x, adapters)
+            if layer.experts is None:
+                x = self._activate(self._project(index, "gate_up", x, adapters))
+                x = self._project(index, "down", x, adapters)
+            else:
+                x = mix_experts(x, layer.experts, self._activate)
             is_last = index + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[index + 1].input_norm
             x, residual = self._add(x, residual, layer.ffn_post_norm, next_norm)

@@ -55,7 +55,21 @@ def max_running(settings: ServerSettings) -> int:
 def weights_bytes(config: ModelDescription, dtype: torch.dtype, quantization: str) -> int:
     """Bytes of the weights on the device, without the rotary table."""
     per_weight = _BYTES_PER_WEIGHT.get(quantization, dtype.itemsize)
-    return int(config.num_linear * per_weight) + (config.num_parameters - config.num_linear) * dtype.itemsize
+    quantized = config.num_linear - config.num_layers * config.num_experts * config.width  # routers are not
+    whole = (config.num_parameters - quantized) * dtype.itemsize
+    return int(quantized * per_weight) + whole + _extra_norm_bytes(config, dtype)
+
+
+def _extra_norm_bytes(config: ModelDescription, dtype: torch.dtype) -> int:
+    """What norms take beyond their elements in the files: some stay in float32, and those of heads have a row each."""
+    family, per_layer = config.family, len(config.family.norms) * config.width
+    if family.head_norms == "whole":
+        per_layer += config.query_width + config.kv_width
+    rows = config.query_width + config.kv_width if family.head_norms == "each" else 0
+    per_element = max(dtype.itemsize, 4) if family.scales_wide else dtype.itemsize
+    held = config.num_layers * (per_layer + rows) + config.width
+    stored = config.num_layers * (per_layer + (2 * config.head_width if rows else 0)) + config.width
+    return held * per_element - stored * dtype.itemsize
 
 
 def working_bytes(
@@ -65,7 +79,10 @@ def working_bytes(
 
     num_ranks: of all adapters' in one layer, at most; their sums are kept in float32, in several parts.
     """
-    widths = 4 * config.width + 3 * config.ffn_width + 2 * config.head_width * (config.num_heads + config.num_kv_heads)
+    inner = 3 * config.ffn_width
+    if config.num_experts:  # every token's experts may be the same: gathered inputs, gates and outputs of all at once
+        inner = config.experts_per_token * (3 * config.expert_width + 4 * config.width)
+    widths = 4 * config.width + inner + 2 * config.head_width * (config.num_heads + config.num_kv_heads)
     # Logits, their float32, probabilities, and for top_p scores and ids in order, and cumulative sums.
     per_score = dtype.itemsize + 4 * 4 + 8 + 8
     ranks = num_tokens * num_ranks * _RANK_PARTS * 4

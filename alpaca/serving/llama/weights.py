@@ -16,6 +16,7 @@ from alpaca.architecture.tensors import hf_name
 from alpaca.errors import UnsupportedModel
 from alpaca.formats.hf.folder import WeightsFolder, read_description
 from alpaca.formats.hf.pickled import as_stored
+from alpaca.serving.kernels.experts import Experts
 from alpaca.serving.kernels.linear import Biased, Linear, make_linear
 from alpaca.serving.llama.network import ACTIVATIONS, LlamaLayer, LlamaModel, rotary_table
 
@@ -24,7 +25,7 @@ _MOST_READ_AHEAD = 1 << 30  # bytes in memory that no layer has taken yet
 # The families that are computed here. Another of the block "llama" needs an equality with transformers first.
 TAKEN = (
     "llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite",
-    "olmo2", "exaone4",
+    "olmo2", "exaone4", "mixtral", "qwen3_moe",
 )  # fmt: skip
 
 
@@ -94,8 +95,21 @@ def load_llama(
             biases = [place(f"{name}.bias") for name in names if _within(name, config) in config.layer_shapes]
             return Biased(linear, torch.cat(biases)) if biases else linear
 
+        def load_experts(prefix: str) -> Experts:
+            names = config.family.experts
+            modules = [[f"{prefix}{name}" for name in names.of(expert)] for expert in range(config.num_experts)]
+            return Experts(
+                router=place(f"{prefix}{names.router}.weight"),
+                gate_up=[project([gate, up]) for gate, up, _ in modules],
+                down=[project([down]) for _, _, down in modules],
+                per_token=config.experts_per_token,
+                normalizes=config.normalizes_experts,
+            )
+
         embedding = place(hf_name("embedding"))
-        layers = [_load_layer(config, index, place_norm, project, tables) for index in range(config.num_layers)]
+        layers = [
+            _load_layer(config, index, place_norm, project, tables, load_experts) for index in range(config.num_layers)
+        ]
         norm = place_norm(hf_name("norm"))
         head = embedding if config.ties_embeddings else read.take(hf_name("head"))
         return LlamaModel(
@@ -116,6 +130,7 @@ def _load_layer(
     place_norm: Callable[[str], torch.Tensor],
     project: Callable[[Sequence[str]], Linear],
     tables: "_Tables",
+    load_experts: Callable[[str], Experts],
 ) -> LlamaLayer:
     family, prefix = config.family, f"{config.family.prefix}{index}."
     norms = {place: place_norm(f"{prefix}{name}.weight") for place, name in family.norms.items()}
@@ -124,6 +139,7 @@ def _load_layer(
         **{"input_norm": None, "ffn_norm": None, **norms},
         **linears,
         head_norms=_load_head_norms(config, prefix, place_norm) if family.head_norms else (),
+        experts=load_experts(prefix) if config.num_experts else None,
         rotary=tables.of(config.rope_of(index)),
         window=config.window(index),
     )
@@ -181,6 +197,11 @@ def _reading_order(config: ModelDescription) -> list[str]:
     for modules in family.fused.values():
         order += [f"{module}.weight" for module in modules] + [f"{module}.bias" for module in modules]
     order += [f"{name}.weight" for name in HEAD_NORMS]
+    if family.experts:
+        experts = [family.experts.of(expert) for expert in range(config.num_experts)]
+        order += [f"{family.experts.router}.weight"]
+        order += [f"{module}.weight" for gate, up, _ in experts for module in (gate, up)]
+        order += [f"{down}.weight" for _, _, down in experts]
     within = [name for name in order if name in config.layer_shapes]
     layers = [f"{prefix}{index}.{name}" for index in range(config.num_layers) for name in within]
     return [hf_name("embedding"), *layers, hf_name("norm"), *([] if config.ties_embeddings else [hf_name("head")])]

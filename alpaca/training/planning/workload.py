@@ -95,6 +95,10 @@ def read_model(folder: Path, *, num_tokens: int = 0) -> ModelDescription:
         model = read_description(folder)
     except InputError as error:
         raise InputError(f"no plan can be made: {error}") from error
+    if model.num_experts:
+        raise InputError(
+            f"no plan can be made: {folder} has experts ({model.model_type}), which the plan does not count"
+        )
     return model.with_vocab(max(num_tokens, model.vocab_size))
 
 

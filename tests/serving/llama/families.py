@@ -96,9 +96,21 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "olmo2, biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 0.1}),
     "exaone4": ("exaone4", {"sliding_window": 9, "sliding_window_pattern": 2}),
     "exaone4, no windows": ("exaone4", {"sliding_window": None, "layer_types": [FULL] * 3, "head_dim": 16}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "intermediate_size": 32}),
+    "mixtral, window, all experts": (
+        "mixtral", {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 9, "tie_word_embeddings": True,
+                    "head_dim": 16},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    ),
+    "qwen3_moe, not normalized, biases, window": (
+        "qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "attention_bias": True,
+                      "head_dim": 16, "use_sliding_window": True, "sliding_window": 9},
+    ),
 }  # fmt: skip
 # One of each kind of difference: fast tests take these, and `--all` takes every row.
-COVERING = ("qwen3, biases and windows", "phi3, window and part of a head", "gemma2", "olmo2")
+COVERING = ("qwen3, biases and windows", "phi3, window and part of a head", "gemma2", "olmo2", "qwen3_moe")
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, **changes: object) -> PreTrainedModel:
@@ -109,7 +121,10 @@ def make(name: str, dtype: torch.dtype = torch.float64, **changes: object) -> Pr
     model_type, differs = MODELS[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SMALL, **differs, **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    plain = {"attn_implementation": "eager"}
+    if hasattr(config, "num_experts_per_tok"):
+        plain["experts_implementation"] = "eager"  # the other ways have no float64
+    model = AutoModelForCausalLM.from_config(config, **plain).to(dtype).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:

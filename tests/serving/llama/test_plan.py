@@ -26,9 +26,16 @@ from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.plan import main
 from alpaca.serving.settings import ServerSettings
 from tests.conftest import ROOT
+from tests.serving.llama.families import COVERING
+from tests.serving.llama.families import MODELS as FAMILIES_MODELS
+from tests.serving.llama.families import save as save_family
 from tests.serving.llama.test_llama import CPU, KINDS, LLAMA3_ROPE, SMALL, load, save_model
 
 BF16 = torch.bfloat16
+FAMILIES = [
+    pytest.param(name, marks=() if name in COVERING or name == "qwen2" else pytest.mark.slow)
+    for name in FAMILIES_MODELS
+]
 # As their publishers' config.json have them.
 SHAPES = {
     "7b": dict(
@@ -70,6 +77,25 @@ def plan(config: ModelDescription, free_bytes: int, *, device: str = "cuda", dty
 def test_plain_weights_take_what_is_planned(tmp_path, kind, dtype):
     save_model(tmp_path, torch.float32, **KINDS[kind])
     assert weights_bytes(read_llama(tmp_path), dtype, "none") == load(tmp_path, dtype).num_bytes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_familys_weights_and_cache_take_what_is_planned(tmp_path, name):
+    save_family(tmp_path, name, torch.float32)
+    config = read_llama(tmp_path)
+    model = load(tmp_path, torch.float16)  # not packed on a CPU: as on a GPU, a tied head is the embedding itself
+    assert weights_bytes(config, torch.float16, "none") == model.num_bytes
+    planned = plan(config, 10**9, dtype=torch.float16, concurrency=2)
+    cache = KeyValueCache(config, num_blocks=planned.num_blocks, block_size=BLOCK_SIZE, dtype=torch.float16, device=CPU)
+    assert planned.kv_bytes == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+
+
+def test_quantized_experts_take_what_is_planned(tmp_path):
+    sizes = dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=8, moe_intermediate_size=256)
+    save_family(tmp_path, "qwen3_moe", torch.float32, **sizes)
+    for quantization in ("int8", "nf4"):
+        planned = weights_bytes(read_llama(tmp_path), BF16, quantization)
+        assert planned == pytest.approx(load(tmp_path, BF16, quantization).num_bytes, rel=0.01)
 
 
 def test_tied_embeddings_are_counted_once(tmp_path):

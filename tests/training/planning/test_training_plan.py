@@ -100,13 +100,14 @@ def test_grown_vocabulary_is_counted(tmp_path: Path):
     assert grown.num_parameters == read_model(tmp_path).num_parameters + 2 * 64
 
 
+EXPERTS = [kind for kind, family in FAMILIES.items() if family.experts]
 SIZES = {
     "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "pad_token_id": 0,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"opt", "bloom"}))
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in ("opt", "bloom", *EXPERTS)])
 def test_kinds_built_like_a_llama_are_counted(kind: str, tmp_path: Path):
     sizes = {**SIZES, "head_dim": 64} if kind == "ministral" else SIZES  # transformers makes none without
     with torch.device("meta"):
@@ -125,6 +126,13 @@ def test_other_kinds_with_the_same_sizes_have_no_plan(kind: str, tmp_path: Path)
     with pytest.raises(
         InputError, match=f"no plan can be made: .*model_type '{kind}' is not known here; known are llama, mistral"
     ):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_models_with_experts_have_no_plan(kind: str, tmp_path: Path):
+    AutoConfig.for_model(kind, **SIZES).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=rf"no plan can be made: .* has experts \({kind}\)"):
         read_model(tmp_path)
 
 
