@@ -120,6 +120,11 @@ class ModelDescription:
         """How many tokens a layer sees, the query's own included; 0: all."""
         return self.windows[layer] if self.windows else 0
 
+    @property
+    def longest_window(self) -> int:
+        """The most tokens that any layer sees; 0: some layer sees all."""
+        return max(self.windows) if self.windows and all(self.windows) else 0
+
     def rope_of(self, layer: int) -> Rope | None:
         """How a layer's heads turn; None: they do not."""
         if self.turns and not self.turns[layer]:

@@ -220,6 +220,7 @@ def _make_runner(
         BlockPool(plan.num_blocks, BLOCK_SIZE),
         max_running=plan.max_running,
         max_step_tokens=plan.max_running + PREFILL_TOKENS[model.device.type],
+        window=model.config.longest_window,
     )
     return runner, scheduler
 

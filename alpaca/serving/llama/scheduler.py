@@ -46,13 +46,13 @@ class Sequence:
         self.completion = completion
         self.arrival = -1  # the sequence's number in order of arrival
         self.state_row: int | None = None  # its row of the runner's state, while it runs
-        self.blocks: list[int] = []
+        self.blocks: list[int] = []  # 0: freed, since no later token sees it
         self.num_computed = 0  # tokens whose keys and values are in the blocks once every launched step is done
         self.num_in_flight = 0
         self.num_cached = 0  # prompt tokens that were found in the cache when it first ran
         self.num_admissions = 0
         self.is_finished = False
-        self._num_remembered_blocks = 0
+        self._num_remembered_blocks = self._num_freed_blocks = 0
         self._prefix = self.root_prefix  # what the remembered blocks hold
 
     @property
@@ -74,15 +74,26 @@ class Sequence:
 
     def release_into(self, pool: BlockPool) -> None:
         """Give all blocks back. Their tokens have to be computed again, or found in the cache."""
-        pool.release(self.blocks)
+        pool.release(self.blocks[self._num_freed_blocks :])
         self.blocks = []
-        self.num_computed = self._num_remembered_blocks = 0
+        self.num_computed = self._num_remembered_blocks = self._num_freed_blocks = 0
         self._prefix = self.root_prefix
 
     def take_blocks(self, found: list[int], prefix: int, new: list[int], block_size: int) -> None:
         """Begin with blocks found in the cache, which hold `prefix`, and with new blocks for the tokens after it."""
         self.blocks, self._prefix, self._num_remembered_blocks = found + new, prefix, len(found)
         self.num_computed = len(found) * block_size
+
+    def free_behind(self, window: int, pool: BlockPool) -> None:
+        """Give back the blocks whose tokens lie before all that the next token sees, once they are remembered.
+
+        Steps that were launched may still read them: whoever gets them writes in a later step.
+        """
+        num_behind = max(self.num_computed - window + 1, 0) // pool.block_size
+        for index in range(self._num_freed_blocks, min(num_behind, self._num_remembered_blocks)):
+            pool.release([self.blocks[index]])
+            self.blocks[index] = 0
+            self._num_freed_blocks = index + 1
 
     def remember_full_blocks(self, pool: BlockPool) -> None:
         """Tell the pool what the newly filled blocks hold, so that later prompts find them."""
@@ -111,15 +122,17 @@ class Scheduler:
 
     max_running: most sequences that run at once. Each has one of the runner's state rows 1 to max_running.
     max_step_tokens: most tokens of one step.
+    window: most tokens that any layer of the model sees, the newest included; 0: some layer sees all.
     """
 
-    def __init__(self, pool: BlockPool, *, max_running: int, max_step_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, *, max_running: int, max_step_tokens: int, window: int = 0) -> None:
         assert max_step_tokens > max_running, "every running sequence and some prompt tokens fit a step"
         self.pool = pool
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._max_step_tokens = max_step_tokens
+        self._window = window
         self._free_state_rows = list(range(max_running, 0, -1))
         self._num_arrived = 0
 
@@ -158,6 +171,8 @@ class Scheduler:
             sequence.num_computed += item.num_tokens
             sequence.num_in_flight += item.samples_token
             sequence.remember_full_blocks(self.pool)
+            if self._window:
+                sequence.free_behind(self._window, self.pool)
 
     def append_token(self, sequence: Sequence, token_id: int) -> None:
         """Add the id of a token that was in flight."""

@@ -137,6 +137,32 @@ def test_any_interleaving_gives_what_naive_decoding_gives_alone(tmp_path, name, 
     assert found == [naive(reference, one) for one in asked]
 
 
+def test_blocks_behind_every_layers_window_are_freed(tmp_path):
+    """A long answer holds little, others take what it gives back, and what is remembered of it is still found."""
+    reference, model = save(tmp_path, "mistral"), load(tmp_path)
+    assert model.config.longest_window == 9
+    engine, most = make_engine(model, num_blocks=20), []
+    pool, launch = engine._scheduler.pool, engine._runner.launch
+
+    def watch(scheduled):
+        most.append(pool.num_used)
+        return launch(scheduled)
+
+    engine._runner.launch = watch
+    asked = request(prompt_ids=(5, 6, 7), max_new_tokens=70, min_new_tokens=70)
+    assert tokens(engine.submit(asked)) == naive(reference, asked)
+    assert max(most) == 3  # blocks of 4 hold the 9 tokens that the next one sees
+    again = request(prompt_ids=(5, 6, 7, *naive(reference, asked)[0][:40]), max_new_tokens=9)
+    generation = engine.submit(again)
+    assert tokens(generation) == naive(reference, again)
+    assert generation.metrics()["cached_tokens"] > 0
+    many = [request(prompt_ids=tuple(range(i, i + 30)), max_new_tokens=30) for i in range(3, 9)]
+    generations = [engine.submit(one) for one in many]
+    assert [tokens(generation) for generation in generations] == [naive(reference, one) for one in many]
+    engine.close()
+    assert pool.num_free == pool.capacity
+
+
 @pytest.mark.parametrize("name", LONGROPE)
 def test_a_longrope_request_is_turned_by_its_final_length(tmp_path, name):
     """All of a long request's tokens turn as the last ones must: transformers with the long factors alone.
