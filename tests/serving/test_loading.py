@@ -32,6 +32,7 @@ from alpaca.serving.request import PredictionInputs, Request, make_request
 from alpaca.serving.served_model import ServedModel
 from alpaca.serving.settings import ServerSettings
 from alpaca.text.loading import load_tokenizer, read_eos_ids
+from tests.serving.llama.families import save as save_family
 from tests.serving.llama.test_llama import logits
 from tests.serving.llama.test_llama_engine import DEFAULTS, tokens
 
@@ -104,6 +105,18 @@ def test_a_llama_is_served_by_the_engine_named(load, engine, expected):
 def test_both_engines_answer_alike(load):
     asked = request(min_new_tokens=20)
     assert tokens(load(engine="llama").submit(asked)) == tokens(load(engine="transformers").submit(asked))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma2, strong caps", "gemma3", "mixtral"])
+def test_other_families_are_served_by_the_llama_engine_and_answer_alike(load, llama_folder, tmp_path, name):
+    save_family(tmp_path, name, torch.float32, vocab_size=400)
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(llama_folder / file, tmp_path)
+    asked = request(min_new_tokens=20)
+    engine = load(tmp_path, dtype="float32")
+    assert type(engine) is LlamaEngine
+    found = tokens(engine.submit(asked))
+    assert found == tokens(load(tmp_path, engine="transformers", dtype="float32").submit(asked))
 
 
 def test_an_opt_goes_to_transformers_and_the_log_says_why(load, opt_folder, caplog):
