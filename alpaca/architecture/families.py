@@ -257,6 +257,7 @@ _GEMMA = {
     "only": {**_CAUSAL, "use_bidirectional_attention": (None, False)},
 }  # fmt: skip
 _GEMMA_SCALE = {"query_scalar": ("query_pre_attn_scalar", 256.0), "logits_softcap": ("final_logit_softcapping", 0.0)}
+_PATTERN = ("sliding_window_pattern",)
 _TANH_GELU = "gelu_pytorch_tanh"
 
 
@@ -278,18 +279,18 @@ FAMILIES: Mapping[str, Family] = {
     "ministral": _llama_like(defaults={"num_kv_heads": 8, "max_context": 131072}, windows=WindowRule(size=4096)),
     "qwen2": _llama_like(
         biased_attention=True, defaults={"num_kv_heads": 32, "max_context": 32768},
-        windows=WindowRule(size=4096, needs_switch=True, chosen=from_a_layer_on),
+        windows=WindowRule(size=4096, needs_switch=True, chosen=from_a_layer_on, reads=("max_window_layers",)),
     ),
     "qwen3": _llama_like(
         head_norms="each", biases=_ATTENTION_BIAS,
         defaults={"num_kv_heads": 32, "max_context": 32768, "head_width": 128},
-        windows=WindowRule(size=4096, needs_switch=True, chosen=from_a_layer_on),
+        windows=WindowRule(size=4096, needs_switch=True, chosen=from_a_layer_on, reads=("max_window_layers",)),
     ),
     "phi3": _llama_like(
         defaults={"max_context": 4096, "norm_eps": 1e-5}, windows=WindowRule(listed=False),
         fused={**_FUSED, "qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.gate_up_proj",)},
         input_groups=(("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
-        reads_stream=("qkv_proj", "gate_up_proj"),
+        reads_stream=("qkv_proj", "gate_up_proj"), adapter_targets=("qkv_proj",),
         rope=RopeRule(turns_parts=True, old_context=4096, renames={"su": "longrope", "yarn": "longrope"}),
     ),
     "gemma": _llama_like(
@@ -308,7 +309,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3_text": _llama_like(  # its attn_logit_softcapping is read by nobody
         **_GEMMA, activation=("hidden_activation", _TANH_GELU), norms=_NORMS_AROUND, head_norms="each",
         defaults={"num_kv_heads": 4, "max_context": 131072, "head_width": 256},
-        windows=WindowRule(size=4096, chosen=all_but_each(6)), rope=RopeRule(theta=1e6, per_layer=True),
+        windows=WindowRule(size=4096, chosen=all_but_each(6), reads=_PATTERN), rope=RopeRule(theta=1e6, per_layer=True),
         numbers=_GEMMA_SCALE,
     ),
     "smollm3": _llama_like(
@@ -328,7 +329,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "exaone4": _llama_like(
         head_norms="each", norms=_NORMS_AFTER, defaults={"num_kv_heads": 32, "norm_eps": 1e-5},
-        windows=WindowRule(size=4096, chosen=all_but_each(4)), turns=windowed_turns,
+        windows=WindowRule(size=4096, chosen=all_but_each(4), reads=_PATTERN), turns=windowed_turns,
     ),
     "mixtral": _llama_like(
         **_ROUTED, defaults={"num_kv_heads": 8, "max_context": 131072, "norm_eps": 1e-5, "num_experts": 8,

@@ -23,12 +23,14 @@ class WindowRule:
     """Which layers of a family see a window, and how large it is.
 
     size: where `sliding_window` is missing; None: no window.    needs_switch: whether `use_sliding_window` must be
-    true.    listed: whether `layer_types` decides where it is there.    chosen: decides where it is not.
+    true.    listed: whether `layer_types` decides where it is there.    chosen: decides where it is not,
+    by the whole numbers under the keys `reads`.
     """
 
     size: int | None = None
     needs_switch: bool = False
     listed: bool = True
+    reads: tuple[str, ...] = ()
     chosen: Choice = field(default=lambda config, window, layer: window is not None)
 
 
@@ -51,7 +53,6 @@ def read_patterns(
 
     A window that no sequence within `max_context` fills is none.
     """
-    _check_lists(config, num_layers, source)
     window = _read_window(config, windows, source) if windows else None
     chosen = _choose(config, windows, window, num_layers, source) if windows else [False] * num_layers
     if any(chosen) and window is None:
@@ -59,7 +60,10 @@ def read_patterns(
             f"{source}: some layers have a sliding window, and 'sliding_window' is null; expected its size"
         )
     sizes = [window if window and is_windowed and window < max_context else 0 for is_windowed in chosen]
-    turned = [turns is None or turns(config, window, chosen[layer], layer) for layer in range(num_layers)]
+    try:
+        turned = [turns is None or turns(config, window, chosen[layer], layer) for layer in range(num_layers)]
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     return Patterns(
         windows=tuple(sizes) if any(sizes) else (),
         windowed=tuple(chosen) if any(chosen) else (),
@@ -70,6 +74,8 @@ def read_patterns(
 def _choose(config: Config, rule: WindowRule, window: int | None, num_layers: int, source: str) -> list[bool]:
     if rule.listed and config.get("layer_types") is not None:
         return _read_listed(config["layer_types"], num_layers, source)
+    for name in rule.reads:
+        _check_whole(config, name, source)
     return [rule.chosen(config, window, layer) for layer in range(num_layers)]
 
 
@@ -90,15 +96,10 @@ def _read_listed(listed: object, num_layers: int, source: str) -> list[bool]:
     return [name == _SLIDING for name in listed]
 
 
-def _check_lists(config: Config, num_layers: int, source: str) -> None:
-    """The lists and numbers that choices read."""
-    for name in ("sliding_window_pattern", "no_rope_layer_interval", "max_window_layers"):
-        value = config.get(name)
-        if name in config and value is not None and not (type(value) is int and value >= 0):
-            raise InputError(f"{source}: expected a whole number for {name!r}, found {value!r}")
-    listed = config.get("no_rope_layers")
-    if listed is not None and (not isinstance(listed, list) or len(listed) < num_layers):
-        raise InputError(f"{source}: expected {num_layers} numbers in 'no_rope_layers', found {str(listed)[:200]}")
+def _check_whole(config: Config, name: str, source: str) -> None:
+    value = config.get(name, 0)
+    if type(value) is not int or value < 0:
+        raise InputError(f"{source}: expected a whole number for {name!r}, found {value!r}")
 
 
 # The families' choices
@@ -126,10 +127,15 @@ def all_but_each(usual: int) -> Choice:
 
 def listed_turns(config: Config, window: int | None, is_windowed: bool, layer: int) -> bool:
     """SmolLM3: those with a 1 in no_rope_layers, else all but each no_rope_layer_interval'th."""
-    listed = config.get("no_rope_layers")
-    if listed is not None:
+    listed, interval = config.get("no_rope_layers"), config.get("no_rope_layer_interval", 4)
+    if isinstance(listed, list) and len(listed) > layer:
         return bool(listed[layer])
-    return bool((layer + 1) % config.get("no_rope_layer_interval", 4))
+    if listed is not None or type(interval) is not int or interval < 1:
+        raise InputError(
+            f"expected a number for each layer in 'no_rope_layers', or a whole number above 0 for "
+            f"'no_rope_layer_interval'; found {str(listed)[:200]} and {interval!r}"
+        )
+    return bool((layer + 1) % interval)
 
 
 def unturned_if_switched(config: Config, window: int | None, layer: int) -> bool:

@@ -121,6 +121,14 @@ MODELS: dict[str, dict[str, object]] = {
     "EXAONE 4, a pattern": {
         **LLAMA, "model_type": "exaone4", "num_hidden_layers": 5, "sliding_window": 32, "sliding_window_pattern": 2,
     },
+    "EXAONE 4, a pattern of letters, layers listed": {
+        **LLAMA, "model_type": "exaone4", "sliding_window": 32, "sliding_window_pattern": "LG",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "EXAONE 4 without windows or a pattern": {
+        **LLAMA, "model_type": "exaone4", "sliding_window": None, "sliding_window_pattern": None,
+        "layer_types": ["full_attention"] * 2,
+    },
     "EXAONE 4 without windows": {
         **LLAMA, "model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2,
     },
@@ -194,13 +202,42 @@ REFUSED = {
     "quantized by a word": ({"quantization_config": "nf4"}, "an object for 'quantization_config', found 'nf4'"),
     "a type that is no name": ({"model_type": 3}, "model_type 3 is not known here"),
     "no type": ({"model_type": ABSENT}, "model_type None is not known here; known are llama, mistral"),
+    "a window of text": ({"model_type": "mistral", "sliding_window": "9"}, "'sliding_window', found '9'"),
+    "an empty window": ({"model_type": "mistral", "sliding_window": 0}, "'sliding_window', found 0"),
+    "layers of an unknown kind": (
+        {"model_type": "qwen3", "head_dim": 8, "layer_types": ["linear_attention"] * 2}, "sliding_attention or full",
+    ),
+    "too few layers listed": ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "expected 2 names"),
+    "a windowed layer without a window": (
+        {"model_type": "gemma2", "sliding_window": None}, "some layers have a sliding window, and 'sliding_window' is null",
+    ),
+    "a pattern of letters": ({"model_type": "exaone4", "sliding_window_pattern": "LG"}, "'sliding_window_pattern'"),
+    "too few rotations listed": (
+        {"model_type": "smollm3", "pad_token_id": 0, "no_rope_layers": [1]}, "a number for each layer in 'no_rope_lay",
+    ),
+    "a cap of text": (
+        {"model_type": "gemma2", "final_logit_softcapping": "30"}, "above 0 for 'final_logit_softcapping', found '30'",
+    ),
+    "more experts a token than there are": (
+        {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "gets 3 experts of 2",
+    ),
+    "longrope of another head": (
+        {"model_type": "phi3", "pad_token_id": 0,
+         "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        "expected 4 factors of longrope",
+    ),
+    "longrope without factors": (
+        {"model_type": "phi3", "pad_token_id": 0, "rope_scaling": {"type": "longrope"}}, "needs a list of numbers",
+    ),
     "another type": ({"model_type": "mine"}, "model_type 'mine' is not known here"),
     "rotary settings": ({"rope_theta": "500"}, "needs a number above 0 for 'rope_theta'; found '500'"),
 }  # fmt: skip
 ONLY_OURS = {  # transformers would go on, with numbers that mean nothing
     "no layers", "fewer than none", "layers missing", "width missing", "vocabulary missing", "feed-forward missing",
     "absurd", "beyond every machine", "context zero", "heads that do not divide", "more key heads", "no key heads",
-    "an odd head", "an odd head that follows", "no head", "epsilon below", "epsilon not a number",
+    "an odd head", "an odd head that follows", "an empty window", "layers of an unknown kind",
+    "a windowed layer without a window", "too few rotations listed", "more experts a token than there are",
+    "a pattern of letters", "no head", "epsilon below", "epsilon not a number",
     "epsilon without end", "rotary settings",
 }  # fmt: skip
 
@@ -310,7 +347,7 @@ def test_refused_with_key_and_value(name):
 def test_transformers_refuses_it_too(tmp_path, name):
     """Or the row belongs to ONLY_OURS, with a reason to be stricter."""
     changes, _ = REFUSED[name]
-    with pytest.raises((StrictDataclassError, ValueError, AttributeError), match=r"\w"):
+    with pytest.raises((StrictDataclassError, ValueError, AttributeError, KeyError), match=r"\w"):
         read_with_transformers(given(LLAMA, **changes), tmp_path)
 
 

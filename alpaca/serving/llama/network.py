@@ -239,7 +239,7 @@ class LlamaModel:
         """Logits [R, V] of hidden states [R, D]."""
         logits = self.head(hidden)
         if self.config.logits_divisor != 1.0:
-            logits = logits / self.config.logits_divisor
+            logits.div_(self.config.logits_divisor)
         if self.config.logits_softcap:
-            logits = (logits / self.config.logits_softcap).tanh_() * self.config.logits_softcap
+            logits.div_(self.config.logits_softcap).tanh_().mul_(self.config.logits_softcap)
         return logits
