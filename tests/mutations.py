@@ -36,8 +36,8 @@ MUTATIONS = [
     ),
     Mutation(
         path="alpaca/serving/llama/scheduler.py",
-        old="self.pool.num_free - len(self.running)",
-        new="self.pool.num_free",
+        old="num_missing > self.pool.num_free - len(self.running)",
+        new="num_missing > self.pool.num_free",
         killed_by="tests/serving/llama/test_scheduler.py::test_admission_leaves_a_block_for_each_running_sequence",
         why="requests are admitted and preempted at once, and their work is lost",
     ),

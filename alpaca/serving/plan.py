@@ -75,8 +75,8 @@ def describe_windows(config: ModelDescription) -> str:
         return ""
     if config.longest_window:
         return (
-            f"all layers see {config.longest_window} tokens at most: blocks behind are freed while a request runs; "
-            "the numbers of requests are for prompts, which need all of their blocks at the start\n"
+            f"all layers see {config.longest_window} tokens at most: blocks behind are freed while a request runs, so "
+            "that a longer one holds no more\n"
         )
     num_windowed = sum(map(bool, config.windows))
     return (

@@ -209,7 +209,8 @@ REFUSED = {
     ),
     "too few layers listed": ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "expected 2 names"),
     "a windowed layer without a window": (
-        {"model_type": "gemma2", "sliding_window": None}, "some layers have a sliding window, and 'sliding_window' is null",
+        {"model_type": "gemma2", "sliding_window": None},
+        "some layers have a sliding window, and 'sliding_window' is null",
     ),
     "a pattern of letters": ({"model_type": "exaone4", "sliding_window_pattern": "LG"}, "'sliding_window_pattern'"),
     "too few rotations listed": (

@@ -9,6 +9,7 @@ import torch
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.errors import NotEnoughSpace
+from alpaca.serving.llama.scheduler import most_blocks
 from alpaca.serving.settings import ServerSettings
 
 BLOCK_SIZE = 16  # tokens; small, so that the Alpaca preamble (about 35) is shared
@@ -32,6 +33,9 @@ class MemoryPlan:
     num_blocks: int
     max_context: int  # tokens of one request, prompt and answer
     max_running: int
+    # Where all layers have windows: the blocks of one request besides those that a step writes, and these; else 0.
+    window_blocks: int = 0
+    step_blocks: int = 0
 
     @property
     def cached_tokens(self) -> int:
@@ -44,7 +48,10 @@ class MemoryPlan:
 
     def num_requests(self, length: int) -> int:
         """Number of requests of `length` tokens that run at once, without one waiting for room."""
-        return min(self.max_running, (self.num_blocks - 1) // -(-length // BLOCK_SIZE))
+        whole = (self.num_blocks - 1) // -(-length // BLOCK_SIZE)
+        if self.window_blocks:
+            whole = max(whole, (self.num_blocks - 1 - self.step_blocks) // self.window_blocks)
+        return min(self.max_running, whole)
 
 
 def max_running(settings: ServerSettings) -> int:
@@ -113,7 +120,11 @@ def plan_memory(
         room = min(_CPU_SHARE * room, max(_CPU_BYTES, _CPU_REQUESTS * context * per_token))
     per_block = BLOCK_SIZE * per_token
     useful = 1 + running * -(-context // BLOCK_SIZE)  # every running sequence as long as can be
+    window_blocks, step_blocks = _window_blocks(config, max_step_tokens=running + PREFILL_TOKENS[device])
+    if window_blocks:
+        useful = min(useful, 1 + running * window_blocks + step_blocks)
     num_blocks = min(useful, int(room) // per_block)
+    has_any_length = window_blocks and num_blocks > window_blocks + step_blocks
     if num_blocks < 1 + min(4, -(-context // BLOCK_SIZE)):
         raise NotEnoughSpace(
             f"{free_bytes / 1e9:.2f} GB are free after the weights, of which ALPACA_MEMORY_FRACTION "
@@ -126,9 +137,23 @@ def plan_memory(
         working_bytes=working,
         kv_bytes_per_token=per_token,
         num_blocks=num_blocks,
-        max_context=min(context, (num_blocks - 1) * BLOCK_SIZE),
+        max_context=context if has_any_length else min(context, (num_blocks - 1) * BLOCK_SIZE),
         max_running=running,
+        window_blocks=window_blocks,
+        step_blocks=step_blocks,
     )
+
+
+def _window_blocks(config: ModelDescription, *, max_step_tokens: int) -> tuple[int, int]:
+    """Where all layers have windows, the blocks that one request holds for its window, and those of a step's tokens.
+
+    What lies behind the window is freed. The tokens of a step are those of all requests together.
+    """
+    if not config.longest_window:
+        return 0, 0
+    whole = most_blocks(config.longest_window, max_step_tokens, BLOCK_SIZE)
+    step_blocks = -(-max_step_tokens // BLOCK_SIZE)
+    return whole - step_blocks + 1, step_blocks
 
 
 def advice(settings: ServerSettings) -> str:

@@ -156,6 +156,8 @@ def test_blocks_behind_every_layers_window_are_freed(tmp_path):
     generation = engine.submit(again)
     assert tokens(generation) == naive(reference, again)
     assert generation.metrics()["cached_tokens"] > 0
+    longer_than_the_cache = request(prompt_ids=tuple(3 + i * 7 % 110 for i in range(100)), max_new_tokens=8)
+    assert tokens(engine.submit(longer_than_the_cache)) == naive(reference, longer_than_the_cache)
     many = [request(prompt_ids=tuple(range(i, i + 30)), max_new_tokens=30) for i in range(3, 9)]
     generations = [engine.submit(one) for one in many]
     assert [tokens(generation) for generation in generations] == [naive(reference, one) for one in many]

@@ -92,8 +92,8 @@ class History:
         self.window = window
         self.chance = random.Random(f"{seed}:{ahead}")
         self.ahead = ahead
-        self.max_step_tokens = self.chance.choice([8, 20, 60])
-        pool = BlockPool(self.chance.randint(8, 20), SIZE)
+        self.max_step_tokens = self.chance.choice([8, 12] if window else [8, 20, 60])
+        pool = BlockPool(self.chance.randint(6, 9) + window // 4 if window else self.chance.randint(8, 20), SIZE)
         self.scheduler = Scheduler(
             pool, max_running=self.chance.choice([1, 2, 3, 6]), max_step_tokens=self.max_step_tokens, window=window
         )
@@ -145,7 +145,8 @@ class History:
     def _add_request(self) -> None:
         """One to three completions, or requests, of a prompt, which often begins like another one."""
         topic = self.chance.randint(1, 20)
-        prompt = [topic] * self.chance.randint(1, 16) + [self.chance.randint(1, 2)] * self.chance.randint(0, 5)
+        most = self.chance.choice([16, 100]) if self.window else 16  # longer than the cache, whose window suffices
+        prompt = [topic] * self.chance.randint(1, most) + [self.chance.randint(1, 2)] * self.chance.randint(0, 5)
         leader, adapter, has_leader = None, self.chance.choice([0, 0, 1]), self.chance.random() < 0.4
         for _ in range(self.chance.choice([1, 1, 1, 3])):
             sequence = Sequence(
@@ -255,12 +256,16 @@ def is_behind_leader(sequence: Sequence) -> bool:
 def num_blocks_wanted(sequence: Sequence, scheduler: Scheduler) -> int:
     """Free blocks that a waiting sequence takes or finds, and the one that stays for each running sequence."""
     found, _ = scheduler.pool.find_prefix(sequence.token_ids[:-1], sequence.root_prefix)
+    num_found, end = len(found), len(sequence)
+    if window := scheduler._window:  # what its first step needs, and what that sees
+        end = min(end, num_found * SIZE + scheduler._max_step_tokens)
+        found = found[max(num_found * SIZE - window + 1, 0) // SIZE :]
     used = {block for other in scheduler.running for block in held(other)}
-    return -(-len(sequence) // SIZE) - len(used.intersection(found)) + len(scheduler.running)
+    return -(-end // SIZE) - (num_found - len(found)) - len(used.intersection(found)) + len(scheduler.running)
 
 
 CASES = [(seed, ahead, 0) for seed in range(30) for ahead in (False, True)]
-CASES += [(seed, ahead, window) for seed in range(8) for ahead in (False, True) for window in (2, 9)]
+CASES += [(seed, ahead, window) for seed in range(8) for ahead in (False, True) for window in (2, 21)]
 
 
 @pytest.mark.parametrize(("seed", "ahead", "window"), CASES)
@@ -288,6 +293,12 @@ def test_the_histories_meet_every_case():
     for history in histories:
         history.run()
     sequences = [sequence for history in histories for sequence in history.ended]
+    windowed = [History(seed, ahead=True, window=21) for seed in range(8)]
+    for history in windowed:
+        history.run()
+    capacity = {history: history.scheduler.pool.capacity * SIZE for history in windowed}
+    assert sum(len(s.token_ids) > capacity[history] for history in windowed for s in history.ended) > 20
+    assert sum(history.scheduler.num_preemptions for history in windowed) > 50
     assert sum(history.scheduler.num_preemptions for history in histories) > 100
     assert sum(sequence.num_cached > 0 for sequence in sequences) > 100
     assert sum(sequence.shares_prompt_with is not None for sequence in sequences) > 100
