@@ -46,14 +46,12 @@ def mix_experts(x: torch.Tensor, experts: Experts, activate: Callable[[torch.Ten
     numbers, shares = choose_experts(x, experts)
     order = numbers.flatten().argsort(stable=True)
     tokens = order // experts.per_token
+    gathered = x.index_select(0, tokens)
     counts = torch.bincount(numbers.flatten(), minlength=len(experts.gate_up)).tolist()
-    mixed = x.new_zeros(x.shape, dtype=shares.dtype)
-    start = 0
-    for expert, count in enumerate(counts):
+    outputs, start = [], 0
+    for gate_up, down, count in zip(experts.gate_up, experts.down, counts, strict=True):
         if count:
-            rows = tokens[start : start + count]
-            out = experts.down[expert](activate(experts.gate_up[expert](x.index_select(0, rows))))
-            weights = shares.flatten().index_select(0, order[start : start + count])
-            mixed.index_add_(0, rows, out * weights[:, None])
+            outputs.append(down(activate(gate_up(gathered[start : start + count]))))
             start += count
-    return mixed.to(x.dtype)
+    weighted = torch.cat(outputs) * shares.flatten().index_select(0, order)[:, None]
+    return x.new_zeros(x.shape, dtype=weighted.dtype).index_add_(0, tokens, weighted).to(x.dtype)
