@@ -13,7 +13,7 @@ from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.quantization import quantize_parts
 from alpaca.serving.engine import Generation
 from alpaca.serving.hugging_face.shared_weights import as_transformers
-from alpaca.serving.llama.adapters import with_adapters
+from alpaca.serving.llama.adapters import stacked_bytes, with_adapters
 from alpaca.serving.llama.network import LlamaModel
 from alpaca.serving.llama.weights import TAKEN
 from tests.serving.llama.families import COVERING, MODELS, longrope, save
@@ -195,7 +195,9 @@ def test_adapters_give_pefts_logits(tmp_path, name, use_dora, one_thread):
     folder = write_adapter(
         base, tmp_path / "adapter", seed=1, r=4, lora_alpha=8, target_modules=targets, use_dora=use_dora
     )
-    model = with_adapters(load(tmp_path / "base"), {"one": open_adapter(folder)})
+    adapters = {"one": open_adapter(folder)}
+    model = with_adapters(load(tmp_path / "base"), adapters)
+    assert stacked_bytes(adapters, model.config, model.dtype) == model.adapters.num_bytes
     prompt = PROMPTS[0][:40]
     found, plain = adapted_logits(model, prompt), expected_logits(base, prompt)
     expected = expected_logits(PeftModel.from_pretrained(base, folder).eval(), prompt)
