@@ -220,17 +220,12 @@ class _Reader:
         kv_heads = self._size("num_kv_heads", "num_key_value_heads", default=heads)
         head_width = self._size("head_width", "head_dim", default=max(1, width // heads))
         max_context = self._size("max_context", "max_position_embeddings", default=2048, takes_null=False)
-        patterns = read_patterns(
-            self._config, family.windows, family.turns, num_layers=sizes["num_layers"], max_context=max_context,
-            source=self._source,
-        )  # fmt: skip
         description = ModelDescription(
             model_type=kind,
             **sizes,
-            **dataclasses.asdict(patterns),
-            **{name: self._number(key, default) for name, (key, default) in family.numbers.items()},
+            **self._patterns(sizes["num_layers"], max_context),
             **self._experts(),
-            windowed_rope=read_windowed_rope(self._config, source=self._source) if family.rope.per_layer else None,
+            **{name: self._number(key, default) for name, (key, default) in family.numbers.items()},
             unusual=tuple(key for key, usual in family.only.items() if self._config.get(key, usual[0]) not in usual),
             num_kv_heads=kv_heads,
             head_width=head_width,
@@ -240,6 +235,7 @@ class _Reader:
             norm_eps=self._epsilon("rms_norm_eps", default=family.defaults.get("norm_eps", 1e-6)),
             activation=self._activation(),
             rope=read_rope(self._config, source=self._source, rule=family.rope),
+            windowed_rope=read_windowed_rope(self._config, source=self._source) if family.rope.per_layer else None,
             ties_embeddings=self._flag("tie_word_embeddings", default=family.ties_by_default),
             **{name: self._flag(key, default=default) for name, (key, default) in family.biases.items()},
             quantized_by=self._quantization(),
@@ -259,12 +255,12 @@ class _Reader:
         if made.family.block == "llama" and made.head_width % 2:
             self._refuse(f"expected an even head width, for rotary embedding turns pairs; found {made.head_width}")
         for rope in filter(None, (made.rope, made.windowed_rope)):
-            for factors in filter(None, (rope.short_factors, rope.long_factors)):
-                if len(factors) != rope.width(made.head_width) // 2:
-                    self._refuse(
-                        f"expected {rope.width(made.head_width) // 2} factors of longrope, one for each pair of a head "
-                        f"that turns; found {len(factors)}"
-                    )
+            num_pairs, found = rope.width(made.head_width) // 2, (rope.short_factors, rope.long_factors)
+            if rope.kind == "longrope" and {*map(len, found)} != {num_pairs}:
+                self._refuse(
+                    f"expected {num_pairs} factors of longrope, one for each pair of a head that turns; found "
+                    f"{' and '.join(str(len(factors)) for factors in found)}"
+                )
         if (made.model_type == "llama" or self._config.get("head_dim") is None) and made.width % made.num_heads:
             self._refuse(f"hidden_size {made.width} does not divide into num_attention_heads {made.num_heads}")
 
@@ -294,6 +290,15 @@ class _Reader:
         if not isinstance(value, bool):
             self._refuse(f"expected true or false for {key!r}, found {value!r}")
         return value
+
+    def _patterns(self, num_layers: int, max_context: int) -> dict[str, tuple]:
+        """What differs from layer to layer."""
+        family = self._family
+        found = read_patterns(
+            self._config, family.windows, family.turns, num_layers=num_layers, max_context=max_context,
+            source=self._source,
+        )  # fmt: skip
+        return dataclasses.asdict(found)
 
     def _experts(self) -> dict[str, int | bool]:
         names = self._family.experts

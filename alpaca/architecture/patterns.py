@@ -23,8 +23,8 @@ class WindowRule:
     """Which layers of a family see a window, and how large it is.
 
     size: where `sliding_window` is missing; None: no window.    needs_switch: whether `use_sliding_window` must be
-    true.    listed: whether `layer_types` decides where it is there.    chosen: decides where it is not,
-    by the whole numbers under the keys `reads`.
+    true.    listed: whether `layer_types` decides, where it is there.    chosen: decides where that does not.    reads:
+    the keys of whole numbers that `chosen` reads.
     """
 
     size: int | None = None
@@ -140,9 +140,8 @@ def listed_turns(config: Config, window: int | None, is_windowed: bool, layer: i
 
 def unturned_if_switched(config: Config, window: int | None, layer: int) -> bool:
     """SmolLM3: its layers without rotation, if use_sliding_window is true."""
-    return (
-        bool(config.get("use_sliding_window")) and window is not None and not listed_turns(config, window, False, layer)
-    )
+    is_asked_for = bool(config.get("use_sliding_window")) and window is not None
+    return is_asked_for and not listed_turns(config, window, False, layer)
 
 
 def windowed_turns(config: Config, window: int | None, is_windowed: bool, layer: int) -> bool:

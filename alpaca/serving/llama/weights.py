@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from alpaca.architecture.description import ModelDescription
-from alpaca.architecture.families import HEAD_NORMS, Family
+from alpaca.architecture.families import HEAD_NORMS
 from alpaca.architecture.inventory import check_tensors
 from alpaca.architecture.rope import NUMBERS_OF, Rope
 from alpaca.architecture.tensors import hf_name
@@ -79,38 +79,12 @@ def load_llama(
     holds exactly the tensors that its config.json calls for.
     """
     require_tensors(weights, config)
-    tables = _Tables(config, num_positions, dtype, device)
     with _ReadAhead(weights, _reading_order(config), pin=device.type == "cuda", progress=progress) as read:
-
-        def place(name: str) -> torch.Tensor:
-            return read.take(name).to(device=device, dtype=dtype)
-
-        def place_norm(name: str) -> torch.Tensor:
-            return _as_norm(read.take(name), config.family, device=device, dtype=dtype)
-
-        def project(names: Sequence[str]) -> Linear:
-            linear = make_linear(
-                [read.take(f"{name}.weight") for name in names], quantization=quantization, device=device, dtype=dtype
-            )
-            biases = [place(f"{name}.bias") for name in names if _within(name, config) in config.layer_shapes]
-            return Biased(linear, torch.cat(biases)) if biases else linear
-
-        def load_experts(prefix: str) -> Experts:
-            names = config.family.experts
-            modules = [[f"{prefix}{name}" for name in names.of(expert)] for expert in range(config.num_experts)]
-            return Experts(
-                router=place(f"{prefix}{names.router}.weight"),
-                gate_up=[project([gate, up]) for gate, up, _ in modules],
-                down=[project([down]) for _, _, down in modules],
-                per_token=config.experts_per_token,
-                normalizes=config.normalizes_experts,
-            )
-
-        embedding = place(hf_name("embedding"))
-        layers = [
-            _load_layer(config, index, place_norm, project, tables, load_experts) for index in range(config.num_layers)
-        ]
-        norm = place_norm(hf_name("norm"))
+        loader = _Loader(config, read, device=device, dtype=dtype, quantization=quantization)
+        tables = _Tables(config, num_positions, dtype, device)
+        embedding = loader.place(hf_name("embedding"))
+        layers = [loader.load_layer(index, tables) for index in range(config.num_layers)]
+        norm = loader.place_norm(hf_name("norm"))
         head = embedding if config.ties_embeddings else read.take(hf_name("head"))
         return LlamaModel(
             config=config,
@@ -124,44 +98,75 @@ def load_llama(
         )
 
 
-def _load_layer(
-    config: ModelDescription,
-    index: int,
-    place_norm: Callable[[str], torch.Tensor],
-    project: Callable[[Sequence[str]], Linear],
-    tables: "_Tables",
-    load_experts: Callable[[str], Experts],
-) -> LlamaLayer:
-    family, prefix = config.family, f"{config.family.prefix}{index}."
-    norms = {place: place_norm(f"{prefix}{name}.weight") for place, name in family.norms.items()}
-    linears = {name: project([f"{prefix}{module}" for module in modules]) for name, modules in family.fused.items()}
-    return LlamaLayer(
-        **{"input_norm": None, "ffn_norm": None, **norms},
-        **linears,
-        head_norms=_load_head_norms(config, prefix, place_norm) if family.head_norms else (),
-        experts=load_experts(prefix) if config.num_experts else None,
-        rotary=tables.of(config.rope_of(index)),
-        window=config.window(index),
-    )
+class _Loader:
+    """Takes tensors in the order of `_reading_order` and makes the engine's layers of them."""
 
+    def __init__(
+        self,
+        config: ModelDescription,
+        read: "_ReadAhead",
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str,
+    ) -> None:
+        self._config, self._read, self._quantization = config, read, quantization
+        self._device, self._dtype = device, dtype
 
-def _load_head_norms(
-    config: ModelDescription, prefix: str, place_norm: Callable[[str], torch.Tensor]
-) -> tuple[tuple[int, torch.Tensor], ...]:
-    """Norms of each head are one, with a row for each head of query and key."""
-    query, key = (place_norm(f"{prefix}{name}.weight") for name in HEAD_NORMS)
-    if config.family.head_norms == "whole":
-        return (0, query[None]), (config.query_width, key[None])
-    rows = [query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)]
-    return ((0, torch.cat(rows).contiguous()),)
+    def load_layer(self, index: int, tables: "_Tables") -> LlamaLayer:
+        config, family = self._config, self._config.family
+        prefix = f"{family.prefix}{index}."
+        norms = {place: self.place_norm(f"{prefix}{name}.weight") for place, name in family.norms.items()}
+        linears = {name: self._project(prefix, modules) for name, modules in family.fused.items()}
+        return LlamaLayer(
+            **{"input_norm": None, "ffn_norm": None, **norms},
+            **linears,
+            head_norms=self._load_head_norms(prefix),
+            experts=self._load_experts(prefix),
+            rotary=tables.of(config.rope_of(index)),
+            window=config.window(index),
+        )
 
+    def place(self, name: str) -> torch.Tensor:
+        return self._read.take(name).to(device=self._device, dtype=self._dtype)
 
-def _as_norm(stored: torch.Tensor, family: Family, *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A norm's weights as the engine multiplies by them. Those that scale before they round stay wide."""
-    if not family.scales_wide:
-        return stored.to(device=device, dtype=dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return stored.to(device=device, dtype=dtype).to(wide) + family.norm_offset  # rounded first, as loaded weights are
+    def place_norm(self, name: str) -> torch.Tensor:
+        """A norm's weights as the engine multiplies by them. Those that scale before they round stay wide."""
+        stored, family = self.place(name), self._config.family
+        if not family.scales_wide:
+            return stored
+        return stored.to(torch.promote_types(self._dtype, torch.float32)) + family.norm_offset
+
+    def _project(self, prefix: str, modules: Sequence[str]) -> Linear:
+        """The layer of modules of one input, by their names in the model's layer."""
+        parts = [self._read.take(f"{prefix}{module}.weight") for module in modules]
+        linear = make_linear(parts, quantization=self._quantization, device=self._device, dtype=self._dtype)
+        has_bias = f"{modules[0]}.bias" in self._config.layer_shapes
+        return Biased(linear, torch.cat([self.place(f"{prefix}{m}.bias") for m in modules])) if has_bias else linear
+
+    def _load_head_norms(self, prefix: str) -> tuple[tuple[int, torch.Tensor], ...]:
+        """Norms of each head are one, with a row for each head of query and key."""
+        config = self._config
+        if not config.family.head_norms:
+            return ()
+        query, key = (self.place_norm(f"{prefix}{name}.weight") for name in HEAD_NORMS)
+        if config.family.head_norms == "whole":
+            return (0, query[None]), (config.query_width, key[None])
+        rows = [query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)]
+        return ((0, torch.cat(rows).contiguous()),)
+
+    def _load_experts(self, prefix: str) -> Experts | None:
+        config, names = self._config, self._config.family.experts
+        if names is None:
+            return None
+        modules = [names.of(expert) for expert in range(config.num_experts)]
+        return Experts(
+            router=self.place(f"{prefix}{names.router}.weight"),
+            gate_up=[self._project(prefix, (gate, up)) for gate, up, _ in modules],
+            down=[self._project(prefix, (down,)) for _, _, down in modules],
+            per_token=config.experts_per_token,
+            normalizes=config.normalizes_experts,
+        )
 
 
 def _embedding_multiplier(config: ModelDescription, dtype: torch.dtype) -> float:
@@ -184,11 +189,6 @@ class _Tables:
             first = self._tables[0][1]
             return first.new_empty(len(first), 0)
         return next(table for known, table in self._tables if known is rope)
-
-
-def _within(module: str, config: ModelDescription) -> str:
-    """A module's bias, by its name in its layer."""
-    return f"{module.removeprefix(config.family.prefix).partition('.')[2]}.bias"
 
 
 def _reading_order(config: ModelDescription) -> list[str]:
