@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alpaca.architecture.families import FAMILIES, Family
-from alpaca.architecture.rope import Rope, read_rope
+from alpaca.architecture.patterns import read_patterns
+from alpaca.architecture.rope import Rope, read_rope, read_windowed_rope
 from alpaca.architecture.tensors import Shape
 from alpaca.errors import InputError, UnsupportedModel
 
 # Far beyond any model there is; with them no product of sizes leaves 64 bits by a number that a file merely claims.
 _MOST = {
     "width": 1 << 18, "num_layers": 1 << 14, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_width": 1 << 16,
-    "ffn_width": 1 << 22, "vocab_size": 1 << 28, "max_context": 1 << 32,
+    "ffn_width": 1 << 22, "vocab_size": 1 << 28, "max_context": 1 << 32, "num_experts": 1 << 14,
+    "experts_per_token": 1 << 14, "expert_width": 1 << 22,
 }  # fmt: skip
 _SAME_ACTIVATION = {"swish": "silu"}
 
@@ -31,6 +33,14 @@ class ModelDescription:
     width: of the residual stream.    head_width: of one head's query, key and value.    ties_embeddings: the head is
     the embedding and has no tensor of its own.    quantized_by: the method in quantization_config, "" for whole
     weights.    attention_bias, mlp_bias: whether config.json asks for them, in a family that listens.
+    windows: of each layer how many tokens it sees, its own included; 0: all.    turns: of each layer whether its
+    heads turn; (): all do.    windowed_rope: the settings of the layers in `windowed`, where they have their own.
+    query_scalar, attention_multiplier: what scores are multiplied by, where that is not the head's width's: see
+    `attention_scale`.    attention_softcap, logits_softcap: bounds that scores and logits come near; 0: none.
+    embedding_multiplier, residual_multiplier, logits_divisor: of the embeddings, of what a layer adds, of logits.
+    num_experts, experts_per_token, expert_width: of a feed-forward by experts, their number, how many each token gets,
+    and their width; 0: none.    normalizes_experts: whether the shares of those chosen are made to sum to one.
+    unusual: keys of config.json that ask for what is not described here.
     embedding_width, has_final_norm: OPT's alone.
     """
 
@@ -50,6 +60,22 @@ class ModelDescription:
     attention_bias: bool = False
     mlp_bias: bool = False
     quantized_by: str = ""
+    windows: tuple[int, ...] = ()
+    windowed: tuple[bool, ...] = ()
+    turns: tuple[bool, ...] = ()
+    windowed_rope: Rope | None = None
+    query_scalar: float = 0.0
+    attention_multiplier: float = 0.0
+    attention_softcap: float = 0.0
+    logits_softcap: float = 0.0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
+    normalizes_experts: bool = True
+    unusual: tuple[str, ...] = ()
     embedding_width: int = 0
     has_final_norm: bool = True
 
@@ -80,6 +106,32 @@ class ModelDescription:
     def kv_width(self) -> int:
         return self.num_kv_heads * self.head_width
 
+    @property
+    def attention_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return self.attention_multiplier or (self.query_scalar or self.head_width) ** -0.5
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether attention's scores are capped, or the head's logits capped or divided."""
+        return bool(self.attention_softcap or self.logits_softcap) or self.logits_divisor != 1.0
+
+    def window(self, layer: int) -> int:
+        """How many tokens a layer sees, the query's own included; 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+    @property
+    def longest_window(self) -> int:
+        """The most tokens that any layer sees; 0: some layer sees all."""
+        return max(self.windows) if self.windows and all(self.windows) else 0
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """How a layer's heads turn; None: they do not."""
+        if self.turns and not self.turns[layer]:
+            return None
+        is_windowed = bool(self.windowed and self.windowed[layer])
+        return self.windowed_rope if self.windowed_rope is not None and is_windowed else self.rope
+
     def kv_elements_per_token(self) -> int:
         """Elements of the keys and values of one token in all layers."""
         return 2 * self.num_layers * self.kv_width
@@ -107,8 +159,15 @@ class ModelDescription:
 
     @functools.cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of a layer's matrices by the last part of their modules' names, "o_proj" and so on."""
-        matrices = {name: shape for name, shape in self.layer_shapes.items() if len(shape) == 2}
+        """(rows, columns) of a layer's matrices by the last part of their modules' names, "o_proj" and so on.
+
+        Those of experts are not among them: all experts' have the same names.
+        """
+        experts = self.family.experts
+        apart = (f"{experts.experts}.", f"{experts.router}.") if experts else ()
+        matrices = {
+            name: shape for name, shape in self.layer_shapes.items() if len(shape) == 2 and not name.startswith(apart)
+        }
         return {name.removesuffix(".weight").rpartition(".")[2]: shape for name, shape in matrices.items()}  # type: ignore[misc]
 
     # Counts
@@ -116,7 +175,7 @@ class ModelDescription:
     @property
     def num_linear(self) -> int:
         """Parameters in the layers' matrices: those that quantization makes smaller."""
-        return self.num_layers * sum(rows * columns for rows, columns in self.linears.values())
+        return self.num_layers * sum(math.prod(shape) for shape in self.layer_shapes.values() if len(shape) == 2)
 
     @property
     def num_layer_vectors(self) -> int:
@@ -172,17 +231,23 @@ class _Reader:
         width, heads = sizes["width"], sizes["num_heads"]
         kv_heads = self._size("num_kv_heads", "num_key_value_heads", default=heads)
         head_width = self._size("head_width", "head_dim", default=max(1, width // heads))
+        max_context = self._size("max_context", "max_position_embeddings", default=2048, takes_null=False)
         description = ModelDescription(
             model_type=kind,
             **sizes,
+            **self._patterns(sizes["num_layers"], max_context),
+            **self._experts(),
+            **{name: self._number(key, default) for name, (key, default) in family.numbers.items()},
+            unusual=tuple(key for key, usual in family.only.items() if self._config.get(key, usual[0]) not in usual),
             num_kv_heads=kv_heads,
             head_width=head_width,
             ffn_width=self._size("ffn_width", *family.keys["ffn_width"]) if "ffn_width" in family.keys else 4 * width,
             vocab_size=self._size("vocab_size", "vocab_size"),
-            max_context=self._size("max_context", "max_position_embeddings", default=2048, takes_null=False),
+            max_context=max_context,
             norm_eps=self._epsilon("rms_norm_eps", default=family.defaults.get("norm_eps", 1e-6)),
             activation=self._activation(),
-            rope=read_rope(self._config, source=self._source),
+            rope=read_rope(self._config, source=self._source, rule=family.rope),
+            windowed_rope=read_windowed_rope(self._config, source=self._source) if family.rope.per_layer else None,
             ties_embeddings=self._flag("tie_word_embeddings", default=family.ties_by_default),
             **{name: self._flag(key, default=default) for name, (key, default) in family.biases.items()},
             quantized_by=quantization_method(self._config, source=self._source),
@@ -201,6 +266,13 @@ class _Reader:
             )
         if made.family.block == "llama" and made.head_width % 2:
             self._refuse(f"expected an even head width, for rotary embedding turns pairs; found {made.head_width}")
+        for rope in filter(None, (made.rope, made.windowed_rope)):
+            num_pairs, found = rope.width(made.head_width) // 2, (rope.short_factors, rope.long_factors)
+            if rope.kind == "longrope" and {*map(len, found)} != {num_pairs}:
+                self._refuse(
+                    f"expected {num_pairs} factors of longrope, one for each pair of a head that turns; found "
+                    f"{' and '.join(str(len(factors)) for factors in found)}"
+                )
         if (made.model_type == "llama" or self._config.get("head_dim") is None) and made.width % made.num_heads:
             self._refuse(f"hidden_size {made.width} does not divide into num_attention_heads {made.num_heads}")
 
@@ -231,10 +303,42 @@ class _Reader:
             self._refuse(f"expected true or false for {key!r}, found {value!r}")
         return value
 
+    def _patterns(self, num_layers: int, max_context: int) -> dict[str, tuple]:
+        """What differs from layer to layer."""
+        family = self._family
+        found = read_patterns(
+            self._config, family.windows, family.turns, num_layers=num_layers, max_context=max_context,
+            source=self._source,
+        )  # fmt: skip
+        return dataclasses.asdict(found)
+
+    def _experts(self) -> dict[str, int | bool]:
+        names = self._family.experts
+        if names is None:
+            return {}
+        sizes = {
+            name: self._size(name, *self._family.keys[name])
+            for name in ("num_experts", "experts_per_token", "expert_width")
+        }
+        if sizes["experts_per_token"] > sizes["num_experts"]:
+            self._refuse(f"each token gets {sizes['experts_per_token']} experts of {sizes['num_experts']}")
+        normalizes = names.normalizes is None or self._flag(names.normalizes[0], default=names.normalizes[1])
+        return {**sizes, "normalizes_experts": normalizes}
+
+    def _number(self, key: str, default: float) -> float:
+        """A number above 0, or 0 for null."""
+        value = self._config.get(key, default)
+        if value is None:
+            return 0.0
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            self._refuse(f"expected a number above 0 for {key!r}, found {value!r}")
+        return float(value)
+
     def _activation(self) -> str:
-        value = self._config.get("hidden_act", "silu")
+        key, default = self._family.activation
+        value = self._config.get(key, default)
         if not isinstance(value, str):
-            self._refuse(f"expected the name of an activation for 'hidden_act', found {value!r}")
+            self._refuse(f"expected the name of an activation for {key!r}, found {value!r}")
         return _SAME_ACTIVATION.get(value, value)
 
     def _refuse(self, what: str) -> None:

@@ -8,10 +8,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from alpaca.architecture.tensors import LAYER, LAYER_PREFIX, OUTER, Shape
+from alpaca.architecture.patterns import (
+    Turn,
+    WindowRule,
+    all_but_each,
+    every_second,
+    from_a_layer_on,
+    listed_turns,
+    unturned_if_switched,
+    windowed_turns,
+)
+from alpaca.architecture.rope import RopeRule
+from alpaca.architecture.tensors import FUSED, LAYER, LAYER_PREFIX, OUTER, Shape
 
 Shapes = dict[str, Shape]
 USUAL_TARGETS = ("q_proj", "v_proj")  # of LoRA, as alpaca-lora has it
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 class Sizes(Protocol):
@@ -27,6 +39,8 @@ class Sizes(Protocol):
     ties_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    num_experts: int
+    expert_width: int
 
     @property
     def query_width(self) -> int: ...
@@ -36,6 +50,26 @@ class Sizes(Protocol):
 
     @property
     def family(self) -> "Family": ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """How a family with experts names them in a layer: the router, the list of experts, and each one's matrices.
+
+    normalizes: config.json's key that says whether the chosen experts' shares are made to sum to one, and its default;
+    without a key they always are.
+    """
+
+    router: str
+    experts: str
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    normalizes: tuple[str, bool] | None = None
+
+    def of(self, expert: int) -> tuple[str, str, str]:
+        """The modules of one expert in its layer: gate, up and down."""
+        return tuple(f"{self.experts}.{expert}.{name}" for name in (self.gate, self.up, self.down))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +87,19 @@ class Family:
     biased_attention: whether query, key and value always have biases.
     keeps_scores: whether attention materializes its scores, having no fused kernel.
     one_naming: whether all checkpoints of the family name their tensors alike, so that the names can be checked.
+
+    What a layer of the block "llama" computes:
+    norms: the layer's norms by what they follow or precede: "input_norm", "ffn_norm" (before attention and
+    feed-forward), "attention_post_norm", "ffn_post_norm" (after them, before the sum).
+    fused: the matrices of the engine's layers, by the names of `tensors.FUSED`.
+    head_norms: norms of query and key, "each" head by itself or the "whole" projection; "": none.
+    norm_offset: what is added to a norm's weights.    scales_wide: whether norms scale before they round.
+    activation: config.json's key of the gate's activation, and its default.
+    windows, turns, rope: `patterns` and `rope` have the rules.
+    numbers: fields of `ModelDescription` by config.json's key and default; null is 0, which is off.
+    experts: names of the experts that stand for the feed-forward, of which a router chooses some for each token.
+    embeds_by_root: whether embeddings are multiplied by the square root of their width.
+    only: keys that must have one of these values, or be missing: with others the family computes something else.
     """
 
     block: str
@@ -69,6 +116,19 @@ class Family:
     biased_attention: bool = False
     keeps_scores: bool = False
     one_naming: bool = True
+    norms: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    head_norms: str = ""
+    norm_offset: float = 0.0
+    scales_wide: bool = False
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    windows: WindowRule | None = None
+    turns: Turn | None = None
+    rope: RopeRule = field(default_factory=RopeRule)
+    numbers: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    experts: ExpertNames | None = None
+    embeds_by_root: bool = False
+    only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
 
 def _matrix(shapes: Shapes, name: str, rows: int, columns: int, *, bias: bool) -> None:
@@ -78,14 +138,40 @@ def _matrix(shapes: Shapes, name: str, rows: int, columns: int, *, bias: bool) -
 
 
 def _llama_layer(model: Sizes) -> Shapes:
+    """The norms and matrices that the family's row names."""
     width, ffn, query, kv = model.width, model.ffn_width, model.query_width, model.kv_width
-    names = {role: name.hf for role, name in LAYER.items()}
-    shapes: Shapes = {f"{names[role]}.weight": (width,) for role in ("attention_norm", "ffn_norm")}
-    for role, rows in (("query", query), ("key", kv), ("value", kv)):
-        _matrix(shapes, names[role], rows, width, bias=model.attention_bias or model.family.biased_attention)
-    _matrix(shapes, names["attention_out"], width, query, bias=model.attention_bias)
-    for role, rows, columns in (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn)):
-        _matrix(shapes, names[role], rows, columns, bias=model.mlp_bias)
+    family = model.family
+    shapes: Shapes = {f"{name}.weight": (width,) for name in family.norms.values()}
+    sizes = {"qkv": (query, kv, kv), "attention_out": (width,), "gate_up": (ffn, ffn), "down": (width,)}
+    columns = {"qkv": width, "attention_out": query, "gate_up": width, "down": ffn}
+    biased = {
+        "qkv": model.attention_bias or family.biased_attention, "attention_out": model.attention_bias,
+        "gate_up": model.mlp_bias, "down": model.mlp_bias,
+    }  # fmt: skip
+    for layer, names in family.fused.items():
+        rows = sizes[layer] if len(names) > 1 else (sum(sizes[layer]),)
+        for name, num_rows in zip(names, rows, strict=True):
+            _matrix(shapes, name, num_rows, columns[layer], bias=biased[layer])
+    return shapes | _head_norms(model) | _expert_shapes(model)
+
+
+def _head_norms(model: Sizes) -> Shapes:
+    if not model.family.head_norms:
+        return {}
+    is_whole = model.family.head_norms == "whole"
+    widths = (model.query_width, model.kv_width) if is_whole else (model.head_width, model.head_width)
+    return {f"{name}.weight": (width,) for name, width in zip(HEAD_NORMS, widths, strict=True)}
+
+
+def _expert_shapes(model: Sizes) -> Shapes:
+    names, width = model.family.experts, model.width
+    if names is None:
+        return {}
+    shapes: Shapes = {f"{names.router}.weight": (model.num_experts, width)}
+    for expert in range(model.num_experts):
+        gate, up, down = names.of(expert)
+        shapes |= dict.fromkeys((f"{gate}.weight", f"{up}.weight"), (model.expert_width, width))
+        shapes[f"{down}.weight"] = (width, model.expert_width)
     return shapes
 
 
@@ -98,25 +184,6 @@ def _llama_outer(model: Sizes) -> Shapes:
 def _own_head(model: Sizes, width: int) -> Shapes:
     """The head's matrix, where it is not the embedding."""
     return {} if model.ties_embeddings else {f"{OUTER['head'].hf}.weight": (model.vocab_size, width)}
-
-
-def _qwen3_layer(model: Sizes) -> Shapes:
-    """LLaMA's, with norms of each head's query and key."""
-    norms = dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (model.head_width,))
-    return {**_llama_layer(model), **norms}
-
-
-def _phi3_layer(model: Sizes) -> Shapes:
-    """LLaMA's, with query, key and value in one matrix, and gate and up in another."""
-    width, names = model.width, {role: name.hf for role, name in LAYER.items()}
-    return {
-        f"{names['attention_norm']}.weight": (width,),
-        f"{names['ffn_norm']}.weight": (width,),
-        "self_attn.qkv_proj.weight": (model.query_width + 2 * model.kv_width, width),
-        f"{names['attention_out']}.weight": (width, model.query_width),
-        "mlp.gate_up_proj.weight": (2 * model.ffn_width, width),
-        f"{names['down']}.weight": (width, model.ffn_width),
-    }
 
 
 def _opt_layer(model: Sizes) -> Shapes:
@@ -174,11 +241,31 @@ _BLOOM_KEYS = {
 }
 
 
+_NORMS_BEFORE = {"input_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_NORMS_AFTER = {"attention_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}
+_NORMS_AROUND = {"input_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_NORMS_AFTER}
+_FUSED = {layer: tuple(LAYER[role].hf for role in roles) for layer, roles in FUSED.items()}
+_EXPERT_KEYS = {"num_experts": ("num_local_experts", "num_experts"), "experts_per_token": ("num_experts_per_tok",)}
+_ROUTED = {
+    "fused": {name: _FUSED[name] for name in ("qkv", "attention_out")},
+    "input_groups": (("q_proj", "k_proj", "v_proj"), ("o_proj",)), "reads_stream": ("q_proj",),
+}  # fmt: skip
+_ATTENTION_BIAS = {"attention_bias": _BIASES["attention_bias"]}
+_CAUSAL = {"is_causal": (True,)}
+_GEMMA = {
+    "norm_offset": 1.0, "scales_wide": True, "embeds_by_root": True, "ties_by_default": True, "biases": _ATTENTION_BIAS,
+    "only": {**_CAUSAL, "use_bidirectional_attention": (None, False)},
+}  # fmt: skip
+_GEMMA_SCALE = {"query_scalar": ("query_pre_attn_scalar", 256.0), "logits_softcap": ("final_logit_softcapping", 0.0)}
+_PATTERN = ("sliding_window_pattern",)
+_TANH_GELU = "gelu_pytorch_tanh"
+
+
 def _llama_like(**differs: object) -> Family:
     usual = {
         "layer": _llama_layer, "outer": _llama_outer, "prefix": LAYER_PREFIX, "keys": _LLAMA_KEYS,
         "input_groups": (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)),
-        "reads_stream": ("q_proj", "gate_proj"),
+        "reads_stream": ("q_proj", "gate_proj"), "norms": _NORMS_BEFORE, "fused": _FUSED, "only": _CAUSAL,
     }  # fmt: skip
     return Family(block="llama", **{**usual, **differs})  # type: ignore[arg-type]
 
@@ -186,18 +273,83 @@ def _llama_like(**differs: object) -> Family:
 # A model of another type that has an intermediate_size is something else: experts, tied tables, another feed-forward.
 FAMILIES: Mapping[str, Family] = {
     "llama": _llama_like(biases=_BIASES),
-    "mistral": _llama_like(defaults={"num_kv_heads": 8, "max_context": 131072}),
+    "mistral": _llama_like(
+        defaults={"num_kv_heads": 8, "max_context": 131072}, windows=WindowRule(size=4096, listed=False),
+    ),
+    "ministral": _llama_like(defaults={"num_kv_heads": 8, "max_context": 131072}, windows=WindowRule(size=4096)),
     "qwen2": _llama_like(
         biased_attention=True, defaults={"num_kv_heads": 32, "max_context": 32768},
+        windows=WindowRule(size=4096, needs_switch=True, chosen=from_a_layer_on, reads=("max_window_layers",)),
     ),
     "qwen3": _llama_like(
-        layer=_qwen3_layer, biases={"attention_bias": _BIASES["attention_bias"]},
+        head_norms="each", biases=_ATTENTION_BIAS,
         defaults={"num_kv_heads": 32, "max_context": 32768, "head_width": 128},
+        windows=WindowRule(size=4096, needs_switch=True, chosen=from_a_layer_on, reads=("max_window_layers",)),
     ),
     "phi3": _llama_like(
-        layer=_phi3_layer, defaults={"max_context": 4096, "norm_eps": 1e-5},
+        defaults={"max_context": 4096, "norm_eps": 1e-5}, windows=WindowRule(listed=False),
+        fused={**_FUSED, "qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.gate_up_proj",)},
         input_groups=(("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
-        reads_stream=("qkv_proj", "gate_up_proj"),
+        reads_stream=("qkv_proj", "gate_up_proj"), adapter_targets=("qkv_proj",),
+        rope=RopeRule(turns_parts=True, old_context=4096, renames={"su": "longrope", "yarn": "longrope"}),
+    ),
+    "gemma": _llama_like(
+        **_GEMMA, activation=("hidden_act", _TANH_GELU),
+        defaults={"num_kv_heads": 16, "max_context": 8192, "head_width": 256},
+    ),
+    "gemma2": _llama_like(
+        **_GEMMA, activation=("hidden_activation", _TANH_GELU), norms=_NORMS_AROUND,
+        defaults={"num_kv_heads": 4, "max_context": 8192, "head_width": 256},
+        windows=WindowRule(size=4096, chosen=every_second),
+        numbers={
+            "query_scalar": ("query_pre_attn_scalar", 256.0), "attention_softcap": ("attn_logit_softcapping", 50.0),
+            "logits_softcap": ("final_logit_softcapping", 30.0),
+        },
+    ),
+    "gemma3_text": _llama_like(  # its attn_logit_softcapping is read by nobody
+        **_GEMMA, activation=("hidden_activation", _TANH_GELU), norms=_NORMS_AROUND, head_norms="each",
+        defaults={"num_kv_heads": 4, "max_context": 131072, "head_width": 256},
+        windows=WindowRule(size=4096, chosen=all_but_each(6), reads=_PATTERN), rope=RopeRule(theta=1e6, per_layer=True),
+        numbers=_GEMMA_SCALE,
+    ),
+    "smollm3": _llama_like(
+        biases=_BIASES, ties_by_default=True, defaults={"num_kv_heads": 4, "max_context": 32768},
+        windows=WindowRule(chosen=unturned_if_switched), turns=listed_turns, rope=RopeRule(theta=2e6),
+    ),
+    "granite": _llama_like(
+        biases=_BIASES,
+        numbers={
+            "attention_multiplier": ("attention_multiplier", 1.0), "logits_divisor": ("logits_scaling", 1.0),
+            "embedding_multiplier": ("embedding_multiplier", 1.0),
+            "residual_multiplier": ("residual_multiplier", 1.0),
+        },
+    ),
+    "olmo2": _llama_like(
+        biases=_ATTENTION_BIAS, head_norms="whole", norms=_NORMS_AFTER, scales_wide=True, defaults={"norm_eps": 1e-5},
+    ),
+    "exaone4": _llama_like(
+        head_norms="each", norms=_NORMS_AFTER, defaults={"num_kv_heads": 32, "norm_eps": 1e-5},
+        windows=WindowRule(size=4096, chosen=all_but_each(4), reads=_PATTERN), turns=windowed_turns,
+    ),
+    "mixtral": _llama_like(
+        **_ROUTED, defaults={"num_kv_heads": 8, "max_context": 131072, "norm_eps": 1e-5, "num_experts": 8,
+                             "experts_per_token": 2},
+        windows=WindowRule(listed=False), rope=RopeRule(theta=1e6),
+        keys={**_LLAMA_KEYS, **_EXPERT_KEYS, "expert_width": ("intermediate_size",)},
+        experts=ExpertNames(
+            router="block_sparse_moe.gate", experts="block_sparse_moe.experts", gate="w1", up="w3", down="w2",
+        ),
+    ),
+    "qwen3_moe": _llama_like(
+        **_ROUTED, head_norms="each", biases=_ATTENTION_BIAS,
+        defaults={"num_kv_heads": 4, "max_context": 32768, "num_experts": 128, "experts_per_token": 8,
+                  "expert_width": 768},
+        windows=WindowRule(size=4096, needs_switch=True, listed=False),
+        keys={**_LLAMA_KEYS, **_EXPERT_KEYS, "expert_width": ("moe_intermediate_size",)},
+        experts=ExpertNames(
+            router="mlp.gate", experts="mlp.experts", normalizes=("norm_topk_prob", False),
+        ),
+        only={**_CAUSAL, "decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
     ),
     "opt": Family(
         block="opt", layer=_opt_layer, outer=_opt_outer, prefix="model.decoder.layers.", keys=_OPT_KEYS,

@@ -223,14 +223,20 @@ def _make_runner(
         BlockPool(plan.num_blocks, BLOCK_SIZE),
         max_running=plan.max_running,
         max_step_tokens=plan.max_running + PREFILL_TOKENS[model.device.type],
+        window=model.config.longest_window,
     )
     return runner, scheduler
 
 
 def _warm_up(runner: Runner, plan: MemoryPlan) -> None:
-    """Build the kernels and capture the graphs before the first request pays for them."""
+    """Build the kernels and capture the graphs before the first request pays for them.
+
+    Experts are counted on the host in every step, which no graph can hold.
+    """
     if runner.model.device.type == "cuda":
         runner.compile_prefill()
+        if runner.model.config.num_experts:
+            return
         graphs = runner.make_graphs()
         graphs.capture()
         runner.graphs = graphs
@@ -256,8 +262,8 @@ def _beams(
             )
         if runner.model.device.type == "cuda":
             raise InputError(
-                "beam search on quantized weights needs the model a second time, for which this engine leaves no "
-                "memory: leave num_beams at 1, or start the server with ALPACA_ENGINE=transformers"
+                "beam search on quantized weights or experts needs the model a second time, for which this engine "
+                "leaves no memory: leave num_beams at 1, or start the server with ALPACA_ENGINE=transformers"
             )
         logger.info("beam search: transformers loads the model a second time now")
         return _load_transformers(ServedModel(base=base, adapters=adapters), settings, Phases())

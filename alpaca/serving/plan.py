@@ -8,6 +8,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from alpaca.architecture.description import ModelDescription
 from alpaca.errors import NotEnoughSpace, run_command
 from alpaca.files.reading import parse_size
 from alpaca.formats.hf.folder import FLOAT_DTYPES
@@ -50,6 +51,7 @@ def main() -> None:
     )  # fmt: skip
     plan = dataclasses.replace(plan, weights_bytes=weights)
     print(describe(plan, memory_bytes=memory))
+    print(describe_windows(config), end="")
     lengths = {length: plan.num_requests(length) for length in _lengths(plan)}
     print(json.dumps({**dataclasses.asdict(plan), "memory_bytes": memory, "requests_at_once": lengths}))
 
@@ -68,6 +70,22 @@ def describe(plan: MemoryPlan, *, memory_bytes: int) -> str:
     ]
     lines += [f"requests of {length:>6} tokens at once: {plan.num_requests(length)}" for length in _lengths(plan)]
     return "\n".join(lines)
+
+
+def describe_windows(config: ModelDescription) -> str:
+    """A line on sliding windows, where the model has any."""
+    if not config.windows:
+        return ""
+    if config.longest_window:
+        return (
+            f"all layers see {config.longest_window} tokens at most: blocks behind are freed while a request runs, so "
+            "that a longer one holds no more\n"
+        )
+    num_windowed = sum(map(bool, config.windows))
+    return (
+        f"{num_windowed} of {config.num_layers} layers see a window and the others all tokens: every layer keeps all "
+        "blocks\n"
+    )
 
 
 def _lengths(plan: MemoryPlan) -> list[int]:

@@ -36,6 +36,29 @@ PARTS = {
     "LLaMA's default kind turns whole heads": {"partial_rotary_factor": 0.5},
     "a whole part": {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 1.0},
 }
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0 + i / 9 for i in range(8)],
+    "long_factor": [3.0 + i for i in range(8)],
+}  # fmt: skip
+SCALED = {
+    "YaRN": {"rope_scaling": _YARN},
+    "YaRN of another base": {"rope_scaling": {**_YARN, "rope_theta": 300.0}},
+    "YaRN, its old context beside it": {"rope_scaling": _YARN, "original_max_position_embeddings": 32},
+    "YaRN without an old context": {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+    "YaRN, a null factor": {"rope_parameters": {**_YARN, "factor": None}},
+    "YaRN, other bounds": {"rope_parameters": {**_YARN, "beta_fast": 9, "beta_slow": 2.5}},
+    "YaRN, bounds not rounded": {"rope_parameters": {**_YARN, "truncate": False}},
+    "YaRN, a given factor": {"rope_parameters": {**_YARN, "attention_factor": 1.7}},
+    "YaRN, two scales": {"rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 1.2}},
+    "YaRN, one scale": {"rope_parameters": {**_YARN, "mscale": 0.7}},
+    "YaRN that shortens": {"rope_parameters": {**_YARN, "factor": 0.5}},
+    "dynamic, within the context": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "longrope": {"rope_parameters": {**_LONGROPE, "original_max_position_embeddings": 64}},
+    "longrope with a factor": {"rope_parameters": {**_LONGROPE, "original_max_position_embeddings": 64, "factor": 9.0}},
+    "longrope, a given factor": {"rope_parameters": {**_LONGROPE, "attention_factor": 1.4}},
+    "longrope, its old context beside it": {"rope_scaling": _LONGROPE, "original_max_position_embeddings": 100},
+}
 REFUSED = {
     "no base": ({"rope_theta": None}, "'rope_theta'"),
     "a base of text": ({"rope_theta": "500"}, "'rope_theta'"),
@@ -123,6 +146,19 @@ def test_two_bases_that_differ_are_told_with_the_one_that_holds():
     assert describe_other_theta(given(rope_theta=500.0, rope_parameters=newer)) == ""
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_kinds_give_the_angles_and_factors_of_transformers(name):
+    config = given(**SCALED[name])
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(copy.deepcopy(config)))
+    rope = read_rope(config)
+    unscaled = 1.0 / rope.theta ** (torch.arange(0, HEAD_WIDTH, 2, dtype=torch.int64).float() / HEAD_WIDTH)
+    for length in (10, rope.long_from or 200):
+        theirs(torch.zeros(1), torch.arange(length)[None])
+        found = rope.scale(unscaled, is_long=bool(rope.long_from) and length >= rope.long_from)
+        torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert rope.table_factor == pytest.approx(theirs.attention_scaling)
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_numbers_from_beside_the_object(name):
     config = given(**PARTS[name])
@@ -136,7 +172,7 @@ def test_what_nobody_can_compute_is_refused(name):
         read_rope(given(**settings), source="here")
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "mine"])
+@pytest.mark.parametrize("kind", ["proportional", "axial", "mine"])
 def test_a_kind_without_a_formula_is_named_and_not_computed(kind):
     rope = read_rope(given(rope_scaling={"type": kind, "factor": 2.0}))
     assert rope.kind == kind

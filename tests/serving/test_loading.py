@@ -33,6 +33,7 @@ from alpaca.serving.served_model import ServedModel
 from alpaca.serving.settings import ServerSettings
 from alpaca.text.eos import read_eos_ids
 from alpaca.text.loading import load_tokenizer
+from tests.serving.llama.families import save as save_family
 from tests.serving.llama.test_llama import logits
 from tests.serving.llama.test_llama_engine import DEFAULTS, tokens
 
@@ -107,11 +108,23 @@ def test_both_engines_answer_alike(load):
     assert tokens(load(engine="llama").submit(asked)) == tokens(load(engine="transformers").submit(asked))
 
 
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma2, strong caps", "gemma3", "mixtral"])
+def test_other_families_are_served_by_the_llama_engine_and_answer_alike(load, llama_folder, tmp_path, name):
+    save_family(tmp_path, name, torch.float32, vocab_size=400)
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(llama_folder / file, tmp_path)
+    asked = request(min_new_tokens=20)
+    engine = load(tmp_path, dtype="float32")
+    assert type(engine) is LlamaEngine
+    found = tokens(engine.submit(asked))
+    assert found == tokens(load(tmp_path, engine="transformers", dtype="float32").submit(asked))
+
+
 def test_an_opt_goes_to_transformers_and_the_log_says_why(load, opt_folder, caplog):
     caplog.set_level(logging.INFO)
     engine = load(opt_folder)
     assert type(engine) is TransformersEngine
-    assert f"served by transformers: {opt_folder}: its model_type is 'opt', not llama" in caplog.messages
+    assert f"served by transformers: {opt_folder}: its model_type is 'opt', not llama or mistral" in caplog.text
     assert len(tokens(engine.submit(request(min_new_tokens=20)))[0]) == 20
 
 
@@ -122,7 +135,7 @@ def test_the_llama_engine_refuses_an_opt(load, opt_folder):
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"attention_bias": True}, "has attention_bias"), ({"hidden_act": "gelu"}, "its hidden_act is 'gelu'")],
+    [({"is_causal": False}, "its is_causal asks for"), ({"hidden_act": "relu"}, "its activation is 'relu'")],
 )
 def test_llamas_it_does_not_know_are_transformers(copy, monkeypatch, caplog, change, reason):
     caplog.set_level(logging.INFO)

@@ -7,10 +7,10 @@ by a factor, and Llama 3.1's as a divisor for each pair's frequency, stored as a
 import torch
 
 from alpaca.architecture.description import ModelDescription
-from alpaca.architecture.rope import NUMBERS_OF
 from alpaca.architecture.tensors import Shape
 from alpaca.formats.hf.saved.unpacking import why_unread
 
+_ROPE_TYPES = ("default", "linear", "llama3")
 _OTHER_WAY = "convert it with convert_hf_to_gguf.py of https://github.com/ggml-org/llama.cpp"
 
 
@@ -18,12 +18,14 @@ def supports(model: ModelDescription) -> str | None:
     """Why this export cannot write a model, and what can, or None where it can."""
     if model.model_type != "llama":
         return f"its model_type is {model.model_type!r}, not llama: {_OTHER_WAY}"
+    if model.unusual:
+        return f"its {model.unusual[0]} asks for what llama.cpp's LLaMA does not compute"
     if model.activation != "silu":
         return f"its hidden_act is {model.activation!r}; llama.cpp's LLaMA computes silu"
     if reason := why_unread(model.quantized_by):
         return f"it {reason}"
-    if model.rope.kind not in NUMBERS_OF:
-        return f"its rope type {model.rope.kind!r} is not one of {', '.join(NUMBERS_OF)}: {_OTHER_WAY}"
+    if model.rope.kind not in _ROPE_TYPES:
+        return f"its rope type {model.rope.kind!r} is not one of {', '.join(_ROPE_TYPES)}: {_OTHER_WAY}"
     return None
 
 

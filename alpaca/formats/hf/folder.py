@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,16 +155,17 @@ def has_safetensors(folder: Path) -> bool:
     return (folder / FILE_NAME).is_file() or (folder / INDEX_NAME).is_file()
 
 
-def read_description(folder: str | Path, *, only: str = "") -> ModelDescription:
+def read_description(folder: str | Path, *, only: str | Sequence[str] = ()) -> ModelDescription:
     """What the folder's config.json says the model is.
 
-    only: the model_type that the caller needs; of others the sizes are not even looked at. Raises MissingInput,
+    only: the model_types that the caller takes; of others the sizes are not even looked at. Raises MissingInput,
     UnsupportedModel, InputError.
     """
     file = Path(folder) / "config.json"
     kind = read_json(file).get("model_type")
-    if only and kind != only:
-        raise UnsupportedModel(f"{folder}: its model_type is {kind!r}, not {only}")
+    taken = [only] if isinstance(only, str) else [*only]
+    if taken and kind not in taken:
+        raise UnsupportedModel(f"{folder}: its model_type is {kind!r}, not {' or '.join(taken)}")
     config = read_json(file)
     description = ModelDescription.from_config(config, source=str(file))
     if note := describe_other_theta(config):

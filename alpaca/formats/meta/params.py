@@ -31,7 +31,7 @@ def supports(model: ModelDescription) -> str | None:
         return f"its model_type is {model.model_type!r}, not llama"
     if reason := why_unread(model.quantized_by):
         return f"it {reason}"
-    unknown = [name for name in ("attention_bias", "mlp_bias") if getattr(model, name)]
+    unknown = [*model.unusual, *(name for name in ("attention_bias", "mlp_bias") if getattr(model, name))]
     if model.activation != "silu":
         unknown.append(f"hidden_act {model.activation}")
     if unknown:

@@ -22,11 +22,17 @@ _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a dequantised block: what 
 
 
 class Linear(ABC):
-    """x [N, I] -> x W^T [N, O], without bias. `num_bytes` is what the weight occupies on its device."""
+    """x [N, I] -> x W^T [N, O], plus `bias` [O] where there is one. `num_bytes` is what both occupy on their device."""
 
     in_features: int
     out_features: int
     num_bytes: int
+    bias: torch.Tensor | None = None
+
+    @property
+    def product(self) -> "Linear":
+        """The layer without its bias."""
+        return self
 
     @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,6 +49,24 @@ class PlainLinear(Linear):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.weight)
+
+
+class Biased(Linear):
+    """Another layer of any kind, whose outputs get a bias [O] added."""
+
+    def __init__(self, product: Linear, bias: torch.Tensor) -> None:
+        self._product, self.bias = product, bias
+        self.in_features, self.out_features = product.in_features, product.out_features
+        self.num_bytes = product.num_bytes + bias.nbytes
+
+    @property
+    def product(self) -> Linear:
+        return self._product
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self._product, PlainLinear):  # added before the product is rounded
+            return torch.nn.functional.linear(x, self._product.weight, self.bias)
+        return self._product(x).add_(self.bias)
 
 
 class PackedLinear(Linear):

@@ -62,7 +62,7 @@ def _rms_norm_kernel(
     x, residual, weight, normed, total, x_stride, residual_stride, eps,
     width: tl.constexpr, block: tl.constexpr, adds_residual: tl.constexpr,
 ):  # fmt: skip
-    """One row. The normed row is rounded before it is scaled, as in transformers."""
+    """One row. The normed row is rounded before it is scaled, unless the weight is float32, as in transformers."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width
@@ -74,8 +74,45 @@ def _rms_norm_kernel(
         values = rounded.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
     scales = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    scaled = (values * inverse).to(normed.dtype.element_ty).to(tl.float32) * scales
-    tl.store(normed + row * width + columns, scaled.to(normed.dtype.element_ty), mask=inside)
+    scaled = _scale(values * inverse, scales, weight.dtype.element_ty, normed.dtype.element_ty)
+    tl.store(normed + row * width + columns, scaled, mask=inside)
+
+
+@triton.jit
+def _scale(values, scales, weight_type: tl.constexpr, out_type: tl.constexpr):
+    """Scaled values in the output's type. A weight of another type, float32, is multiplied by before the rounding."""
+    if weight_type == out_type:
+        values = values.to(out_type).to(tl.float32)
+    return (values * scales).to(out_type)
+
+
+def norm_heads(qkv: torch.Tensor, weight: torch.Tensor, eps: float, *, first: int = 0) -> torch.Tensor:
+    """Norm groups of columns of qkv [N, columns], each by itself, in place; returns qkv.
+
+    weight [G, W]: the scales of G groups of W columns each, from column `first` on. Rounded as by `rms_norm`.
+    """
+    assert qkv.stride(1) == 1
+    assert weight.is_contiguous()
+    num_groups, width = weight.shape
+    block = triton.next_power_of_2(width)
+    _norm_heads_kernel[(qkv.shape[0], num_groups)](
+        qkv, weight, qkv.stride(0), first, eps, width=width, block=block, num_warps=min(max(block // 512, 1), 16)
+    )
+    return qkv
+
+
+@triton.jit
+def _norm_heads_kernel(qkv, weight, stride, first, eps, width: tl.constexpr, block: tl.constexpr):
+    """One group of one row, in place."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    place = qkv + row * stride + first + group * width + columns
+    values = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
+    scales = tl.load(weight + group * width + columns, mask=inside, other=0.0).to(tl.float32)
+    scaled = _scale(values * inverse, scales, weight.dtype.element_ty, qkv.dtype.element_ty)
+    tl.store(place, scaled, mask=inside)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -101,6 +138,43 @@ def _silu_mul_kernel(gate_up, product, stride, width: tl.constexpr, block: tl.co
     tl.store(product + row * width + columns, (silu * up).to(product.dtype.element_ty), mask=inside)
 
 
+def gelu_mul(gate_up: torch.Tensor, *, is_exact: bool) -> torch.Tensor:
+    """gelu of the first half times the second: the exact one, or its approximation by tanh. [N, 2F] -> [N, F]."""
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    product = torch.empty(num_rows, width, dtype=gate_up.dtype, device=gate_up.device)
+    block = min(triton.next_power_of_2(width), 1024)
+    _gelu_mul_kernel[(num_rows, triton.cdiv(width, block))](
+        gate_up, product, gate_up.stride(0), width=width, block=block, is_exact=is_exact, num_warps=4
+    )
+    return product
+
+
+@triton.jit
+def _gelu_mul_kernel(
+    gate_up, product, stride, width: tl.constexpr, block: tl.constexpr, is_exact: tl.constexpr
+):  # fmt: skip
+    """`block` columns of one row. The gelu is rounded before the product, as in torch."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    inside = columns < width
+    gate = tl.load(gate_up + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + width + columns, mask=inside, other=0.0).to(tl.float32)
+    if is_exact:
+        share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        share = 0.5 * (1.0 + _tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
+    gelu = (gate * share).to(product.dtype.element_ty).to(tl.float32)
+    tl.store(product + row * width + columns, (gelu * up).to(product.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh in float32 by one exponential of a number below 0, which cannot overflow."""
+    small = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    size = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0.0, -size, size)
+
+
 # Rotary embedding and the cache's writes
 
 
@@ -114,18 +188,20 @@ def rotate_and_store(
 ) -> torch.Tensor:
     """Rotate queries and keys (Hugging Face's half-split rotary embedding); write keys and values into the cache.
 
-    qkv [N, (H + 2K) * d], cos_sin [positions, d] (cosines, then sines), positions [N], slot_mapping [N],
-    caches [B, block_size, K, d] -> queries [N, H, d]. Of several tokens with the same slot any one is kept.
+    qkv [N, (H + 2K) * d], cos_sin [rows, r] (cosines, then sines), positions [N] (rows of cos_sin), slot_mapping [N],
+    caches [B, block_size, K, d] -> queries [N, H, d]. The first r numbers of each head turn; r may be 0. Of several
+    tokens with the same slot any one is kept.
     """
     assert all(tensor.is_contiguous() for tensor in (cos_sin, key_cache, value_cache))
     num_kv_heads, width = key_cache.shape[2:]
     num_heads = qkv.shape[1] // width - 2 * num_kv_heads
     q = torch.empty(qkv.shape[0], num_heads, width, dtype=qkv.dtype, device=qkv.device)
-    block_heads = 8
+    block_heads, turned = 8, cos_sin.shape[1]
     _rotate_and_store_kernel[(qkv.shape[0], triton.cdiv(num_heads + 2 * num_kv_heads, block_heads))](
         qkv, cos_sin, positions, slot_mapping, q, key_cache, value_cache, qkv.stride(0),
-        num_heads=num_heads, num_kv_heads=num_kv_heads, half=width // 2, block_heads=block_heads,
-        block_half=triton.next_power_of_2(width // 2), num_warps=2,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, half=turned // 2, width=width, block_heads=block_heads,
+        block_half=triton.next_power_of_2(max(turned // 2, 1)),
+        block_rest=triton.next_power_of_2(max(width - turned, 1)), num_warps=2,
     )  # fmt: skip
     return q
 
@@ -133,33 +209,42 @@ def rotate_and_store(
 @triton.jit
 def _rotate_and_store_kernel(
     qkv, cos_sin, positions, slot_mapping, q, key_cache, value_cache, stride,
-    num_heads: tl.constexpr, num_kv_heads: tl.constexpr, half: tl.constexpr,
-    block_heads: tl.constexpr, block_half: tl.constexpr,
+    num_heads: tl.constexpr, num_kv_heads: tl.constexpr, half: tl.constexpr, width: tl.constexpr,
+    block_heads: tl.constexpr, block_half: tl.constexpr, block_rest: tl.constexpr,
 ):  # fmt: skip
     """Handles a few heads of one token. Masks tell queries, keys and values apart."""
-    width: tl.constexpr = 2 * half
     first_value: tl.constexpr = num_heads + num_kv_heads
     row = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * block_heads + tl.arange(0, block_heads))[:, None]
-    columns = tl.arange(0, block_half)[None, :]
-    in_half = columns < half
-    inside = in_half & (heads < first_value + num_kv_heads)
-    offsets = heads * width + columns
-    first = tl.load(qkv + row * stride + offsets, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(qkv + row * stride + offsets + half, mask=inside, other=0.0).to(tl.float32)
-    angles = cos_sin + tl.load(positions + row).to(tl.int64) * width + columns
     turned = heads < first_value
-    cos = tl.where(turned, tl.load(angles, mask=in_half, other=0.0).to(tl.float32), 1.0)
-    sin = tl.where(turned, tl.load(angles + half, mask=in_half, other=0.0).to(tl.float32), 0.0)
-    new_first = (first * cos - second * sin).to(q.dtype.element_ty)
-    new_second = (second * cos + first * sin).to(q.dtype.element_ty)
-    is_query = inside & (heads < num_heads)
-    _store_halves(q + row * (num_heads * width) + offsets, new_first, new_second, is_query, half)
+    is_query, is_key = heads < num_heads, (heads >= num_heads) & turned
+    is_value = (heads >= first_value) & (heads < first_value + num_kv_heads)
     place = tl.load(slot_mapping + row).to(tl.int64) * (num_kv_heads * width)
-    is_key = inside & (heads >= num_heads) & turned
-    _store_halves(key_cache + place + (offsets - num_heads * width), new_first, new_second, is_key, half)
-    is_value = inside & (heads >= first_value)
-    _store_halves(value_cache + place + (offsets - first_value * width), new_first, new_second, is_value, half)
+    queries = q + row * (num_heads * width)
+    keys, values = key_cache + place - num_heads * width, value_cache + place - first_value * width
+    if half > 0:
+        columns = tl.arange(0, block_half)[None, :]
+        in_half = columns < half
+        inside = in_half & (heads < first_value + num_kv_heads)
+        offsets = heads * width + columns
+        first = tl.load(qkv + row * stride + offsets, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(qkv + row * stride + offsets + half, mask=inside, other=0.0).to(tl.float32)
+        angles = cos_sin + tl.load(positions + row).to(tl.int64) * (2 * half) + columns
+        cos = tl.where(turned, tl.load(angles, mask=in_half, other=0.0).to(tl.float32), 1.0)
+        sin = tl.where(turned, tl.load(angles + half, mask=in_half, other=0.0).to(tl.float32), 0.0)
+        new_first = (first * cos - second * sin).to(q.dtype.element_ty)
+        new_second = (second * cos + first * sin).to(q.dtype.element_ty)
+        _store_halves(queries + offsets, new_first, new_second, in_half & is_query, half)
+        _store_halves(keys + offsets, new_first, new_second, in_half & is_key, half)
+        _store_halves(values + offsets, new_first, new_second, in_half & is_value, half)
+    if width > 2 * half:  # numbers that do not turn
+        columns = 2 * half + tl.arange(0, block_rest)[None, :]
+        in_rest = columns < width
+        offsets = heads * width + columns
+        kept = tl.load(qkv + row * stride + offsets, mask=in_rest & (is_query | is_key | is_value), other=0.0)
+        tl.store(queries + offsets, kept, mask=in_rest & is_query)
+        tl.store(keys + offsets, kept, mask=in_rest & is_key)
+        tl.store(values + offsets, kept, mask=in_rest & is_value)
 
 
 @triton.jit
@@ -178,11 +263,15 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
     *,
+    window: int = 0,
+    softcap: float = 0.0,
     num_splits: int | None = None,
 ) -> torch.Tensor:
     """Causal attention of packed queries over paged keys and values; zeros for rows that see no key.
 
     q [N, H, d], caches [B, block_size, K, d] -> [N, H, d]. The launch depends on the batch's shapes and two bounds.
+    window: a query sees so many keys at most, its own last; 0: all. Keys before them are not read.
+    softcap: scaled products s become softcap * tanh(s / softcap); 0: they stay.
     `num_splits` programs share a sequence's keys; None: enough to fill the device.
     """
     assert all(tensor.is_contiguous() for tensor in (q[0], key_cache, value_cache))
@@ -192,7 +281,8 @@ def paged_attention(
     block_rows, block_keys, num_warps = _choose_blocks(width, q.element_size(), group, one_query=one_query)
     tile_tokens = 1 if one_query else block_rows // group
     num_tiles = num_sequences if one_query else num_rows // tile_tokens + num_sequences
-    splits = num_splits or choose_num_splits(num_tiles * num_kv_heads, batch.max_seq_len, _count_sms(q.device))
+    most_keys = min(batch.max_seq_len, window + tile_tokens) if window else batch.max_seq_len
+    splits = num_splits or choose_num_splits(num_tiles * num_kv_heads, most_keys, _count_sms(q.device))
     attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     partials, lses = attended, attended
     if splits > 1:
@@ -200,10 +290,11 @@ def paged_attention(
         lses = torch.empty(num_rows, num_heads, splits, dtype=torch.float32, device=q.device)
     _attention_kernel[(num_kv_heads, num_tiles, splits)](
         q, key_cache, value_cache, batch.block_tables, batch.seq_lens, batch.query_starts, partials, lses,
-        num_sequences, num_rows, q.stride(0), batch.block_tables.stride(0), scale * math.log2(math.e),
+        num_sequences, num_rows, q.stride(0), batch.block_tables.stride(0),
+        scale / softcap if softcap else scale * math.log2(math.e), (softcap or 1.0) * math.log2(math.e),
         num_kv_heads=num_kv_heads, group=group, width=width, block_size=block_size, block_rows=block_rows,
         block_keys=block_keys, block_width=_pad_width(width), tile_tokens=tile_tokens, one_query=one_query,
-        is_split=splits > 1, num_warps=num_warps, num_stages=3,
+        is_split=splits > 1, window=window, is_capped=softcap > 0, num_warps=num_warps, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_rows, num_heads)](
@@ -248,13 +339,15 @@ def _pad_width(width: int) -> int:
 @triton.jit(do_not_specialize=["num_sequences", "num_rows", "table_stride"])
 def _attention_kernel(
     q, key_cache, value_cache, block_tables, seq_lens, query_starts, partials, lses,
-    num_sequences, num_rows, q_stride, table_stride, scale_log2,
+    num_sequences, num_rows, q_stride, table_stride, scale, cap_log2,
     num_kv_heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr, block_size: tl.constexpr,
     block_rows: tl.constexpr, block_keys: tl.constexpr, block_width: tl.constexpr,
-    tile_tokens: tl.constexpr, one_query: tl.constexpr, is_split: tl.constexpr,
+    tile_tokens: tl.constexpr, one_query: tl.constexpr, is_split: tl.constexpr, window: tl.constexpr,
+    is_capped: tl.constexpr,
 ):  # fmt: skip
     """A tile (some queries of one sequence, all heads of one group) over one split of the keys they see.
 
+    scale makes scores of base 2 of products, or, where they are capped, what the cap's tanh takes.
     Rows of the tile: token * group + head in the group. Softmax in base 2, running maximum and sum in float32. The
     result goes to partials [N, H, splits, d], which is the output itself where there is one split.
     """
@@ -286,8 +379,12 @@ def _attention_kernel(
     seq_len = tl.load(seq_lens + sequence)
     last_seen = seq_len - num_queries + tokens
     num_keys = tl.maximum(seq_len - num_unseen, 0)
-    split_keys = tl.cdiv(tl.cdiv(num_keys, num_splits), block_keys) * block_keys
-    begin = split * split_keys
+    lowest = num_keys * 0  # the first key that the tile's first query sees
+    if window > 0:
+        lowest = tl.maximum(seq_len - num_queries + first_token - window + 1, 0)
+    first_step = lowest // block_keys * block_keys
+    split_keys = tl.cdiv(tl.cdiv(num_keys - first_step, num_splits), block_keys) * block_keys
+    begin = first_step + split * split_keys
     end = tl.minimum(begin + split_keys, num_keys)
 
     highest = tl.full([block_rows], float("-inf"), tl.float32)
@@ -297,6 +394,8 @@ def _attention_kernel(
     for first_key in range(begin, end, block_keys):
         keys = first_key + tl.arange(0, block_keys)
         in_split = keys < end
+        if window > 0:  # blocks before the window may be another sequence's by now
+            in_split = in_split & (keys >= lowest)
         blocks = tl.load(table + keys // block_size, mask=in_split, other=0).to(tl.int64)
         places = (blocks * block_size + keys % block_size) * (num_kv_heads * width) + kv_head * width
         inside = in_split[:, None] & in_width[None, :]
@@ -304,9 +403,14 @@ def _attention_kernel(
             key_cache + places[None, :] + columns[:, None], mask=in_split[None, :] & in_width[:, None], other=0.0
         )
         value_block = tl.load(value_cache + places[:, None] + columns[None, :], mask=inside, other=0.0)
-        scores = tl.dot(queries, key_block, input_precision="ieee") * scale_log2
+        scores = tl.dot(queries, key_block, input_precision="ieee") * scale
+        if is_capped:
+            scores = _tanh(scores) * cap_log2
         # A split ends at a whole block or at the tile's last key, so that no query's last_seen lies past its end.
-        scores = tl.where(keys[None, :] <= last_seen[:, None], scores, float("-inf"))
+        is_seen = keys[None, :] <= last_seen[:, None]
+        if window > 0:
+            is_seen = is_seen & (keys[None, :] > last_seen[:, None] - window)
+        scores = tl.where(is_seen, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # -inf - -inf would be NaN
         weights = tl.exp2(scores - reference[:, None])

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from alpaca.architecture.description import ModelDescription
-from alpaca.architecture.tensors import FUSED, LAYER, module_name
 from alpaca.errors import InputError
 from alpaca.formats.hf.adapters import AdapterFolder, LowRank, unsupported_kind
 from alpaca.serving.kernels.linear import Linear
@@ -19,8 +18,6 @@ from alpaca.serving.llama.network import Adapters, LlamaModel
 
 logger = logging.getLogger(__name__)
 MOST_RANK = 256  # published ones have 4 to 128; all adapters of a server take as much room as the largest
-_LAYER_NAMES = tuple(f".{LAYER[role].hf}" for roles in FUSED.values() for role in roles)
-_SEVEN = ", ".join(name.rpartition(".")[2] for name in _LAYER_NAMES)
 _IDENTITY_ROWS = 512  # of DoRA's base weights at a time
 
 
@@ -28,10 +25,11 @@ def check_for_llama(adapters: Mapping[str, AdapterFolder], config: ModelDescript
     """Raise InputError, which names an engine that can, if the LLaMA engine cannot serve an adapter on this model."""
     shapes = {name: shape for layer in range(config.num_layers) for name, shape in _shapes(config, layer).items()}
     for name, adapter in adapters.items():
-        reason = _why_not(adapter)
+        reason = _why_not(adapter, config)
         if reason:
+            known = ", ".join(module.rpartition(".")[2] for module in _modules(config))
             raise InputError(
-                f"adapter {name} ({adapter.path}): {reason}. The LLaMA engine changes {_SEVEN}; "
+                f"adapter {name} ({adapter.path}): {reason}. The LLaMA engine changes {known}; "
                 "ALPACA_ENGINE=transformers serves whatever PEFT does"
             )
         for target in adapter.targets:
@@ -39,8 +37,14 @@ def check_for_llama(adapters: Mapping[str, AdapterFolder], config: ModelDescript
             _check_shape(f"adapter {name} ({adapter.path}): {target}", low_rank, shapes.get(target), config)
 
 
-def _why_not(adapter: AdapterFolder) -> str | None:
-    others = [target for target in adapter.targets if not target.endswith(_LAYER_NAMES)]
+def _modules(config: ModelDescription) -> list[str]:
+    """The projections of a layer, by their modules' names in it."""
+    return [module for modules in config.family.fused.values() for module in modules]
+
+
+def _why_not(adapter: AdapterFolder, config: ModelDescription) -> str | None:
+    endings = tuple(f".{module}" for module in _modules(config))
+    others = [target for target in adapter.targets if not target.endswith(endings)]
     if others:
         return f"it changes {others[0]}"
     if others := [*adapter.trained_tensors(), *adapter.unknown_tensors()]:
@@ -52,8 +56,8 @@ def _why_not(adapter: AdapterFolder) -> str | None:
 
 def _shapes(config: ModelDescription, layer: int) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of a layer's projections, by their modules' names in a checkpoint."""
-    names = {role: LAYER[role].hf for roles in FUSED.values() for role in roles}
-    return {module_name(role, layer): config.layer_shapes[f"{name}.weight"] for role, name in names.items()}
+    prefix, shapes = f"{config.family.prefix}{layer}.", config.layer_shapes
+    return {f"{prefix}{module}": shapes[f"{module}.weight"] for module in _modules(config)}
 
 
 def _check_shape(what: str, low_rank: LowRank, shape: tuple[int, int] | None, config: ModelDescription) -> None:
@@ -129,11 +133,11 @@ def _plan_layer(adapters: Mapping[str, AdapterFolder], config: ModelDescription,
     """By names of `tensors.FUSED`, the layers that some adapter changes."""
     shapes = _shapes(config, layer)
     plans: dict[str, _StackPlan] = {}
-    for projection, roles in FUSED.items():
+    for projection, modules in config.family.fused.items():
         parts: dict[str, tuple[int, int]] = {}
         changes: list[LowRank] = []
         column = 0
-        for target in (module_name(role, layer) for role in roles):
+        for target in (f"{config.family.prefix}{layer}.{module}" for module in modules):
             here = [adapter.low_rank(target) for adapter in adapters.values() if target in adapter.targets]
             if here:
                 parts[target] = (column, shapes[target][0])
@@ -165,7 +169,7 @@ def _stack(plan: _StackPlan, adapters: Mapping[str, AdapterFolder], linear: Line
     a, b, magnitudes = (tensor.to(model.device) for tensor in (a, b, magnitudes))
     factors = None
     if plan.has_factors:
-        factors = magnitudes / _row_lengths(linear, plan, a, b, dtype=model.dtype)
+        factors = magnitudes / _row_lengths(linear.product, plan, a, b, dtype=model.dtype)
         factors = factors.nan_to_num(nan=1.0).to(model.dtype)
     return LowRankStack(a.flatten(1, 2).to(model.dtype), b.to(model.dtype), plan.parts, factors)
 

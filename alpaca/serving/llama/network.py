@@ -13,24 +13,44 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from alpaca.architecture.description import ModelDescription
+from alpaca.architecture.rope import Rope
+from alpaca.serving.kernels.experts import Experts, mix_experts
 from alpaca.serving.kernels.linear import Linear, PlainLinear
 from alpaca.serving.kernels.low_rank import AdapterRows, LowRankStack
 from alpaca.serving.kernels.ops import AttentionBatch
 from alpaca.serving.llama.step import StepFields
 
+# The gates that are computed here, by transformers' names, and by which formula.
+ACTIVATIONS = {
+    "silu": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_pytorch_tanh": "tanh", "gelu_python_tanh": "tanh",
+    "gelu_new": "tanh", "gelu_fast": "tanh",
+}  # fmt: skip
+
 # Rotary embedding -----------------------------------------------------------------------------------------------
 
 
-def rotary_frequencies(config: ModelDescription) -> torch.Tensor:
-    """The angle per position of each pair of a head, [d/2] float32, rescaled as the model's rope says."""
-    d = config.head_width
-    return config.rope.scale(1.0 / config.rope.theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d))
+def rotary_frequencies(config: ModelDescription, rope: Rope | None = None, *, is_long: bool = False) -> torch.Tensor:
+    """The angle per position of each pair of a head that turns, [r/2] float32, rescaled as the rope says."""
+    rope = rope or config.rope
+    r = rope.width(config.head_width)
+    frequencies = 1.0 / rope.theta ** (torch.arange(0, r, 2, dtype=torch.int64).float() / r)
+    return rope.scale(frequencies, is_long=is_long)
 
 
-def rotary_table(config: ModelDescription, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
-    """[num_positions, d]: cosines of each position's angles, then sines; computed in float32, as transformers does."""
-    angles = torch.outer(torch.arange(num_positions).float(), rotary_frequencies(config))
-    table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+def rotary_table(
+    config: ModelDescription, num_positions: int, dtype: torch.dtype, rope: Rope | None = None
+) -> torch.Tensor:
+    """[rows, r]: cosines of each position's angles, then sines; computed in float32, as transformers does.
+
+    There are `num_positions` rows; where long sequences turn otherwise (longrope) as many again, for those.
+    """
+    rope = rope or config.rope
+    positions = torch.arange(num_positions).float()
+    tables = []
+    for is_long in (False, True) if rope.long_from else (False,):
+        angles = torch.outer(positions, rotary_frequencies(config, rope, is_long=is_long))
+        tables.append(torch.cat([angles.cos(), angles.sin()], dim=-1) * rope.table_factor)
+    table = torch.cat(tables)
     return table.to(dtype) if dtype == torch.float64 else table
 
 
@@ -39,14 +59,36 @@ def rotary_table(config: ModelDescription, num_positions: int, dtype: torch.dtyp
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaLayer:
-    """The weights of one decoder layer. Projections of the same input are one linear layer."""
+    """The weights of one decoder layer. Projections of the same input are one linear layer. None: it has no such norm.
 
-    input_norm: torch.Tensor  # [D]
+    head_norms: of query and key, for each its first column in qkv's output and its weight [groups, width].
+    rotary: [rows, r], of this layer's heads; r is 0 where they do not turn.    window: tokens that it sees; 0: all.
+    """
+
+    input_norm: torch.Tensor | None  # [D]
     qkv: Linear  # D -> (H + 2K) d
     attention_out: Linear  # H d -> D
-    ffn_norm: torch.Tensor  # [D]
-    gate_up: Linear  # D -> 2F
-    down: Linear  # F -> D
+    ffn_norm: torch.Tensor | None  # [D]
+    rotary: torch.Tensor
+    gate_up: Linear | None = None  # D -> 2F
+    down: Linear | None = None  # F -> D
+    experts: Experts | None = None  # in place of these two
+    head_norms: tuple[tuple[int, torch.Tensor], ...] = ()
+    attention_post_norm: torch.Tensor | None = None  # [D], after attention and before the sum
+    ffn_post_norm: torch.Tensor | None = None  # [D]
+    window: int = 0
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Of attention and the feed-forward, without experts'."""
+        every = (self.qkv, self.attention_out, self.gate_up, self.down)
+        return tuple(linear for linear in every if linear is not None)
+
+    @property
+    def norms(self) -> list[torch.Tensor]:
+        """All norms' weights that there are."""
+        around = (self.input_norm, self.attention_post_norm, self.ffn_norm, self.ffn_post_norm)
+        return [norm for norm in around if norm is not None] + [weight for _, weight in self.head_norms]
 
 
 class KeyValueCache:
@@ -95,8 +137,9 @@ class LlamaModel:
     layers: list[LlamaLayer]
     norm: torch.Tensor  # [D]
     head: Linear  # D -> V
-    rotary: torch.Tensor  # [positions, d]
+    rotary: torch.Tensor  # [rows, r]: the layers' that see all
     ops: ModuleType
+    embedding_multiplier: float = 1.0
     adapters: Adapters | None = None
 
     @property
@@ -110,11 +153,12 @@ class LlamaModel:
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights, without adapters."""
-        linears = [self.head, *(p for layer in self.layers for p in (layer.qkv, layer.attention_out, layer.gate_up, layer.down))]  # fmt: skip  # noqa: E501
-        norms = (2 * len(self.layers) + 1) * self.norm.nbytes
+        linears = [self.head, *(linear for layer in self.layers for linear in layer.linears)]
+        norms = self.norm.nbytes + sum(norm.nbytes for layer in self.layers for norm in layer.norms)
         is_shared = isinstance(self.head, PlainLinear) and self.head.weight.data_ptr() == self.embedding.data_ptr()
         table = 0 if is_shared else self.embedding.nbytes
-        return table + norms + sum(linear.num_bytes for linear in linears)
+        experts = sum(layer.experts.num_bytes for layer in self.layers if layer.experts)
+        return table + norms + experts + sum(linear.num_bytes for linear in linears)
 
     def forward(
         self,
@@ -131,31 +175,71 @@ class LlamaModel:
         adapters: None if no token has one.
         """
         config, ops = self.config, self.ops
-        scale = config.head_width**-0.5
+        scale, softcap = config.attention_scale, config.attention_softcap
         residual = F.embedding(token_ids, self.embedding)
-        x = ops.rms_norm(residual, self.layers[0].input_norm, config.norm_eps)
+        if self.embedding_multiplier != 1.0:
+            residual = residual * self.embedding_multiplier
+        first_norm = self.layers[0].input_norm
+        x = residual if first_norm is None else ops.rms_norm(residual, first_norm, config.norm_eps)
         for index, layer in enumerate(self.layers):
             keys, values = cache.keys[index], cache.values[index]
             qkv = self._project(index, "qkv", x, adapters)
-            q = ops.rotate_and_store(qkv, self.rotary, step.positions, step.slot_mapping, keys, values)
-            mixed = ops.paged_attention(q, keys, values, attention, scale)
+            for column, weight in layer.head_norms:
+                ops.norm_heads(qkv, weight, config.norm_eps, first=column)
+            q = ops.rotate_and_store(qkv, layer.rotary, step.positions, step.slot_mapping, keys, values)
+            mixed = ops.paged_attention(q, keys, values, attention, scale, window=layer.window, softcap=softcap)
             x = self._project(index, "attention_out", mixed.flatten(1), adapters)
-            x, residual = ops.add_rms_norm(x, residual, layer.ffn_norm, config.norm_eps)
-            x = ops.silu_mul(self._project(index, "gate_up", x, adapters))
-            x = self._project(index, "down", x, adapters)
+            x, residual = self._add(x, residual, layer.attention_post_norm, layer.ffn_norm)
+            if layer.experts is None:
+                x = self._activate(self._project(index, "gate_up", x, adapters))
+                x = self._project(index, "down", x, adapters)
+            else:
+                x = mix_experts(x, layer.experts, self._activate)
             is_last = index + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[index + 1].input_norm
-            x, residual = ops.add_rms_norm(x, residual, next_norm, config.norm_eps)
+            x, residual = self._add(x, residual, layer.ffn_post_norm, next_norm)
         return x
+
+    def _add(
+        self, x: torch.Tensor, residual: torch.Tensor, post_norm: torch.Tensor | None, next_norm: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add what a part of a layer computed to the residual stream; (the next part's input, the stream), both [N, D].
+
+        post_norm: of what is added; next_norm: of the sum.
+        """
+        if post_norm is not None:
+            x = self.ops.rms_norm(x, post_norm, self.config.norm_eps)
+        if self.config.residual_multiplier != 1.0:
+            x = x * self.config.residual_multiplier
+        if next_norm is None:
+            total = residual + x
+            return total, total
+        return self.ops.add_rms_norm(x, residual, next_norm, self.config.norm_eps)
+
+    def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[N, 2F] -> [N, F]."""
+        if self.config.activation == "silu":
+            return self.ops.silu_mul(gate_up)
+        return self.ops.gelu_mul(gate_up, is_exact=ACTIVATIONS[self.config.activation] == "gelu")
 
     def _project(self, index: int, name: str, x: torch.Tensor, adapters: AdapterRows | None) -> torch.Tensor:
         """One linear layer of layer `index`, with what each token's adapter adds to it."""
-        y = getattr(self.layers[index], name)(x)
+        linear: Linear = getattr(self.layers[index], name)
         if adapters is None or self.adapters is None:
-            return y
+            return linear(x)
         stack = self.adapters.layers[index].get(name)
-        return y if stack is None else self.ops.add_low_rank(y, x, stack, adapters)
+        if stack is None:
+            return linear(x)
+        if linear.bias is None or stack.factors is None:
+            return self.ops.add_low_rank(linear(x), x, stack, adapters)
+        # DoRA's factors scale the product, and not the bias.
+        return self.ops.add_low_rank(linear.product(x), x, stack, adapters).add_(linear.bias)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [R, V] of hidden states [R, D]."""
-        return self.head(hidden)
+        logits = self.head(hidden)
+        if self.config.logits_divisor != 1.0:
+            logits.div_(self.config.logits_divisor)
+        if self.config.logits_softcap:
+            logits.div_(self.config.logits_softcap).tanh_().mul_(self.config.logits_softcap)
+        return logits

@@ -9,6 +9,7 @@ import torch
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.errors import NotEnoughSpace
+from alpaca.serving.llama.scheduler import most_blocks
 from alpaca.serving.settings import ServerSettings
 
 BLOCK_SIZE = 16  # tokens; small, so that the Alpaca preamble (about 35) is shared
@@ -32,6 +33,9 @@ class MemoryPlan:
     num_blocks: int
     max_context: int  # tokens of one request, prompt and answer
     max_running: int
+    # Where all layers have windows: the blocks of one request besides those that a step writes, and these; else 0.
+    window_blocks: int = 0
+    step_blocks: int = 0
 
     @property
     def cached_tokens(self) -> int:
@@ -44,7 +48,10 @@ class MemoryPlan:
 
     def num_requests(self, length: int) -> int:
         """Number of requests of `length` tokens that run at once, without one waiting for room."""
-        return min(self.max_running, (self.num_blocks - 1) // -(-length // BLOCK_SIZE))
+        whole = (self.num_blocks - 1) // -(-length // BLOCK_SIZE)
+        if self.window_blocks:
+            whole = max(whole, (self.num_blocks - 1 - self.step_blocks) // self.window_blocks)
+        return min(self.max_running, whole)
 
 
 def max_running(settings: ServerSettings) -> int:
@@ -58,8 +65,22 @@ def weights_bytes(config: ModelDescription, dtype: torch.dtype, quantization: st
     num_whole: elements of the layers' matrices that a folder which was saved quantized holds whole.
     """
     per_weight = _BYTES_PER_WEIGHT.get(quantization, dtype.itemsize)
-    num_quantized = config.num_linear - num_whole
-    return int(num_quantized * per_weight) + (config.num_parameters - num_quantized) * dtype.itemsize
+    routers = config.num_layers * config.num_experts * config.width  # which are not quantized
+    num_quantized = config.num_linear - max(num_whole, routers)
+    whole = (config.num_parameters - num_quantized) * dtype.itemsize
+    return int(num_quantized * per_weight) + whole + _extra_norm_bytes(config, dtype)
+
+
+def _extra_norm_bytes(config: ModelDescription, dtype: torch.dtype) -> int:
+    """What norms take beyond their elements in the files: some stay in float32, and those of heads have a row each."""
+    family, per_layer = config.family, len(config.family.norms) * config.width
+    if family.head_norms == "whole":
+        per_layer += config.query_width + config.kv_width
+    rows = config.query_width + config.kv_width if family.head_norms == "each" else 0
+    per_element = max(dtype.itemsize, 4) if family.scales_wide else dtype.itemsize
+    held = config.num_layers * (per_layer + rows) + config.width
+    stored = config.num_layers * (per_layer + (2 * config.head_width if rows else 0)) + config.width
+    return held * per_element - stored * dtype.itemsize
 
 
 def working_bytes(
@@ -69,7 +90,10 @@ def working_bytes(
 
     num_ranks: of all adapters' in one layer, at most; their sums are kept in float32, in several parts.
     """
-    widths = 4 * config.width + 3 * config.ffn_width + 2 * config.head_width * (config.num_heads + config.num_kv_heads)
+    inner = 3 * config.ffn_width
+    if config.num_experts:  # every token's experts may be the same: gathered inputs, gates and outputs of all at once
+        inner = config.experts_per_token * (3 * config.expert_width + 4 * config.width)
+    widths = 4 * config.width + inner + 2 * config.head_width * (config.num_heads + config.num_kv_heads)
     # Logits, their float32, probabilities, and for top_p scores and ids in order, and cumulative sums.
     per_score = dtype.itemsize + 4 * 4 + 8 + 8
     ranks = num_tokens * num_ranks * _RANK_PARTS * 4
@@ -100,7 +124,11 @@ def plan_memory(
         room = min(_CPU_SHARE * room, max(_CPU_BYTES, _CPU_REQUESTS * context * per_token))
     per_block = BLOCK_SIZE * per_token
     useful = 1 + running * -(-context // BLOCK_SIZE)  # every running sequence as long as can be
+    window_blocks, step_blocks = _window_blocks(config, max_step_tokens=running + PREFILL_TOKENS[device])
+    if window_blocks:
+        useful = min(useful, 1 + running * window_blocks + step_blocks)
     num_blocks = min(useful, int(room) // per_block)
+    has_any_length = window_blocks and num_blocks > window_blocks + step_blocks
     if num_blocks < 1 + min(4, -(-context // BLOCK_SIZE)):
         raise NotEnoughSpace(
             f"{free_bytes / 1e9:.2f} GB are free after the weights, of which ALPACA_MEMORY_FRACTION "
@@ -113,9 +141,23 @@ def plan_memory(
         working_bytes=working,
         kv_bytes_per_token=per_token,
         num_blocks=num_blocks,
-        max_context=min(context, (num_blocks - 1) * BLOCK_SIZE),
+        max_context=context if has_any_length else min(context, (num_blocks - 1) * BLOCK_SIZE),
         max_running=running,
+        window_blocks=window_blocks,
+        step_blocks=step_blocks,
     )
+
+
+def _window_blocks(config: ModelDescription, *, max_step_tokens: int) -> tuple[int, int]:
+    """Where all layers have windows, the blocks that one request holds for its window, and those of a step's tokens.
+
+    What lies behind the window is freed. The tokens of a step are those of all requests together.
+    """
+    if not config.longest_window:
+        return 0, 0
+    whole = most_blocks(config.longest_window, max_step_tokens, BLOCK_SIZE)
+    step_blocks = -(-max_step_tokens // BLOCK_SIZE)
+    return whole - step_blocks + 1, step_blocks
 
 
 def advice(settings: ServerSettings) -> str:

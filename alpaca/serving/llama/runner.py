@@ -46,6 +46,8 @@ class Runner:
         self.max_blocks = -(-max_context // cache.block_size)  # of one sequence
         # Each running sequence's newest token, by its state row. Row 0 is for padding.
         self.last_ids = torch.zeros(1 + max_running, dtype=torch.int64, device=model.device)
+        # In the rotary table the rows for long sequences follow the others, which are as many.
+        self._first_long_row = len(model.rotary) // 2 if model.config.rope.long_from else 0
         self.graphs: DecodeGraphs | None = None
         self._block_tables = np.zeros((1 + max_running, self.max_blocks), dtype=np.int32)
         self._table_versions: dict[int, tuple[int, int, int]] = {}
@@ -183,7 +185,8 @@ class Runner:
             blocks = sequence.blocks
             known = sequence.token_ids[start:end]
             step.token_ids.extend(known if len(known) == item.num_tokens else [*known, UNKNOWN])
-            step.positions.extend(range(start, end))
+            row = self._first_long_row if sequence.is_long else 0
+            step.positions.extend(range(row + start, row + end))
             step.slot_mapping.extend(blocks[at // size] * size + at % size for at in range(start, end))
             step.adapter_indices.extend([sequence.adapter_index] * item.num_tokens)
             step.state_rows.append(sequence.state_row)

@@ -21,6 +21,7 @@ class Sequence:
     """The tokens of one completion, the blocks that hold their keys and values, and how far it has been computed.
 
     adapter_index: 0 for the base model alone, k for the k-th adapter (`kernels.low_rank`).
+    is_long: whether its positions turn as those of long sequences do (longrope), which its final length decides.
     shares_prompt_with: the first completion of the same prompt. This sequence waits until that one has computed the
     prompt, then shares its blocks.
     completion: the caller's own record of the completion. The scheduler never looks into it.
@@ -32,6 +33,7 @@ class Sequence:
         *,
         max_new_tokens: int,
         adapter_index: int = 0,
+        is_long: bool = False,
         shares_prompt_with: "Sequence | None" = None,
         completion: Any = None,
     ) -> None:
@@ -39,23 +41,27 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.max_new_tokens = max_new_tokens
         self.adapter_index = adapter_index
+        self.is_long = is_long
         self.shares_prompt_with = shares_prompt_with
         self.completion = completion
         self.arrival = -1  # the sequence's number in order of arrival
         self.state_row: int | None = None  # its row of the runner's state, while it runs
-        self.blocks: list[int] = []
+        self.blocks: list[int] = []  # 0: freed, since no later token sees it
         self.num_computed = 0  # tokens whose keys and values are in the blocks once every launched step is done
         self.num_in_flight = 0
         self.num_cached = 0  # prompt tokens that were found in the cache when it first ran
         self.num_admissions = 0
         self.is_finished = False
-        self._num_remembered_blocks = 0
+        self._num_remembered_blocks = self._num_freed_blocks = 0
         self._prefix = self.root_prefix  # what the remembered blocks hold
 
     @property
     def root_prefix(self) -> int:
-        """The prefix before the first block. Each adapter has its own, as it changes the keys and values of a token."""
-        return NO_PREFIX - self.adapter_index
+        """The prefix before the first block.
+
+        Each adapter has its own, as it changes the keys and values of a token, and so have long sequences.
+        """
+        return NO_PREFIX - 2 * self.adapter_index - self.is_long
 
     def __len__(self) -> int:
         """Number of tokens, those in flight included."""
@@ -68,15 +74,30 @@ class Sequence:
 
     def release_into(self, pool: BlockPool) -> None:
         """Give all blocks back. Their tokens have to be computed again, or found in the cache."""
-        pool.release(self.blocks)
+        pool.release(self.blocks[self._num_freed_blocks :])
         self.blocks = []
-        self.num_computed = self._num_remembered_blocks = 0
+        self.num_computed = self._num_remembered_blocks = self._num_freed_blocks = 0
         self._prefix = self.root_prefix
 
     def take_blocks(self, found: list[int], prefix: int, new: list[int], block_size: int) -> None:
-        """Begin with blocks found in the cache, which hold `prefix`, and with new blocks for the tokens after it."""
+        """Begin with blocks found in the cache, which hold `prefix`, and with new blocks for the tokens after it.
+
+        Of those found the first ones are 0, where no later token sees them.
+        """
         self.blocks, self._prefix, self._num_remembered_blocks = found + new, prefix, len(found)
+        self._num_freed_blocks = found.count(0)
         self.num_computed = len(found) * block_size
+
+    def free_behind(self, window: int, pool: BlockPool) -> None:
+        """Give back the blocks whose tokens lie before all that the next token sees, once they are remembered.
+
+        Steps that were launched may still read them: whoever gets them writes in a later step.
+        """
+        num_behind = max(self.num_computed - window + 1, 0) // pool.block_size
+        for index in range(self._num_freed_blocks, min(num_behind, self._num_remembered_blocks)):
+            pool.release([self.blocks[index]])
+            self.blocks[index] = 0
+            self._num_freed_blocks = index + 1
 
     def remember_full_blocks(self, pool: BlockPool) -> None:
         """Tell the pool what the newly filled blocks hold, so that later prompts find them."""
@@ -100,20 +121,30 @@ class ScheduledSequence:
     samples_token: bool
 
 
+def most_blocks(window: int, max_step_tokens: int, block_size: int) -> int:
+    """The most blocks that a sequence holds at once where every layer sees `window` tokens at most.
+
+    They have its window and a step's tokens. Either end cuts a block, and one waits until its tokens are known.
+    """
+    return -(-(window + max_step_tokens) // block_size) + 2
+
+
 class Scheduler:
     """Holds the waiting and the running sequences, both in order of arrival, and gives them room in steps.
 
     max_running: most sequences that run at once. Each has one of the runner's state rows 1 to max_running.
     max_step_tokens: most tokens of one step.
+    window: most tokens that any layer of the model sees, the newest included; 0: some layer sees all.
     """
 
-    def __init__(self, pool: BlockPool, *, max_running: int, max_step_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, *, max_running: int, max_step_tokens: int, window: int = 0) -> None:
         assert max_step_tokens > max_running, "every running sequence and some prompt tokens fit a step"
         self.pool = pool
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._max_step_tokens = max_step_tokens
+        self._window = window
         self._free_state_rows = list(range(max_running, 0, -1))
         self._num_arrived = 0
 
@@ -122,7 +153,10 @@ class Scheduler:
 
         The last token is never computed, so it needs no room.
         """
-        return self._num_blocks(num_tokens - 1) <= self.pool.capacity
+        num_blocks = self._num_blocks(num_tokens - 1)
+        if self._window:
+            num_blocks = min(num_blocks, most_blocks(self._window, self._max_step_tokens, self.pool.block_size))
+        return num_blocks <= self.pool.capacity
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence at the end of the queue."""
@@ -136,6 +170,8 @@ class Scheduler:
 
         The list is empty when nothing can be computed now. Call `record_launch` once the step is launched.
         """
+        if self._window:
+            self._take_blocks_for_prompts()
         scheduled = self._schedule_decoding()
         budget = self._max_step_tokens - len(scheduled)
         for sequence in self.running:
@@ -152,6 +188,8 @@ class Scheduler:
             sequence.num_computed += item.num_tokens
             sequence.num_in_flight += item.samples_token
             sequence.remember_full_blocks(self.pool)
+            if self._window:
+                sequence.free_behind(self._window, self.pool)
 
     def append_token(self, sequence: Sequence, token_id: int) -> None:
         """Add the id of a token that was in flight."""
@@ -181,8 +219,10 @@ class Scheduler:
 
         Returns False when the sequence itself was the youngest and has been preempted.
         """
-        if self._num_blocks(len(sequence)) <= len(sequence.blocks):
-            return True
+        return self._num_blocks(len(sequence)) <= len(sequence.blocks) or self._take_block(sequence)
+
+    def _take_block(self, sequence: Sequence) -> bool:
+        """One more block for a running sequence, as `_make_room` says."""
         while self.pool.num_free == 0:
             youngest = self.running[-1]
             self._preempt(youngest)
@@ -199,15 +239,37 @@ class Scheduler:
     # Prefill
 
     def _schedule_prompt(self, scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
-        """Schedule as many of the sequence's missing tokens as the budget allows; returns their number."""
-        num_tokens = min(len(sequence) - sequence.num_computed, budget)
+        """Schedule as many of the sequence's missing tokens as budget and blocks allow; returns their number."""
+        room = len(sequence.blocks) * self.pool.block_size - sequence.num_computed
+        num_tokens = min(len(sequence) - sequence.num_computed, budget, room)
         if num_tokens:
             reaches_end = sequence.num_computed + num_tokens == len(sequence)
             scheduled.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens, reaches_end))
         return num_tokens
 
+    def _take_blocks_for_prompts(self) -> None:
+        """Give sequences whose prompts are under way blocks for the next step: with windows they began with a few.
+
+        Each gets one at least, for which the youngest sequences are preempted, and else what is free.
+        """
+        for sequence in list(self.running):
+            if sequence.state_row is None or len(sequence) - sequence.num_computed <= 1:
+                continue
+            if len(sequence.blocks) * self.pool.block_size == sequence.num_computed and not self._take_block(sequence):
+                continue
+            missing = self._num_blocks(self._next_end(sequence, sequence.num_computed)) - len(sequence.blocks)
+            spare = self.pool.num_free - len(self.running)  # as for an admission, one for each running sequence stays
+            sequence.blocks += self.pool.allocate(max(min(missing, spare), 0))
+
+    def _next_end(self, sequence: Sequence, start: int) -> int:
+        """Up to which of its tokens a sequence needs blocks when its next step begins with token `start`."""
+        return min(len(sequence), start + self._max_step_tokens) if self._window else len(sequence)
+
     def _admit_next(self) -> Sequence | None:
-        """Start the first waiting sequence, if a state row is free and there are blocks for all its tokens."""
+        """Start the first waiting sequence, if a state row is free and there are blocks for all its tokens.
+
+        Where all layers have windows, those for its first step are enough.
+        """
         candidate = next((s for s in self.waiting if not self._waits_for_prompt(s)), None)
         if candidate is None or not self._free_state_rows or candidate.num_in_flight or not self._allocate(candidate):
             return None
@@ -230,14 +292,17 @@ class Scheduler:
         Its last token is computed even if it is cached, as its logits are needed.
         """
         found, prefix = self.pool.find_prefix(sequence.token_ids[:-1], sequence.root_prefix)
+        num_found, size = len(found), self.pool.block_size
+        num_unseen = max(num_found * size - self._window + 1, 0) // size if self._window else 0
+        found = found[num_unseen:]
         self.pool.hold(found)
-        num_missing = self._num_blocks(len(sequence)) - len(found)
+        num_missing = self._num_blocks(self._next_end(sequence, num_found * size)) - num_found
         # One block for each running sequence stays free. Otherwise the sequence admitted here would soon be preempted,
         # and its work lost.
         if num_missing > self.pool.num_free - len(self.running):
             self.pool.release(found)
             return False
-        sequence.take_blocks(found, prefix, self.pool.allocate(num_missing), self.pool.block_size)
+        sequence.take_blocks([0] * num_unseen + found, prefix, self.pool.allocate(num_missing), size)
         return True
 
     # Both

@@ -30,7 +30,7 @@ class StepFields(Generic[Column]):
 
     # One entry for each token, [N].
     token_ids: Column = field(metadata=_INT64)
-    positions: Column = field(metadata=_INT64)  # in the token's sequence
+    positions: Column = field(metadata=_INT64)  # the token's row in the rotary table, by its place in its sequence
     slot_mapping: Column = field(metadata=_INT64)  # where the cache keeps the token's keys and values: its slot
     adapter_indices: Column = field(metadata=_INT32)  # 0: the base model alone
     # One entry for each sequence, [S].

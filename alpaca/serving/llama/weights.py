@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -11,34 +11,45 @@ from typing import Any
 import torch
 
 from alpaca.architecture.description import ModelDescription
+from alpaca.architecture.families import HEAD_NORMS
 from alpaca.architecture.inventory import check_tensors
-from alpaca.architecture.rope import NUMBERS_OF
-from alpaca.architecture.tensors import FUSED, LAYER, hf_name
+from alpaca.architecture.rope import NUMBERS_OF, Rope
+from alpaca.architecture.tensors import hf_name
 from alpaca.errors import UnsupportedModel
 from alpaca.formats.hf.folder import read_description
 from alpaca.formats.hf.pickled import Weights, open_model_weights, read_as_stored
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
 from alpaca.formats.hf.saved.unpacking import why_unread
-from alpaca.serving.kernels.linear import Linear, make_linear
-from alpaca.serving.llama.network import LlamaLayer, LlamaModel, rotary_table
+from alpaca.serving.kernels.experts import Experts
+from alpaca.serving.kernels.linear import Biased, Linear, make_linear
+from alpaca.serving.llama.network import ACTIVATIONS, LlamaLayer, LlamaModel, rotary_table
 
 _READERS = 4
 _MOST_READ_AHEAD = 1 << 30  # bytes in memory that no layer has taken yet
-_LAYER_ORDER = tuple(LAYER)  # the order in which a layer's tensors are read
+# The families that are computed here. Another of the block "llama" needs an equality with transformers first.
+TAKEN = (
+    "llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite",
+    "olmo2", "exaone4", "mixtral", "qwen3_moe",
+)  # fmt: skip
 
 
 def supports(config: ModelDescription) -> str | None:
     """Why this engine cannot compute a model; None if it can."""
-    if config.model_type != "llama":
-        return f"its model_type is {config.model_type!r}, not llama"
-    if biased := [name for name in ("attention_bias", "mlp_bias") if getattr(config, name)]:
-        return f"it has {biased[0]}, which this engine does not compute"
-    if config.activation != "silu":
-        return f"its hidden_act is {config.activation!r}; this engine computes silu"
+    if config.model_type not in TAKEN:
+        return f"its model_type is {config.model_type!r}, not {', '.join(TAKEN[:-1])} or {TAKEN[-1]}"
+    if config.unusual:
+        return f"its {config.unusual[0]} asks for what this engine does not compute"
+    if config.activation not in ACTIVATIONS:
+        return f"its activation is {config.activation!r}; this engine computes {', '.join(ACTIVATIONS)}"
     if reason := why_unread(config.quantized_by):
         return f"it {reason}"
-    if config.rope.kind not in NUMBERS_OF:
-        return f"its rope type {config.rope.kind!r} is not one of {', '.join(NUMBERS_OF)}"
+    for rope in filter(None, (config.rope, config.windowed_rope)):
+        if rope.kind not in NUMBERS_OF:
+            return f"its rope type {rope.kind!r} is not one of {', '.join(NUMBERS_OF)}"
+        if rope.width(config.head_width) % 2 or rope.width(config.head_width) == 0:
+            return f"its partial_rotary_factor turns {rope.width(config.head_width)} numbers of a head; expected pairs"
+        if rope.long_from and config.windowed_rope:
+            return "its layers have different ropes, of which one depends on the length"
     return None
 
 
@@ -47,7 +58,7 @@ def read_llama(folder: Path) -> ModelDescription:
 
     Raises InputError, and UnsupportedModel if this engine cannot compute the model.
     """
-    config = read_description(folder, only="llama")
+    config = read_description(folder, only=TAKEN)
     if reason := supports(config):
         raise UnsupportedModel(f"{folder}: {reason}")
     return read_as_stored(folder, config)
@@ -78,18 +89,11 @@ def load_llama(
     """
     require_tensors(weights, config)
     with _ReadAhead(weights, _reading_order(config), pin=device.type == "cuda", progress=progress) as read:
-
-        def place(name: str) -> torch.Tensor:
-            return read.take(name).to(device=device, dtype=dtype)
-
-        def project(*names: str) -> Linear:
-            return make_linear(
-                [read.take(name) for name in names], quantization=quantization, device=device, dtype=dtype
-            )
-
-        embedding = place(hf_name("embedding"))
-        layers = [_load_layer(index, place, project) for index in range(config.num_layers)]
-        norm = place(hf_name("norm"))
+        loader = _Loader(config, read, device=device, dtype=dtype, quantization=quantization)
+        tables = _Tables(config, num_positions, dtype, device)
+        embedding = loader.place(hf_name("embedding"))
+        layers = [loader.load_layer(index, tables) for index in range(config.num_layers)]
+        norm = loader.place_norm(hf_name("norm"))
         head = embedding if config.ties_embeddings else read.take(hf_name("head"))
         return LlamaModel(
             config=config,
@@ -97,22 +101,118 @@ def load_llama(
             layers=layers,
             norm=norm,
             head=make_linear([head], quantization="none", device=device, dtype=dtype),
-            rotary=rotary_table(config, num_positions, dtype).to(device),
+            rotary=tables.of(config.rope),
             ops=ops,
+            embedding_multiplier=_embedding_multiplier(config, dtype),
         )
 
 
-def _load_layer(index: int, place: Callable[[str], torch.Tensor], project: Callable[..., Linear]) -> LlamaLayer:
-    linears = {name: project(*(hf_name(role, index) for role in roles)) for name, roles in FUSED.items()}
-    return LlamaLayer(
-        **linears,
-        input_norm=place(hf_name("attention_norm", index)),
-        ffn_norm=place(hf_name("ffn_norm", index)),
-    )
+class _Loader:
+    """Takes tensors in the order of `_reading_order` and makes the engine's layers of them."""
+
+    def __init__(
+        self,
+        config: ModelDescription,
+        read: "_ReadAhead",
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str,
+    ) -> None:
+        self._config, self._read, self._quantization = config, read, quantization
+        self._device, self._dtype = device, dtype
+
+    def load_layer(self, index: int, tables: "_Tables") -> LlamaLayer:
+        config, family = self._config, self._config.family
+        prefix = f"{family.prefix}{index}."
+        norms = {place: self.place_norm(f"{prefix}{name}.weight") for place, name in family.norms.items()}
+        linears = {name: self._project(prefix, modules) for name, modules in family.fused.items()}
+        return LlamaLayer(
+            **{"input_norm": None, "ffn_norm": None, **norms},
+            **linears,
+            head_norms=self._load_head_norms(prefix),
+            experts=self._load_experts(prefix),
+            rotary=tables.of(config.rope_of(index)),
+            window=config.window(index),
+        )
+
+    def place(self, name: str) -> torch.Tensor:
+        return self._read.take(name).to(device=self._device, dtype=self._dtype)
+
+    def place_norm(self, name: str) -> torch.Tensor:
+        """A norm's weights as the engine multiplies by them. Those that scale before they round stay wide."""
+        stored, family = self.place(name), self._config.family
+        if not family.scales_wide:
+            return stored
+        return stored.to(torch.promote_types(self._dtype, torch.float32)) + family.norm_offset
+
+    def _project(self, prefix: str, modules: Sequence[str]) -> Linear:
+        """The layer of modules of one input, by their names in the model's layer."""
+        parts = [self._read.take(f"{prefix}{module}.weight") for module in modules]
+        linear = make_linear(parts, quantization=self._quantization, device=self._device, dtype=self._dtype)
+        has_bias = f"{modules[0]}.bias" in self._config.layer_shapes
+        return Biased(linear, torch.cat([self.place(f"{prefix}{m}.bias") for m in modules])) if has_bias else linear
+
+    def _load_head_norms(self, prefix: str) -> tuple[tuple[int, torch.Tensor], ...]:
+        """Norms of each head are one, with a row for each head of query and key."""
+        config = self._config
+        if not config.family.head_norms:
+            return ()
+        query, key = (self.place_norm(f"{prefix}{name}.weight") for name in HEAD_NORMS)
+        if config.family.head_norms == "whole":
+            return (0, query[None]), (config.query_width, key[None])
+        rows = [query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)]
+        return ((0, torch.cat(rows).contiguous()),)
+
+    def _load_experts(self, prefix: str) -> Experts | None:
+        config, names = self._config, self._config.family.experts
+        if names is None:
+            return None
+        modules = [names.of(expert) for expert in range(config.num_experts)]
+        return Experts(
+            router=self.place(f"{prefix}{names.router}.weight"),
+            gate_up=[self._project(prefix, (gate, up)) for gate, up, _ in modules],
+            down=[self._project(prefix, (down,)) for _, _, down in modules],
+            per_token=config.experts_per_token,
+            normalizes=config.normalizes_experts,
+        )
+
+
+def _embedding_multiplier(config: ModelDescription, dtype: torch.dtype) -> float:
+    """Gemma's root is rounded to the model's precision, as transformers has it."""
+    if config.family.embeds_by_root:
+        return torch.tensor(config.width**0.5).to(dtype).item()
+    return config.embedding_multiplier
+
+
+class _Tables:
+    """The rotary tables of a model's layers: one for each kind of rope."""
+
+    def __init__(self, config: ModelDescription, num_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        ropes = [rope for rope in (config.rope, config.windowed_rope) if rope is not None]
+        self._tables = [(rope, rotary_table(config, num_positions, dtype, rope).to(device)) for rope in ropes]
+
+    def of(self, rope: Rope | None) -> torch.Tensor:
+        """The table of a rope; without columns for None."""
+        if rope is None:
+            first = self._tables[0][1]
+            return first.new_empty(len(first), 0)
+        return next(table for known, table in self._tables if known is rope)
 
 
 def _reading_order(config: ModelDescription) -> list[str]:
-    layers = [hf_name(role, index) for index in range(config.num_layers) for role in _LAYER_ORDER]
+    prefix, family = config.family.prefix, config.family
+    order = [f"{name}.weight" for name in family.norms.values()]
+    for modules in family.fused.values():
+        order += [f"{module}.weight" for module in modules] + [f"{module}.bias" for module in modules]
+    order += [f"{name}.weight" for name in HEAD_NORMS]
+    if family.experts:
+        experts = [family.experts.of(expert) for expert in range(config.num_experts)]
+        order += [f"{family.experts.router}.weight"]
+        order += [f"{module}.weight" for gate, up, _ in experts for module in (gate, up)]
+        order += [f"{down}.weight" for _, _, down in experts]
+    within = [name for name in order if name in config.layer_shapes]
+    layers = [f"{prefix}{index}.{name}" for index in range(config.num_layers) for name in within]
     return [hf_name("embedding"), *layers, hf_name("norm"), *([] if config.ties_embeddings else [hf_name("head")])]
 
 

@@ -56,7 +56,9 @@ def load_model(base: Base, settings: ModelSettings, world: World) -> nn.Module:
     layer_class = find_layer_class(model)
     check_layer_class(settings.layer_class, layer_class)
     if settings.padding_free and not padding_free.enable(model):
-        logger.info("micro-batches are padded: %s has attention of its own", type(model).__name__)
+        logger.info("micro-batches are padded: %s has attention or logits of its own", type(model).__name__)
+    if getattr(model.config, "attn_logit_softcapping", None):  # transformers' fused attention leaves the cap out
+        model.set_attn_implementation("eager")
     layers = [module for module in model.modules() if type(module).__name__ == layer_class]
     checkpoint_layers(layers, count_checkpointed(settings.checkpointing, len(layers)) or 0)
     model = add_adapter(model, settings)

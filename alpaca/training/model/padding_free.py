@@ -43,10 +43,23 @@ class Packing:
         return self._ends
 
 
+# Keys of configs by which a family changes attention's scores or the head's logits, and the value that changes nothing.
+# Packed rows have another attention, and their head gives losses at once.
+_CHANGES_SCORES = {
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1,
+    "lm_head_multiplier": 1,
+}  # fmt: skip
+
+
 def enable(model: "PreTrainedModel") -> bool:
-    """Let `sum_packed_losses` run on the model; False for one whose attention cannot be replaced (BLOOM)."""
-    head = model.get_output_embeddings()
+    """Let `sum_packed_losses` run on the model.
+
+    False for one whose attention cannot be replaced (BLOOM), or that changes scores or logits on their way (Gemma 2).
+    """
+    head, config = model.get_output_embeddings(), model.config
     if not getattr(model, "_supports_attention_backend", False) or type(head) is not nn.Linear:
+        return False
+    if any(getattr(config, key, usual) not in (usual, None) for key, usual in _CHANGES_SCORES.items()):
         return False
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -127,30 +140,39 @@ def attend_within_examples(
     packing: Packing,
     scaling: float,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Causal attention of packed examples: query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d].
 
-    The signature is transformers' for attention functions.
+    The signature is transformers' for attention functions. With a window a query sees so many keys, its own included.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotated queries and keys are float32
     if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout:
-        return _attend_on_gpu(query, key, value, packing, scaling), None
+        return _attend_on_gpu(query, key, value, packing, scaling, sliding_window), None
     dtype = value.dtype
     if dtype == torch.bfloat16 and not query.is_cuda and not torch.is_autocast_enabled(query.device.type):
         # On a CPU torch 2.13 keeps a bfloat16 kernel of 1.6 MB for every length it has seen, so compute in float32.
         query, key, value = query.float(), key.float(), value.float()
     parts = [tensor.split(packing.lengths, dim=2) for tensor in (query, key, value)]
+    options = dict(scale=scaling, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1])
     mixed = [
-        scaled_dot_product_attention(
-            *one, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        for one in zip(*parts, strict=True)
+        scaled_dot_product_attention(*one, **_mask_of(length, sliding_window, query.device), **options)
+        for length, one in zip(packing.lengths, zip(*parts, strict=True), strict=True)
     ]
     return torch.cat(mixed, dim=2).transpose(1, 2).to(dtype), None
 
 
-def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
+def _mask_of(length: int, window: int | None, device: torch.device) -> dict[str, object]:
+    """How torch's attention is told what an example's queries see."""
+    if window is None or length <= window:
+        return {"is_causal": True}
+    return {"attn_mask": torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)}
+
+
+def _attend_on_gpu(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, window: int | None
+) -> Tensor:
     """torch's variable-length flash attention. In torch 2.11 it has no grouped heads, and causal is a window."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -159,7 +181,8 @@ def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, packing: Packing, 
     if group > 1:
         k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
     ends, longest = packing.ends_on(q.device), packing.longest
-    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))[None]
+    seen = (-1 if window is None else window - 1, 0)  # tokens before a query, and after it
+    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=seen)[None]
 
 
 def _no_mask(*args: object, **kwargs: object) -> None:

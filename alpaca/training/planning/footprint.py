@@ -170,17 +170,16 @@ def copies_bytes(shape: ModelDescription, setup: Setup) -> int:
 def layer_bytes_per_token(shape: ModelDescription, setup: Setup) -> int:
     """Bytes that autograd keeps of one decoder layer for each of N tokens, operation by operation.
 
-    Each of two norms: its input in float32 (D), the reciprocal root, the normalized row where its scale is trained.
+    Norms: see `_norm_bytes_per_token`.
     Inputs of q, k, v and of gate and up: one tensor where it has the products' dtype; under autocast from float32 each
     matrix has a cast of its own. Attention: q, k, v, its output, a float32 log-sum per head, and o_proj's input, which
     the CPU's kernel needs as a copy; on a GPU grouped keys and values are repeated. Feed-forward: gate, its
     activation, up, and their product (down_proj's input). Inputs of frozen matrices are not kept; an adapter keeps
     its input (with the mask of dropout) and its narrow product.
     """
-    c, s, width = setup.compute_bytes, setup.stream_bytes, shape.width
+    c, s = setup.compute_bytes, setup.stream_bytes
     full = setup.method == "full"
-    rms = shape.family.block == "llama"  # LayerNorm is one operation: its input, mean and deviation
-    total = 2 * (4 * width + 4 + (s * width if full else 0)) if rms else 2 * (s * width + 8)
+    total = _norm_bytes_per_token(shape, setup)
     for names in shape.family.input_groups:
         trained = [name for name in names if setup.trains(name)]
         columns = shape.linears[names[0]][1]
@@ -197,6 +196,22 @@ def layer_bytes_per_token(shape: ModelDescription, setup: Setup) -> int:
         total -= c * shape.query_width  # o_proj's input is attention's output itself
     inner = {"llama": 3, "opt": 0 if full else 1, "bloom": 1}[shape.family.block]  # ReLU's result is down_proj's input
     return total + inner * c * shape.ffn_width
+
+
+def _norm_bytes_per_token(shape: ModelDescription, setup: Setup) -> int:
+    """Of each norm of a layer its input in float32, the reciprocal root, the normalized row where its scale is trained.
+
+    LayerNorm is one operation: its input, mean and deviation.
+    """
+    s, full, family = setup.stream_bytes, setup.method == "full", shape.family
+    if family.block != "llama":
+        return 2 * (s * shape.width + 8)
+    columns, num_roots = len(family.norms) * shape.width, len(family.norms)
+    if family.head_norms:
+        columns += shape.query_width + shape.kv_width
+        num_roots += 2 if family.head_norms == "whole" else shape.num_heads + shape.num_kv_heads
+    scaled = 4 if family.scales_wide else s
+    return 4 * columns + 4 * num_roots + (scaled * columns if full else 0)
 
 
 def layer_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:

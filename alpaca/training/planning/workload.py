@@ -97,6 +97,10 @@ def read_model(folder: Path, *, num_tokens: int = 0) -> ModelDescription:
     except InputError as error:
         raise InputError(f"no plan can be made: {error}") from error
     model = read_as_stored(folder, model)
+    if model.num_experts:
+        raise InputError(
+            f"no plan can be made: {folder} has experts ({model.model_type}), which the plan does not count"
+        )
     return model.with_vocab(max(num_tokens, model.vocab_size))
 
 
@@ -121,7 +125,7 @@ def make_setup(
         global_batch_size=batch.global_batch_size,
         max_length=batch.max_length,
         num_checkpointed=count_checkpointed(model.checkpointing, shape.num_layers),
-        padding_free=model.padding_free and not shape.family.keeps_scores,
+        padding_free=model.padding_free and not (shape.family.keeps_scores or shape.changes_scores),
         offload=model.sharding.offload,
         reshard=model.sharding.reshard_after_forward,
         bf16=model.bf16,

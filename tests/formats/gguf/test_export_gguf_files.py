@@ -132,7 +132,7 @@ def test_adapter_in_the_wrong_place(folder, tmp_path):
         ({"model_type": "opt"}, r"its model_type is 'opt', not llama"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; llama.cpp's LLaMA computes silu"),
         ({"quantization_config": {"quant_method": "exl2"}}, "was saved quantized by exl2, which is not read here"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not one of default, linear, llama3: convert it"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not one of default, linear, llama3"),
         ({"rope_scaling": {"type": "linear"}}, r"rope type 'linear' needs a number above 0 for 'factor'; found None"),
         ({"num_attention_heads": 3}, r"num_attention_heads to be a multiple of num_key_value_heads, found 3 and 2"),
         ({"intermediate_size": 97}, r"mlp\.gate_proj\.weight is \[96, 64\], config\.json makes it \[97, 64\]"),

@@ -72,7 +72,7 @@ def build_step(
     return Paged(q, keys, values, batch)
 
 
-def naive_attention(step: Paged, scale: float) -> torch.Tensor:
+def naive_attention(step: Paged, scale: float, *, window: int = 0, softcap: float = 0.0) -> torch.Tensor:
     """One query and one head after the other, over keys collected one by one, in float64."""
     num_heads = step.q.shape[1]
     block_size, num_kv_heads = step.key_cache.shape[1:3]
@@ -82,14 +82,32 @@ def naive_attention(step: Paged, scale: float) -> torch.Tensor:
         places = [(int(step.batch.block_tables[s, i // block_size]), i % block_size) for i in range(length)]
         for row in range(starts[s], starts[s + 1]):
             seen = places[: max(length - (starts[s + 1] - 1 - row), 0)]
+            seen = seen[-window:] if window else seen
             for head in range(num_heads if seen else 0):
                 kv_head = head // (num_heads // num_kv_heads)
                 keys = torch.stack([step.key_cache[place][kv_head] for place in seen]).double()
                 values = torch.stack([step.value_cache[place][kv_head] for place in seen]).double()
                 scores = keys @ step.q[row, head].double() * scale
+                scores = (scores / softcap).tanh() * softcap if softcap else scores
                 weights = (scores - scores.max()).exp()
                 expected[row, head] = (weights / weights.sum()) @ values
     return expected
+
+
+def forget_before(step: Paged, window: int) -> Paged:
+    """The same step once blocks that no query of it can see are another sequence's, with NaN in them."""
+    keys, values = step.key_cache.clone(), step.value_cache.clone()
+    size, starts = keys.shape[1], step.batch.query_starts.tolist()
+    held: set[int] = set()
+    behind: set[int] = set()
+    for s, length in enumerate(step.batch.seq_lens.tolist()):
+        first = max(length - (starts[s + 1] - starts[s]) - window + 1, 0) // size
+        blocks = step.batch.block_tables[s, : -(-length // size)].tolist()
+        behind |= {*blocks[:first]}
+        held |= {*blocks[first:]}
+    for block in behind - held:
+        keys[block], values[block] = torch.nan, torch.nan
+    return Paged(step.q, keys, values, step.batch)
 
 
 STEPS = {
@@ -149,7 +167,62 @@ def test_silu_mul_gates_the_second_half(dtype):
     assert torch.equal(gate_up, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_gelu_mul_gates_the_second_half(dtype, is_exact):
+    gate_up = random(6, 34, dtype=dtype) * 4
+    before, (gate, up) = gate_up.clone(), gate_up.double().chunk(2, -1)
+    inner = torch.erf(gate * 0.5**0.5) if is_exact else torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))
+    check(ops.gelu_mul(gate_up, is_exact=is_exact), gate * (1 + inner) / 2 * up, dtype)
+    assert torch.equal(gate_up, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wide_weight_scales_before_the_rounding_as_gemmas(dtype):
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
+    x, weight = random(9, 512, dtype=dtype) * 3, random(512, seed=1, dtype=dtype)
+    module = Gemma2RMSNorm(512, EPS).to(dtype)
+    module.weight.data = weight
+    assert torch.equal(ops.rms_norm(x, 1 + weight.float(), EPS), module(x))
+    qkv = random(9, 700, dtype=dtype)
+    expected = torch.cat([qkv[:, :100], module(qkv[:, 100:612]), qkv[:, 612:]], dim=1)
+    assert torch.equal(ops.norm_heads(qkv, (1 + weight.float())[None], EPS, first=100), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_norm_heads_norms_each_group_by_itself(dtype, num_groups):
+    qkv, weight = random(5, 60, dtype=dtype), random(num_groups, 16, seed=1, dtype=dtype)
+    expected = qkv.double()
+    for group in range(num_groups):
+        columns = slice(4 + 16 * group, 20 + 16 * group)
+        expected[:, columns] = ops.rms_norm(qkv[:, columns], weight[group], EPS).double()
+    found = ops.norm_heads(qkv, weight, EPS, first=4)
+    assert found is qkv
+    check(found, expected, dtype)
+
+
 # Rotary embedding and the cache's writes
+
+
+@pytest.mark.parametrize("turned", [0, 6, 16])
+def test_only_the_first_part_of_a_head_turns(turned):
+    qkv, positions, slots = random(5, 8 * 16), torch.tensor([0, 39, 7, 7, 12]), torch.arange(5)
+    angles = random(40, turned // 2, seed=1)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    caches = torch.zeros(2, 1, 8, 2, 16, dtype=torch.float64)
+    found = ops.rotate_and_store(qkv, cos_sin, positions, slots, *caches)
+    parts = torch.zeros(2, 1, 8, 2, turned, dtype=torch.float64)
+    heads = qkv.view(5, 8, 16)
+    expected = heads.clone()
+    if turned:
+        narrow = heads[:, :, :turned].flatten(1)
+        expected[:, :4, :turned] = ops.rotate_and_store(narrow, cos_sin, positions, slots, *parts)
+        expected[:, 4:6, :turned] = parts[0, 0, :5]
+    assert torch.equal(found, expected[:, :4])
+    assert torch.equal(caches[0, 0, :5], expected[:, 4:6])
+    assert torch.equal(caches[1, 0, :5], heads[:, 6:])
 
 
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.float64])
@@ -217,6 +290,33 @@ def test_attention_is_naive_attention(name, heads):
     step = build_step(**STEPS[name], heads=heads)
     check(ops.paged_attention(step.q, step.key_cache, step.value_cache, step.batch, 0.3),
           naive_attention(step, 0.3), torch.float64)  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 30, 100])
+@pytest.mark.parametrize("name", STEPS)
+def test_attention_in_a_window_is_naive_attention(name, window):
+    """What lies behind the window is never read: it may be anything."""
+    step = build_step(**STEPS[name])
+    expected = naive_attention(step, 0.3, window=window)
+    step = forget_before(step, window)
+    caches = step.key_cache, step.value_cache
+    check(ops.paged_attention(step.q, *caches, step.batch, 0.3, window=window), expected, torch.float64)
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("name", STEPS)
+def test_capped_attention_is_naive_attention(name, window):
+    step = build_step(**STEPS[name])
+    caches = step.key_cache, step.value_cache
+    found = ops.paged_attention(step.q, *caches, step.batch, 1.3, window=window, softcap=2.0)
+    check(found, naive_attention(step, 1.3, window=window, softcap=2.0), torch.float64)
+
+
+def test_one_batch_serves_layers_with_and_without_windows():
+    step = build_step([30, 20, 7], [1, 5, 1])
+    for window in (0, 5, 0, 9, 5):
+        found = ops.paged_attention(step.q, step.key_cache, step.value_cache, step.batch, 0.3, window=window)
+        check(found, naive_attention(step, 0.3, window=window), torch.float64)
 
 
 @pytest.mark.parametrize("width", [8, 32, 64, 80, 96, 128, 256])

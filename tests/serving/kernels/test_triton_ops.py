@@ -15,7 +15,7 @@ import torch
 from alpaca.serving.kernels import ops
 from alpaca.serving.kernels.ops import AttentionBatch
 from tests.conftest import ROOT
-from tests.serving.kernels.test_ops import EPS, STEPS, Paged, build_step, naive_attention, random
+from tests.serving.kernels.test_ops import EPS, STEPS, Paged, build_step, forget_before, naive_attention, random
 
 pytest.importorskip("triton")
 
@@ -65,9 +65,10 @@ def check_attention(kernels, step: Paged, *, scale: float = 0.3, num_splits: int
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(which):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, __file__]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -136,6 +137,16 @@ def test_attention_compiles_for_an_h100(compiling, queries, heads, width, dtype,
     assert compiled == ["_attention_kernel", *["_combine_kernel"] * (num_splits > 1)]
 
 
+@pytest.mark.parametrize("queries", [[1, 1], [1, 9]], ids=["decode", "mixed"])
+@pytest.mark.parametrize(("window", "softcap"), [(9, 0.0), (0, 50.0), (9, 50.0)])
+def test_windows_and_caps_compile_for_an_h100(compiling, queries, window, softcap):
+    kernels, compiled = compiling
+    step = build_step([20, 33], queries, heads=(4, 2), width=256, dtype=torch.bfloat16)
+    caches = step.key_cache, step.value_cache
+    kernels.paged_attention(step.q, *caches, step.batch, 0.3, num_splits=2, window=window, softcap=softcap)
+    assert compiled == ["_attention_kernel", "_combine_kernel"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_kernels_compile_for_an_h100(compiling, dtype):
     kernels, compiled = compiling
@@ -143,9 +154,17 @@ def test_small_kernels_compile_for_an_h100(compiling, dtype):
     kernels.rms_norm(x, weight, EPS)
     kernels.add_rms_norm(x, x, weight, EPS)
     kernels.silu_mul(x)
+    for is_exact in (True, False):
+        kernels.gelu_mul(x, is_exact=is_exact)
+    for scales in (torch.zeros(3, 128, dtype=dtype), torch.zeros(1, 1000)):
+        kernels.norm_heads(x, scales, EPS, first=16)
+    kernels.rms_norm(x, weight.float(), EPS)
     caches, places = torch.zeros(2, 2, 16, 2, 80, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    kernels.rotate_and_store(torch.zeros(2, 8 * 80, dtype=dtype), torch.zeros(9, 80), places, places, *caches)
-    assert compiled == ["_rms_norm_kernel"] * 2 + ["_silu_mul_kernel", "_rotate_and_store_kernel"]
+    for turned in (80, 32, 0):
+        kernels.rotate_and_store(torch.zeros(2, 8 * 80, dtype=dtype), torch.zeros(9, turned), places, places, *caches)
+    norms, gates = ["_rms_norm_kernel"] * 2, ["_silu_mul_kernel", *["_gelu_mul_kernel"] * 2]
+    assert compiled[:5] == norms + gates
+    assert compiled[5:] == ["_norm_heads_kernel"] * 2 + ["_rms_norm_kernel"] + ["_rotate_and_store_kernel"] * 3
 
 
 # Norms and activation
@@ -181,14 +200,36 @@ def test_silu_mul_is_its_twin(kernels, dtype, width):
     check(kernels.silu_mul(gate_up.to(DEVICE)), ops.silu_mul(gate_up), dtype)
 
 
+@pytest.mark.parametrize("is_exact", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_mul_is_its_twin(kernels, dtype, is_exact):
+    gate_up = random(3, 2 * 300, dtype=dtype) * 2
+    check(kernels.gelu_mul(gate_up.to(DEVICE), is_exact=is_exact), ops.gelu_mul(gate_up, is_exact=is_exact), dtype)
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize(("num_groups", "width"), [(3, 16), (1, 80)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_heads_and_of_wide_weights_are_their_twins(kernels, dtype, num_groups, width, is_wide):
+    weight = random(num_groups, width, seed=1, dtype=torch.float32 if is_wide else dtype)
+    qkv = random(4, 300, dtype=dtype)
+    expected = ops.norm_heads(qkv.clone(), weight, EPS, first=32)
+    check(kernels.norm_heads(qkv.to(DEVICE, copy=True), weight.to(DEVICE), EPS, first=32), expected, dtype)
+    x = qkv[:, :width].contiguous()
+    check(kernels.rms_norm(x.to(DEVICE), weight[0].to(DEVICE), EPS), ops.rms_norm(x, weight[0], EPS), dtype)
+
+
 # Rotary embedding and the cache's writes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 8), (9, 3, 80)])
-def test_rotate_and_store_is_its_twin(kernels, dtype, heads, kv_heads, width):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "turned"),
+    [(4, 4, 16, 16), (6, 2, 8, 8), (9, 3, 80, 80), (6, 2, 16, 12), (6, 2, 80, 20), (4, 1, 16, 0)],
+)
+def test_rotate_and_store_is_its_twin(kernels, dtype, heads, kv_heads, width, turned):
     qkv = random(5, (heads + 2 * kv_heads) * width, dtype=dtype)
-    angles = random(40, width // 2, seed=1)
+    angles = random(40, turned // 2, seed=1)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1).float()
     positions, slot_mapping = torch.tensor([0, 39, 7, 7, 12]), torch.tensor([8, 31, 9, 23, 16])
     caches = random(2, 4, 8, kv_heads, width, seed=2, dtype=dtype)
@@ -221,6 +262,18 @@ def test_attention_is_naive_attention(kernels, name, num_splits):
     check_attention(kernels, step, num_splits=num_splits)
 
 
+@pytest.mark.parametrize(("window", "softcap", "num_splits"), [(1, 0.0, 1), (20, 0.0, 3), (7, 2.0, 1), (0, 2.0, 3)])
+def test_windows_and_caps_are_naive_attention(kernels, num_splits, window, softcap):
+    """What lies behind the window is never read: it may be anything."""
+    for lengths, queries in (([1, 33, 16, 50], [1] * 4), ([30, 90, 7], [1, 40, 3])):
+        step = build_step(lengths, queries, heads=(3, 1), dtype=torch.float32, spare_rows=2)
+        expected = naive_attention(step, 0.9, window=window, softcap=softcap)
+        moved = (forget_before(step, window) if window else step).to(DEVICE)
+        caches = moved.key_cache, moved.value_cache
+        options = dict(window=window, softcap=softcap, num_splits=num_splits)
+        check(kernels.paged_attention(moved.q, *caches, moved.batch, 0.9, **options), expected, torch.float32)
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 32])
 def test_attention_over_several_blocks_of_keys(kernels, num_splits):
     step = build_step([300, 64, 129, 1], [1, 1, 1, 1], heads=(2, 1), dtype=torch.float32)
@@ -245,7 +298,10 @@ def test_attention_of_any_head_width(kernels, width):
         check_attention(kernels, step, scale=width**-0.5)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (3, 1), (16, 1), (10, 2), (24, 1), (48, 2), (71, 1)], ids=str)
+_WIDE_GROUPS = [pytest.param(heads, marks=pytest.mark.slow) for heads in ((24, 1), (48, 2), (71, 1))]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (3, 1), (16, 1), (10, 2), *_WIDE_GROUPS], ids=str)
 def test_attention_of_any_group(kernels, heads):
     for queries in ([1, 1], [1, 9 if heads[0] < 16 else 2]):
         step = build_step([20, 33], queries, heads=heads, dtype=torch.float32)

@@ -1,6 +1,7 @@
 """The network gives transformers' logits for every kind of LLaMA, however its tokens are packed and paged."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from alpaca.serving.llama.step import StepFields
 from alpaca.serving.llama.weights import load_llama, read_llama
 
 CPU = torch.device("cpu")
+_IN_ATTENTION = ("block_tables", "seq_lens", "query_starts")
 SMALL = dict(
     vocab_size=120, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, intermediate_size=80,
     max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
@@ -60,7 +62,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float64, quantization: str = "
 def logits(model: LlamaModel, prompts: list[list[int]], *, chunk: int) -> list[torch.Tensor]:
     """Each prompt's logits [T, V], computed `chunk` tokens of every prompt a step, in scattered blocks of 4."""
     size, per_sequence = 4, 64
-    cache = KeyValueCache(model.config, num_blocks=200, block_size=size, dtype=model.dtype, device=CPU)
+    cache = KeyValueCache(model.config, num_blocks=200, block_size=size, dtype=model.dtype, device=model.device)
     tables = torch.randperm(199, generator=torch.Generator().manual_seed(0))[: len(prompts) * per_sequence] + 1
     tables = tables.view(len(prompts), per_sequence)[:, :64].int()
     found: list[list[torch.Tensor]] = [[] for _ in prompts]
@@ -84,6 +86,8 @@ def logits(model: LlamaModel, prompts: list[list[int]], *, chunk: int) -> list[t
             tables[rows], seq_lens, torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
             int(lengths.max()), int(start + lengths.max()),
         )  # fmt: skip
+        step = StepFields(**{name: values.to(model.device) for name, values in vars(step).items()})
+        attention = replace(attention, **{name: getattr(attention, name).to(model.device) for name in _IN_ATTENTION})
         with torch.inference_mode():
             out = model.logits(model.forward(step.token_ids, step, attention, cache))
         for s, piece in zip(rows, out.split(lengths.tolist()), strict=True):
@@ -130,10 +134,15 @@ def test_old_and_new_spellings_of_the_rotary_parameters(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "opt"}, "its model_type is 'opt', not llama"),
-        ({"attention_bias": True}, "has attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not one of default, linear, llama3"),
+        ({"model_type": "opt"}, "its model_type is 'opt', not llama or mistral"),
+        ({"is_causal": False}, "its is_causal asks for what this engine does not compute"),
+        ({"hidden_act": "relu"}, "activation is 'relu'; this engine computes silu, gelu"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope type 'spiral' is not one of default, linear, llama3"),
+        (
+            {"model_type": "phi3", "pad_token_id": 0, "partial_rotary_factor": 0.4},
+            "its partial_rotary_factor turns 3 numbers of a head; expected pairs",
+        ),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "its use_bidirectional_attention asks for"),
         ({"quantization_config": {"quant_method": "hqq"}}, "was saved quantized by hqq, which is not read here"),
     ],
 )

@@ -79,7 +79,10 @@ def make_engine(
 def engine_of(runner: Runner, *, launches_ahead: bool) -> LlamaEngine:
     num_blocks, size = runner.cache.keys[0].shape[:2]
     max_running = len(runner.last_ids) - 1
-    scheduler = Scheduler(BlockPool(num_blocks, size), max_running=max_running, max_step_tokens=max_running + 8)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, size), max_running=max_running, max_step_tokens=max_running + 8,
+        window=runner.model.config.longest_window,
+    )  # fmt: skip
     return LlamaEngine(
         runner, scheduler, tokenizer=None, max_context=CONTEXT, beams=lambda: None, launches_ahead=launches_ahead
     )

@@ -12,6 +12,7 @@ import torch
 from alpaca.architecture.description import ModelDescription
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace
 from alpaca.memory import CUDA_CONTEXT_BYTES
+from alpaca.serving.llama.cache import BlockPool
 from alpaca.serving.llama.network import KeyValueCache
 from alpaca.serving.llama.planning import (
     BLOCK_SIZE,
@@ -22,13 +23,21 @@ from alpaca.serving.llama.planning import (
     weights_bytes,
     working_bytes,
 )
+from alpaca.serving.llama.scheduler import Scheduler, Sequence
 from alpaca.serving.llama.weights import read_llama
-from alpaca.serving.plan import main
+from alpaca.serving.plan import describe_windows, main
 from alpaca.serving.settings import ServerSettings
 from tests.conftest import ROOT
+from tests.serving.llama.families import COVERING
+from tests.serving.llama.families import MODELS as FAMILIES_MODELS
+from tests.serving.llama.families import save as save_family
 from tests.serving.llama.test_llama import CPU, KINDS, LLAMA3_ROPE, SMALL, load, save_model
 
 BF16 = torch.bfloat16
+FAMILIES = [
+    pytest.param(name, marks=() if name in COVERING or name == "qwen2" else pytest.mark.slow)
+    for name in FAMILIES_MODELS
+]
 # As their publishers' config.json have them.
 SHAPES = {
     "7b": dict(
@@ -70,6 +79,25 @@ def plan(config: ModelDescription, free_bytes: int, *, device: str = "cuda", dty
 def test_plain_weights_take_what_is_planned(tmp_path, kind, dtype):
     save_model(tmp_path, torch.float32, **KINDS[kind])
     assert weights_bytes(read_llama(tmp_path), dtype, "none") == load(tmp_path, dtype).num_bytes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_familys_weights_and_cache_take_what_is_planned(tmp_path, name):
+    save_family(tmp_path, name, torch.float32)
+    config = read_llama(tmp_path)
+    model = load(tmp_path, torch.float16)  # not packed on a CPU: as on a GPU, a tied head is the embedding itself
+    assert weights_bytes(config, torch.float16, "none") == model.num_bytes
+    planned = plan(config, 10**9, dtype=torch.float16, concurrency=2)
+    cache = KeyValueCache(config, num_blocks=planned.num_blocks, block_size=BLOCK_SIZE, dtype=torch.float16, device=CPU)
+    assert planned.kv_bytes == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+
+
+def test_quantized_experts_take_what_is_planned(tmp_path):
+    sizes = dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=8, moe_intermediate_size=256)
+    save_family(tmp_path, "qwen3_moe", torch.float32, **sizes)
+    for quantization in ("int8", "nf4"):
+        planned = weights_bytes(read_llama(tmp_path), BF16, quantization)
+        assert planned == pytest.approx(load(tmp_path, BF16, quantization).num_bytes, rel=0.01)
 
 
 def test_tied_embeddings_are_counted_once(tmp_path):
@@ -145,6 +173,62 @@ def test_no_more_blocks_than_can_ever_be_held(small):
     assert found.num_requests(256) == 15
     assert found.num_requests(1) == 15  # not more than run in one step
     assert max_running(ServerSettings(concurrency=1000)) == 256
+
+
+WINDOWED = {
+    **SMALL,
+    "model_type": "mistral",
+    "num_key_value_heads": 2,
+    "sliding_window": 32,
+    "max_position_embeddings": 4096,
+}
+
+
+def test_windows_let_more_and_longer_requests_run(tmp_path):
+    """As many as the plan says run at once in the engine's own scheduler, and none gives its blocks back."""
+    config = write_config(tmp_path / "windowed", **WINDOWED)
+    full = write_config(tmp_path / "full", **{**WINDOWED, "sliding_window": None})
+    free_bytes = 3_500_000
+    found, plain = (plan(one, free_bytes, device="cpu", dtype=torch.float32, concurrency=8) for one in (config, full))
+    assert found.num_blocks == plain.num_blocks
+    assert plain.max_context == plain.cached_tokens < 3000
+    assert found.max_context == 4096
+    num_requests = found.num_requests(3000)
+    assert 3 < num_requests < found.max_running
+    assert plain.num_requests(3000) == 0
+    scheduler = Scheduler(
+        BlockPool(found.num_blocks, BLOCK_SIZE), max_running=found.max_running, window=config.longest_window,
+        max_step_tokens=found.max_running + PREFILL_TOKENS["cpu"],
+    )  # fmt: skip
+    assert scheduler.fits(found.max_context)
+    for number in range(num_requests):
+        scheduler.add(Sequence([number + 3] * 200, max_new_tokens=2800))
+    most = 0
+    while scheduler.running or scheduler.waiting:
+        scheduled = scheduler.schedule()
+        scheduler.record_launch(scheduled)
+        most = max(most, len(scheduler.running))
+        for item in scheduled:
+            if item.samples_token:
+                scheduler.append_token(item.sequence, 7)
+                if item.sequence.num_generated == 2800:
+                    scheduler.finish(item.sequence)
+    assert most == num_requests
+    assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "all layers see 32 tokens at most: blocks behind are freed while a request runs"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "2 of 3 layers see a window"),
+        ({"sliding_window": None}, ""),
+    ],
+)
+def test_the_plan_says_what_windows_free(tmp_path, changes, said):
+    text = describe_windows(write_config(tmp_path / "model", **{**WINDOWED, **changes}))
+    assert text.startswith(said)
+    assert bool(text) == bool(said)
 
 
 def test_context_is_the_smallest_of_model_setting_and_room(small):

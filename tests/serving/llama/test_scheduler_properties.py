@@ -32,7 +32,7 @@ def choose_token(cells: list[int]) -> int:
     return hash(tuple(cells)) % VOCABULARY
 
 
-def answer_alone(sequence: Sequence) -> list[int]:
+def answer_alone(sequence: Sequence, window: int = 0) -> list[int]:
     """The tokens that the sequence gets where nothing is shared, cached, preempted or cut into chunks."""
     cells: list[int] = []
     tokens: list[int] = []
@@ -40,7 +40,7 @@ def answer_alone(sequence: Sequence) -> list[int]:
     while len(tokens) < sequence.max_new_tokens and EOS not in tokens:
         for token in inputs:
             cells.append(compute_cell(cells[-1] if cells else sequence.adapter_index, token))
-        inputs = [choose_token(cells)]
+        inputs = [choose_token(cells[-window:])]
         tokens += inputs
     return tokens
 
@@ -48,7 +48,8 @@ def answer_alone(sequence: Sequence) -> list[int]:
 class Device:
     """Computes steps in the order of their launch, as the runner and a GPU do: all writes of a step, then its reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = 0) -> None:
+        self.window = window
         self.cells: dict[int, int] = {}
         self.last_tokens: dict[int, int] = {}  # by state row: what the host does not know yet
 
@@ -72,9 +73,12 @@ class Device:
             self.cells[self._place(sequence, at)] = compute_cell(before, token)
 
     def _read(self, item: ScheduledSequence) -> list[int]:
-        return [self.cells[self._place(item.sequence, at)] for at in range(item.start + item.num_tokens)]
+        end = item.start + item.num_tokens
+        start = max(end - self.window, 0) if self.window else 0
+        return [self.cells[self._place(item.sequence, at)] for at in range(start, end)]
 
     def _place(self, sequence: Sequence, at: int) -> int:
+        assert sequence.blocks[at // SIZE], "a freed block is read"
         return sequence.blocks[at // SIZE] * SIZE + at % SIZE
 
 
@@ -84,15 +88,16 @@ class Device:
 class History:
     """Drives a scheduler as the engine does: with `ahead`, tokens are known only after the next step's launch."""
 
-    def __init__(self, seed: int, *, ahead: bool) -> None:
+    def __init__(self, seed: int, *, ahead: bool, window: int = 0) -> None:
+        self.window = window
         self.chance = random.Random(f"{seed}:{ahead}")
         self.ahead = ahead
-        self.max_step_tokens = self.chance.choice([8, 20, 60])
-        pool = BlockPool(self.chance.randint(8, 20), SIZE)
+        self.max_step_tokens = self.chance.choice([8, 12] if window else [8, 20, 60])
+        pool = BlockPool(self.chance.randint(6, 9) + window // 4 if window else self.chance.randint(8, 20), SIZE)
         self.scheduler = Scheduler(
-            pool, max_running=self.chance.choice([1, 2, 3, 6]), max_step_tokens=self.max_step_tokens
+            pool, max_running=self.chance.choice([1, 2, 3, 6]), max_step_tokens=self.max_step_tokens, window=window
         )
-        self.device = Device()
+        self.device = Device(window)
         self.alive: list[Sequence] = []
         self.ended: list[Sequence] = []
         self.first_steps: dict[Sequence, int] = {}  # in which step a sequence's first token was computed
@@ -121,6 +126,7 @@ class History:
                 self.first_steps.setdefault(item.sequence, self.num_steps)
         self.scheduler.record_launch(scheduled)
         check_cache(scheduled, self.scheduler)
+        check_freed(self.scheduler, self.window)
         known = scheduled, tokens
         if self.ahead:
             known, self._under_way = self._under_way, known
@@ -139,7 +145,8 @@ class History:
     def _add_request(self) -> None:
         """One to three completions, or requests, of a prompt, which often begins like another one."""
         topic = self.chance.randint(1, 20)
-        prompt = [topic] * self.chance.randint(1, 16) + [self.chance.randint(1, 2)] * self.chance.randint(0, 5)
+        most = self.chance.choice([16, 100]) if self.window else 16  # longer than the cache, whose window suffices
+        prompt = [topic] * self.chance.randint(1, most) + [self.chance.randint(1, 2)] * self.chance.randint(0, 5)
         leader, adapter, has_leader = None, self.chance.choice([0, 0, 1]), self.chance.random() < 0.4
         for _ in range(self.chance.choice([1, 1, 1, 3])):
             sequence = Sequence(
@@ -171,7 +178,7 @@ def check_scheduled(scheduled: list[ScheduledSequence], scheduler: Scheduler, ma
         assert item.samples_token == (end == len(sequence))
         assert sequence.num_generated < sequence.max_new_tokens, "its last token is under way"
         written = {sequence.blocks[at // SIZE] for at in range(item.start, end)}
-        holders = Counter(block for other in scheduler.running for block in other.blocks)
+        holders = Counter(block for other in scheduler.running for block in held(other))
         assert {holders[block] for block in written} == {1}, "somebody else reads what this sequence writes"
     for oldest in scheduler.running[:1]:  # it is in every step, unless all of its tokens are under way
         assert oldest.num_generated >= oldest.max_new_tokens or oldest in {item.sequence for item in scheduled}
@@ -180,15 +187,30 @@ def check_scheduled(scheduled: list[ScheduledSequence], scheduler: Scheduler, ma
 def check_blocks(scheduler: Scheduler) -> None:
     """The pool counts exactly the holders that there are, and waiting sequences hold nothing."""
     pool = scheduler.pool
-    holders = Counter(block for sequence in scheduler.running for block in sequence.blocks)
-    assert 0 not in holders, "block 0 is for padding"
+    holders = Counter(block for sequence in scheduler.running for block in held(sequence))
     assert pool._num_holders == [holders[block] for block in range(pool.capacity + 1)]
     assert pool.num_free == pool.capacity - len(holders)
-    assert all(len(sequence.blocks) == len(set(sequence.blocks)) for sequence in scheduler.running)
+    assert all(len(held(sequence)) == len(set(held(sequence))) for sequence in scheduler.running)
     assert all(len(sequence.blocks) * SIZE >= sequence.num_computed for sequence in scheduler.running)
     assert not any(sequence.blocks or sequence.num_computed for sequence in scheduler.waiting)
     rows = [sequence.state_row for sequence in scheduler.running]
     assert len(set(rows)) == len(rows)
+
+
+def held(sequence: Sequence) -> list[int]:
+    """A sequence's blocks without those that it freed."""
+    return [block for block in sequence.blocks if block]
+
+
+def check_freed(scheduler: Scheduler, window: int) -> None:
+    """Exactly the blocks are freed whose tokens all lie before the next token's window, as far as they are known."""
+    for sequence in scheduler.running:
+        num_known = min(sequence.num_computed, len(sequence.token_ids)) // SIZE
+        num_behind = max(sequence.num_computed - window + 1, 0) // SIZE if window else 0
+        num_freed = len(sequence.blocks) - len(held(sequence))
+        assert num_freed <= min(num_behind, num_known)
+        assert not any(sequence.blocks[:num_freed])
+        assert num_freed == min(num_behind, num_known) or sequence.num_computed == sequence.num_cached
 
 
 def check_cache(scheduled: list[ScheduledSequence], scheduler: Scheduler) -> None:
@@ -199,7 +221,7 @@ def check_cache(scheduled: list[ScheduledSequence], scheduler: Scheduler) -> Non
     for sequence in (item.sequence for item in scheduled):
         known = sequence.token_ids[: sequence.num_computed]
         full = sequence.blocks[: len(known) // SIZE]
-        if all(block in scheduler.pool._key_of for block in full):
+        if 0 not in full and all(block in scheduler.pool._key_of for block in full):
             assert scheduler.pool.find_prefix(known, sequence.root_prefix)[0] == full
 
 
@@ -234,14 +256,21 @@ def is_behind_leader(sequence: Sequence) -> bool:
 def num_blocks_wanted(sequence: Sequence, scheduler: Scheduler) -> int:
     """Free blocks that a waiting sequence takes or finds, and the one that stays for each running sequence."""
     found, _ = scheduler.pool.find_prefix(sequence.token_ids[:-1], sequence.root_prefix)
-    held = {block for other in scheduler.running for block in other.blocks}
-    return -(-len(sequence) // SIZE) - len(held.intersection(found)) + len(scheduler.running)
+    num_found, end = len(found), len(sequence)
+    if window := scheduler._window:  # what its first step needs, and what that sees
+        end = min(end, num_found * SIZE + scheduler._max_step_tokens)
+        found = found[max(num_found * SIZE - window + 1, 0) // SIZE :]
+    used = {block for other in scheduler.running for block in held(other)}
+    return -(-end // SIZE) - (num_found - len(found)) - len(used.intersection(found)) + len(scheduler.running)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("seed", range(30))
-def test_random_histories_keep_the_rules(seed, ahead):
-    history = History(seed, ahead=ahead)
+CASES = [(seed, ahead, 0) for seed in range(30) for ahead in (False, True)]
+CASES += [(seed, ahead, window) for seed in range(8) for ahead in (False, True) for window in (2, 21)]
+
+
+@pytest.mark.parametrize(("seed", "ahead", "window"), CASES)
+def test_random_histories_keep_the_rules(seed, ahead, window):
+    history = History(seed, ahead=ahead, window=window)
     history.run()
     scheduler = history.scheduler
     assert not scheduler.waiting
@@ -249,7 +278,7 @@ def test_random_histories_keep_the_rules(seed, ahead):
     assert scheduler.pool.num_free == scheduler.pool.capacity
     assert len(history.ended) > 5
     for sequence in history.ended:
-        assert sequence.token_ids[sequence.num_prompt_tokens :] == answer_alone(sequence)
+        assert sequence.token_ids[sequence.num_prompt_tokens :] == answer_alone(sequence, window)
     # (Completions behind a leader wait for its prompt, so that others may pass them.)
     leaders = sorted(
         (s for s in history.first_steps if s.shares_prompt_with is None), key=lambda sequence: sequence.arrival
@@ -264,6 +293,12 @@ def test_the_histories_meet_every_case():
     for history in histories:
         history.run()
     sequences = [sequence for history in histories for sequence in history.ended]
+    windowed = [History(seed, ahead=True, window=21) for seed in range(8)]
+    for history in windowed:
+        history.run()
+    capacity = {history: history.scheduler.pool.capacity * SIZE for history in windowed}
+    assert sum(len(s.token_ids) > capacity[history] for history in windowed for s in history.ended) > 20
+    assert sum(history.scheduler.num_preemptions for history in windowed) > 50
     assert sum(history.scheduler.num_preemptions for history in histories) > 100
     assert sum(sequence.num_cached > 0 for sequence in sequences) > 100
     assert sum(sequence.shares_prompt_with is not None for sequence in sequences) > 100
