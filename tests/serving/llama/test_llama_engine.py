@@ -382,6 +382,7 @@ class Letters:
 
     special_ids = frozenset([1])
     eos_id = 2
+    drops_first_space = True
 
     def __init__(self) -> None:
         self._letters = itertools.cycle("abcdefgh")
