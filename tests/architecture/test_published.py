@@ -25,7 +25,9 @@ PUBLISHED = {
          "sliding_window": 262144, "original_max_position_embeddings": 4096},
         3_836_021_760,
     ),
-    "Gemma 2B": (("gemma", 2048, 18, 8, 1, 16384, 256000, 8192), {"head_dim": 256, "hidden_act": "gelu"}, 2_506_172_416),
+    "Gemma 2B": (
+        ("gemma", 2048, 18, 8, 1, 16384, 256000, 8192), {"head_dim": 256, "hidden_act": "gelu"}, 2_506_172_416,
+    ),
     "Gemma 2 9B": (("gemma2", 3584, 42, 16, 8, 14336, 256000, 8192), {"head_dim": 256}, 9_241_705_984),
     "Gemma 3 1B": (
         ("gemma3_text", 1152, 26, 4, 1, 6912, 262144, 32768), {"head_dim": 256, "sliding_window": 512}, 999_885_952,
