@@ -393,7 +393,7 @@ def _varlen_call(inputs: PagedInputs, at: int) -> Call:
 
 def small_cases(plan: Plan) -> Iterator[Case]:
     """Their inputs were just written by the operation before, and are still in the cache, as in the model."""
-    makers = (_rms_norm, _add_rms_norm, _rotate_and_store, _silu_mul)
+    makers = (_rms_norm, _add_rms_norm, _norm_heads, _rotate_and_store, _silu_mul, _gelu_mul)
     modules = {"torch": ops}
     if kernels := plan.kernels("triton_ops"):
         modules = {"triton": kernels, "torch": ops}
@@ -431,7 +431,8 @@ class Small:
 def _small_bytes(plan: Plan, name: str) -> int:
     """Elements read and written for each row."""
     width, ffn = plan.shape.width, plan.shape.ffn_width
-    return {"_rms_norm": 2 * width, "_add_rms_norm": 4 * width, "_rotate_and_store": 6 * width}.get(name, 3 * ffn)
+    least = {"_rms_norm": 2, "_add_rms_norm": 4, "_norm_heads": 4, "_rotate_and_store": 6}
+    return least[name] * width if name in least else 3 * ffn
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -448,6 +449,23 @@ def _add_rms_norm(plan: Plan, n: int, dtype: torch.dtype) -> Small:
     weight = random(plan, plan.shape.width, dtype=dtype)
     total = (x.float() + residual.float()).to(dtype).float()
     return Small(lambda module: module.add_rms_norm(x, residual, weight, EPS), (_normed(total, weight), total))
+
+
+def _norm_heads(plan: Plan, n: int, dtype: torch.dtype) -> Small:
+    """Queries and keys, as many heads of each. In place: with scales of 1 another call changes nothing."""
+    num_groups, width = 2 * plan.shape.num_heads, plan.shape.width // plan.shape.num_heads
+    qkv, weight = random(plan, n, 3 * plan.shape.width, dtype=dtype), torch.ones(num_groups, width, device=plan.device)
+    heads = qkv[:, : num_groups * width].float().unflatten(1, (num_groups, width))
+    expected = torch.cat([_normed(heads, weight).flatten(1), qkv[:, num_groups * width :].float()], dim=1)
+    return Small(lambda module: module.norm_heads(qkv, weight.to(dtype), EPS), (expected,))
+
+
+def _gelu_mul(plan: Plan, n: int, dtype: torch.dtype) -> Small:
+    """By tanh, as Gemma has it."""
+    gate_up = random(plan, n, 2 * plan.shape.ffn_width, dtype=dtype)
+    gate, up = gate_up.float().chunk(2, -1)
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    return Small(lambda module: module.gelu_mul(gate_up, is_exact=False), (expected,))
 
 
 def _silu_mul(plan: Plan, n: int, dtype: torch.dtype) -> Small:

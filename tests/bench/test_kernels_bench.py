@@ -37,6 +37,7 @@ def test_table_and_json(run, tmp_path):
     assert {"commit", "command", "hardware", "versions"} <= result.keys()
     assert {row["operation"] for row in result["rows"]} == {
         "linear", "decode", "prefill", "rms_norm", "add_rms_norm", "rotate_and_store", "silu_mul", "sample",
+        "norm_heads", "gelu_mul",
     }  # fmt: skip
     for row in result["rows"]:
         assert row["us"] > 0
