@@ -387,6 +387,9 @@ class Letters:
     def __init__(self) -> None:
         self._letters = itertools.cycle("abcdefgh")
 
+    def special_id(self, text: str) -> int | None:
+        return None
+
     def token_bytes(self, token_id: int) -> bytes:
         return b"" if token_id in (1, 2) else next(self._letters).encode()
 
