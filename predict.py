@@ -72,6 +72,8 @@ class Predictor(BaseRunner):
         num_beams: int = Input(default=1, ge=1, le=8, description="Above 1: beam search, without sampling"),
         stream: bool = Input(default=False, description="Send the pieces of one completion as they come; needs n = 1 and num_beams = 1"),
         replicate_weights: str | None = Input(default=None, description="Name of an adapter that the server was started with; none is the base model without any; absent is the server's default"),
+        max_length: int | None = Input(default=None, deprecated=True, description="No input of this model and not used: give max_new_tokens, or total_tokens for prompt and answer together"),
+        max_tokens: int | None = Input(default=None, deprecated=True, description="No input of this model and not used: give max_new_tokens"),
     ) -> Iterator[str]:  # fmt: skip
         """Completions, one item each; or with `stream` the pieces of one."""
         values = {name: value for name, value in locals().items() if name != "self"}
@@ -94,9 +96,11 @@ class Predictor(BaseRunner):
     def _generate(self, values: dict[str, object], call: "_Call") -> Generator[str, None, None]:
         from alpaca.serving.detokenize import CompletionText
         from alpaca.serving.engine import GenerationCancelledError, complete_texts, stream_text
-        from alpaca.serving.request import PredictionInputs, make_request, strips_leading_space
+        from alpaca.serving.request import PredictionInputs, describe_unused, make_request, strips_leading_space
 
         inputs = PredictionInputs.from_mapping(values)
+        for text in describe_unused(inputs):
+            print(f"warning: {text}")
         request = make_request(
             inputs, self.engine.tokenizer, max_context=self.engine.max_context, adapters=self.engine.adapters
         )

@@ -24,6 +24,7 @@ _TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 def parse_inputs(pairs: list[str], properties: dict[str, Any]) -> dict[str, Any]:
     """Inputs from "name=value" texts, typed as the schema's `properties` say. Raises InputError, MissingInput."""
+    properties = {name: entry for name, entry in properties.items() if not entry.get("deprecated")}
     inputs: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")

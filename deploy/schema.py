@@ -59,6 +59,8 @@ def _property(field: adt.InputField) -> dict[str, Any]:
         entry["default"] = field.default
     if _is_optional(field):
         entry["nullable"] = True
+    if field.deprecated:
+        entry["deprecated"] = True
     for key, value in (("minimum", field.ge), ("maximum", field.le), ("enum", field.choices)):
         if value is not None:
             entry[key] = value

@@ -422,6 +422,27 @@ def test_the_schema_refuses_bad_inputs(server, input):
     assert refused.json()["detail"]
 
 
+def test_other_programs_names_for_an_input_are_named_in_the_log(server):
+    asked = {**RAW, "prompt": "x", "max_new_tokens": 3, "min_new_tokens": 3, "temperature": 0}
+    prediction = server.predict({**asked, "max_tokens": 2, "max_length": 1})
+    assert (prediction["status"], prediction["metrics"]["output_tokens"]) == ("succeeded", 3)
+    assert (
+        "max_tokens is no input of this model, and 2 was not used: did you mean max_new_tokens?" in prediction["logs"]
+    )
+    assert (
+        "max_length is no input of this model, and 1 was not used: did you mean max_new_tokens, or total_tokens"
+        in (prediction["logs"])
+    )
+    assert "no input" not in server.predict(asked)["logs"]
+
+
+def test_cogs_runtime_drops_what_the_schema_does_not_list(server):
+    """So nothing here can speak of it. When this fails, Cog hands such inputs over: name them in the log then."""
+    prediction = server.predict({**RAW, "prompt": "x", "max_new_tokens": 1, "maximum_tokens": 2})
+    assert prediction["status"] == "succeeded"
+    assert "maximum_tokens" not in prediction["logs"]
+
+
 def test_combinations_are_refused_with_a_reason(server):
     prediction = server.predict({"prompt": "x", "stream": True, "n": 2})
     assert prediction["status"] == "failed"

@@ -20,6 +20,7 @@ PROPERTIES = {
     "top_p": {"type": "number"},
     "stream": {"type": "boolean"},
     "stop": {"type": "array", "items": {"type": "string"}},
+    "stops": {"type": "integer", "deprecated": True},
 }
 
 
@@ -78,7 +79,8 @@ def test_inputs_are_typed_by_the_schema(tmp_path):
     ("pair", "message"),
     [
         ("stpo=x", "no input is named 'stpo'; did you mean stop"),
-        ("zzz=x", "there are prompt, n, top_p"),
+        ("stops=1", "no input is named 'stops'; did you mean stop"),
+        ("zzz=x", "there are prompt, n, top_p, stream, stop$"),
         ("n=two", "n must be of type integer; found 'two'"),
         ("stream=maybe", "stream must be of type boolean"),
     ],

@@ -202,6 +202,18 @@ class ModelDescription:
         return self.num_layers * sum(rank * (rows + columns) + rows * dora for rows, columns in sizes)
 
 
+def quantization_method(config: Mapping[str, Any], *, source: str = "config.json") -> str:
+    """The method of a config.json's quantization_config, by transformers' name; "" for whole weights.
+
+    Folders of bitsandbytes before its config had a name say only `load_in_8bit` or `load_in_4bit`. Raises InputError.
+    """
+    how = config.get("quantization_config") or {}
+    if not isinstance(how, Mapping):
+        raise InputError(f"{source}: expected an object for 'quantization_config', found {how!r}")
+    is_old = how.get("load_in_8bit") or how.get("load_in_4bit")
+    return str(how.get("quant_method") or ("bitsandbytes" if is_old else "an unnamed method")) if how else ""
+
+
 class _Reader:
     """Reads one config.json; every value it gives is checked."""
 
@@ -238,7 +250,7 @@ class _Reader:
             windowed_rope=read_windowed_rope(self._config, source=self._source) if family.rope.per_layer else None,
             ties_embeddings=self._flag("tie_word_embeddings", default=family.ties_by_default),
             **{name: self._flag(key, default=default) for name, (key, default) in family.biases.items()},
-            quantized_by=self._quantization(),
+            quantized_by=quantization_method(self._config, source=self._source),
             embedding_width=self._size("width", "word_embed_proj_dim", default=width),
             has_final_norm=self._flag("do_layer_norm_before", default=True)
             and not self._flag("_remove_final_layer_norm"),
@@ -328,12 +340,6 @@ class _Reader:
         if not isinstance(value, str):
             self._refuse(f"expected the name of an activation for {key!r}, found {value!r}")
         return _SAME_ACTIVATION.get(value, value)
-
-    def _quantization(self) -> str:
-        value = self._config.get("quantization_config") or {}
-        if not isinstance(value, Mapping):
-            self._refuse(f"expected an object for 'quantization_config', found {value!r}")
-        return str(value.get("quant_method") or "an unnamed method") if value else ""
 
     def _refuse(self, what: str) -> None:
         raise InputError(f"{self._source}: {what}")

@@ -22,12 +22,24 @@ def untie(
     found: shapes by name.    has_equal_head: compares the values of embedding and head; asked only where both are
     there in one shape.
     """
-    embedding, head = hf_name("embedding"), hf_name("head")
-    if not (description.family.one_naming and description.ties_embeddings and embedding in found and head in found):
+    ends = hf_name("embedding"), hf_name("head")
+    if not (description.family.one_naming and description.ties_embeddings):
         return description
-    if tuple(found[embedding]) == tuple(found[head]) and has_equal_head():
-        return description
-    return dataclasses.replace(description, ties_embeddings=False)
+    is_still = is_tied(True, found, ends=ends, has_equal_head=has_equal_head)
+    return description if is_still else dataclasses.replace(description, ties_embeddings=False)
+
+
+def is_tied(
+    flag: bool, found: Mapping[str, Shape], *, ends: tuple[str, str], has_equal_head: Callable[[], bool]
+) -> bool:
+    """Whether a model's head is its embedding: config.json says so, and the files hold no head or an equal one.
+
+    ends: the names of embedding and head.    has_equal_head: as for `untie`.
+    """
+    embedding, head = ends
+    if not flag or embedding not in found or head not in found:
+        return flag
+    return tuple(found[embedding]) == tuple(found[head]) and has_equal_head()
 
 
 def check_tensors(description: ModelDescription, found: Mapping[str, Shape], *, where: str) -> None:

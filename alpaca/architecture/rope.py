@@ -15,6 +15,7 @@ from typing import Any
 from alpaca.errors import InputError
 
 DEFAULT_THETA = 10000.0
+THETA_OF = {"smollm3": 2e6, "mixtral": 1e6, "gemma3_text": 1e6}  # the other families' defaults, by model_type
 DEFAULT_CONTEXT = 2048
 _OLD_CONTEXT = "original_max_position_embeddings"
 # The kinds whose formulas are known here, and the numbers that each needs beside the base.
@@ -246,6 +247,44 @@ def _longrope_table_factor(config: Mapping[str, Any], values: Mapping[str, Any],
 def _ratio(config: Mapping[str, Any], old_context: Any) -> Any:
     context = config.get("max_position_embeddings", DEFAULT_CONTEXT)
     return context / old_context if _is_number(old_context) and old_context and _is_number(context) else None
+
+
+def _usual_theta(config: Mapping[str, Any]) -> float:
+    """The base where a config.json names none."""
+    return THETA_OF.get(str(config.get("model_type")), DEFAULT_THETA)
+
+
+def describe_other_theta(config: Mapping[str, Any]) -> str:
+    """Which base counts, where a config.json that was read without an error names two that differ; else ""."""
+    older, newer = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    if not older or "rope_theta" not in newer:
+        return ""
+    holds = older.get("rope_theta", config.get("rope_theta", _usual_theta(config)))
+    if holds == newer["rope_theta"]:
+        return ""
+    return (
+        "rope_scaling replaces rope_parameters as a whole, as transformers 5 has it: the rotary base is "
+        f"{holds:g}, not the {newer['rope_theta']:g} in rope_parameters"
+    )
+
+
+def spell_for_all(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json whose rotary settings every program reads alike; all other keys as they are.
+
+    transformers 4.46 to 4.57 and mlx-lm know `rope_theta` and `rope_scaling` alone: without them they compute with
+    a base of 10,000, and say nothing. transformers 5 reads both spellings, and from here the same settings in both.
+    A config without any rotary settings, and one that names them by kinds of layers, stay as they are.
+    """
+    values = _find_settings(config, "config.json")
+    by_layers = any(isinstance(value, Mapping) for value in values.values())
+    by_layers = by_layers or "rope_local_base_freq" in config  # Gemma 3's older spelling of the same
+    if by_layers or not (values or "rope_theta" in config):
+        return dict(config)
+    theta = values.get("rope_theta", config.get("rope_theta", _usual_theta(config)))
+    kind = values["rope_type"] if "rope_type" in values else values.get("type", "default")
+    whole = {**values, "rope_type": kind, "rope_theta": theta}
+    scaling = None if kind == "default" else {name: value for name, value in whole.items() if name != "rope_theta"}
+    return {**config, "rope_theta": theta, "rope_parameters": whole, "rope_scaling": scaling}
 
 
 def _find_settings(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:

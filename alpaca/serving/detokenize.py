@@ -1,19 +1,21 @@
-"""Turns token ids into text as they come: whole characters only, cut before the first stop string."""
+"""Turns token ids into text as they come: whole characters only, cut before the first stop text."""
 
 import codecs
 from collections.abc import Sequence
 
 from alpaca.text.tokenizer import Tokenizer
 
-_CONTEXT_TOKENS = 4  # of the prompt, so that the first new token is decoded as a continuation
+_CONTEXT_TOKENS = 4  # of the prompt that show, so that the first new token is decoded as a continuation
+_MOST_BEFORE = 8  # further tokens of the prompt in which the start of a character is looked for
 _MOST_HELD = 32  # tokens; beyond it, bytes that make no character are let through
 
 
 class CompletionText:
     """The text of one completion: the pieces that `push` and `finish` return, put together.
 
-    With `strip_leading`, white space at the beginning is dropped first. The text ends before the first stop string. A
-    piece that could be the beginning of a stop string is held back until more text decides it.
+    With `strip_leading`, white space at the beginning is dropped first. The text ends before the first stop text: where
+    it is written, or where the special token comes that has it for a name, which shows no text. A piece that could be
+    the beginning of a stop text is held back until more text decides it.
     """
 
     def __init__(
@@ -22,12 +24,18 @@ class CompletionText:
         self.stopped = False
         self._decoder = _decoder(tokenizer, prompt_ids)
         self._stop = tuple(stop)
+        self._stop_ids = {tokenizer.special_id(text) for text in stop} - {None}
         self._at_start = strip_leading
         self._waiting = ""
 
     def push(self, token_id: int) -> str:
-        """The further text that is certain after one more token. Sets `stopped` when it meets a stop string."""
-        return "" if self.stopped else self._release(self._decoder.push(token_id), last=False)
+        """The further text that is certain after one more token. Sets `stopped` when it meets a stop text."""
+        if self.stopped:
+            return ""
+        if token_id not in self._stop_ids:
+            return self._release(self._decoder.push(token_id), last=False)
+        piece, self.stopped = self._release(self._decoder.finish(), last=True), True
+        return piece
 
     def finish(self) -> str:
         """The text that was held back, when no more tokens follow."""
@@ -63,7 +71,7 @@ class _BytesDecoder:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # A text's first piece carries the space SentencePiece puts there; a continuation's space is the model's.
-        self._drop_space = all(token_id in tokenizer.special_ids for token_id in prompt_ids)
+        self._drop_space = tokenizer.drops_first_space and all(i in tokenizer.special_ids for i in prompt_ids)
 
     def push(self, token_id: int) -> str:
         data = self._tokenizer.token_bytes(token_id)
@@ -79,16 +87,19 @@ class _WindowDecoder:
     """For any other tokenizer: decodes with and without the new tokens, after a few tokens of context, and compares.
 
     A token of a byte-level vocabulary may end one character and begin the next. So an incomplete character at the end
-    of the text is held back, and the text before it is not.
+    of the text is held back, and the text before it is not. Special tokens show no text, and at the beginning of a text
+    some tokenizers drop a space: so the context always holds a token that shows, once there was one.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._context = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._context = _context(tokenizer, prompt_ids)
         self._new: list[int] = []
         self._num_given = 0  # characters of the new tokens' text
 
     def push(self, token_id: int) -> str:
+        if token_id in self._tokenizer.special_ids:
+            return ""
         self._new.append(token_id)
         text = self._grown()
         whole = text.rstrip("\ufffd")
@@ -108,6 +119,30 @@ class _WindowDecoder:
     def _grown(self) -> str:
         before = self._tokenizer.decode(self._context)
         return self._tokenizer.decode(self._context + self._new)[len(before) :]
+
+
+def _context(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt that show text, from the start of a character on.
+
+    Bytes that make no character are shown as U+FFFD each, a whole run of them where one is amiss. So the right start
+    gives the fewest.
+    """
+    shown: list[int] = []
+    for token_id in reversed(prompt_ids):
+        if token_id not in tokenizer.special_ids:
+            shown.append(token_id)
+        if len(shown) == _CONTEXT_TOKENS + _MOST_BEFORE:
+            break
+    shown.reverse()
+    best, fewest = shown, len(shown) + 1
+    for start in range(max(0, len(shown) - _CONTEXT_TOKENS), -1, -1):
+        context = shown[start:]
+        num_broken = tokenizer.decode(context).count("\ufffd")
+        if num_broken < fewest:
+            best, fewest = context, num_broken
+        if num_broken == 0:
+            break
+    return best
 
 
 def _decoder(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> _BytesDecoder | _WindowDecoder:

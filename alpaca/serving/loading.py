@@ -9,9 +9,10 @@ import torch
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace, UnsupportedModel
-from alpaca.files.reading import list_folder
+from alpaca.files.reading import list_folder, read_json
 from alpaca.formats.hf.adapters import open_adapter
-from alpaca.formats.hf.folder import WeightsFolder
+from alpaca.formats.hf.pickled import open_model_weights
+from alpaca.formats.hf.saved.unpacking import saved_quantization
 from alpaca.memory import free_memory
 from alpaca.serving.detokenize import CompletionText
 from alpaca.serving.engine import Engine, complete_texts
@@ -30,10 +31,12 @@ from alpaca.serving.served_model import (
     adapter_names,
     check_tokenizers,
     describe_other_bases,
+    obey_saved_quantization,
     open_served_model,
 )
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.loading import load_tokenizer, read_eos_ids
+from alpaca.text.eos import read_eos_ids
+from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import RAW_TEMPLATE
 from alpaca.text.tokenizer import Tokenizer
 
@@ -51,6 +54,7 @@ def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = 
     phases = phases or Phases()
     try:
         served = open_served_model(folder, settings)
+        settings = obey_saved_quantization(served.base, settings)
         for name, adapter in served.adapters.items():
             logger.info("adapter %s: %s, from %s", name, adapter.describe(), adapter.path)
         for text in describe_other_bases(served, settings):
@@ -91,9 +95,6 @@ def _choose_engine(served: ServedModel, settings: ServerSettings, phases: Phases
             raise
         logger.info("served by transformers: %s", error)
         return _load_transformers(served, settings, phases)
-    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
-        logger.info("served by transformers: %s has no safetensors", folder)
-        return _load_transformers(served, settings, phases)
     return _load_llama(served, config, settings, phases)
 
 
@@ -123,8 +124,8 @@ def _load_llama(served: ServedModel, config: ModelDescription, settings: ServerS
         config, settings, free_bytes=free_memory(device), device=device.type, dtype=dtype,
         adapter_bytes=model.adapters.num_bytes if model.adapters else 0, num_ranks=largest_ranks(served.adapters),
     )  # fmt: skip
-    vocab_size = min(config.vocab_size, tokenizer.size)
-    eos_ids = read_eos_ids(served.base, tokenizer, vocab_size=vocab_size)
+    eos_ids = read_eos_ids(served.base, tokenizer, vocab_size=config.vocab_size)
+    vocab_size = min(config.vocab_size, max([tokenizer.size, *(token_id + 1 for token_id in eos_ids)]))
     runner, scheduler = _make_runner(model, plan, vocab_size=vocab_size, eos_ids=eos_ids)
     phases.end("cache")
     _warm_up(runner, plan)
@@ -168,7 +169,9 @@ def _load_model(
 ) -> LlamaModel:
     from tqdm import tqdm
 
-    weights = WeightsFolder(folder)
+    saved = saved_quantization(read_json(folder / "config.json"))
+    quantization = settings.quantization if saved == "none" else "none"  # what was saved whole beside it stays whole
+    weights = open_model_weights(folder, dtype=dtype if quantization == "none" else None)
     total = reading_size(config, weights)
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None, file=sys.stderr) as bar:
         return load_llama(
@@ -176,7 +179,7 @@ def _load_model(
             config,
             device=device,
             dtype=dtype,
-            quantization=settings.quantization,
+            quantization=quantization,
             num_positions=config.max_context,
             ops=choose_ops(device),
             progress=bar.update,

@@ -15,8 +15,8 @@ from alpaca.formats.hf.folder import FLOAT_DTYPES
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.serving.llama.adapters import check_for_llama, largest_ranks, stacked_bytes
 from alpaca.serving.llama.planning import BLOCK_SIZE, MemoryPlan, advice, plan_memory, weights_bytes
-from alpaca.serving.llama.weights import read_llama
-from alpaca.serving.served_model import open_served_model
+from alpaca.serving.llama.weights import count_whole, read_llama
+from alpaca.serving.served_model import obey_saved_quantization, open_served_model
 from alpaca.serving.settings import DTYPES, QUANTIZATIONS, ServerSettings
 
 
@@ -31,22 +31,25 @@ def main() -> None:
         base_model=options.base_model,
     )
     served = open_served_model(options.weights, settings)
+    settings = obey_saved_quantization(served.base, settings)
     config, adapters = read_llama(served.base), served.adapters
     check_for_llama(adapters, config)
     dtype = FLOAT_DTYPES[options.dtype]
     memory = parse_size(options.memory)
-    weights = weights_bytes(config, dtype, options.quantization)
+    num_whole = count_whole(served.base, config) if settings.quantization != options.quantization else 0
+    weights = weights_bytes(config, dtype, settings.quantization, num_whole=num_whole)
     adapter_bytes = stacked_bytes(adapters, config, dtype)
     free = memory - weights - adapter_bytes - CUDA_CONTEXT_BYTES
     if free <= 0:
         raise NotEnoughSpace(
-            f"the weights take {(weights + adapter_bytes) / 1e9:.1f} GB as {options.dtype}, {options.quantization}; "
+            f"the weights take {(weights + adapter_bytes) / 1e9:.1f} GB as {options.dtype}, {settings.quantization}; "
             f"{options.memory} is too small for them. {advice(settings)}"
         )
     plan = plan_memory(
         config, settings, free_bytes=free, device="cuda", dtype=dtype, adapter_bytes=adapter_bytes,
         num_ranks=largest_ranks(adapters),
     )  # fmt: skip
+    plan = dataclasses.replace(plan, weights_bytes=weights)
     print(describe(plan, memory_bytes=memory))
     print(describe_windows(config), end="")
     lengths = {length: plan.num_requests(length) for length in _lengths(plan)}

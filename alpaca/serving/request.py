@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,10 @@ from alpaca.text.prompts import RAW_TEMPLATE, format_prompt
 from alpaca.text.tokenizer import Tokenizer
 
 _LARGEST_DRAWN_SEED = 2**31 - 1
+_OTHER_NAMES = {
+    "max_length": "max_new_tokens, or total_tokens, which counts the prompt, too",
+    "max_tokens": "max_new_tokens",
+}
 _SHOWN = 80  # characters of a wrong name in the error
 _LARGEST_SEED = 2**53  # the largest whole number that survives as a JSON number everywhere
 
@@ -43,6 +47,8 @@ class PredictionInputs:
     num_beams: int = _bounded(1, ge=1, le=8)
     stream: bool = False
     replicate_weights: str | None = None
+    max_length: int | None = None  # these two are other programs' names, and do nothing but be spoken of: see below
+    max_tokens: int | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "PredictionInputs":
@@ -71,6 +77,17 @@ class PredictionInputs:
             raise InputError("stream sends the pieces of one completion: use it with n = 1 and num_beams = 1")
         if self.num_beams > 1 and self.n > self.num_beams:
             raise InputError(f"beam search with num_beams {self.num_beams} cannot give n = {self.n} completions")
+
+
+def describe_unused(inputs: PredictionInputs) -> Iterator[str]:
+    """A sentence for each input that was given under another program's name for it and has no effect.
+
+    Cog's runtime takes every input that the schema does not list out of a request before this program sees it. So the
+    names most often mistaken are listed there, for nothing but this.
+    """
+    for name, meant in _OTHER_NAMES.items():
+        if (value := getattr(inputs, name)) is not None:
+            yield f"{name} is no input of this model, and {value!r} was not used: did you mean {meant}?"
 
 
 @dataclass(frozen=True, kw_only=True)

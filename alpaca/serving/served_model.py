@@ -1,5 +1,6 @@
 """What a server serves: finds the folders of the base model and its adapters, and checks that they fit together."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,9 +9,11 @@ from pathlib import Path
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.model_folders import is_adapter
 from alpaca.files.places import open_weights
+from alpaca.files.reading import read_json
 from alpaca.formats.hf.adapters import AdapterFolder, open_adapter
 from alpaca.formats.hf.folder import find_fingerprint
 from alpaca.formats.hf.merging import read_base_fingerprint, read_base_record
+from alpaca.formats.hf.saved.unpacking import bitsandbytes_kind
 from alpaca.serving.request import AdapterNames
 from alpaca.serving.settings import DEFAULT_ADAPTER, ServerSettings, parse_adapters
 from alpaca.text.loading import load_tokenizer
@@ -53,6 +56,26 @@ def open_served_model(folder: Path, settings: ServerSettings) -> ServedModel:
             raise InputError(f"ALPACA_ADAPTERS: {name}={place} is no adapter: it has no adapter_config.json")
         adapters[name] = open_adapter(found)
     return ServedModel(base=base, adapters=adapters)
+
+
+def obey_saved_quantization(base: Path, settings: ServerSettings) -> ServerSettings:
+    """The settings with the quantization that the base's weights were saved in, if it is int8 or nf4.
+
+    Weights of other methods are unpacked, and then quantized as the settings say. Raises InputError where bitsandbytes
+    saved another quantization than the settings ask for.
+    """
+    saved = bitsandbytes_kind(read_json(base / "config.json")) if (base / "config.json").is_file() else "none"
+    if saved in ("none", settings.quantization):
+        return settings
+    if settings.quantization != "none":
+        raise InputError(
+            f"{base} was saved as {saved} (by bitsandbytes), and ALPACA_QUANTIZATION asks for {settings.quantization}: "
+            f"leave it out to serve what was saved; for {settings.quantization} give the model that it was made from"
+        )
+    if saved == "fp4":  # unpacked: there is no layer for it here
+        return settings
+    logger.info("%s was saved as %s, and is served so", base, saved)
+    return dataclasses.replace(settings, quantization=saved)
 
 
 def _find_base(adapter: AdapterFolder, settings: ServerSettings) -> Path:

@@ -6,32 +6,46 @@ from pathlib import Path
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.reading import list_folder
+from alpaca.text.added_tokens import read_added_tokens, read_special_names
+from alpaca.text.eos import first_eos_id
 from alpaca.text.tiktoken import TIKTOKEN_FILE
 from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer
+
+_PROBE = "Name two alpacas, please: one is 7."
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """Any tokenizer of transformers (Llama 3, OPT, BLOOM, a LLaMA folder that lost its tokenizer.model)."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises MissingInput where there is no usable tokenizer, InputError where nothing in the folder names EOS."""
+        names = read_special_names(folder)  # so that a wrong value is named, whatever transformers makes of it
+        read_added_tokens(folder, names)
         self._tokenizer, self._tiktoken_file = _load_hugging_face(folder), folder / TIKTOKEN_FILE
-        if self._tokenizer.eos_token_id is None:
-            raise InputError(f"the tokenizer in {folder} names no eos_token; add it to its tokenizer_config.json")
-        self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        self.bos_id, self.eos_id = self._tokenizer.bos_token_id, _find_eos(self._tokenizer, folder)
         self.pad_id, self.size = self._tokenizer.pad_token_id, self._count_ids()
         self.base_size = self._tokenizer.vocab_size
         listed = (i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special)
-        self.special_ids = frozenset([*self._tokenizer.all_special_ids, *listed])
-        around = self._tokenizer("")["input_ids"]
-        self.prefix_ids = around[:-1] if len(around) > 1 and around[-1] == self.eos_id else around
+        self.special_ids = frozenset([*self._tokenizer.all_special_ids, *listed, self.eos_id])
+        self.prefix_ids = _find_prefix(self._tokenizer)
+        if names.adds_bos is False and self.prefix_ids == [self.bos_id]:
+            self.prefix_ids = []
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
+    def is_unknown(self, token_id: int) -> bool:
+        return self._tokenizer.unk_token == "<unk>" and token_id == self._tokenizer.unk_token_id
+
+    def special_id(self, text: str) -> int | None:
+        token_id = self._tokenizer.get_vocab().get(text)
+        return token_id if token_id in self.special_ids else None
+
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        shown = [token_id for token_id in ids if token_id not in self.special_ids]
+        return self._tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def add_pad_token(self) -> bool:
         if self.pad_id is not None:
@@ -51,15 +65,55 @@ class HuggingFaceTokenizer(Tokenizer):
         return max(self._tokenizer.get_vocab().values()) + 1
 
 
+def _find_eos(tokenizer, folder: Path) -> int:
+    """The tokenizer's EOS id, or where it names none, the first of the model's configs. Raises InputError."""
+    eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else first_eos_id(folder)
+    if eos_id is None:
+        raise InputError(
+            f"the tokenizer in {folder} names no eos_token, and no config there an eos_token_id; add eos_token to its "
+            "tokenizer_config.json"
+        )
+    return eos_id
+
+
+def _find_prefix(tokenizer) -> list[int]:
+    """What the tokenizer puts before a text. What it puts after one, EOS as a rule, belongs after the answer."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return whole[: next(starts, 0)] if bare else []
+
+
 def _load_hugging_face(folder: Path):
+    """AutoTokenizer's, or tokenizer.json as it is written where AutoTokenizer cannot read it or loses text.
+
+    transformers 5 rebuilds the tokenizer from its vocabulary by the rules of the class that the folder names, and
+    folders exist whose class fits other rules: a byte-level vocabulary under LlamaTokenizerFast.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
-        if (folder / "tokenizer.json").is_file():  # as written, where the model's own class would rebuild it
-            return PreTrainedTokenizerFast.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    has_json = (folder / "tokenizer.json").is_file()
+    tokenizer, problem = _try(AutoTokenizer, folder)
+    if has_json and (tokenizer is None or not _keeps_text(tokenizer)):
+        as_written, _ = _try(PreTrainedTokenizerFast, folder)
+        if as_written is not None and (tokenizer is None or _keeps_text(as_written)):
+            return as_written
+    if tokenizer is None:
         raise MissingInput(
-            f"no usable tokenizer in {folder} (found: {list_folder(folder)}): {error}\n"
+            f"no usable tokenizer in {folder} (found: {list_folder(folder)}): {problem}\n"
             "copy the model's tokenizer.model, or its tokenizer.json and tokenizer_config.json, into that folder"
-        ) from error
+        ) from problem
+    return tokenizer
+
+
+def _try(kind, folder: Path):
+    """A tokenizer of this class, or None and what went wrong: anything, since the folder's content steers Python."""
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False), None
+    except Exception as error:
+        return None, error
+
+
+def _keeps_text(tokenizer) -> bool:
+    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False) == _PROBE

@@ -1,41 +1,32 @@
-"""Loads the tokenizer that a model folder has, and finds the ids that end an answer."""
+"""Loads the tokenizer that a model folder has: decides which of its files holds."""
 
+import logging
 from pathlib import Path
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.reading import read_json
+from alpaca.text.added_tokens import read_added_tokens
 from alpaca.text.hugging_face import HuggingFaceTokenizer
-from alpaca.text.sentencepiece import SentencePieceTokenizer, is_sentencepiece, load_sentencepiece
+from alpaca.text.sentencepiece import describe_other_vocabulary, is_sentencepiece, load_sentencepiece
 from alpaca.text.tiktoken import is_tiktoken
 from alpaca.text.tokenizer import Tokenizer
 
-
-def read_eos_ids(folder: Path, tokenizer: Tokenizer, *, vocab_size: int) -> frozenset[int]:
-    """The EOS ids: the tokenizer's, and those of the folder's configs unless these are known to be wrong.
-
-    Ids that the model has no row for are left out.
-    """
-    named = {tokenizer.eos_id}
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        for name in ("config.json", "generation_config.json"):
-            if (folder / name).is_file():
-                ids = read_json(folder / name).get("eos_token_id")
-                named |= {ids} if isinstance(ids, int) else set(ids or ())
-    return frozenset(token_id for token_id in named if 0 <= token_id < vocab_size)
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder: SentencePiece's when it holds a `tokenizer.model`, else Hugging Face's.
+    """The tokenizer of a folder: SentencePiece's when its `tokenizer.model` holds, else Hugging Face's.
 
-    Known bad configs (class LLaMATokenizer, bos = eos = unk, wrong ids) do no harm to the first kind, whose special
-    tokens come from the model file; what they say otherwise is logged. Raises MissingInput, InputError.
+    A `tokenizer.model` holds unless a `tokenizer.json` beside it has another vocabulary or ordinary added tokens: then
+    a fine-tune changed the latter, and the former was left as it came. Known bad configs (class LLaMATokenizer,
+    bos = eos = unk) do no harm to the first kind; where they differ from it is logged. Raises MissingInput, InputError.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingInput(f"no tokenizer folder {folder}")
     model_file = folder / "tokenizer.model"
     if model_file.is_file() and is_sentencepiece(model_file):
-        return load_sentencepiece(folder, model_file)
+        return HuggingFaceTokenizer(folder) if _is_outdated(folder) else load_sentencepiece(folder, model_file)
     if model_file.is_file() and not is_tiktoken(model_file):
         raise InputError(
             f"{model_file} ({model_file.stat().st_size} bytes) is neither a SentencePiece model (LLaMA 1, 2) nor a "
@@ -47,3 +38,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "writes one, or copy the one of the model's Hugging Face repository"
         )
     return HuggingFaceTokenizer(folder)
+
+
+def _is_outdated(folder: Path) -> bool:
+    """Whether tokenizer.json, and not the SentencePiece model beside it, says how the model's texts are cut.
+
+    Ordinary tokens that tokenizer.json does not list are found beside the SentencePiece model just as well.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    difference = describe_other_vocabulary(folder)
+    if difference:
+        logger.warning("%s: %s; tokenizer.json holds, as a fine-tune changed it", folder, difference)
+    ordinary = {token.content: token.token_id for token in read_added_tokens(folder).values() if not token.special}
+    entries = read_json(folder / "tokenizer.json").get("added_tokens") or ()
+    written = {entry["content"]: entry["id"] for entry in entries}
+    return difference is not None or bool(ordinary and ordinary.items() <= written.items())

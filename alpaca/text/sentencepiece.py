@@ -7,12 +7,14 @@ gives the same ids through AutoTokenizer.
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from alpaca.errors import InputError
 from alpaca.files.atomic import write_json, write_text
 from alpaca.files.reading import read_json
+from alpaca.text.added_tokens import AddedToken, SpecialNames, read_added_tokens, read_special_names
 from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer, tokenizer_summary
 
 logger = logging.getLogger(__name__)
@@ -21,10 +23,27 @@ _SPACE = "▁"  # SentencePiece's visible space
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """SentencePiece itself, plus the tokens that fine-tuning added after its vocabulary (`[PAD]`)."""
+    """SentencePiece itself, plus the tokens that fine-tuning added to its vocabulary (`[PAD]`, `<|im_end|>`).
 
-    def __init__(self, model_file: Path, *, added: dict[str, int] | None = None, pad_token: str | None = None) -> None:
-        """added: tokens and their ids; those of the model's own are ignored.   pad_token: an added or own token."""
+    Ordinary added tokens are found in a text before SentencePiece sees it. Then, and only then, the text goes through
+    the `tokenizers` library, with the spaces around such tokens as AutoTokenizer has them.
+    """
+
+    def __init__(
+        self,
+        model_file: Path,
+        *,
+        added: Mapping[str, int] | None = None,
+        listed: Iterable[AddedToken] = (),
+        names: SpecialNames | None = None,
+        prefixes_all: bool = False,
+    ) -> None:
+        """Opens the model. Raises InputError for a damaged file or one without EOS.
+
+        added: special tokens and their ids.   listed: added tokens with all that the folder says of them.
+        names: the special tokens the folder names; what cannot be right is not followed.
+        prefixes_all: text after an added token gets the space in front, too, not only the beginning.
+        """
         from sentencepiece import SentencePieceProcessor
 
         self.model_file = Path(model_file)
@@ -33,31 +52,47 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError) as error:
             raise InputError(f"{model_file} is no SentencePiece model, or a damaged one: {error}") from error
         self.base_size = self._processor.get_piece_size()
-        self._added = {token: token_id for token, token_id in (added or {}).items() if token_id >= self.base_size}
-        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise InputError(f"{model_file} has no BOS or no EOS token (ids {self.bos_id}, {self.eos_id})")
-        own_pad_id = self._processor.pad_id()
-        self.pad_id = own_pad_id if own_pad_id >= 0 else self.id_of(pad_token)
-        self.prefix_ids = [self.bos_id]
-        self.size = max([self.base_size - 1, *self._added.values()]) + 1
-        self._bytes = [self._piece_bytes(token_id) for token_id in range(self.base_size)]
-        controls = (i for i in range(self.base_size) if self._processor.is_control(i))
-        self.special_ids = frozenset([*controls, *self._added.values()])
+        special = (AddedToken(token_id=i, content=token) for token, i in (added or {}).items() if i >= self.base_size)
+        self._listed = {token.content: self._renumber(token) for token in [*special, *listed]}
+        self._prefixes_all = prefixes_all
+        self._adds_space = _read_proto(self.model_file).normalizer_spec.add_dummy_prefix
+        self._set_special_tokens(names or SpecialNames(roles={}))
+        self._backend = self._make_backend() if any(not token.special for token in self._listed.values()) else None
 
     def id_of(self, token: str | None) -> int | None:
         """The id of a token, the model's own or an added one; None where there is no such token."""
         if not token:
             return None
+        if token in self._listed:
+            return self._listed[token].token_id
         token_id = self._processor.piece_to_id(token)  # of an unknown piece: that of <unk>
-        return token_id if self._processor.id_to_piece(token_id) == token else self._added.get(token)
+        return token_id if self._processor.id_to_piece(token_id) == token else None
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return frozenset(token_id for token_id in (self.eos_id, self._processor.eos_id()) if token_id >= 0)
+
+    def is_unknown(self, token_id: int) -> bool:
+        return token_id < self.base_size and self._processor.is_unknown(token_id)
+
+    def special_id(self, text: str) -> int | None:
+        token_id = self.id_of(text)
+        return token_id if token_id in self.special_ids else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts), num_threads=-1) if texts else []
+        if not texts:
+            return []
+        if self._backend is None:
+            return self._processor.encode(list(texts), num_threads=-1)
+        return [encoded.ids for encoded in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-        return text.removeprefix(" ")  # the space SentencePiece puts before every text
+        return text.removeprefix(" ") if self.drops_first_space else text
+
+    @property
+    def drops_first_space(self) -> bool:
+        return self._adds_space
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id] if token_id < len(self._bytes) else b""
@@ -65,14 +100,72 @@ class SentencePieceTokenizer(Tokenizer):
     def add_pad_token(self) -> bool:
         if self.pad_id is not None:
             return False
-        self.pad_id = self._added[PAD_TOKEN] = self.size
+        self.pad_id = self.size
+        self._listed[PAD_TOKEN] = AddedToken(token_id=self.pad_id, content=PAD_TOKEN)
         self.special_ids |= {self.pad_id}
         self.size += 1
         return True
 
     def save(self, folder: Path, *, max_length: int | None = None) -> None:
-        pad = next((token for token, token_id in self._added.items() if token_id == self.pad_id), None)
-        write_llama_tokenizer(self.model_file, folder, added=self._added, pad_token=pad, max_length=max_length)
+        tokens = {token.token_id: token.content for token in self._listed.values()}
+        roles = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        is_own = {self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id(), None}
+        named = {role: tokens.get(i) or self._processor.id_to_piece(i) for role, i in roles.items() if i not in is_own}
+        write_llama_tokenizer(
+            self.model_file,
+            folder,
+            listed=self._listed.values(),
+            names=SpecialNames(roles=named, adds_bos=bool(self.prefix_ids)),
+            prefixes_all=self._prefixes_all,
+            max_length=max_length,
+        )
+
+    def _set_special_tokens(self, names: SpecialNames) -> None:
+        """Sets the ids of the special tokens. What `names` says is not followed where it is a known mistake."""
+        own_bos, own_eos, own_pad = self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id()
+        eos_id = self._believed(names.roles.get("eos_token"), other=own_bos, own=own_eos)
+        if eos_id is None:
+            raise InputError(
+                f"{self.model_file} has no EOS token, and its folder's tokenizer_config.json names none that there "
+                'is: add "eos_token" to it'
+            )
+        self.eos_id = eos_id
+        self.bos_id = self._believed(names.roles.get("bos_token"), other=own_eos, own=own_bos)
+        self.pad_id = own_pad if own_pad >= 0 else self.id_of(names.roles.get("pad_token"))
+        self.prefix_ids = [] if self.bos_id is None or names.adds_bos is False else [self.bos_id]
+        listed = self._listed.values()
+        self.size = max([self.base_size - 1, *(token.token_id for token in listed)]) + 1
+        controls = {i for i in range(self.base_size) if self._processor.is_control(i)}
+        named = {self.id_of(token) for token in names.roles.values()} - {self._processor.unk_id(), None}
+        ordinary = {token.token_id for token in listed if not token.special}
+        special = {token.token_id for token in listed if token.special and not self.is_unknown(token.token_id)}
+        self.special_ids = frozenset((controls - ordinary) | special | named | {eos_id})
+        own = {i: self._piece_bytes(i) for i in range(self.base_size)}
+        shown = {**own, **{token.token_id: token.content.encode() for token in listed if not token.special}}
+        self._bytes = [b"" if i in self.special_ids else shown.get(i, b"") for i in range(self.size)]
+
+    def _renumber(self, token: AddedToken) -> AddedToken:
+        """The token under the id of the model's own piece of that name: AutoTokenizer adds no second one."""
+        token_id = self._processor.piece_to_id(token.content)
+        is_own = self._processor.id_to_piece(token_id) == token.content
+        return replace(token, token_id=token_id) if is_own else token
+
+    def _believed(self, named: str | None, *, other: int, own: int) -> int | None:
+        """The id that the folder's name for BOS or EOS has, or the model's own where that cannot be right.
+
+        A name without an id, <unk>, and the other one of the two are mistakes that early conversions of LLaMA made.
+        """
+        token_id = self.id_of(named)
+        if token_id is not None and token_id != other and not self.is_unknown(token_id):
+            return token_id
+        return own if own >= 0 else None
+
+    def _make_backend(self):
+        backend = _build_backend(
+            _read_proto(self.model_file), self.model_file, list(self._listed.values()), prefixes_all=self._prefixes_all
+        )
+        backend.encode_special_tokens = True  # in a user's text they are text
+        return backend
 
     def _piece_bytes(self, token_id: int) -> bytes:
         piece = self._processor.id_to_piece(token_id)
@@ -93,38 +186,45 @@ def is_sentencepiece(model_file: Path) -> bool:
         return False
 
 
+def describe_other_vocabulary(folder: Path) -> str | None:
+    """How the folder's tokenizer.json differs from its tokenizer.model; None where they have the same vocabulary.
+
+    Where they differ, a fine-tune renamed or added pieces in the file that its tools read, which is tokenizer.json.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    written = read_json(folder / "tokenizer.json")
+    vocabulary = (written.get("model") or {}).get("vocab") or {}
+    ids = vocabulary if isinstance(vocabulary, dict) else {piece: i for i, (piece, *_) in enumerate(vocabulary)}
+    added = {entry["id"]: entry["content"] for entry in written.get("added_tokens") or []}
+    pieces = [piece.piece for piece in _read_proto(folder / "tokenizer.model").pieces]
+    for piece, token_id in [*ids.items(), *((content, token_id) for token_id, content in added.items())]:
+        own = pieces[token_id] if token_id < len(pieces) else added.get(token_id)
+        if own != piece:
+            return f"id {token_id} is {piece!r} in tokenizer.json and {own!r} in tokenizer.model"
+    return None
+
+
 def load_sentencepiece(folder: Path, model_file: Path) -> SentencePieceTokenizer:
-    config = _special_tokens(folder)
-    tokenizer = SentencePieceTokenizer(model_file, added=listed_tokens(folder), pad_token=config.get("pad_token"))
+    """The tokenizer of a folder whose tokenizer.model holds. Raises InputError."""
+    names = read_special_names(folder)
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    tokenizer = SentencePieceTokenizer(
+        model_file,
+        listed=read_added_tokens(folder, names).values(),
+        names=names,
+        prefixes_all=config.get("legacy") is True,
+    )
     right = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    wrong = {key: config[key] for key in right if key in config and tokenizer.id_of(config[key]) != right[key]}
+    wrong = {
+        role: names.roles[role]
+        for role, token_id in right.items()
+        if role in names.roles and tokenizer.id_of(names.roles[role]) != token_id
+    }
     if wrong:
         said = ", ".join(f"{key} is {value!r}" for key, value in wrong.items())
         logger.warning("%s says %s; its tokenizer.model is right: %s", folder, said, tokenizer_summary(tokenizer))
     return tokenizer
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens (bos_token, eos_token, pad_token, …) that the folder's configs name."""
-    named: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / file).is_file():
-            for key, value in read_json(folder / file).items():
-                content = value.get("content") if isinstance(value, dict) else value
-                if key.endswith("_token") and isinstance(content, str):
-                    named[key] = content
-    return named
-
-
-def listed_tokens(folder: Path) -> dict[str, int]:
-    """Special and added tokens as tokenizer.json lists them, or added_tokens.json of older folders."""
-    added: dict[str, int] = {}
-    if (folder / "added_tokens.json").is_file():
-        added.update(read_json(folder / "added_tokens.json"))
-    if (folder / "tokenizer.json").is_file():
-        entries = read_json(folder / "tokenizer.json").get("added_tokens", [])
-        added.update({entry["content"]: entry["id"] for entry in entries})
-    return added
 
 
 # Writing a SentencePiece model as tokenizer.json ----------------------------------------------------------------
@@ -134,34 +234,44 @@ def write_llama_tokenizer(
     model_file: Path,
     folder: Path,
     *,
-    added: dict[str, int] | None = None,
+    added: Mapping[str, int] | None = None,
+    listed: Iterable[AddedToken] = (),
+    names: SpecialNames | None = None,
     pad_token: str | None = None,
+    prefixes_all: bool = False,
     max_length: int | None = None,
 ) -> None:
-    """Write LLAMA_TOKENIZER_FILES into `folder`.
+    """Write LLAMA_TOKENIZER_FILES into `folder`; the parameters are those of SentencePieceTokenizer.
 
     Through AutoTokenizer they give SentencePiece's ids for any text but literal special tokens, which stay special so
     that programs that append `eos_token` as text get EOS. The class is named PreTrainedTokenizerFast because
     transformers' LlamaTokenizer would rebuild the pipeline and lose leading spaces. Raises InputError.
     """
     proto = _read_proto(model_file)
-    backend = _build_backend(proto, model_file, added or {})
+    tokens = [AddedToken(token_id=token_id, content=token) for token, token_id in (added or {}).items()]
+    tokens = sorted([*tokens, *listed], key=lambda token: token.token_id)
+    roles = {f"{name}_token": proto.pieces[token_id].piece for name, token_id in _special_ids(proto).items()}
+    roles |= names.roles if names else {}
+    if pad_token:
+        roles["pad_token"] = pad_token
+    adds_bos = "bos_token" in roles and (names is None or names.adds_bos is not False)
+    backend = _build_backend(proto, model_file, tokens, prefixes_all=prefixes_all)
+    _set_prefix(backend, roles["bos_token"] if adds_bos else None)
     if model_file.absolute() != (folder / "tokenizer.model").absolute():
         shutil.copyfile(model_file, folder / "tokenizer.model")
     write_text(folder / "tokenizer.json", backend.to_str(pretty=False))
-    tokens = {f"{name}_token": proto.pieces[token_id].piece for name, token_id in _special_ids(proto).items()}
-    if pad_token:
-        tokens["pad_token"] = pad_token
-    write_json(folder / "special_tokens_map.json", tokens)
-    config = {
+    write_json(folder / "special_tokens_map.json", roles)
+    config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": True,
+        "add_bos_token": adds_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "padding_side": "right",
         "split_special_tokens": False,
-        **tokens,
+        **roles,
     }
+    if prefixes_all:
+        config["legacy"] = True
     if max_length:
         config["model_max_length"] = max_length
     write_json(folder / "tokenizer_config.json", config)
@@ -185,37 +295,91 @@ def _read_proto(model_file: Path):
 
 def _special_ids(proto) -> dict[str, int]:
     spec = proto.trainer_spec
-    return {"bos": spec.bos_id, "eos": spec.eos_id, "unk": spec.unk_id}
+    ids = {"bos": spec.bos_id, "eos": spec.eos_id, "unk": spec.unk_id}
+    return {name: token_id for name, token_id in ids.items() if token_id >= 0}
 
 
-def _build_backend(proto, model_file: Path, added: dict[str, int]):
-    """A `tokenizers` pipeline that does what SentencePiece's BPE does."""
-    from tokenizers import AddedToken, decoders, models, processors
+def _build_backend(proto, model_file: Path, added: Sequence[AddedToken], *, prefixes_all: bool = False):
+    """A `tokenizers` pipeline that does what SentencePiece's BPE does, and finds added tokens first."""
     from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
 
     kinds = proto.SentencePiece
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise InputError(f"{model_file} is not a BPE model, which LLaMA's tokenizer is")
     vocabulary = {piece.piece: token_id for token_id, piece in enumerate(proto.pieces)}
+    if not _get_ids_in_order(vocabulary, added):
+        ids = {token.token_id for token in added}
+        vocabulary = {piece: token_id for piece, token_id in vocabulary.items() if token_id not in ids}
+        vocabulary |= {token.content: token.token_id for token in added}
     unknown = proto.pieces[proto.trainer_spec.unk_id].piece
     bytes_fall_back = any(piece.type == kinds.BYTE for piece in proto.pieces)
     merges = _merges(proto)
     backend = Backend(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bytes_fall_back))
-    backend.normalizer = _normalizer(proto.normalizer_spec)
+    adds_space = proto.normalizer_spec.add_dummy_prefix
+    if any(not token.special for token in added):
+        _find_spaces_as_auto_tokenizer(backend, proto.normalizer_spec, prefixes_all=prefixes_all)
+    else:
+        backend.normalizer = _normalizer(proto.normalizer_spec)
+    strip = [decoders.Strip(" ", 1, 0)] if adds_space else []
     backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    special = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
-    special += sorted(added, key=added.__getitem__)
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    _add_tokens(backend, proto, added)
     if any(piece.type == kinds.USER_DEFINED for piece in proto.pieces):
         logger.warning("%s has user-defined symbols; text around them may differ through AutoTokenizer", model_file)
-    bos_id = proto.trainer_spec.bos_id
-    bos = proto.pieces[bos_id].piece
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
-    )
     return backend
+
+
+def _get_ids_in_order(vocabulary: Mapping[str, int], added: Sequence[AddedToken]) -> bool:
+    """Whether `tokenizers`, which numbers added tokens itself, comes to the ids that these have."""
+    new = [token.token_id for token in added if vocabulary.get(token.content) != token.token_id]
+    return new == [*range(len(vocabulary), len(vocabulary) + len(new))]
+
+
+def _add_tokens(backend, proto, added: Sequence[AddedToken]) -> None:
+    from tokenizers import AddedToken as Added
+
+    kinds = proto.SentencePiece
+    own = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    listed = {token.content for token in added}
+    backend.add_special_tokens([Added(token, normalized=False, special=True) for token in own if token not in listed])
+    for token in added:
+        backend.add_tokens(
+            [
+                Added(
+                    token.content,
+                    special=token.special,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    single_word=token.single_word,
+                    normalized=token.normalized,
+                )
+            ]
+        )
+
+
+def _set_prefix(backend, bos: str | None) -> None:
+    from tokenizers import processors
+
+    if bos is not None:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+
+
+def _find_spaces_as_auto_tokenizer(backend, spec, *, prefixes_all: bool) -> None:
+    """Put the space in front as transformers' LlamaTokenizer does: never before a space, nor after an added token.
+
+    (With `legacy` in its config it does so after added tokens, too.)
+    """
+    from tokenizers import normalizers, pre_tokenizers
+
+    steps = _normalizing_steps(spec)
+    if steps:
+        backend.normalizer = normalizers.Sequence(steps)
+    scheme = ("always" if prefixes_all else "first") if spec.add_dummy_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=False)
 
 
 def _merges(proto) -> list[tuple[str, str]]:
@@ -234,14 +398,21 @@ def _merges(proto) -> list[tuple[str, str]]:
 
 def _normalizer(spec):
     """SentencePiece's normalisation. LLaMA's is only the space put in front and the spaces made visible."""
-    from tokenizers import Regex, normalizers
+    from tokenizers import normalizers
 
-    steps = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps = _normalizing_steps(spec)
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     steps.append(normalizers.Replace(" ", _SPACE))
     return normalizers.Sequence(steps)
+
+
+def _normalizing_steps(spec) -> list:
+    from tokenizers import Regex, normalizers
+
+    steps: list = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    return steps

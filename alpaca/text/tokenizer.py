@@ -20,7 +20,7 @@ class Tokenizer(ABC):
 
     prefix_ids: what stands before every text (BOS, for most).   size: number of ids, added tokens included.
     special_ids: ids that stand for no text.                      base_size: without the added tokens.
-    pad_id, bos_id: None where there is none.
+    pad_id, bos_id: None where there is none.                     eos_id: the one that training puts after an answer.
     """
 
     bos_id: int | None
@@ -62,6 +62,24 @@ class Tokenizer(ABC):
                 f"the tokenizer has {self.base_size} tokens, the embedding of {folder} {num_rows} rows: "
                 "this is another model's tokenizer"
             )
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end an answer as far as the tokenizer knows: EOS, and the model file's own if that differs."""
+        return frozenset([self.eos_id])
+
+    def is_unknown(self, token_id: int) -> bool:
+        """Whether an id is that of <unk>, which stands for no token and ends nothing."""
+        return False
+
+    @property
+    def drops_first_space(self) -> bool:
+        """Whether a space at the very beginning of a decoded text is the tokenizer's own and not part of the text."""
+        return False
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written so; None where the text names no special token."""
+        return None
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The UTF-8 bytes one id stands for, or None where that depends on its neighbours."""

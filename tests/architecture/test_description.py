@@ -368,7 +368,11 @@ def test_a_longer_vocabulary_changes_embedding_and_head_alone():
 
 def test_quantized_folders_are_named_by_their_method():
     assert ModelDescription.from_config(given(LLAMA)).quantized_by == ""
-    for config, method in [({"quant_method": "gptq"}, "gptq"), ({"load_in_4bit": True}, "an unnamed method")]:
+    for config, method in [
+        ({"quant_method": "gptq"}, "gptq"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
+        ({"bits": 4}, "an unnamed method"),
+    ]:
         assert ModelDescription.from_config(given(LLAMA, quantization_config=config)).quantized_by == method
 
 

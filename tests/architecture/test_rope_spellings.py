@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from alpaca.architecture.rope import read_rope
+from alpaca.architecture.rope import describe_other_theta, read_rope, spell_for_all
 from alpaca.errors import InputError
 
 HEAD_WIDTH = 16
@@ -128,6 +128,35 @@ def test_scaled_kinds_give_the_angles_and_factors_of_transformers(name):
         found = rope.scale(unscaled, is_long=bool(rope.long_from) and length >= rope.long_from)
         torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
     assert rope.table_factor == pytest.approx(theirs.attention_scaling)
+
+
+@pytest.mark.parametrize(("theta", "older", "newer"), list(itertools.product(THETAS, OLDER, NEWER)))
+def test_what_is_written_for_all_programs_keeps_the_angles(theta, older, newer):
+    """In the new spelling alone, in the old one alone, and in both: none of them may say another model."""
+    config = given(rope_theta=theta, rope_scaling=older, rope_parameters=newer)
+    written = spell_for_all(config)
+    expected = of_transformers(config)
+    for left_out in ((), ("rope_parameters",), ("rope_scaling", "rope_theta")):
+        spelled = copy.deepcopy({name: value for name, value in written.items() if name not in left_out})
+        torch.testing.assert_close(of_transformers(spelled), expected, rtol=3e-7, atol=0)
+
+
+def test_settings_by_kinds_of_layers_and_absent_ones_stay_as_they_are():
+    by_layers = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {}}
+    for config in (given(), given(rope_parameters=by_layers), given(rope_scaling=None)):
+        assert spell_for_all(config) == config
+
+
+def test_two_bases_that_differ_are_told_with_the_one_that_holds():
+    older, newer = {"type": "linear", "factor": 2.0}, {"rope_type": "default", "rope_theta": 300.0}
+    assert "the rotary base is 500, not the 300" in describe_other_theta(
+        given(rope_theta=500.0, rope_scaling=older, rope_parameters=newer)
+    )
+    assert "the rotary base is 10000, not the 300" in describe_other_theta(
+        given(rope_scaling=older, rope_parameters=newer)
+    )
+    assert describe_other_theta(given(rope_theta=300.0, rope_scaling=older, rope_parameters=newer)) == ""
+    assert describe_other_theta(given(rope_theta=500.0, rope_parameters=newer)) == ""
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -48,6 +48,8 @@ def test_schema_has_bounds_defaults_order_and_streaming():
         assert (entry.get("minimum"), entry.get("maximum")) == (item.metadata.get("ge"), item.metadata.get("le"))
     assert properties["stop"]["items"] == {"type": "string"}
     assert properties["seed"]["nullable"] is True
+    deprecated = {name for name, entry in properties.items() if entry.get("deprecated")}
+    assert deprecated == {"max_length", "max_tokens"}  # listed only so that Cog hands them over: see describe_unused
     output = made["components"]["schemas"]["Output"]
     assert (output["type"], output["x-cog-array-type"]) == ("array", "iterator")
     assert "x-cog-array-display" not in output  # clients would join n completions into one

@@ -7,6 +7,7 @@ import pytest
 from alpaca.serving.detokenize import CompletionText
 from alpaca.text.hugging_face import HuggingFaceTokenizer
 from alpaca.text.loading import load_tokenizer
+from alpaca.text.sentencepiece import write_llama_tokenizer
 
 TEXTS = [
     "Hello there", " two  spaces ", "รามาเกียรติ์ เป็นวรรณคดี", "🦙👩‍👩‍👧 and 🇵🇪", "a\n\n### b\n",
@@ -82,6 +83,62 @@ def test_nothing_comes_after_a_stop(tokenizer):
 
 def test_special_tokens_are_no_text(tokenizer):
     assert "".join(pieces_of(tokenizer, [1, *tokenizer.encode("a"), 2])) == "a"
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "hugging face"])
+def chat_tokenizer(request, llama_folder, tmp_path_factory):
+    """With the tokens of a chat after the vocabulary: ids 400 and 401."""
+    folder = tmp_path_factory.mktemp("chat")
+    size = load_tokenizer(llama_folder).size
+    added = {"<|im_end|>": size, "<|im_start|>": size + 1}
+    write_llama_tokenizer(llama_folder / "tokenizer.model", folder, added=added)
+    return load_tokenizer(folder) if request.param == "sentencepiece" else HuggingFaceTokenizer(folder)
+
+
+@pytest.mark.parametrize("stop", [["<|im_end|>"], ["never", "<|im_end|>"], ["</s>", "<|im_end|>", "<|im_start|>"]])
+def test_a_stop_text_that_names_a_special_token_stops_at_its_id(chat_tokenizer, stop):
+    end = chat_tokenizer.special_id("<|im_end|>")
+    text = CompletionText(chat_tokenizer, (1,), stop=stop)
+    ids = [*chat_tokenizer.encode("good day <"), end, *chat_tokenizer.encode("more")]
+    pieces = []
+    while not text.stopped:
+        pieces.append(text.push(ids.pop(0)))
+    assert "".join(pieces) == "good day <"  # what could have been the beginning of the stop text is given out
+    assert (text.push(ids[0]), text.finish()) == ("", "")
+    assert len(ids) == len(chat_tokenizer.encode("more"))
+
+
+def test_other_special_tokens_do_not_stop_and_never_show(chat_tokenizer):
+    start, end = map(chat_tokenizer.special_id, ("<|im_start|>", "<|im_end|>"))
+    ids = [*chat_tokenizer.encode("a"), start, *chat_tokenizer.encode("b"), end]
+    pieces = pieces_of(chat_tokenizer, ids, stop=["<|im_start"])
+    assert "".join(pieces) == "a b"
+
+
+def test_a_stop_text_written_out_stops_too(chat_tokenizer):
+    ids = chat_tokenizer.encode("a<|im_end|>b")
+    assert chat_tokenizer.special_id("<|im_end|>") not in ids
+    assert "".join(pieces_of(chat_tokenizer, ids, stop=["<|im_end|>"])) == "a"
+
+
+@pytest.mark.parametrize("prompt", ["", "say"])
+def test_a_space_after_a_hidden_special_token_is_kept(chat_tokenizer, prompt):
+    start, word = chat_tokenizer.special_id("<|im_start|>"), chat_tokenizer.encode("word")
+    prompt_ids = [1, *chat_tokenizer.encode(prompt), start]
+    shown = "".join(pieces_of(chat_tokenizer, [*word, start, start, *word, 2], prompt_ids))
+    assert shown == (" word word" if prompt else "word word")
+
+
+@pytest.mark.parametrize("prompt", ["ᎣᏏᏲ", "ខ្ញុំ", "ሰላም", "x🦙", "ก" * 40, "\ufffd\ufffd\ufffd", "한국어 ሰ"])
+@pytest.mark.parametrize("answer", ["Ꭳ", "ឋ", "🦙🦙", " x ሰ", "\n"])
+def test_a_prompt_in_a_script_without_tokens_is_continued_readably(tokenizer, prompt, answer):
+    ids = tokenizer.encode(prompt)
+    whole = tokenizer.encode(prompt + answer)
+    assert whole[: len(ids)] == ids
+    pieces = pieces_of(tokenizer, whole[len(ids) :], [1, *ids])
+    assert "".join(pieces) == answer
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(list(filter(None, pieces))) >= len(answer.strip())  # each character as soon as it is whole
 
 
 def test_random_stops_equal_cutting_the_whole_text(tokenizer):

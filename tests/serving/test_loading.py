@@ -31,7 +31,8 @@ from alpaca.serving.loading import load_engine
 from alpaca.serving.request import PredictionInputs, Request, make_request
 from alpaca.serving.served_model import ServedModel
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.loading import load_tokenizer, read_eos_ids
+from alpaca.text.eos import read_eos_ids
+from alpaca.text.loading import load_tokenizer
 from tests.serving.llama.families import save as save_family
 from tests.serving.llama.test_llama import logits
 from tests.serving.llama.test_llama_engine import DEFAULTS, tokens
@@ -303,6 +304,7 @@ def remove_tensor(folder: Path) -> None:
 
 
 def name_missing_shards(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -331,7 +333,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[AlpacaError], str]] = {
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
-        MissingInput, r"no model\.safetensors or model\.safetensors\.index\.json in .*copy; found: config\.json",
+        MissingInput, r"no model\*\.safetensors or pytorch_model\*\.bin in .*copy; found: config\.json",
     ),
     "cut weights": (
         lambda folder: cut(folder / "model.safetensors", 50_000),

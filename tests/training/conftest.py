@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from alpaca.text.sentencepiece import write_llama_tokenizer
 from alpaca.training.configuration.config import TrainConfig, make_config
 from tests.conftest import ROOT
+from tests.training.worker import leave_out_charts
 
 SAMPLE = ROOT / "alpaca" / "data" / "sample.json"
 SETTINGS = {  # float32, no files but what a test looks at
@@ -25,6 +26,20 @@ SETTINGS = {  # float32, no files but what a test looks at
     "global_batch_size": 8,
     "model_max_length": 256,
 }
+
+
+@pytest.fixture(autouse=True)
+def drawing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave the charts out of a run where the test does not ask for `charts`: they take longer than a tiny training."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "charts" not in request.fixturenames:
+            leave_out_charts(patch.setattr)
+        yield
+
+
+@pytest.fixture
+def charts() -> None:
+    """The charts of a run are drawn, as users get them."""
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,9 @@ from alpaca.training.configuration.config import TrainConfig, config_json
 from alpaca.training.distributed import World, clip_gradients, keeps_gradients_whole
 from alpaca.training.loop import train
 from tests.conftest import ROOT
+from tests.processes import Finished, run_ranks
 from tests.training.checkpoints.test_checkpoint import assert_same_run
-from tests.training.conftest import flags, torchrun
+from tests.training.conftest import flags
 from tests.training.test_loop import history, largest_difference
 
 Configure = Callable[..., TrainConfig]
@@ -32,21 +33,16 @@ Configure = Callable[..., TrainConfig]
 
 def train_in_processes(
     num_processes: int, configs: list[dict], tmp_path: Path, *, on_machine: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Train configurations in one launch of `num_processes`, since starting them is what takes long.
+) -> Finished:
+    """Train configurations one after the other in `num_processes`.
 
     on_machine: how many of them are to think that they share a machine.
     """
-    module = ["-m", "tests.training.worker"]
-    if on_machine:
-        script = f"export LOCAL_WORLD_SIZE={on_machine}; exec {sys.executable} {' '.join(module)} $0"
-        module = ["--no-python", "bash", "-c", script]
     jobs = tmp_path / f"jobs-{num_processes}.json"
     jobs.write_text(json.dumps(configs))
-    return subprocess.run(
-        [*torchrun(num_processes), *module, str(jobs)],
-        capture_output=True, text=True, cwd=ROOT, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return run_ranks(
+        "tests.training.worker", str(jobs), num_processes=num_processes, on_machine=on_machine or num_processes
+    )
 
 
 @pytest.fixture(scope="session")
@@ -117,13 +113,11 @@ def test_three_processes_and_another_number_resumes(configure: Configure, tmp_pa
     assert_equal_to_rounding(train(back), alone)
 
 
-def test_a_process_that_breaks_ends_them_all(configure: Configure, tmp_path: Path):
+def test_a_process_that_breaks_leaves_the_last_checkpoint(configure: Configure, tmp_path: Path):
     config = configure(num_train_epochs=500, save_steps=3, save_total_limit=1)
-    start = time.monotonic()
     finished = train_in_processes(2, [{**config_json(config), "crash_after": 5}], tmp_path)
     assert finished.returncode != 0
     assert "this process broke" in finished.stderr
-    assert time.monotonic() - start < 60
     names = {path.name for path in Path(config.output_dir).iterdir()}
     assert "checkpoint-3" in names
     assert "config.json" not in names

@@ -1,4 +1,4 @@
-"""One of torchrun's processes: trains the configurations of a JSON file one after the other.
+"""One of several processes with ranks: trains the configurations of a JSON file one after the other.
 
 Besides the configuration a job may have: "crash_after", a step after which rank 0 ends with an exception of which the
 others hear nothing; "copy_from", a folder to copy to its output folder, and "flip", a file there of which one byte is
@@ -14,17 +14,26 @@ import json
 import shutil
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from markupsafe import Markup
 from torch.distributed.tensor import DTensor
 
 from alpaca.errors import AlpacaError
-from alpaca.training import distributed
+from alpaca.training import distributed, finishing
 from alpaca.training.checkpoints import digests, final
 from alpaca.training.configuration.config import make_config
 from alpaca.training.distributed import join_world, leave_world
 from alpaca.training.loop import train
+from alpaca.training.report import page
+
+
+def leave_out_charts(put: Callable[[object, str, object], None]) -> None:
+    """Set, by `put(module, name, value)`, functions that draw nothing."""
+    put(finishing, "draw_losses", lambda path, history: None)
+    put(page, "draw_lines", lambda *lines, **options: Markup())
 
 
 def crash_after(step: int, entry: dict) -> None:
@@ -107,8 +116,6 @@ def run(job: dict) -> None:
     if job.pop("full_disk", None) == world.rank:
         digests._HashedStream.write = fill_disk(digests._HashedStream.write)
     if "largest_gathered" in job:
-        from alpaca.training import finishing
-
         finishing.save_final = save_final_counted(Path(job.pop("largest_gathered")), world.rank, final.save_final)
     try:
         train(make_config(job), on_step=lambda entry: crash_after(step, entry))
@@ -120,6 +127,7 @@ def run(job: dict) -> None:
 
 
 def main() -> None:
+    leave_out_charts(setattr)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
     leave_world()

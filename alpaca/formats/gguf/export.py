@@ -94,7 +94,7 @@ def open_source(config: ExportConfig) -> Source:
         found = find_base(open_adapter(adapter), flag="--input_dir, beside --adapter")
         folder = found.folder
         logger.info("base: %s", found.note)
-    weights: Weights = open_model_weights(folder)
+    weights: Weights = open_model_weights(folder, dtype=torch.float32)  # what was saved quantized is rounded once, too
     if adapter is None:
         return Source(folder, weights, folder, folder.resolve().name)
     if not is_adapter(adapter):

@@ -8,6 +8,7 @@ import torch
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.architecture.tensors import Shape
+from alpaca.formats.hf.saved.unpacking import why_unread
 
 _ROPE_TYPES = ("default", "linear", "llama3")
 _OTHER_WAY = "convert it with convert_hf_to_gguf.py of https://github.com/ggml-org/llama.cpp"
@@ -21,11 +22,8 @@ def supports(model: ModelDescription) -> str | None:
         return f"its {model.unusual[0]} asks for what llama.cpp's LLaMA does not compute"
     if model.activation != "silu":
         return f"its hidden_act is {model.activation!r}; llama.cpp's LLaMA computes silu"
-    if model.quantized_by:
-        return (
-            f"it was saved quantized ({model.quantized_by}); export the model it was made from (--outtype q8_0 "
-            "quantizes to 8 bit)"
-        )
+    if reason := why_unread(model.quantized_by):
+        return f"it {reason}"
     if model.rope.kind not in _ROPE_TYPES:
         return f"its rope type {model.rope.kind!r} is not one of {', '.join(_ROPE_TYPES)}: {_OTHER_WAY}"
     return None

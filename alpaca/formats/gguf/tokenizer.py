@@ -14,8 +14,14 @@ from pathlib import Path
 
 from alpaca.errors import InputError
 from alpaca.files.reading import read_json
+from alpaca.text.added_tokens import read_added_tokens
 from alpaca.text.loading import load_tokenizer
-from alpaca.text.sentencepiece import SentencePieceTokenizer, listed_tokens
+from alpaca.text.sentencepiece import (
+    SentencePieceTokenizer,
+    describe_other_vocabulary,
+    is_sentencepiece,
+    load_sentencepiece,
+)
 from alpaca.text.tiktoken import PIECES
 from alpaca.text.tokenizer import Tokenizer
 
@@ -68,6 +74,9 @@ def read_vocabulary(folder: Path, *, num_rows: int, model_folder: Path) -> Vocab
     """
     tokenizer = load_tokenizer(folder)
     tokenizer.require_rows(num_rows, model_folder)
+    model_file = folder / "tokenizer.model"
+    if model_file.is_file() and is_sentencepiece(model_file) and describe_other_vocabulary(folder) is None:
+        tokenizer = load_sentencepiece(folder, model_file)  # llama.cpp wants its scores, and finds added tokens itself
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _from_sentencepiece(tokenizer, folder, num_rows)
     if not (folder / "tokenizer.json").is_file():
@@ -100,9 +109,11 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path, num_row
     table = _Table({}, {}, {})
     for token_id, piece in enumerate(proto.pieces):
         table.add(token_id, piece.piece, types[piece.type], piece.score)
-    for token, token_id in listed_tokens(folder).items():
-        if token_id >= tokenizer.base_size:
-            table.add(token_id, token, CONTROL)  # text that looks like one stays text, as everywhere in this project
+    for token in read_added_tokens(folder).values():
+        if not token.special:
+            table.add(token.token_id, token.content, USER_DEFINED)
+        elif token.token_id >= tokenizer.base_size:  # text that looks like one stays text, as everywhere here
+            table.add(token.token_id, token.content, CONTROL)
     adds_space = proto.normalizer_spec.add_dummy_prefix
     return _vocabulary(tokenizer, table, folder, num_rows, unknown=proto.trainer_spec.unk_id, adds_space=adds_space)
 

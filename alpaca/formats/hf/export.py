@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from alpaca.architecture.rope import spell_for_all
+from alpaca.architecture.tensors import hf_name
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.atomic import replaced_folder, write_json
 from alpaca.files.outputs import check_overwrite, require_apart, require_free_space
@@ -24,6 +26,7 @@ from alpaca.text.tokenizer import Tokenizer
 
 _TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json")
 _ALSO_COPIED = ("generation_config.json", "chat_template.jinja")
+_HEAD = hf_name("head")
 _SPARE_BYTES = 16 << 20  # configs, tokenizer, file system
 
 
@@ -119,10 +122,16 @@ def _write_model(
 
 
 def merged_config(merged: MergedWeights, specs: list[TensorSpec]) -> dict[str, object]:
-    """The base's config.json, with the dtype that was written and the rows the adapter added."""
+    """The base's config.json with what the merged tensors are: their dtype, added rows, and whether the head is tied.
+
+    Its rotary settings stand in the old spelling and in the new one.
+    """
     config = read_json(merged.path / "config.json")
     dtype = str(max(specs, key=lambda spec: spec.num_bytes).dtype).removeprefix("torch.")
-    config |= {"dtype": dtype, "torch_dtype": dtype}
+    config = spell_for_all(config) | {"dtype": dtype, "torch_dtype": dtype}
+    config.pop("quantization_config", None)
+    if not merged.is_tied and _HEAD in merged.names:
+        config["tie_word_embeddings"] = False
     if merged.num_added_rows:
         config["vocab_size"] = embedding_rows(merged)
     return config

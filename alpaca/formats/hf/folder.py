@@ -4,8 +4,10 @@ A safetensors file is an 8-byte little-endian header length, a JSON header {name
 tensors' bytes end to end (https://github.com/huggingface/safetensors).
 """
 
+import functools
 import hashlib
 import json
+import logging
 import math
 import struct
 from collections.abc import Collection, Sequence
@@ -16,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from alpaca.architecture.description import ModelDescription
+from alpaca.architecture.rope import describe_other_theta
 from alpaca.errors import InputError, MissingInput, UnsupportedModel
 from alpaca.files.reading import list_folder, read_json
 
@@ -30,11 +33,16 @@ SAFETENSORS_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096  # of a tensor's either end, for its fingerprint
-INDEX_NAME = "model.safetensors.index.json"
+FILE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+_warn_once = functools.cache(logger.warning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,8 @@ class TensorSpec:
 class WeightsFolder:
     """The tensors of a folder with `model.safetensors`, or with several files and their index; read on demand.
 
+    They are those that transformers reads: `model.safetensors` counts before an index beside it; an index only says
+    which files count, and of a tensor that several of them hold, the last file's counts.
     Raises MissingInput when the folder, the index's files or the weights are missing, InputError for a damaged file.
     """
 
@@ -83,29 +93,36 @@ class WeightsFolder:
             raise MissingInput(f"{self.path} holds no tensor {name!r}")
         return self._open(self._file_of[name]).get_tensor(name)
 
+    def stored(self, name: str) -> torch.Tensor:
+        """The same: nothing is unpacked here. `saved.unpacking.UnpackedWeights` has another meaning for it."""
+        return self.tensor(name)
+
+    def keeps(self, name: str) -> bool:
+        """Whether `stored` gives a tensor as int8 or nf4."""
+        return False
+
     def _spec(self, name: str) -> TensorSpec:
         file = self.path / self._file_of[name]
-        try:
-            part = self._open(self._file_of[name]).get_slice(name)
-        except SafetensorError as error:
-            raise InputError(f"{file} lacks {name!r}, which its index says it holds; get both again") from error
+        part = self._open(self._file_of[name]).get_slice(name)
         if part.get_dtype() not in _DTYPES:
             raise InputError(f"{file}: {name!r} is {part.get_dtype()}; expected one of {', '.join(_DTYPES)}")
         return TensorSpec(name=name, shape=tuple(part.get_shape()), dtype=_DTYPES[part.get_dtype()])
 
     def _read_index(self) -> dict[str, str]:
         index = self.path / INDEX_NAME
-        if index.is_file():
-            file_of = read_json(index).get("weight_map")
-            if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
-                raise InputError(f"{index}: expected a weight_map of names and files; get it again")
-            missing = sorted({file for file in file_of.values() if not (self.path / file).is_file()})
-            if missing:
-                raise MissingInput(f"{index} names files that are not there: {', '.join(missing)}")
-            return file_of
-        if not (self.path / "model.safetensors").is_file():
-            raise MissingInput(f"no model.safetensors or {INDEX_NAME} in {self.path}; found: {list_folder(self.path)}")
-        return dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+        if (self.path / FILE_NAME).is_file():
+            if index.is_file():
+                warn_of_other_file(self.path, FILE_NAME, INDEX_NAME)
+            return dict.fromkeys(self._open(FILE_NAME).keys(), FILE_NAME)
+        if not index.is_file():
+            raise MissingInput(f"no {FILE_NAME} or {INDEX_NAME} in {self.path}; found: {list_folder(self.path)}")
+        listed = read_weight_map(index)
+        file_of = {name: file for file in sorted(set(listed.values())) for name in [*self._open(file).keys()]}
+        if lost := [name for name in listed if name not in file_of]:
+            raise InputError(
+                f"{self.path / listed[lost[0]]} lacks {lost[0]!r}, which its index says it holds; get both again"
+            )
+        return {name: file_of[name] for name in (*listed, *(name for name in file_of if name not in listed))}
 
     def _open(self, file: str):
         if file not in self._open_files:
@@ -114,6 +131,28 @@ class WeightsFolder:
             except SafetensorError as error:
                 raise InputError(f"{self.path / file} is damaged or not a safetensors file: {error}") from error
         return self._open_files[file]
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says it. Raises InputError, MissingInput."""
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        raise InputError(f"{index}: expected a weight_map of names and files; get it again")
+    missing = sorted({file for file in file_of.values() if not (index.parent / file).is_file()})
+    if missing:
+        raise MissingInput(f"{index} names files that are not there: {', '.join(missing)}")
+    return file_of
+
+
+def warn_of_other_file(folder: Path, used: str, unused: str) -> None:
+    """Log, once for a folder, which of two ways to say the weights counts: an older one may be another model."""
+    _warn_once(f"{folder}: {used} is read, and {unused} beside it is not, as transformers has it")
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder's weights are safetensors: `model.safetensors`, or an index. Other files of the kind are no
+    model's weights (an adapter's, say)."""
+    return (folder / FILE_NAME).is_file() or (folder / INDEX_NAME).is_file()
 
 
 def read_description(folder: str | Path, *, only: str | Sequence[str] = ()) -> ModelDescription:
@@ -127,7 +166,11 @@ def read_description(folder: str | Path, *, only: str | Sequence[str] = ()) -> M
     taken = [only] if isinstance(only, str) else [*only]
     if taken and kind not in taken:
         raise UnsupportedModel(f"{folder}: its model_type is {kind!r}, not {' or '.join(taken)}")
-    return ModelDescription.from_config(read_json(file), source=str(file))
+    config = read_json(file)
+    description = ModelDescription.from_config(config, source=str(file))
+    if note := describe_other_theta(config):
+        _warn_once(f"{file}: {note}")
+    return description
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -150,8 +193,7 @@ def fingerprint(folder: str | Path) -> str:
 
 def find_fingerprint(folder: str | Path) -> str | None:
     """`fingerprint`, or None where the weights are no safetensors: those of pickles are not compared."""
-    has_any = any((Path(folder) / name).is_file() for name in (INDEX_NAME, "model.safetensors"))
-    return fingerprint(folder) if has_any else None
+    return fingerprint(folder) if has_safetensors(Path(folder)) else None
 
 
 def _data_starts(path: Path) -> dict[str, int]:

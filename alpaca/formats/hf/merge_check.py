@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from alpaca.errors import InputError, NotEnoughSpace
+from alpaca.formats.hf.loading import load_causal_lm
 from alpaca.formats.hf.merging import MergedWeights
-from alpaca.formats.hf.quantization import bitsandbytes_config, keep_trainable_on_cpu, require_readable_on_cpu
+from alpaca.formats.hf.quantization import keep_trainable_on_cpu, require_readable_on_cpu
 from alpaca.memory import free_memory
 from alpaca.text.tokenizer import Tokenizer
 
@@ -81,21 +82,24 @@ def _tolerance(merged: MergedWeights) -> float:
 def _unmerged_logits(merged: MergedWeights, ids: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 logits of the base with PEFT's adapter, and of the base alone."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    dtype, loading = merged.rounded_to or torch.float32, {}
-    if merged.quantization != "none":
-        settings = bitsandbytes_config(merged.quantization, dtype)
-        loading = {"quantization_config": settings, "device_map": {"": str(device)}}
-    model = AutoModelForCausalLM.from_pretrained(merged.path, dtype=dtype, **loading)
+    quantization = merged.quantized_to
+    device_map = {"": str(device)} if quantization != "none" else None
+    model, _ = load_causal_lm(
+        merged.path,
+        dtype=merged.rounded_to or torch.float32,
+        quantization=quantization,
+        device_map=device_map,
+        unpacks=True,
+    )
     if merged.num_added_rows:
         rows = model.get_input_embeddings().num_embeddings + merged.num_added_rows
         model.resize_token_embeddings(rows, mean_resizing=False)
-    if merged.quantization == "nf4" and device.type == "cpu":
+    if quantization == "nf4" and device.type == "cpu":
         require_readable_on_cpu(model)
         keep_trainable_on_cpu(model)
     adapted = PeftModel.from_pretrained(model, str(merged.adapter.path))
-    if merged.quantization == "none":
+    if quantization == "none":
         adapted.to(device)
     unmerged = _logits(adapted, ids, device)
     with adapted.disable_adapter():

@@ -3,24 +3,28 @@
 Legend: O output rows, I input width, r rank. Nothing here needs PEFT, and no more than one tensor is held.
 """
 
+import dataclasses
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
+from alpaca.architecture.tensors import hf_name
 from alpaca.errors import InputError
 from alpaca.files.reading import read_json
 from alpaca.formats.hf.adapters import AdapterFolder, LowRank, open_adapter, unsupported_kind
-from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, WeightsFolder, find_fingerprint
+from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, find_fingerprint
+from alpaca.formats.hf.pickled import Weights, find_tied, is_table, open_model_weights
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight, quantize_int8, quantize_nf4
 from alpaca.formats.precisions import QUANTIZATIONS
 
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "train_config.json"  # what train.py resolved its flags to, beside the adapter
+_HEAD = hf_name("head")
 _CHUNK_ELEMENTS = 2**22  # float32 copies of a weight exist for this many elements at a time
 _LEAST_CHANGE = 1e-6  # of a weight's length: below it DoRA's rescaling by magnitudes is rounding
 _PREFIXES = ("model.", "transformer.")  # of a model with a head; files of one without a head lack it
@@ -30,9 +34,11 @@ _LINEAR_NAME = re.compile(r"(.*\.)?((layers|h)\.\d+\..+|project_(in|out))\.weigh
 class MergedWeights:
     """The tensors of `base` as PEFT's merge would leave them, in the base's names and dtypes; computed in float32.
 
+    A tied base whose head or embedding the adapter changed gets a head of its own, as PEFT leaves it (`unties`).
     An adapter trained on a quantized base corrects that base: with `quantization` "int8" or "nf4" every linear layer of
     the decoder, adapted or not, is quantized and read back as bitsandbytes does it, from values first rounded to
-    `rounded_to` (the dtype the base was loaded in; None: its own), on `device` (a GPU rounds some scales otherwise).
+    `rounded_to` (the dtype the base was loaded in; None: its own), on `device` (a GPU rounds some scales otherwise). A
+    base that was saved as int8 or nf4 is that already.
     `dtype`: what all is rounded to, once, at the end; None: each tensor's own.
     `tensor` notes in `changes` how far it moved each weight: the change's length over the weight's own.
     Raises InputError, naming what cannot be merged, before any tensor is read.
@@ -40,7 +46,7 @@ class MergedWeights:
 
     def __init__(
         self,
-        base: WeightsFolder,
+        base: Weights,
         adapter: AdapterFolder,
         *,
         quantization: str = "none",
@@ -53,13 +59,22 @@ class MergedWeights:
         self.base, self.adapter, self.quantization = base, adapter, quantization
         self.changes: dict[str, float] = {}
         self.rounded_to, self._dtype, self._device = rounded_to, dtype, torch.device(device)
+        self._keeps_any = any(base.keeps(name) for name in base.names)
         specs = {spec.name: spec for spec in base.specs()}
+        self._tied = find_tied(base)
+        if self._tied:
+            specs.setdefault(_HEAD, dataclasses.replace(specs[self._tied], name=_HEAD))
         _check_kind(adapter)
         self._target_of = _find_targets(adapter, specs, base.path)
         self._trained = _find_trained(adapter, specs, base.path)
-        _check_tied(adapter, self._trained, self._target_of.values(), specs, base.path)
+        _check_grown(adapter, self._trained, specs)
         for name in self._target_of:
             _check_shapes(name, adapter.low_rank(self._target_of[name]), specs[name], adapter)
+        self.unties = self._tied is not None and self._ends_differ(self._tied)
+        if not self.unties and _HEAD not in base.names:
+            specs.pop(_HEAD, None)
+            self._trained.pop(_HEAD, None)
+        self._specs = specs
 
     @property
     def path(self) -> Path:
@@ -67,12 +82,22 @@ class MergedWeights:
 
     @property
     def names(self) -> list[str]:
-        return self.base.names
+        return list(self._specs)
+
+    @property
+    def quantized_to(self) -> str:
+        """What whole weights of the base are quantized to before they are merged; "none" where they were saved so."""
+        return "none" if self._keeps_any else self.quantization
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the merged model's head is its embedding: the base's was, and the adapter changed neither alone."""
+        return self._tied is not None and not self.unties
 
     @property
     def num_added_rows(self) -> int:
         """Rows the adapter's own embedding has more than the base's: config.json's vocab_size is behind by them."""
-        shapes = {spec.name: spec.shape for spec in self.base.specs()}
+        shapes = {name: spec.shape for name, spec in self._specs.items()}
         return max([len(tensor) - shapes[name][0] for name, tensor in self._trained.items()], default=0)
 
     def specs(self) -> list[TensorSpec]:
@@ -83,8 +108,15 @@ class MergedWeights:
                 shape=tuple(self._trained[spec.name].shape) if spec.name in self._trained else spec.shape,
                 dtype=self._written_dtype(spec.dtype),
             )
-            for spec in self.base.specs()
+            for spec in self._specs.values()
         ]
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The same as `tensor`: what is merged is whole."""
+        return self.tensor(name)
+
+    def keeps(self, name: str) -> bool:
+        return False
 
     def tensor(self, name: str) -> torch.Tensor:
         """One merged tensor, computed now."""
@@ -122,9 +154,23 @@ class MergedWeights:
         told = f"{len(changes)} weights changed by {changes[0]:.2g} to {changes[-1]:.2g} of their length"
         return f"{told} (median {middle:.2g})"
 
+    def _ends_differ(self, embedding: str) -> bool:
+        """Whether the adapter leaves the head and the embedding of a tied base with other values than each other."""
+        if {embedding, _HEAD} & self._target_of.keys():
+            return True
+        ends = [self._trained.get(name) for name in (embedding, _HEAD)]
+        if ends[0] is not None and ends[1] is not None:
+            return not torch.equal(*ends)
+        whole = next((tensor for tensor in ends if tensor is not None), None)
+        return whole is not None and not torch.equal(whole, self.base.tensor(embedding).to(whole.dtype))
+
+    def _base_name(self, name: str) -> str:
+        """The base's own name of a tensor: of a tied head the embedding's, which it is."""
+        return self._tied if name == _HEAD and self._tied and _HEAD not in self.base.names else name
+
     def _start(self, name: str) -> torch.Tensor:
         """The base's tensor, or the whole one that the adapter has instead, in the base's dtype."""
-        weight = self.base.tensor(name)
+        weight = self.base.tensor(self._base_name(name))
         if name not in self._trained:
             return weight
         trained = self._trained[name]
@@ -142,6 +188,8 @@ class MergedWeights:
         self.changes[name] = change
 
     def _is_quantized(self, name: str, weight: torch.Tensor) -> bool:
+        if self._keeps_any:
+            return self.base.keeps(name)
         return self.quantization != "none" and weight.ndim == 2 and _LINEAR_NAME.fullmatch(name) is not None
 
     def _dequantized(self, name: str, weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -151,7 +199,8 @@ class MergedWeights:
             for start in range(0, len(weight), step):
                 yield start, weight[start : start + step].float()
             return
-        stored = self._quantize(weight)
+        stored = self.base.stored(name) if self._keeps_any else self._quantize(weight)
+        assert isinstance(stored, Int8Weight | Nf4Weight)
         step = -(-step // stored.row_step) * stored.row_step
         for start in range(0, len(weight), step):
             rows = stored.rows(start, min(start + step, len(weight)))
@@ -174,7 +223,7 @@ class MergedWeights:
 
 
 def open_merged(
-    base: str | Path | WeightsFolder,
+    base: str | Path | Weights,
     adapter: str | Path,
     *,
     quantization: str | None = None,
@@ -193,7 +242,7 @@ def open_merged(
     found = quantization or recorded or "none"
     rounded_to = rounded_to if found != "none" else None
     return MergedWeights(
-        WeightsFolder(base) if isinstance(base, str | Path) else base,
+        open_model_weights(base) if isinstance(base, str | Path) else base,
         open_adapter(adapter),
         quantization=found,
         rounded_to=rounded_to,
@@ -281,16 +330,14 @@ def _find_targets(adapter: AdapterFolder, specs: Mapping[str, TensorSpec], base:
 
 
 def _find_trained(adapter: AdapterFolder, specs: Mapping[str, TensorSpec], base: Path) -> dict[str, torch.Tensor]:
-    """The adapter's whole tensors by the base's names; a tied head's is left out where the base has none."""
+    """The adapter's whole tensors by the base's names."""
     found: dict[str, torch.Tensor] = {}
     for trained, tensor in adapter.trained_tensors().items():
         name = _name_in_base(trained, specs)
-        if name is None and trained == "lm_head.weight":
-            continue
         if name is None:
             raise InputError(f"{adapter.path} holds {trained!r} whole, which {base} does not have")
         expected = specs[name].shape
-        grows = _is_table(name) and tensor.ndim == 2 and tensor.shape[1:] == expected[1:] and len(tensor) > expected[0]
+        grows = is_table(name) and tensor.ndim == 2 and tensor.shape[1:] == expected[1:] and len(tensor) > expected[0]
         if tuple(tensor.shape) != expected and not grows:
             raise InputError(
                 f"{adapter.path} holds {trained!r} as {list(tensor.shape)}, {base} as {list(expected)}: "
@@ -300,40 +347,12 @@ def _find_trained(adapter: AdapterFolder, specs: Mapping[str, TensorSpec], base:
     return found
 
 
-def _check_tied(
-    adapter: AdapterFolder,
-    trained: Mapping[str, torch.Tensor],
-    targets: Iterable[str],
-    specs: Mapping[str, TensorSpec],
-    base: Path,
-) -> None:
-    """With tied embeddings both ends share a weight: the merged model has no place for two different ones.
-
-    And tables that grow must grow together.
-    """
-    ends = [tensor for name, tensor in adapter.trained_tensors().items() if _is_table(name)]
-    tied = _is_tied(base, specs)
-    adapted = [target for target in targets if _is_table(f"{target}.weight")]
-    if tied and (adapted or (ends and not (len(ends) == 2 and torch.equal(*ends)))):
-        what = adapted[0] if adapted else next(name for name in adapter.trained_tensors() if _is_table(name))
-        raise InputError(
-            f"{adapter.path} changes {what}, but {base} uses one weight for its embedding and its head: "
-            "a merged model of this kind cannot have two different ones"
-        )
-    if any(len(tensor) != specs[name].shape[0] for name, tensor in trained.items()) and not tied and len(ends) != 2:
-        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in trained.items() if _is_table(name))
+def _check_grown(adapter: AdapterFolder, trained: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]) -> None:
+    """Tables that grow must grow together."""
+    ends = {name: tensor for name, tensor in trained.items() if is_table(name)}
+    if any(len(tensor) != specs[name].shape[0] for name, tensor in ends.items()) and len(ends) != 2:
+        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in ends.items())
         raise InputError(f"{adapter.path} adds rows at one end of the model only ({found}); expected both to grow")
-
-
-def _is_tied(base: Path, specs: Mapping[str, TensorSpec]) -> bool:
-    config = read_json(base / "config.json")
-    default = config.get("model_type") in ("opt", "bloom")
-    return bool(config.get("tie_word_embeddings", default)) or "lm_head.weight" not in specs
-
-
-def _is_table(name: str) -> bool:
-    """Whether a weight has a row for each token."""
-    return name.rsplit(".", 2)[-2:][0] in ("embed_tokens", "word_embeddings", "lm_head")
 
 
 def _check_shapes(name: str, change: LowRank, spec: TensorSpec, adapter: AdapterFolder) -> None:

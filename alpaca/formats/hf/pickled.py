@@ -4,24 +4,38 @@ Opened memory-mapped and with `weights_only=True`: tensors cost no memory until 
 run. `open_model_weights` takes whichever kind a folder holds.
 """
 
-import pickle
-import zipfile
+import dataclasses
+import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from alpaca.architecture.description import ModelDescription
-from alpaca.architecture.inventory import untie
+from alpaca.architecture.families import FAMILIES
+from alpaca.architecture.inventory import is_tied, untie
 from alpaca.architecture.tensors import hf_name
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.model_folders import is_adapter
 from alpaca.files.reading import list_folder, read_json
-from alpaca.formats.hf.folder import INDEX_NAME, TensorSpec, WeightsFolder
+from alpaca.formats.hf.folder import (
+    TensorSpec,
+    WeightsFolder,
+    has_safetensors,
+    read_weight_map,
+    warn_of_other_file,
+)
+from alpaca.formats.hf.naming import alias_tied_head, describe_renaming, find_names
+from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
+from alpaca.formats.hf.saved.unpacking import UnpackedWeights
+from alpaca.formats.torch_files import read_tensors
 
 PICKLE_NAME = "pytorch_model.bin"
 PICKLE_INDEX_NAME = f"{PICKLE_NAME}.index.json"
+logger = logging.getLogger(__name__)
+_log_once = functools.cache(logger.info)
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -36,6 +50,39 @@ class Weights(Protocol):
     def specs(self) -> list[TensorSpec]: ...
 
     def tensor(self, name: str) -> torch.Tensor: ...
+
+    def stored(self, name: str) -> torch.Tensor | Int8Weight | Nf4Weight: ...
+
+    def keeps(self, name: str) -> bool: ...
+
+
+class RenamedWeights:
+    """Weights of which some have other names than their file's. `names`: the new one of each old one."""
+
+    def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
+        self.path, self._weights = weights.path, weights
+        self._stored = {names.get(name, name): name for name in weights.names}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def specs(self) -> list[TensorSpec]:
+        own = {name: new for new, name in self._stored.items()}
+        return [dataclasses.replace(spec, name=own[spec.name]) for spec in self._weights.specs()]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if name not in self._stored:
+            raise MissingInput(f"{self.path} holds no tensor {name!r}")
+        return self._weights.tensor(self._stored[name])
+
+    def stored(self, name: str) -> torch.Tensor | Int8Weight | Nf4Weight:
+        """As `UnpackedWeights.stored`."""
+        return self._weights.stored(self._stored[name])
+
+    def keeps(self, name: str) -> bool:
+        """As `UnpackedWeights.keeps`."""
+        return self._weights.keeps(self._stored[name])
 
 
 class PickledWeights:
@@ -60,36 +107,27 @@ class PickledWeights:
         file = self._file_of[name]
         if name not in self._open(file):
             raise InputError(f"{self.path / file} lacks {name!r}, which its index says it holds; get both again")
-        return self._open(file)[name].detach()
+        return self._open(file)[name]
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The same: nothing is quantized here."""
+        return self.tensor(name)
+
+    def keeps(self, name: str) -> bool:
+        return False
 
     def _read_index(self) -> dict[str, str]:
-        if not (self.path / PICKLE_INDEX_NAME).is_file():
+        index = self.path / PICKLE_INDEX_NAME
+        if (self.path / PICKLE_NAME).is_file():
+            if index.is_file():
+                warn_of_other_file(self.path, PICKLE_NAME, PICKLE_INDEX_NAME)
             return dict.fromkeys(self._open(PICKLE_NAME), PICKLE_NAME)
-        file_of = read_json(self.path / PICKLE_INDEX_NAME).get("weight_map")
-        if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
-            raise InputError(f"{self.path / PICKLE_INDEX_NAME}: expected a weight_map of names and files; get it again")
-        missing = sorted({file for file in file_of.values() if not (self.path / file).is_file()})
-        if missing:
-            raise MissingInput(f"{self.path / PICKLE_INDEX_NAME} names files not there: {', '.join(missing)}")
-        return file_of
+        return read_weight_map(index)
 
     def _open(self, file: str) -> dict[str, torch.Tensor]:
         if file not in self._open_files:
-            self._open_files[file] = _load(self.path / file)
+            self._open_files[file] = read_tensors(self.path / file, expected="PyTorch file", reads_whole=True)
         return self._open_files[file]
-
-
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    try:  # torch before 1.6 wrote no zip files: those can only be read whole
-        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is damaged, truncated or no PyTorch file; get it again: {reason}"
-        ) from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise InputError(f"{path} holds something else than a plain table of tensors; expected a model's weights")
-    return dict(content)
 
 
 def as_stored(description: ModelDescription, weights: Weights) -> ModelDescription:
@@ -102,22 +140,86 @@ def as_stored(description: ModelDescription, weights: Weights) -> ModelDescripti
     return untie(description, shapes, has_equal_head=lambda: torch.equal(*map(weights.tensor, names)))
 
 
-def open_model_weights(folder: str | Path) -> Weights:
-    """A folder's weights, safetensors before pickles.
+def read_as_stored(folder: Path, description: ModelDescription) -> ModelDescription:
+    """`as_stored` for a folder, where it holds weights; a config.json alone is taken at its word."""
+    is_asked = description.ties_embeddings and (has_safetensors(folder) or has_pickles(folder))
+    return as_stored(description, open_model_weights(folder)) if is_asked else description
 
+
+def find_tied(weights: Weights) -> str | None:
+    """The name of the embedding that is the head, too, in a model of any kind; None where the head is another matrix.
+
+    The rule is `inventory.is_tied`; a file without a head has the embedding for it, whatever config.json says.
+    """
+    config, shapes = _read_config(weights.path), {spec.name: spec.shape for spec in weights.specs()}
+    family, head = FAMILIES.get(str(config.get("model_type"))), hf_name("head")
+    flag = config.get("tie_word_embeddings", family.ties_by_default if family else True)
+    embedding = next((name for name in shapes if is_table(name) and name != head), None)
+    if embedding is None:
+        return None
+    tied = is_tied(
+        bool(flag) or head not in shapes,
+        shapes,
+        ends=(embedding, head),
+        has_equal_head=lambda: torch.equal(weights.tensor(embedding), weights.tensor(head)),
+    )
+    return embedding if tied else None
+
+
+def is_table(name: str) -> bool:
+    """Whether a weight has a row for each token."""
+    return name.rsplit(".", 2)[-2:][0] in ("embed_tokens", "word_embeddings", "lm_head")
+
+
+def open_model_weights(folder: str | Path, *, dtype: torch.dtype | None = None) -> Weights:
+    """A folder's weights as whole tensors under the model's own names, in the order that transformers looks for them.
+
+    Names of wrappers are taken away (`naming`), and weights that were saved quantized are unpacked as they are read
+    (`saved`), into `dtype`; None: the one that config.json names. Both are logged.
     Raises MissingInput for what is not there, InputError for damaged files, Git LFS pointers and LoRA adapters.
     """
     folder = Path(folder)
+    weights, config = _open_stored(folder), _read_config(folder)
+    names = find_names(weights.names, config, where=folder)
+    if names:
+        _log_once("%s: %s", folder, describe_renaming(names))
+    weights = RenamedWeights(weights, names) if names else weights
+    if config.get("quantization_config"):
+        weights = UnpackedWeights(weights, config, dtype=dtype)
+        _log_once("%s: %s", folder, weights.describe())
+    if alias := alias_tied_head(weights.names, config):
+        weights = RenamedWeights(weights, alias)
+    return weights
+
+
+def opens_as_stored(folder: str | Path) -> bool:
+    """Whether a folder's tensors are whole and plainly named, so that transformers reads them by itself, too."""
+    config = _read_config(Path(folder))
+    is_plain = not find_names(_open_stored(Path(folder)).names, config, where=Path(folder))
+    return is_plain and not config.get("quantization_config")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _open_stored(folder: Path) -> Weights:
     if not folder.is_dir():
         raise MissingInput(f"no folder {folder}; expected a Hugging Face model on this machine")
     if is_adapter(folder):
         raise InputError(f"{folder} is a LoRA adapter, no whole model: merge it first by convert.export_hf_checkpoint")
     _check_pointers(folder)
-    if (folder / INDEX_NAME).is_file() or (folder / "model.safetensors").is_file():
+    if has_safetensors(folder):
         return WeightsFolder(folder)
-    if (folder / PICKLE_INDEX_NAME).is_file() or (folder / PICKLE_NAME).is_file():
+    if has_pickles(folder):
         return PickledWeights(folder)
     raise MissingInput(f"no model*.safetensors or pytorch_model*.bin in {folder}; found: {list_folder(folder)}")
+
+
+def has_pickles(folder: Path) -> bool:
+    """Whether a folder holds `pytorch_model.bin`, or an index of several such files."""
+    return (folder / PICKLE_NAME).is_file() or (folder / PICKLE_INDEX_NAME).is_file()
 
 
 def _check_pointers(folder: Path) -> None:

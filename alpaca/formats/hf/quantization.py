@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 
@@ -145,6 +146,11 @@ class Int8Weight:
         """Rows `start` to `stop`, sharing memory."""
         return Int8Weight(self.codes[start:stop], self.absmax[start:stop])
 
+    def copy_(self, other: "Int8Weight") -> None:
+        """Take another's codes and scales, from any device."""
+        self.codes.copy_(other.codes)
+        self.absmax.copy_(other.absmax)
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [O, I] that the codes stand for."""
         return (self.codes * self.absmax[:, None] * INT8_STEP).to(dtype)
@@ -189,12 +195,20 @@ class Nf4Weight:
         absmax = self.absmax[first // _BLOCK : -(-last // _BLOCK)]
         return Nf4Weight(self.packed[first // 2 : -(-last // 2)], absmax, (stop - start, self.shape[1]))
 
+    def copy_(self, other: "Nf4Weight") -> None:
+        """Take another's codes and scales, from any device."""
+        self.packed.copy_(other.packed)
+        self.absmax.copy_(other.absmax)
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [O, I] that the codes stand for."""
         # index_select was 2.5 times as fast as indexing
         pairs = _byte_values(self.packed.device).index_select(0, self.packed.int())
         values = _scale_blocks(pairs.view(torch.float32), self.absmax)
         return values[: self.shape[0] * self.shape[1]].view(self.shape).to(dtype)
+
+
+AnyWeight = TypeVar("AnyWeight", Int8Weight, Nf4Weight)
 
 
 def quantize_parts(parts: Sequence[torch.Tensor], *, quantization: str, device: torch.device) -> Int8Weight | Nf4Weight:
@@ -207,6 +221,19 @@ def quantize_parts(parts: Sequence[torch.Tensor], *, quantization: str, device: 
     row = 0
     for part in parts:
         quantize(part.to(device), whole.rows(row, row + part.shape[0]))
+        row += part.shape[0]
+    return whole
+
+
+def place_end_to_end(parts: Sequence[AnyWeight], device: torch.device) -> AnyWeight:
+    """Quantized matrices [O_i, I] of one kind on `device`, laid end to end by rows, each bit as it was.
+
+    Raises InputError where an nf4 block would straddle two parts.
+    """
+    whole = type(parts[0]).empty(sum(part.shape[0] for part in parts), parts[0].shape[1], device)
+    row = 0
+    for part in parts:
+        whole.rows(row, row + part.shape[0]).copy_(part)
         row += part.shape[0]
     return whole
 

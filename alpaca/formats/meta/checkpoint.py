@@ -7,7 +7,6 @@ with `weights_only=True`: tensors cost no memory until they are read, and nothin
 
 import hashlib
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import torch
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.atomic import write_json, write_text
 from alpaca.files.reading import list_folder, read_json
+from alpaca.formats.torch_files import read_tensors
 
 _SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
 _READ_BYTES = 8 << 20
@@ -97,16 +97,7 @@ def read_params(folder: Path) -> dict[str, object]:
 
 def open_shard(path: Path) -> dict[str, torch.Tensor]:
     """Open a shard's tensors, memory-mapped. Raises InputError for a file that is damaged or holds anything else."""
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is damaged, truncated or no Meta checkpoint: {reason}"
-        ) from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise InputError(f"{path} holds something else than a plain table of tensors; expected Meta's state dict")
-    return dict(content)
+    return read_tensors(path, expected="Meta checkpoint")
 
 
 def write_checkpoint(folder: Path, shards: list[dict[str, torch.Tensor]], params: Mapping[str, object]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.errors import InputError
+from alpaca.formats.hf.saved.unpacking import why_unread
 from alpaca.formats.meta.layout import describe, ffn_width
 from alpaca.formats.meta.releases import Release, RopeScaling, find_release
 
@@ -28,8 +29,8 @@ def supports(model: ModelDescription) -> str | None:
     """Why Meta's code cannot compute a model, or None where it can."""
     if model.model_type != "llama":
         return f"its model_type is {model.model_type!r}, not llama"
-    if model.quantized_by:
-        return f"it was saved quantized ({model.quantized_by}); give the model unquantized"
+    if reason := why_unread(model.quantized_by):
+        return f"it {reason}"
     unknown = [*model.unusual, *(name for name in ("attention_bias", "mlp_bias") if getattr(model, name))]
     if model.activation != "silu":
         unknown.append(f"hidden_act {model.activation}")

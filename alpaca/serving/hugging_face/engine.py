@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
@@ -25,14 +24,16 @@ from alpaca.architecture.inventory import check_layers
 from alpaca.errors import EngineClosed, InputError, MissingInput, NotEnoughSpace
 from alpaca.files.reading import list_folder
 from alpaca.formats.hf.adapters import AdapterFolder
-from alpaca.formats.hf.folder import loading_errors, require_all_weights
-from alpaca.formats.hf.quantization import allow_any_width_on_cpu, bitsandbytes_config
+from alpaca.formats.hf.folder import require_all_weights
+from alpaca.formats.hf.loading import load_causal_lm
+from alpaca.formats.hf.quantization import allow_any_width_on_cpu
 from alpaca.serving.engine import Engine, Generation, is_device_lost
 from alpaca.serving.llama.sampling import SamplingState, commit_tokens, require_finite, sample_tokens
 from alpaca.serving.request import Request
 from alpaca.serving.served_model import adapter_names, check_tokenizers
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.loading import load_tokenizer, read_eos_ids
+from alpaca.text.eos import read_eos_ids
+from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,8 @@ class TransformersEngine(Engine):
     def _decode(self, generation: Generation, cache: DynamicCache, logits: torch.Tensor) -> None:
         """Generate token after token for the completions still running, as one batch."""
         request = generation.request
-        vocab_size = min(logits.shape[-1], self.tokenizer.size)  # an embedding may be padded beyond the tokenizer
+        # An embedding may be padded beyond the tokenizer, and a config may name EOS ids that the tokenizer has not.
+        vocab_size = min(logits.shape[-1], max([self.tokenizer.size, *(token_id + 1 for token_id in self._eos_ids)]))
         states = [SamplingState(request, i, eos_ids=self._eos_ids) for i in range(request.n)]
         running = list(range(request.n))
         for num_generated in range(1, request.max_new_tokens + 1):
@@ -260,20 +262,13 @@ def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            output_loading_info=True,
-            dtype=dtype,
-            device_map={"": device},
-            local_files_only=True,
-            quantization_config=bitsandbytes_config(settings.quantization, dtype),
+        model, found = load_causal_lm(
+            folder, dtype=dtype, quantization=settings.quantization, device_map={"": device}, unpacks=False
         )
     except torch.OutOfMemoryError as error:
         raise NotEnoughSpace(
             f"{folder} does not fit the GPU as {dtype}: set ALPACA_QUANTIZATION to int8 or nf4 ({error})"
         ) from error
-    except loading_errors() as error:
-        raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     require_all_weights(folder, found["missing_keys"])
     num_layers = model.config.get_text_config().num_hidden_layers
     check_layers(num_layers, found["unexpected_keys"], where=str(folder))

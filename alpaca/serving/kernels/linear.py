@@ -5,17 +5,15 @@ Legend: N rows (packed tokens), I input width, O output width. A layer may be se
 """
 
 import importlib.util
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TypeVar
 
 import torch
 
 from alpaca.errors import InputError
-from alpaca.formats.hf.quantization import INT8_STEP, Int8Weight, Nf4Weight, quantize_parts
-
-AnyWeight = TypeVar("AnyWeight", Int8Weight, Nf4Weight)
+from alpaca.formats.hf.quantization import INT8_STEP, AnyWeight, Int8Weight, Nf4Weight, place_end_to_end, quantize_parts
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _FEW_ROWS_CUDA = 64  # above, the tensor cores are the limit and not the reading of the weights
@@ -156,19 +154,25 @@ class SideBySide(Linear):
 
 
 def make_linear(
-    parts: Sequence[torch.Tensor], *, quantization: str, device: torch.device, dtype: torch.dtype
+    parts: Sequence[torch.Tensor | Int8Weight | Nf4Weight],
+    *,
+    quantization: str,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Linear:
     """The layer for the matrices `parts`, each [O_i, I] on any device and of any float dtype, laid end to end by rows.
 
     Parts may be memory-mapped; they are read one after the other and not kept, except that a single part already of
     `device` and `dtype` is used as it is. Each part is quantised by itself, on `device`, from the dtype it has: as
-    bitsandbytes would. Packing holds the layer twice for a moment.
+    bitsandbytes would. Packing holds the layer twice for a moment. Parts that were saved as int8 or nf4 stay so.
     Raises InputError for another quantization, and for parts that do not fit together.
     """
-    widths = {part.shape[1] for part in parts if part.dim() == 2}
-    if len(widths) != 1 or any(part.dim() != 2 for part in parts):
+    widths = {part.shape[1] for part in parts if len(part.shape) == 2}
+    if len(widths) != 1 or any(len(part.shape) != 2 for part in parts):
         shapes = ", ".join(str(tuple(part.shape)) for part in parts) or "none"
         raise InputError(f"a linear layer needs matrices of one input width; found {shapes}")
+    if not all(isinstance(part, torch.Tensor) for part in parts):
+        return _keep_quantized(parts, quantization=quantization, device=device, dtype=dtype)
     if quantization == "none":
         weight = lay_end_to_end(parts, device=device, dtype=dtype)
         return make_packed(weight) or PlainLinear(weight)
@@ -177,6 +181,22 @@ def make_linear(
     if quantization == "nf4":
         return make_nf4(parts, device)
     raise InputError(f"quantization must be none, int8 or nf4; found {quantization!r}")
+
+
+def _keep_quantized(
+    parts: Sequence[torch.Tensor | Int8Weight | Nf4Weight],
+    *,
+    quantization: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Linear:
+    """The layer for parts of which some were saved quantized: one of all where they are of one kind, else one each."""
+    for kind, layer in ((Int8Weight, Int8Linear), (Nf4Weight, Nf4Linear)):
+        ends_fit = kind is Int8Weight or all(math.prod(part.shape) % 64 == 0 for part in parts[:-1])
+        if ends_fit and all(isinstance(part, kind) for part in parts):
+            return layer(place_end_to_end(parts, device))
+    alone = [make_linear([part], quantization=quantization, device=device, dtype=dtype) for part in parts]
+    return SideBySide(alone)
 
 
 def make_nf4(parts: Sequence[torch.Tensor], device: torch.device) -> Linear:

@@ -59,12 +59,16 @@ def max_running(settings: ServerSettings) -> int:
     return min(MOST_RUNNING, 5 * settings.concurrency)
 
 
-def weights_bytes(config: ModelDescription, dtype: torch.dtype, quantization: str) -> int:
-    """Bytes of the weights on the device, without the rotary table."""
+def weights_bytes(config: ModelDescription, dtype: torch.dtype, quantization: str, *, num_whole: int = 0) -> int:
+    """Bytes of the weights on the device, without the rotary table.
+
+    num_whole: elements of the layers' matrices that a folder which was saved quantized holds whole.
+    """
     per_weight = _BYTES_PER_WEIGHT.get(quantization, dtype.itemsize)
-    quantized = config.num_linear - config.num_layers * config.num_experts * config.width  # routers are not
-    whole = (config.num_parameters - quantized) * dtype.itemsize
-    return int(quantized * per_weight) + whole + _extra_norm_bytes(config, dtype)
+    num_routing = config.num_layers * config.num_experts * config.width  # never quantized here
+    num_quantized = config.num_linear - max(num_whole, num_routing)
+    whole = (config.num_parameters - num_quantized) * dtype.itemsize
+    return int(num_quantized * per_weight) + whole + _extra_norm_bytes(config, dtype)
 
 
 def _extra_norm_bytes(config: ModelDescription, dtype: torch.dtype) -> int:

@@ -1,10 +1,12 @@
 """Loads a Hugging Face folder straight into the engine's own layout, without a second copy of the model in memory."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -14,8 +16,10 @@ from alpaca.architecture.inventory import check_tensors
 from alpaca.architecture.rope import NUMBERS_OF, Rope
 from alpaca.architecture.tensors import hf_name
 from alpaca.errors import UnsupportedModel
-from alpaca.formats.hf.folder import WeightsFolder, read_description
-from alpaca.formats.hf.pickled import as_stored
+from alpaca.formats.hf.folder import read_description
+from alpaca.formats.hf.pickled import Weights, open_model_weights, read_as_stored
+from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
+from alpaca.formats.hf.saved.unpacking import why_unread
 from alpaca.serving.kernels.experts import Experts
 from alpaca.serving.kernels.linear import Biased, Linear, make_linear
 from alpaca.serving.llama.network import ACTIVATIONS, LlamaLayer, LlamaModel, rotary_table
@@ -37,8 +41,8 @@ def supports(config: ModelDescription) -> str | None:
         return f"its {config.unusual[0]} asks for what this engine does not compute"
     if config.activation not in ACTIVATIONS:
         return f"its activation is {config.activation!r}; this engine computes {', '.join(ACTIVATIONS)}"
-    if config.quantized_by:
-        return f"it was saved quantized ({config.quantized_by}); this engine quantizes whole weights itself"
+    if reason := why_unread(config.quantized_by):
+        return f"it {reason}"
     for rope in filter(None, (config.rope, config.windowed_rope)):
         if rope.kind not in NUMBERS_OF:
             return f"its rope type {rope.kind!r} is not one of {', '.join(NUMBERS_OF)}"
@@ -57,13 +61,18 @@ def read_llama(folder: Path) -> ModelDescription:
     config = read_description(folder, only=TAKEN)
     if reason := supports(config):
         raise UnsupportedModel(f"{folder}: {reason}")
-    if config.ties_embeddings and any(folder.glob("*.safetensors")):
-        return as_stored(config, WeightsFolder(folder))
-    return config
+    return read_as_stored(folder, config)
+
+
+def count_whole(folder: Path, config: ModelDescription) -> int:
+    """Elements of the layers' matrices that a folder, saved as int8 or nf4, holds whole."""
+    weights = open_model_weights(folder)
+    matrices = [spec for spec in weights.specs() if len(spec.shape) == 2 and spec.name.startswith(config.family.prefix)]
+    return sum(math.prod(spec.shape) for spec in matrices if not weights.keeps(spec.name))
 
 
 def load_llama(
-    weights: WeightsFolder,
+    weights: Weights,
     config: ModelDescription,
     *,
     device: torch.device,
@@ -128,7 +137,10 @@ class _Loader:
         )
 
     def place(self, name: str) -> torch.Tensor:
-        return self._read.take(name).to(device=self._device, dtype=self._dtype)
+        stored = self._read.take(name)
+        if not isinstance(stored, torch.Tensor):  # a router that was saved quantized: here it is whole
+            stored = stored.dequantize(self._dtype)
+        return stored.to(device=self._device, dtype=self._dtype)
 
     def place_norm(self, name: str) -> torch.Tensor:
         """A norm's weights as the engine multiplies by them. Those that scale before they round stay wide."""
@@ -207,7 +219,7 @@ def _reading_order(config: ModelDescription) -> list[str]:
     return [hf_name("embedding"), *layers, hf_name("norm"), *([] if config.ties_embeddings else [hf_name("head")])]
 
 
-def require_tensors(weights: WeightsFolder, config: ModelDescription) -> None:
+def require_tensors(weights: Weights, config: ModelDescription) -> None:
     """Raise InputError unless the folder holds exactly the model's tensors."""
     check_tensors(config, {spec.name: spec.shape for spec in weights.specs()}, where=str(weights.path))
 
@@ -218,13 +230,11 @@ class _ReadAhead:
     For a GPU they come in pinned memory, so that their copy to the device is quick.
     """
 
-    def __init__(
-        self, weights: WeightsFolder, names: list[str], *, pin: bool, progress: Callable[[int], object]
-    ) -> None:
+    def __init__(self, weights: Weights, names: list[str], *, pin: bool, progress: Callable[[int], object]) -> None:
         self._weights, self._pin, self._progress = weights, pin, progress
         self._num_bytes = {spec.name: spec.num_bytes for spec in weights.specs()}
         self._to_read = deque(names)
-        self._reading: dict[str, Future[torch.Tensor]] = {}
+        self._reading: dict[str, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read-weights")
 
     def __enter__(self) -> "_ReadAhead":
@@ -234,8 +244,8 @@ class _ReadAhead:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def take(self, name: str) -> torch.Tensor:
-        """A tensor as it is in its file, in memory. Each name once, in about the given order."""
+    def take(self, name: str) -> Any:
+        """A tensor, or an `Int8Weight` or `Nf4Weight` that was saved so. Each name once, in about the given order."""
         while name not in self._reading:
             self._start_next()
         tensor = self._reading.pop(name).result()
@@ -254,12 +264,14 @@ class _ReadAhead:
         name = self._to_read.popleft()
         self._reading[name] = self._pool.submit(self._read, name)
 
-    def _read(self, name: str) -> torch.Tensor:
-        tensor = self._weights.tensor(name)
+    def _read(self, name: str) -> torch.Tensor | Int8Weight | Nf4Weight:
+        tensor = self._weights.stored(name)
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
         return tensor.pin_memory() if self._pin else tensor.clone()
 
 
-def reading_size(config: ModelDescription, weights: WeightsFolder) -> int:
+def reading_size(config: ModelDescription, weights: Weights) -> int:
     """Bytes that `load_llama` will read."""
     names = set(_reading_order(config))
     return sum(spec.num_bytes for spec in weights.specs() if spec.name in names)

@@ -11,7 +11,8 @@ import torch
 from alpaca.architecture.inventory import check_tensors
 from alpaca.errors import InputError, MissingInput, UnsupportedModel
 from alpaca.files.reading import list_folder, read_json
-from alpaca.formats.hf.folder import FLOAT_DTYPES, INDEX_NAME, WeightsFolder, find_fingerprint, read_description
+from alpaca.formats.hf.folder import FLOAT_DTYPES, find_fingerprint, has_safetensors, read_description
+from alpaca.formats.hf.pickled import as_stored, open_model_weights
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer, tokenizer_summary
 from alpaca.training.configuration.settings import BaseSettings
@@ -58,8 +59,10 @@ def _check_files(folder: Path) -> None:
         model = read_description(folder)
     except UnsupportedModel:  # whatever is wrong with it, transformers will say
         return
-    if any(folder.glob("*.safetensors")) and not model.quantized_by:
-        check_tensors(model, {spec.name: spec.shape for spec in WeightsFolder(folder).specs()}, where=str(folder))
+    if has_safetensors(folder):
+        weights = open_model_weights(folder)
+        shapes = {spec.name: spec.shape for spec in weights.specs()}
+        check_tensors(as_stored(model, weights), shapes, where=str(folder))
 
 
 def locate_model(name: str, *, cache_dir: str | None) -> Path:
@@ -94,9 +97,9 @@ def _locate_tokenizer(settings: BaseSettings, model_folder: Path) -> Path:
 
 def _weights_dtype(folder: Path) -> torch.dtype:
     """The dtype of most of the folder's weights, by the safetensors headers; for older formats by config.json."""
-    if (folder / "model.safetensors").is_file() or (folder / INDEX_NAME).is_file():
+    if has_safetensors(folder):
         sizes: Counter[torch.dtype] = Counter()
-        for spec in WeightsFolder(folder).specs():
+        for spec in open_model_weights(folder).specs():
             sizes[spec.dtype] += spec.num_bytes
         dtype = sizes.most_common(1)[0][0]
     else:

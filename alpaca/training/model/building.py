@@ -2,15 +2,20 @@
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from alpaca.architecture.inventory import check_layers
+from alpaca.architecture.tensors import hf_name
 from alpaca.errors import InputError
+from alpaca.files.reading import read_json
 from alpaca.formats.hf.folder import loading_errors, require_all_weights
-from alpaca.formats.hf.quantization import bitsandbytes_config, require_readable_on_cpu
+from alpaca.formats.hf.loading import load_causal_lm
+from alpaca.formats.hf.pickled import find_tied, open_model_weights
+from alpaca.formats.hf.quantization import require_readable_on_cpu
+from alpaca.formats.hf.saved.unpacking import saved_quantization
 from alpaca.text.tokenizer import Tokenizer
 from alpaca.training.configuration.parsing import count_checkpointed
 from alpaca.training.configuration.settings import ModelSettings
@@ -89,14 +94,9 @@ def _dtype(settings: ModelSettings) -> torch.dtype:
 
 
 def _load_whole(base: Base, settings: ModelSettings, world: World) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            base.folder, dtype=_dtype(settings), output_loading_info=True, **_quantized_loading(settings, world)
-        )
-    except loading_errors() as error:
-        raise InputError(f"{base.folder} cannot be loaded as a language model: {error}") from error
+    model, found = load_causal_lm(
+        base.folder, dtype=_dtype(settings), unpacks=True, **_quantized_loading(base, settings, world)
+    )
     require_all_weights(base.folder, found["missing_keys"])
     check_layers(model.config.num_hidden_layers, found["unexpected_keys"], where=str(base.folder))
     num_rows = model.get_input_embeddings().num_embeddings
@@ -112,16 +112,24 @@ def _load_whole(base: Base, settings: ModelSettings, world: World) -> "PreTraine
     return _set_up(model, base.tokenizer)
 
 
-def _quantized_loading(settings: ModelSettings, world: World) -> dict[str, object]:
-    """Arguments with which from_pretrained loads linear layers in 8 or 4 bit; empty where they stay whole."""
+def _quantized_loading(base: Base, settings: ModelSettings, world: World) -> dict[str, Any]:
+    """Arguments with which linear layers are loaded in 8 or 4 bit; empty where they stay whole.
+
+    Raises InputError for a base that was saved in 4 bit and is to be sharded: its bytes are stored otherwise.
+    """
     quantization = settings.base_quantization
     if quantization == "none":
         return {}
     if quantization == "int8":  # bitsandbytes warns in each call that it computes in float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    storage = _dtype(settings) if needs_sharding(world, settings.sharding) else torch.uint8
-    how = bitsandbytes_config(quantization, _dtype(settings), storage_dtype=storage)
-    return {"quantization_config": how, "device_map": {"": str(world.device)}}
+    is_sharded = needs_sharding(world, settings.sharding)
+    if is_sharded and saved_quantization(read_json(base.folder / "config.json")) == quantization:
+        raise InputError(
+            f"{base.folder} was saved as {quantization}, which cannot be sharded over processes: use one process, or "
+            "the model that it was made from"
+        )
+    storage = _dtype(settings) if is_sharded else torch.uint8
+    return {"quantization": quantization, "storage_dtype": storage, "device_map": {"": str(world.device)}}
 
 
 def _make_empty(base: Base, settings: ModelSettings) -> "PreTrainedModel":
@@ -133,6 +141,11 @@ def _make_empty(base: Base, settings: ModelSettings) -> "PreTrainedModel":
         model_config = AutoConfig.from_pretrained(base.folder)
     except loading_errors() as error:
         raise InputError(f"{base.folder / 'config.json'} cannot be read: {error}") from error
+    if hasattr(model_config, "quantization_config"):
+        del model_config.quantization_config  # it is unpacked when it is read
+    weights = open_model_weights(base.folder)
+    if hf_name("head") in weights.names and find_tied(weights) is None:
+        model_config.tie_word_embeddings = False
     model_config.vocab_size = max(model_config.vocab_size, base.tokenizer.size)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(model_config, dtype=_dtype(settings))

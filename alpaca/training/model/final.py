@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from alpaca.architecture.rope import spell_for_all
+from alpaca.architecture.tensors import hf_name
 from alpaca.files.model_folders import CONFIG_NAME
 from alpaca.files.reading import read_json
 from alpaca.formats.hf.adapters import WEIGHTS_STEM, AdapterFolder
@@ -41,16 +43,18 @@ def describe_final(model: nn.Module, base: Base, dtype: torch.dtype) -> Final:
     tokenizer = base.tokenizer
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.fill_id}
     dtype_name = str(dtype).removeprefix("torch.")
+    tensors = final_tensors(model)
     config = {
-        **read_json(base.folder / "config.json"),
+        **spell_for_all(read_json(base.folder / "config.json")),
         **ids,
         "vocab_size": model.config.vocab_size,
         "dtype": dtype_name,
         "torch_dtype": dtype_name,  # older programs read this name
     }
-    return Final(
-        tensors=final_tensors(model), stem="model", configs={"config.json": config, "generation_config.json": ids}
-    )
+    config.pop("quantization_config", None)  # what is written is whole
+    if hf_name("head") in tensors:
+        config["tie_word_embeddings"] = False  # programs that trust the flag would drop the head
+    return Final(tensors=tensors, stem="model", configs={"config.json": config, "generation_config.json": ids})
 
 
 def final_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_b
 from alpaca.data.examples import EncodedDataset
 from alpaca.errors import InputError
 from alpaca.formats.hf.folder import read_description
+from alpaca.formats.hf.pickled import read_as_stored
 from alpaca.training.configuration.config import ALL_LINEAR
 from alpaca.training.configuration.parsing import count_checkpointed
 from alpaca.training.configuration.settings import RunSettings
@@ -99,6 +100,7 @@ def read_model(folder: Path, *, num_tokens: int = 0) -> ModelDescription:
         raise InputError(
             f"no plan can be made: {folder} has experts ({model.model_type}), which the plan does not count"
         )
+    model = read_as_stored(folder, model)
     return model.with_vocab(max(num_tokens, model.vocab_size))
 
 

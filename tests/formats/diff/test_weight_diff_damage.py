@@ -86,7 +86,7 @@ def test_a_config_without_the_vocabularys_size_is_named(tmp_path, llama_folder, 
 
 
 def test_what_is_no_float_is_refused(tmp_path, llama_folder, trained):
-    for dtype, message in ((torch.int8, "is int8"), (torch.float8_e4m3fn, "is F8_E4M3")):
+    for dtype, message in ((torch.int8, "is int8"), (torch.float8_e4m3fn, "is float8_e4m3fn")):
         raw = rewrite(llama_folder, tmp_path / str(dtype), lambda name, tensor, dtype=dtype: tensor.to(dtype))
         with pytest.raises(InputError, match=f"{message}; expected one of "):
             make_diff(DiffConfig(path_raw=raw, path_tuned=trained, path_diff=tmp_path / "diff"))
@@ -188,11 +188,13 @@ def damage(folder: Path, kind: str) -> None:
         file.unlink()
     elif kind in ("shard", "wrong shard"):
         names = dict.fromkeys(load_file(file), "model-00001-of-00002.safetensors")
+        file.unlink()
         index.write_text(json.dumps({"weight_map": names}))
         if kind == "wrong shard":
             save_file({"x": torch.ones(1)}, folder / "model-00001-of-00002.safetensors")
             index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
     elif kind == "bad index":
+        file.unlink()
         index.write_text("{}")
     elif kind == "pointer":
         file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
@@ -241,7 +243,7 @@ def test_old_files_that_are_damaged(tmp_path, llama_folder, old_diff):
     with pytest.raises(InputError, match=r"lacks .*, which its index says it holds"):
         recovered(llama_folder, old_diff, tmp_path / "back", **options)
     file.unlink()
-    with pytest.raises(MissingInput, match=r"names files not there: pytorch_model-00002-of-00002\.bin"):
+    with pytest.raises(MissingInput, match=r"names files that are not there: pytorch_model-00002-of-00002\.bin"):
         recovered(llama_folder, old_diff, tmp_path / "back", **options)
     (old_diff / "pytorch_model.bin.index.json").write_text('{"weight_map": [1]}')
     with pytest.raises(InputError, match="expected a weight_map of names and files"):

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.formats.gguf import tensors
 from alpaca.formats.gguf.model import rotary_divisors
 from alpaca.formats.hf.folder import read_description
 from alpaca.formats.meta.sharding import rotary_halves, rotary_pairs
+from alpaca.text.loading import load_tokenizer
 from tests.formats.gguf_models import (
     change_config,
     change_tensors,
@@ -28,6 +29,7 @@ from tests.formats.gguf_models import (
     write_byte_level,
     write_model,
 )
+from tests.formats.hf.saved_sources import save_quantized
 from tests.tiny import TEXT, TinyLlama, train_tokenizer, write_meta
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
@@ -153,6 +155,16 @@ def test_pickled_weights_are_read_too(tmp_path):
     assert (tmp_path / "pickled.gguf").read_bytes() == (tmp_path / "safetensors.gguf").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["gptq, columns in another order", "awq", "compressed w4a16", "fp8 by blocks"])
+def test_weights_that_were_saved_quantized_are_exported_whole(kind, tmp_path):
+    tensors = save_quantized(write_model(tmp_path / "m"), tmp_path / "saved", kind)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "m" / "model.safetensors")
+    whole = tensors_of(run(tmp_path / "m", tmp_path / "whole.gguf", "--outtype", "f32"))
+    saved = tensors_of(run(tmp_path / "saved", tmp_path / "saved.gguf", "--outtype", "f32"))
+    assert whole.keys() == saved.keys()
+    assert all(np.array_equal(whole[name], saved[name]) for name in whole)
+
+
 # The model's numbers ----------------------------------------------------------------------------------------------
 
 
@@ -238,6 +250,21 @@ def test_tokens_are_sentencepieces(tmp_path):
     }  # fmt: skip
     assert {key: value(reader, f"tokenizer.ggml.{key}") for key in expected} == expected
     assert value(reader, "tokenizer.chat_template") is None
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_ordinary_added_tokens_are_user_defined(tmp_path, saved):
+    """llama.cpp finds these in any text, as AutoTokenizer does. `saved`: with a tokenizer.json that lists them, too."""
+    folder = write_model(tmp_path / "m", vocab_size=410)
+    size = load_tokenizer(folder).size
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size, "<tool>": size + 2}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    if saved:
+        load_tokenizer(folder).save(folder)
+    reader = run(folder, tmp_path / "m.gguf")
+    tokens, types = value(reader, "tokenizer.ggml.tokens"), value(reader, "tokenizer.ggml.token_type")
+    assert [(tokens[i], types[i]) for i in (size, size + 2)] == [("<|im_end|>", 3), ("<tool>", 4)]
+    assert value(reader, "tokenizer.ggml.eos_token_id") == size
 
 
 def test_pad_token_without_a_row_is_left_out(tmp_path, caplog):

@@ -21,6 +21,7 @@ from alpaca.formats.hf.folder import WeightsFolder, fingerprint
 from convert.export_hf_checkpoint import parse_arguments
 from tests.conftest import ROOT
 from tests.formats.hf.test_merging import ALL, edit_config, logits, save_adapter, save_base, with_bitsandbytes
+from tests.processes import mistake_of, run_code
 from tests.tiny import TinyLlama, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -328,9 +329,7 @@ def test_killed_at_any_stage_it_can_be_run_again(stage: str, old: bool, work: Pa
     if old:
         (work / "merged").mkdir()
         (work / "merged" / "old").write_text("old")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, "-c", KILLED, stage, *flags(work, "--overwrite")]
-    died = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
+    died = run_code(KILLED, stage, *flags(work, "--overwrite"))
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert contents(work / "merged") == {"old": b"old"} if old else not (work / "merged").exists()
     assert contents(run(work, "--overwrite")) == clean
@@ -346,10 +345,7 @@ def test_command_says_what_it_does_and_a_mistake_is_one_line(work: Path):
     assert "LoRA adapter of" in good.stdout
     assert re.search(r"wrote .*merged in \d", good.stdout)
     assert "B/s" in good.stderr
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert again.stderr.startswith("error: ")
-    assert "Traceback" not in again.stderr
+    assert "exists already; pass --overwrite" in mistake_of(command)
 
 
 MEMORY_PROBE = """

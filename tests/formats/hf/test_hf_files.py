@@ -63,6 +63,7 @@ def test_damage_is_named(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(broken)
         with pytest.raises(InputError, match=r"model\.safetensors is damaged or not a safetensors file"):
             WeightsFolder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
     with pytest.raises(MissingInput, match=r"names files that are not there: gone\.safetensors"):
         WeightsFolder(tmp_path)

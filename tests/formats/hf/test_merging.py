@@ -22,6 +22,7 @@ from transformers import (
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.formats.hf.adapters import open_adapter
+from alpaca.formats.hf.export import merged_config
 from alpaca.formats.hf.folder import WeightsFolder, fingerprint
 from alpaca.formats.hf.merging import MergedWeights, open_merged, read_base_record
 from alpaca.formats.hf.quantization import bitsandbytes_config, keep_trainable_on_cpu
@@ -305,7 +306,7 @@ def test_another_models_adapter_is_refused(base: Path, trained: Path, tmp_path: 
     wider = save_base(tmp_path / "wide", "llama", intermediate_size=96)
     with pytest.raises(InputError, match=r"0.mlp.down_proj.weight as a float matrix \[64, 128\]; .* \[64, 96\]"):
         open_merged(wider, trained)
-    with pytest.raises(MissingInput, match=r"no model.safetensors or .* in .*nothing; found: no such folder"):
+    with pytest.raises(MissingInput, match=r"no folder .*nothing; expected a Hugging Face model"):
         open_merged(tmp_path / "nothing", trained)
 
 
@@ -338,10 +339,53 @@ def test_tied_embeddings(tmp_path: Path):
     found = loaded_with(base, open_merged(base, plain), tmp_path / "merged")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), plain)
     assert torch.allclose(logits(found), logits(model), atol=1e-4)
-    with pytest.warns(UserWarning, match="tie"):
-        one_end = save_adapter(tmp_path / "one", base, modules_to_save=["embed_tokens"])
-    with pytest.raises(InputError, match=r"changes model.embed_tokens.weight, but .* one weight for its embedding"):
-        open_merged(base, one_end)
+
+
+ENDS = {
+    "the head": {"modules_to_save": ["lm_head"]},
+    "the embedding": {"modules_to_save": ["embed_tokens"]},
+    "both": {"modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning", "ignore:.*tied:UserWarning")
+@pytest.mark.parametrize("ends", ENDS)
+def test_an_adapter_that_trains_an_end_of_a_tied_base_unties_it(ends: str, tmp_path: Path):
+    """As PEFT's merge leaves the two matrices; transformers reads them back so only if the config says it, too."""
+    base = save_base(tmp_path / "base", "llama", tie_word_embeddings=True)
+    adapter = save_adapter(tmp_path / "adapter", base, **ENDS[ends])
+    expected, merged = merged_by_peft(base, adapter), open_merged(base, adapter)
+    assert merged.unties
+    assert not torch.equal(expected["lm_head.weight"], expected["model.embed_tokens.weight"])
+    assert set(merged.names) == set(expected)
+    for name in merged.names:
+        assert torch.allclose(merged.tensor(name), expected[name], atol=1e-6), name
+    assert merged_config(merged, merged.specs())["tie_word_embeddings"] is False
+
+
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning", "ignore:Setting `save_embedding_layers`:UserWarning")
+def test_a_low_rank_change_of_a_tied_head_leaves_the_embedding_alone(tmp_path: Path):
+    """What the unmerged adapter computes; PEFT's own merge would change the embedding with the head."""
+    base = save_base(tmp_path / "base", "llama", tie_word_embeddings=True)
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "lm_head"])
+    merged = open_merged(base, adapter)
+    change = open_adapter(adapter).low_rank("lm_head")
+    embedding = WeightsFolder(base).tensor("model.embed_tokens.weight")
+    assert torch.equal(merged.tensor("model.embed_tokens.weight"), embedding)
+    assert torch.allclose(merged.tensor("lm_head.weight"), embedding + change.scale * change.b @ change.a, atol=1e-6)
+
+
+def test_an_equal_head_in_the_file_stays_tied_and_another_does_not(tmp_path: Path):
+    base = save_base(tmp_path / "base", "llama", tie_word_embeddings=True)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    tensors = load_file(base / "model.safetensors")
+    for factor, is_tied in ((1, True), (2, False)):
+        save_file(
+            {**tensors, "lm_head.weight": factor * tensors["model.embed_tokens.weight"]}, base / "model.safetensors"
+        )
+        merged = open_merged(base, adapter)
+        assert merged.is_tied == is_tied
+        assert merged_config(merged, merged.specs())["tie_word_embeddings"] == is_tied
 
 
 def test_an_embedding_that_grew_with_the_adapter(base: Path, tmp_path: Path):

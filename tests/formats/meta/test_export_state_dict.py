@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -25,8 +24,10 @@ from alpaca.formats.meta.torch_zip import TensorFileWriter
 from convert import convert_llama_weights_to_hf
 from convert.export_state_dict_checkpoint import parse_arguments
 from tests.conftest import ROOT
+from tests.formats.hf.saved_sources import save_quantized
 from tests.formats.hf.test_export_hf import contents, damage_end, lose_shard, only, peak_of, save_large
 from tests.formats.hf.test_merging import merged_by_peft, save_adapter
+from tests.processes import mistake_of, run_code
 from tests.tiny import TinyLlama, split_for_rank, train_tokenizer, write_meta
 
 IDS = [1, 5, 260, 300, 17, 17, 301, 9]
@@ -185,6 +186,15 @@ def test_tied_embeddings_and_llama_3s_rope(rope: dict[str, float], hf: Path):
     assert same_tensors(load_file(back / "model.safetensors"), tensors)
 
 
+@pytest.mark.parametrize("kind", ["gptq", "compressed w8a8"])
+def test_weights_that_were_saved_quantized_are_exported_whole(kind: str, hf: Path):
+    expected = save_quantized(hf, hf.parent / "saved", kind)
+    back = convert_back(run(hf.parent / "saved", hf.parent / "ckpt", "--dtype", "float32"), hf.parent / "again")
+    found = load_file(back / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in expected.items())
+
+
 def test_dtype_and_pickled_folders(hf: Path):
     before = load_file(hf / "model.safetensors")
     torch.save(before, hf / "pytorch_model.bin")
@@ -271,7 +281,7 @@ LOW_2 = {  # Meta's code has 1 for low_freq_factor, and no place to say another
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "needs a number above 0 for 'low_freq_factor'"),
         ({"rope_parameters": LOW_2}, "cannot have the rope"),
         ({"hidden_size": "many"}, "expected a whole number from 1 to .* for 'hidden_size', found 'many'"),
-        ({"quantization_config": {"bits": 4}}, "was saved quantized .*; give the model unquantized"),
+        ({"quantization_config": {"bits": 4}}, "was saved quantized by an unnamed method, .* take the model"),
         ({"num_hidden_layers": 3}, r"lacks weights of its model: model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, r"holds weights of layer 1 \(counted from 0\), and its config.json says that"),
         ({"intermediate_size": 128}, r"gate_proj.weight is \[176, 64\], config.json makes it \[128"),
@@ -440,8 +450,7 @@ def test_killed_at_any_stage_it_can_be_run_again(stage: str, old: bool, hf: Path
         target.mkdir()
         (target / "old").write_text("old")
     flags = ["--input_dir", str(hf), "--output_dir", str(target), "--num_shards", "2", "--overwrite"]
-    script = [sys.executable, "-c", KILLED, stage, *flags]
-    died = subprocess.run(script, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    died = run_code(KILLED, stage, *flags)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert contents(target) == {"old": b"old"} if old else not target.exists()
     assert contents(export(parse_arguments(flags))) == clean  # to the byte: nothing in the files is of the moment
@@ -456,10 +465,7 @@ def test_command_says_what_it_does_and_a_mistake_is_one_line(hf: Path):
     assert re.search(r"hf: 1 shard, \d+ tokens", good.stdout)
     assert re.search(r"wrote .*ckpt in \d", good.stdout)
     assert "B/s" in good.stderr
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert again.stderr.startswith("error: ")
-    assert "Traceback" not in again.stderr
+    assert "exists already; pass --overwrite" in mistake_of(command)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from alpaca.errors import OutputExists
-from alpaca.text.loading import load_tokenizer, read_eos_ids
+from alpaca.text.eos import read_eos_ids
+from alpaca.text.loading import load_tokenizer
 from tests.formats.meta_sources import (
     DIM,
     FAMILIES,

@@ -303,7 +303,7 @@ _WIDE_GROUPS = [pytest.param(heads, marks=pytest.mark.slow) for heads in ((24, 1
 
 @pytest.mark.parametrize("heads", [(4, 4), (3, 1), (16, 1), (10, 2), *_WIDE_GROUPS], ids=str)
 def test_attention_of_any_group(kernels, heads):
-    for queries in ([1, 1], [1, 9]):
+    for queries in ([1, 1], [1, 9 if heads[0] < 16 else 2]):
         step = build_step([20, 33], queries, heads=heads, dtype=torch.float32)
         check_attention(kernels, step, num_splits=2)
 

@@ -163,7 +163,7 @@ def test_the_engine_with_adapters_gives_what_pefts_model_gives(tmp_path, triton_
     runner.graphs = make_graphs(runner, 2)
     engine = engine_of(runner, launches_ahead=True)
     asked = [
-        request(prompt_ids=tuple(3 + (i * 5 + j) % 110 for j in range(2 + 5 * i)), max_new_tokens=4, seed=i,
+        request(prompt_ids=tuple(3 + (i * 5 + j) % 110 for j in range(1 + 3 * i)), max_new_tokens=3, seed=i,
                 reads_along=False, adapter=name)
         for i, name in enumerate(("dora", None, "alpaca-lora", "dora"))
     ]  # fmt: skip
@@ -171,7 +171,7 @@ def test_the_engine_with_adapters_gives_what_pefts_model_gives(tmp_path, triton_
     found = [tokens(generation) for generation in generations]
     engine.close()
     if ON_GPU:  # bfloat16: one tie decided otherwise changes the rest
-        assert [len(rows[0]) for rows in found] == [4] * 4
+        assert [len(rows[0]) for rows in found] == [3] * 4
     else:
         assert found == [naive(oracle.using(one.adapter), one) for one in asked]
 
@@ -181,18 +181,19 @@ def test_the_engine_gives_what_naive_decoding_gives(tmp_path, triton_ops):
     runner = make_runner(load(tmp_path, triton_ops), max_running=3)
     if torch.float32 != DTYPE:
         reference = reference.to(DTYPE)
-    runner.compile_prefill()
+    if ON_GPU:  # the interpreter builds nothing, and runs these long steps for a minute
+        runner.compile_prefill()
     runner.graphs = make_graphs(runner, 3)
     engine = engine_of(runner, launches_ahead=True)
     asked = [
-        request(prompt_ids=tuple(3 + (i * 5 + j) % 110 for j in range(2 + 9 * i)), max_new_tokens=6, seed=i,
+        request(prompt_ids=tuple(3 + (i * 5 + j) % 110 for j in range(2 + 7 * i)), max_new_tokens=4, seed=i,
                 temperature=0.9 * (i % 2), top_k=5 * (i == 3), repetition_penalty=1.0 + (i == 2), reads_along=False)
-        for i in range(5)
+        for i in range(4)
     ]  # fmt: skip
     generations = [engine.submit(one) for one in asked]
     found = [tokens(generation) for generation in generations]
     engine.close()
     if ON_GPU:  # bfloat16: one tie decided otherwise changes the rest
-        assert [len(rows[0]) for rows in found] == [6] * 5
+        assert [len(rows[0]) for rows in found] == [4] * 4
     else:
         assert found == [naive(reference, one) for one in asked]

@@ -490,6 +490,7 @@ def test_a_mistake_leaves_no_trace_that_blocks_the_next_try(configure: Configure
 # The final model ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("charts")
 def test_the_final_folder_is_what_was_trained(configure: Configure, tiny_llama: Path, tmp_path: Path, monkeypatch):
     half = shutil.copytree(tiny_llama, tmp_path / "half")
     LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).save_pretrained(half)

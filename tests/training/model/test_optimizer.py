@@ -376,26 +376,24 @@ def test_everything_is_bfloat16_and_the_losses_are_float32(configure: Configure,
 
 
 def test_a_steps_gradient_is_its_micro_batches_sum_to_float32s_precision(configure: Configure, tmp_path: Path):
-    """Against float64's sum of 128 gradients; added up in bfloat16 it is off by 1 %, and rounded once by 0.2 %."""
+    """Against float64's sum of 64 gradients; added up in bfloat16 it is several times as far off as one rounding."""
     path = tmp_path / "many.json"
-    path.write_text(json.dumps((json.loads(SAMPLE.read_text()) * 2)[:140]))
+    path.write_text(json.dumps(json.loads(SAMPLE.read_text())[:80]))
     config = configure(
-        data_path=str(path), numerics="fast", global_batch_size=128, per_device_train_batch_size=1, padding_free=False
+        data_path=str(path), numerics="fast", global_batch_size=64, per_device_train_batch_size=1, padding_free=False
     )
     run = run_module.prepare(make_settings(resolve(config, num_processes=1, device=CPU)), join_world())
     parameters = dict(run.trainee.model.named_parameters())
     exact = {name: torch.zeros_like(own, dtype=torch.float64) for name, own in parameters.items()}
     low = {name: torch.zeros_like(own) for name, own in parameters.items()}
-    assert len(run.data) >= 128
-    for index in range(128):
-        (
-            gradients.sum_losses(run, run.data, torch.tensor([index])) / int(run.data.target_counts[:128].sum())
-        ).backward()
+    assert len(run.data) >= 64
+    for index in range(64):
+        (gradients.sum_losses(run, run.data, torch.tensor([index])) / int(run.data.target_counts[:64].sum())).backward()
         for name, own in parameters.items():
             exact[name] += own.grad.double()
             low[name] += own.grad.to(LOW)
             own.grad = None
-    gradients.accumulate_gradients(run, torch.arange(128))
+    gradients.accumulate_gradients(run, torch.arange(64))
 
     def error(found: dict[str, Tensor]) -> float:
         difference = sum((found[name].double() - whole).square().sum() for name, whole in exact.items())
@@ -431,7 +429,7 @@ def test_it_learns_what_float32_does_and_rounding_to_the_nearest_does_not(
     def losses(name: str, numerics: str) -> list[float]:
         return history(train(configure(
             output_dir=str(tmp_path / name), data_path=str(SAMPLE), numerics=numerics, learning_rate=1e-4,
-            max_steps=50, warmup_ratio=0.0, lr_scheduler_type="constant", logging_steps=10, global_batch_size=4,
+            max_steps=30, warmup_ratio=0.0, lr_scheduler_type="constant", logging_steps=10, global_batch_size=4,
         )))  # fmt: skip
 
     stanford, fast = losses("stanford", "stanford"), losses("fast", "fast")

@@ -31,6 +31,7 @@ from alpaca.training.schedule import count_held_out
 Configure = Callable[..., TrainConfig]
 
 
+@pytest.mark.usefixtures("charts")
 def test_trainer_state_and_curve(configure: Configure):
     folder = train(configure(num_train_epochs=2, val_set_size=4, eval_strategy="epoch"))
     state = json.loads((folder / "trainer_state.json").read_text())
@@ -111,6 +112,7 @@ class _Page(html.parser.HTMLParser):
         self.parts.setdefault(self.open[-1] if self.open else "", []).append(data)
 
 
+@pytest.mark.usefixtures("charts")
 def test_report_page_holds_the_run(configure: Configure):
     folder = train(configure(num_train_epochs=2, eval_fraction=0.1, eval_strategy="epoch", num_samples=3))
     text = (folder / "report.html").read_text()

@@ -1,0 +1,111 @@
+"""Python processes that begin with torch, transformers and this project imported.
+
+A test needs a process of its own where one is to be killed, or to have a rank among several. Importing would take
+longer than most of what such a process does, so a server that has imported forks them. What a user's own start does is
+tested by the commands' tests, which start an interpreter.
+"""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed.tensor", "transformers.models.llama.modeling_llama", "peft", "tests.training.worker",
+     "convert.export_hf_checkpoint", "convert.export_state_dict_checkpoint", "convert.export_gguf",
+     "convert.convert_llama_weights_to_hf", "convert.weight_diff"]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    """returncode: the exit status, negative for a signal.    stdout, stderr: what all of the processes wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_code(code: str, *arguments: str, timeout_s: float = 60) -> Finished:
+    """Run `python -c code arguments`."""
+    return _run([{}], ["-c", code, *arguments], timeout_s=timeout_s)
+
+
+def mistake_of(command: list[str]) -> str:
+    """What `python -m module arguments`, `command`, says when it ends with one line and no traceback."""
+    finished = _run([{}], command[1:], timeout_s=60)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: ")
+    assert finished.stderr.count("\n") == 1, finished.stderr
+    return finished.stderr
+
+
+def run_ranks(module: str, *arguments: str, num_processes: int, on_machine: int, timeout_s: float = 180) -> Finished:
+    """Run `python -m module arguments` in processes with torchrun's variables; the first failure ends all of them.
+
+    on_machine: how many of them are to think that they share a machine.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": num_processes}
+    ranks = [
+        {**shared, "RANK": rank, "LOCAL_RANK": rank % on_machine, "LOCAL_WORLD_SIZE": on_machine}
+        for rank in range(num_processes)
+    ]
+    return _run(ranks, ["-m", module, *arguments], timeout_s=timeout_s)
+
+
+def _run(environments: list[dict[str, object]], command: list[str], *, timeout_s: float) -> Finished:
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(len(environments))]
+        processes = [
+            _CONTEXT.Process(target=_be_python, args=(command, {k: str(v) for k, v in given.items()}, *output))
+            for given, output in zip(environments, outputs, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            status = _wait(processes, timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        stdout, stderr = ("".join(path.read_text() for path in paths) for paths in zip(*outputs, strict=True))
+        return Finished(status, stdout, stderr)
+
+
+def _wait(processes: list[BaseProcess], timeout_s: float) -> int:
+    end = time.monotonic() + timeout_s
+    while True:
+        statuses = [process.exitcode for process in processes]
+        if failed := [status for status in statuses if status]:
+            return failed[0]
+        if None not in statuses:
+            return 0
+        assert time.monotonic() < end, f"not at an end after {timeout_s} s: {statuses}"
+        time.sleep(0.01)
+
+
+def _be_python(command: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """Become what `python command` is, with one thread for sums, its output in files."""
+    import torch
+
+    for stream, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    kind, what, *arguments = command
+    sys.argv = [what if kind == "-m" else "-c", *arguments]
+    if kind == "-m":
+        sys.modules.pop(what, None)  # as `python -m` has it: not imported before it is run
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
