@@ -18,7 +18,7 @@ from alpaca.architecture.patterns import (
     unturned_if_switched,
     windowed_turns,
 )
-from alpaca.architecture.rope import RopeRule
+from alpaca.architecture.rope import THETA_OF, RopeRule
 from alpaca.architecture.tensors import FUSED, LAYER, LAYER_PREFIX, OUTER, Shape
 
 Shapes = dict[str, Shape]
@@ -309,12 +309,13 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3_text": _llama_like(  # its attn_logit_softcapping is read by nobody
         **_GEMMA, activation=("hidden_activation", _TANH_GELU), norms=_NORMS_AROUND, head_norms="each",
         defaults={"num_kv_heads": 4, "max_context": 131072, "head_width": 256},
-        windows=WindowRule(size=4096, chosen=all_but_each(6), reads=_PATTERN), rope=RopeRule(theta=1e6, per_layer=True),
+        windows=WindowRule(size=4096, chosen=all_but_each(6), reads=_PATTERN),
+        rope=RopeRule(theta=THETA_OF["gemma3_text"], per_layer=True),
         numbers=_GEMMA_SCALE,
     ),
     "smollm3": _llama_like(
         biases=_BIASES, ties_by_default=True, defaults={"num_kv_heads": 4, "max_context": 32768},
-        windows=WindowRule(chosen=unturned_if_switched), turns=listed_turns, rope=RopeRule(theta=2e6),
+        windows=WindowRule(chosen=unturned_if_switched), turns=listed_turns, rope=RopeRule(theta=THETA_OF["smollm3"]),
     ),
     "granite": _llama_like(
         biases=_BIASES,
@@ -334,7 +335,7 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": _llama_like(
         **_ROUTED, defaults={"num_kv_heads": 8, "max_context": 131072, "norm_eps": 1e-5, "num_experts": 8,
                              "experts_per_token": 2},
-        windows=WindowRule(listed=False), rope=RopeRule(theta=1e6),
+        windows=WindowRule(listed=False), rope=RopeRule(theta=THETA_OF["mixtral"]),
         keys={**_LLAMA_KEYS, **_EXPERT_KEYS, "expert_width": ("intermediate_size",)},
         experts=ExpertNames(
             router="block_sparse_moe.gate", experts="block_sparse_moe.experts", gate="w1", up="w3", down="w2",

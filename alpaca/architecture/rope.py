@@ -15,6 +15,7 @@ from typing import Any
 from alpaca.errors import InputError
 
 DEFAULT_THETA = 10000.0
+THETA_OF = {"smollm3": 2e6, "mixtral": 1e6, "gemma3_text": 1e6}  # the other families' defaults, by model_type
 DEFAULT_CONTEXT = 2048
 _OLD_CONTEXT = "original_max_position_embeddings"
 # The kinds whose formulas are known here, and the numbers that each needs beside the base.
@@ -248,12 +249,17 @@ def _ratio(config: Mapping[str, Any], old_context: Any) -> Any:
     return context / old_context if _is_number(old_context) and old_context and _is_number(context) else None
 
 
+def _usual_theta(config: Mapping[str, Any]) -> float:
+    """The base where a config.json names none."""
+    return THETA_OF.get(str(config.get("model_type")), DEFAULT_THETA)
+
+
 def describe_other_theta(config: Mapping[str, Any]) -> str:
     """Which base counts, where a config.json that was read without an error names two that differ; else ""."""
     older, newer = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
     if not older or "rope_theta" not in newer:
         return ""
-    holds = older.get("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    holds = older.get("rope_theta", config.get("rope_theta", _usual_theta(config)))
     if holds == newer["rope_theta"]:
         return ""
     return (
@@ -271,9 +277,10 @@ def spell_for_all(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = _find_settings(config, "config.json")
     by_layers = any(isinstance(value, Mapping) for value in values.values())
+    by_layers = by_layers or "rope_local_base_freq" in config  # Gemma 3's older spelling of the same
     if by_layers or not (values or "rope_theta" in config):
         return dict(config)
-    theta = values.get("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    theta = values.get("rope_theta", config.get("rope_theta", _usual_theta(config)))
     kind = values["rope_type"] if "rope_type" in values else values.get("type", "default")
     whole = {**values, "rope_type": kind, "rope_theta": theta}
     scaling = None if kind == "default" else {name: value for name, value in whole.items() if name != "rope_theta"}

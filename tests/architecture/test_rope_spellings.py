@@ -117,6 +117,19 @@ def test_the_spellings_differ_from_each_other():
     assert len(found) == 19
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_kinds_give_the_angles_and_factors_of_transformers(name):
+    config = given(**SCALED[name])
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(copy.deepcopy(config)))
+    rope = read_rope(config)
+    unscaled = 1.0 / rope.theta ** (torch.arange(0, HEAD_WIDTH, 2, dtype=torch.int64).float() / HEAD_WIDTH)
+    for length in (10, rope.long_from or 200):
+        theirs(torch.zeros(1), torch.arange(length)[None])
+        found = rope.scale(unscaled, is_long=bool(rope.long_from) and length >= rope.long_from)
+        torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert rope.table_factor == pytest.approx(theirs.attention_scaling)
+
+
 @pytest.mark.parametrize(("theta", "older", "newer"), list(itertools.product(THETAS, OLDER, NEWER)))
 def test_what_is_written_for_all_programs_keeps_the_angles(theta, older, newer):
     """In the new spelling alone, in the old one alone, and in both: none of them may say another model."""
@@ -144,19 +157,6 @@ def test_two_bases_that_differ_are_told_with_the_one_that_holds():
     )
     assert describe_other_theta(given(rope_theta=300.0, rope_scaling=older, rope_parameters=newer)) == ""
     assert describe_other_theta(given(rope_theta=500.0, rope_parameters=newer)) == ""
-
-
-@pytest.mark.parametrize("name", SCALED)
-def test_scaled_kinds_give_the_angles_and_factors_of_transformers(name):
-    config = given(**SCALED[name])
-    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(copy.deepcopy(config)))
-    rope = read_rope(config)
-    unscaled = 1.0 / rope.theta ** (torch.arange(0, HEAD_WIDTH, 2, dtype=torch.int64).float() / HEAD_WIDTH)
-    for length in (10, rope.long_from or 200):
-        theirs(torch.zeros(1), torch.arange(length)[None])
-        found = rope.scale(unscaled, is_long=bool(rope.long_from) and length >= rope.long_from)
-        torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
-    assert rope.table_factor == pytest.approx(theirs.attention_scaling)
 
 
 @pytest.mark.parametrize("name", PARTS)

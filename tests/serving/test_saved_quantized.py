@@ -14,14 +14,18 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from alpaca.errors import InputError, MissingPackage
 from alpaca.formats.hf.loading import load_causal_lm
+from alpaca.formats.hf.pickled import open_model_weights
 from alpaca.formats.hf.quantization import allow_any_width_on_cpu
 from alpaca.serving import plan
 from alpaca.serving.hugging_face.engine import TransformersEngine
+from alpaca.serving.kernels import ops
 from alpaca.serving.kernels.linear import Int8Linear, Nf4Linear, SideBySide
 from alpaca.serving.llama.engine import LlamaEngine
+from alpaca.serving.llama.weights import load_llama, read_llama
 from alpaca.serving.loading import load_engine
 from alpaca.serving.settings import ServerSettings
 from tests.formats.hf.saved_sources import FORMATS, save_quantized
+from tests.serving.llama.families import save as save_family
 from tests.serving.llama.test_llama import logits
 
 PROMPT = [1, 300, 310, 320, 5, 7]
@@ -176,3 +180,23 @@ def test_pickles_are_served_by_the_llama_engine(llama_folder: Path, tmp_path: Pa
     engine = load(folder)
     assert isinstance(engine, LlamaEngine)
     assert torch.equal(found_logits(engine), found_logits(load(llama_folder)))
+
+
+@pytest.mark.parametrize("kind", HOW)
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gemma2", "qwen3_moe"])
+def test_saved_families_are_what_the_engine_makes_of_the_whole_ones(name: str, kind: str, tmp_path: Path):
+    """Biases, fused projections, norms and routers stay whole, or are read as they were saved."""
+    save_family(tmp_path / "whole", name, torch.bfloat16, hidden_size=64, num_attention_heads=8, intermediate_size=128)
+    how = BitsAndBytesConfig(**HOW[kind])
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=how, dtype=torch.bfloat16)
+    saved.save_pretrained(tmp_path / "saved")
+    found, expected = (family_logits(tmp_path / folder, kind) for folder in ("saved", "whole"))
+    assert torch.equal(found, expected)
+
+
+def family_logits(folder: Path, quantization: str) -> torch.Tensor:
+    model = load_llama(
+        open_model_weights(folder), read_llama(folder), device=torch.device("cpu"), dtype=torch.float32,
+        quantization=quantization, num_positions=256, ops=ops,
+    )  # fmt: skip
+    return logits(model, [list(range(3, 40))], chunk=8)[0]

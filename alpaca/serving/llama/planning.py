@@ -65,8 +65,8 @@ def weights_bytes(config: ModelDescription, dtype: torch.dtype, quantization: st
     num_whole: elements of the layers' matrices that a folder which was saved quantized holds whole.
     """
     per_weight = _BYTES_PER_WEIGHT.get(quantization, dtype.itemsize)
-    routers = config.num_layers * config.num_experts * config.width  # which are not quantized
-    num_quantized = config.num_linear - max(num_whole, routers)
+    num_routing = config.num_layers * config.num_experts * config.width  # never quantized here
+    num_quantized = config.num_linear - max(num_whole, num_routing)
     whole = (config.num_parameters - num_quantized) * dtype.itemsize
     return int(num_quantized * per_weight) + whole + _extra_norm_bytes(config, dtype)
 

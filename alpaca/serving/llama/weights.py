@@ -137,7 +137,10 @@ class _Loader:
         )
 
     def place(self, name: str) -> torch.Tensor:
-        return self._read.take(name).to(device=self._device, dtype=self._dtype)
+        stored = self._read.take(name)
+        if not isinstance(stored, torch.Tensor):  # a router that was saved quantized: here it is whole
+            stored = stored.dequantize(self._dtype)
+        return stored.to(device=self._device, dtype=self._dtype)
 
     def place_norm(self, name: str) -> torch.Tensor:
         """A norm's weights as the engine multiplies by them. Those that scale before they round stay wide."""

@@ -96,11 +96,11 @@ def read_model(folder: Path, *, num_tokens: int = 0) -> ModelDescription:
         model = read_description(folder)
     except InputError as error:
         raise InputError(f"no plan can be made: {error}") from error
-    model = read_as_stored(folder, model)
     if model.num_experts:
         raise InputError(
             f"no plan can be made: {folder} has experts ({model.model_type}), which the plan does not count"
         )
+    model = read_as_stored(folder, model)
     return model.with_vocab(max(num_tokens, model.vocab_size))
 
 
