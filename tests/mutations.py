@@ -94,7 +94,7 @@ MUTATIONS = [
         path="alpaca/serving/llama/scheduler.py",
         old="- 2 * self.adapter_index - self.is_long",
         new="- 2 * self.adapter_index",
-        killed_by="tests/serving/llama/test_families.py::test_a_longrope_request_is_turned_by_its_final_length",
+        killed_by="tests/serving/llama/test_families.py::test_a_longrope_answer_turns_anew_where_it_grows_long",
         why="a long request goes on with keys that were turned for a short one",
     ),
     Mutation(

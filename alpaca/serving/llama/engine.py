@@ -157,8 +157,6 @@ class LlamaEngine(Engine):
 
     def _enqueue(self, generation: Generation) -> None:
         request = generation.request
-        long_from = self._runner.model.config.rope.long_from
-        is_long = bool(long_from) and len(request.prompt_ids) + request.max_new_tokens >= long_from
         sequences = self._sequences[generation] = []
         for index in range(request.n):
             sampling = SamplingState(request, index, eos_ids=self._runner.eos_ids)
@@ -166,7 +164,7 @@ class LlamaEngine(Engine):
                 request.prompt_ids,
                 max_new_tokens=request.max_new_tokens,
                 adapter_index=self._adapter_indices[request.adapter],
-                is_long=is_long,
+                long_from=self._runner.model.config.rope.long_from,
                 shares_prompt_with=sequences[0] if sequences else None,
                 completion=RunningCompletion(generation, index, sampling),
             )

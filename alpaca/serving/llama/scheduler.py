@@ -21,7 +21,7 @@ class Sequence:
     """The tokens of one completion, the blocks that hold their keys and values, and how far it has been computed.
 
     adapter_index: 0 for the base model alone, k for the k-th adapter (`kernels.low_rank`).
-    is_long: whether its positions turn as those of long sequences do (longrope), which its final length decides.
+    long_from: from so many tokens on, all its positions turn as those of long sequences do (longrope); 0: never.
     shares_prompt_with: the first completion of the same prompt. This sequence waits until that one has computed the
     prompt, then shares its blocks.
     completion: the caller's own record of the completion. The scheduler never looks into it.
@@ -33,7 +33,7 @@ class Sequence:
         *,
         max_new_tokens: int,
         adapter_index: int = 0,
-        is_long: bool = False,
+        long_from: int = 0,
         shares_prompt_with: "Sequence | None" = None,
         completion: Any = None,
     ) -> None:
@@ -41,7 +41,8 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.max_new_tokens = max_new_tokens
         self.adapter_index = adapter_index
-        self.is_long = is_long
+        self.long_from = long_from
+        self.is_long = False  # whether its blocks hold keys that turn as those of long sequences
         self.shares_prompt_with = shares_prompt_with
         self.completion = completion
         self.arrival = -1  # the sequence's number in order of arrival
@@ -71,6 +72,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Number of tokens of the answer, those in flight included."""
         return len(self) - self.num_prompt_tokens
+
+    @property
+    def must_be_long(self) -> bool:
+        """Whether the next step has to see keys that turn as those of long sequences."""
+        return bool(self.long_from) and len(self) >= self.long_from
 
     def release_into(self, pool: BlockPool) -> None:
         """Give all blocks back. Their tokens have to be computed again, or found in the cache."""
@@ -170,6 +176,7 @@ class Scheduler:
 
         The list is empty when nothing can be computed now. Call `record_launch` once the step is launched.
         """
+        self._requeue_grown()
         if self._window:
             self._take_blocks_for_prompts()
         scheduled = self._schedule_decoding()
@@ -233,8 +240,17 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
+        self._requeue(sequence)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Let a running sequence wait again; all its tokens are computed anew later."""
         self._stop_running(sequence)
         bisect.insort(self.waiting, sequence, key=lambda other: other.arrival)
+
+    def _requeue_grown(self) -> None:
+        """Let sequences that grew long begin anew: all their keys turn otherwise from now on."""
+        for sequence in [s for s in self.running if s.must_be_long and not s.is_long]:
+            self._requeue(sequence)
 
     # Prefill
 
@@ -291,6 +307,7 @@ class Scheduler:
 
         Its last token is computed even if it is cached, as its logits are needed.
         """
+        sequence.is_long = sequence.must_be_long
         found, prefix = self.pool.find_prefix(sequence.token_ids[:-1], sequence.root_prefix)
         num_found, size = len(found), self.pool.block_size
         num_unseen = max(num_found * size - self._window + 1, 0) // size if self._window else 0

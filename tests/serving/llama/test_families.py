@@ -166,22 +166,18 @@ def test_blocks_behind_every_layers_window_are_freed(tmp_path):
 
 
 @pytest.mark.parametrize("name", LONGROPE)
-def test_a_longrope_request_is_turned_by_its_final_length(tmp_path, name):
-    """All of a long request's tokens turn as the last ones must: transformers with the long factors alone.
-
-    The same prompt, short and long, shares nothing in the cache.
-    """
-    settings = dict(MODELS[name][1]["rope_parameters"])
-    save(tmp_path, name)
-    only_short, only_long = ({**settings, a: settings[b]} for a, b in
-                             (("long_factor", "short_factor"), ("short_factor", "long_factor")))  # fmt: skip
-    oracles = [save(tmp_path / key, name, rope_parameters=one) for key, one in (("s", only_short), ("l", only_long))]
-    prompt = tuple(range(3, 40))
-    asked = [request(prompt_ids=prompt, max_new_tokens=new, min_new_tokens=4) for new in (27, 28, 5, 60)]
-    found = ask_at_once(load(tmp_path), asked)
-    assert found == [naive(oracles[37 + one.max_new_tokens > 64], one) for one in asked]
-    assert found[0] != found[1][: len(found[0])]
+def test_a_longrope_answer_turns_anew_where_it_grows_long(tmp_path, name):
+    """Answers that stay within the old context, end at it, cross it, and begin beyond it; some of one prompt."""
+    reference = save(tmp_path, name)
     assert longrope(2)["original_max_position_embeddings"] == 64
+    prompts = [tuple(range(3, 40)), tuple(range(3, 40)), tuple(range(5, 67)), tuple(range(9, 73)), tuple(range(4, 84))]
+    asked = [
+        request(prompt_ids=prompt, max_new_tokens=new, min_new_tokens=new, n=2, temperature=0.9, seed=new)
+        for prompt, new in zip(prompts, (27, 40, 6, 5, 4), strict=True)
+    ]
+    for mode in ("in step", "ahead"):
+        found = ask_at_once(load(tmp_path), asked, mode=mode, num_blocks=40)
+        assert found == [naive(reference, one) for one in asked]
 
 
 # Adapters ---------------------------------------------------------------------------------------------------------
