@@ -1,0 +1,101 @@
+"""What must be known of a transformers model before it is served: its context, its rows, and why it cannot be loaded."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from alpaca.errors import AlpacaError, InputError, MissingPackage, UnsupportedModel
+from alpaca.files.reading import read_json
+from alpaca.serving.engine import is_device_lost
+from alpaca.serving.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_CONTEXT = 2048  # for models that name none (BLOOM, Mamba)
+_CONTEXT_NAMES = (
+    "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx",
+    "context_length", "max_target_positions", "model_max_length",
+)  # fmt: skip
+_MOST_CONTEXT = 1 << 32
+_SHOWN = 400  # characters of another program's error
+
+
+@contextmanager
+def naming_the_folder(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises for a folder into a sentence that names it: its content steers any code there.
+
+    Raises MissingPackage where a package is missing, InputError else. Memory that does not suffice, a lost device and
+    this project's own errors pass through.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, AlpacaError | torch.OutOfMemoryError) or is_device_lost(error):
+            raise
+        reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+        if isinstance(error, ImportError):
+            raise MissingPackage(f"{_describe(folder)} needs a package that is not installed: {reason}") from error
+        raise InputError(
+            f"{_describe(folder)} cannot be loaded as a causal language model: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _describe(folder: Path) -> str:
+    config = read_json(folder / "config.json")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    return f"{folder} ({config.get('model_type')!r}{f', saved quantized by {method}' if method else ''})"
+
+
+def count_rows(model: PreTrainedModel, folder: Path) -> int:
+    """Tokens that the model can read and say. Raises UnsupportedModel for one that has no embedding or head of tokens."""
+    ends = []
+    for find in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            ends.append(find())
+        except NotImplementedError:
+            ends.append(None)
+    rows = [weight.shape[0] for end in ends if (weight := getattr(end, "weight", None)) is not None]
+    if not rows:
+        raise UnsupportedModel(
+            f"{folder}: a model of type {model.config.model_type} cannot be served: it has no embedding of tokens"
+        )
+    return min(rows)
+
+
+def choose_context(model: PreTrainedModel, settings: ServerSettings) -> int:
+    """Tokens of prompt and answer together: the setting's, cut to the model's; 2048 where neither says any."""
+    own = _own_context(model)
+    if own is None:
+        chosen = settings.max_context or _DEFAULT_CONTEXT
+        logger.info(
+            "this %s model's config names no context: %d tokens are served (ALPACA_MAX_CONTEXT)",
+            model.config.model_type, chosen,
+        )  # fmt: skip
+        return chosen
+    if settings.max_context is not None and settings.max_context > own:
+        logger.warning("ALPACA_MAX_CONTEXT %d is cut to the model's context of %d tokens", settings.max_context, own)
+    return min(settings.max_context or own, own)
+
+
+def _own_context(model: PreTrainedModel) -> int | None:
+    """What the config names, at most what the embedding of positions has rows for; None where nothing is named.
+
+    Null and numbers below 1 (XLNet says -1) name nothing.
+    """
+    config = model.config.get_text_config(decoder=True)
+    named = [getattr(config, name, None) for name in _CONTEXT_NAMES]
+    found = [value for value in named if isinstance(value, int) and 1 <= value <= _MOST_CONTEXT][:1]
+    return min([*found, *_position_rows(model)], default=None)
+
+
+def _position_rows(model: PreTrainedModel) -> list[int]:
+    """Positions that RoBERTa's kind of embedding has: it counts them from behind the row of the padding."""
+    tables = [
+        module for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
+    ]  # fmt: skip
+    return [table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None]
