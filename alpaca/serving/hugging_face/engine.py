@@ -29,7 +29,7 @@ from alpaca.formats.hf.folder import loading_errors, require_all_weights
 from alpaca.formats.hf.quantization import allow_any_width_on_cpu, bitsandbytes_config
 from alpaca.serving.engine import Engine, Generation, is_device_lost
 from alpaca.serving.hugging_face.decoding import QUICKEST, Decoder, Way
-from alpaca.serving.hugging_face.fitness import choose_context, count_rows, naming_the_folder
+from alpaca.serving.hugging_face.fitness import check_config, choose_context, count_rows, naming_the_folder
 from alpaca.serving.hugging_face.proof import find_way
 from alpaca.serving.llama.sampling import SamplingState, commit_tokens, require_finite, sample_tokens
 from alpaca.serving.request import Request
@@ -62,7 +62,7 @@ class TransformersEngine(Engine):
         self.max_context = max_context
         self.adapters = adapter_names(adapters)
         self._use_adapter = _make_switch(model, adapters)
-        self._model, self._way = model.eval(), way
+        self._model, self.way = model.eval(), way
         self._eos_ids = eos_ids or frozenset([tokenizer.eos_id])
         self._waiting: deque[Generation] = deque()
         self._changed = threading.Condition()
@@ -128,7 +128,7 @@ class TransformersEngine(Engine):
         if generation.request.num_beams > 1:
             self._beam_search(generation)
             return
-        decoder, request = self._way.make(self._model), generation.request
+        decoder, request = self.way.make(self._model), generation.request
         prompt = torch.tensor([request.prompt_ids], device=self._model.device)
         logits = decoder.begin(prompt, request.n, lambda: generation.is_cancelled)
         if logits is not None:
@@ -176,7 +176,7 @@ class TransformersEngine(Engine):
             prompt,
             attention_mask=torch.ones_like(prompt),
             generation_config=_beam_config(request, sorted(self._eos_ids)),
-            use_cache=self._way.copies_rows,  # beams are rows that are copied and dropped
+            use_cache=self.way.copies_rows,  # beams are rows that are copied and dropped
             stopping_criteria=StoppingCriteriaList([_StopWhenCancelled(generation)]),
         )
         for completion, sequence in enumerate(sequences[:, prompt.shape[1] :].tolist()):
@@ -230,6 +230,7 @@ def load_transformers_engine(
     if not (folder / "config.json").is_file():
         raise MissingInput(f"{folder} holds no model: no config.json; found: {list_folder(folder)}")
     start = time.monotonic()
+    check_config(folder)
     tokenizer = load_tokenizer(folder)
     check_tokenizers(adapters, tokenizer)
     with naming_the_folder(folder):

@@ -1,9 +1,10 @@
 """What must be known of a transformers model before it is served: its context, its rows, and why it cannot be loaded."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +22,12 @@ _CONTEXT_NAMES = (
     "context_length", "max_target_positions", "model_max_length",
 )  # fmt: skip
 _MOST_CONTEXT = 1 << 32
+_SIZES = (
+    "hidden_size", "d_model", "n_embd", "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_attention_heads",
+    "n_head", "n_heads", "vocab_size",
+)  # fmt: skip
+_OBJECTS = ("rope_parameters", "rope_scaling", "quantization_config")
+_PACKAGES = {"hqq": "hqq", "fbgemm": "fbgemm-gpu", "kernels": "kernels", "quark": "amd-quark"}  # whose errors name none
 _SHOWN = 400  # characters of another program's error
 
 
@@ -28,26 +35,66 @@ _SHOWN = 400  # characters of another program's error
 def naming_the_folder(folder: Path) -> Iterator[None]:
     """Turn what transformers raises for a folder into a sentence that names it: its content steers any code there.
 
-    Raises MissingPackage where a package is missing, InputError else. Memory that does not suffice, a lost device and
-    this project's own errors pass through.
+    Raises MissingPackage where a package is missing, with the line that installs it, InputError else. Memory that does
+    not suffice, a lost device and this project's own errors pass through.
     """
     try:
         yield
+    except ImportError as error:
+        raise MissingPackage(f"{_describe(folder)} needs a package that is not here: {_in_short(error)}") from error
     except Exception as error:
         if isinstance(error, AlpacaError | torch.OutOfMemoryError) or is_device_lost(error):
             raise
-        reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
-        if isinstance(error, ImportError):
-            raise MissingPackage(f"{_describe(folder)} needs a package that is not installed: {reason}") from error
         raise InputError(
-            f"{_describe(folder)} cannot be loaded as a causal language model: {type(error).__name__}: {reason}"
+            f"{_describe(folder)} cannot be loaded as a causal language model: {type(error).__name__}: "
+            f"{_in_short(error)}"
         ) from error
+
+
+def check_config(folder: Path) -> None:
+    """Check the values of config.json that every type has, before transformers stumbles over them. Raises InputError.
+
+    Sizes are whole numbers above 0. A context may be null or below 1: the model then has none of its own.
+    """
+    file = folder / "config.json"
+    config = read_json(file)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise InputError(f"{file}: expected the name of a type for 'model_type', found {kind!r}")
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping):
+            _check_values(part, file)
+
+
+def _check_values(config: Mapping[str, Any], file: Path) -> None:
+    for name in _SIZES:
+        value = config.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{file}: expected a whole number from 1 for {name!r}, found {value!r}")
+    for name in _CONTEXT_NAMES:
+        value = config.get(name)
+        if value is not None and not isinstance(value, int | float):
+            raise InputError(f"{file}: expected a whole number from 1 for {name!r}, found {value!r}")
+    for name in _OBJECTS:
+        value = config.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise InputError(f"{file}: expected an object for {name!r}, found {value!r}")
 
 
 def _describe(folder: Path) -> str:
     config = read_json(folder / "config.json")
     method = (config.get("quantization_config") or {}).get("quant_method")
-    return f"{folder} ({config.get('model_type')!r}{f', saved quantized by {method}' if method else ''})"
+    return f"{folder} ({config.get('model_type')}{f', saved quantized by {method}' if method else ''})"
+
+
+def _in_short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or "it says no more"
+    if "ignore_mismatched_sizes" in text:
+        text = "its weights have other shapes than its config.json says; they are not of one model"
+    if isinstance(error, ImportError) and "pip install" not in text:
+        package = error.name or next((package for method, package in _PACKAGES.items() if method in text.lower()), None)
+        text += f": pip install {package}" if package else ""
+    return text[:_SHOWN]
 
 
 def count_rows(model: PreTrainedModel, folder: Path) -> int:

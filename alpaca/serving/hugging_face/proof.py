@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _NUM_TEXTS = 3
 _NUM_ROWS, _NUM_STEPS = 2, 3
-_FEW_TOKENS, _MANY_TOKENS = 24, PREFILL_TOKENS + 88  # of a prompt; the latter are more than one piece as it is served
+_FEW_TOKENS, _MANY_TOKENS = 24, PREFILL_TOKENS + 8  # of a prompt; the latter end soon after a piece as it is served
 _CHEAP = {"cuda": 5e12, "cpu": 6e9}  # parameters times tokens of a forward pass that takes a tenth of a second or so
 _SHOWN = 200  # characters of an error
 
