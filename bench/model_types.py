@@ -14,7 +14,7 @@ to docs/models.md. Ends with status 1 if any answer was another than it should b
 import argparse
 import json
 import logging
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 from collections import Counter
@@ -63,6 +63,10 @@ def main() -> None:
         return
     found = _read_record()
     if not options.table:
+        import transformers.generation  # noqa: F401  # once, for all the processes
+
+        import alpaca.serving.loading  # noqa: F401
+
         types = options.types or tiny_models.model_types()
         left = [name for name in types if options.types or name not in found]
         for number, name in enumerate(left, 1):
@@ -95,15 +99,22 @@ def _read_record() -> dict[str, dict[str, str]]:
 
 
 def _try_apart(name: str, *, limit_s: float) -> dict[str, str]:
-    command = [sys.executable, "-m", "bench.model_types", "--one", name]
+    """Try a type in a process that is forked from this one, which has imported what all of them need."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(try_type(name)), daemon=True)
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, cwd=ROOT, check=False)
-    except subprocess.TimeoutExpired:
-        return {"outcome": "not tried", "note": f"it took longer than {limit_s:.0f} s"}
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        return {"outcome": "not tried", "note": f"its process ended: {(done.stderr.splitlines() or [''])[-1][:_SHOWN]}"}
+        if not receiver.poll(limit_s):
+            return {"outcome": "not tried", "note": f"it took longer than {limit_s:.0f} s"}
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return {"outcome": "not tried", "note": f"its process ended with status {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
 # One type ---------------------------------------------------------------------------------------------------------

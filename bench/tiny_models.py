@@ -14,8 +14,9 @@ CONTEXT = 640  # more than one piece of a prompt, as the engine reads it
 
 # One value for every field of that name, in any config. Windows and chunks are shorter than the sweep's prompts.
 _SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32, "embedding_dim": 32,
-    "embedding_size": 32, "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "n_layers": 2, "decoder_layers": 2,
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32,
+    "embedding_dim": 32, "embedding_size": 32,
+    "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "n_layers": 2, "decoder_layers": 2,
     "encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_layers": 2, "num_blocks": 2, "num_attention_heads": 4,
     "n_head": 4, "n_heads": 4, "num_heads": 4, "attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "num_encoder_attention_heads": 4,
@@ -104,7 +105,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "nemotron_h": {
-        "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "layers_block_type": ["linear_attention", "moe", "full_attention"],
+        "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1,
+        "layers_block_type": ["linear_attention", "moe", "full_attention"],
     },
     "phi4_multimodal": {
         "vision_config": {**_VISION, "image_size": 32, "crop_size": 32, "patch_size": 8},
@@ -126,8 +128,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX", "is_decoder": True},
     "xlstm": {"num_heads": 4, "hidden_size": 64, "embedding_dim": 64},
     "zamba": {
-        "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "attention_hidden_size": 64,
-        "attention_head_dim": 16, "num_key_value_heads": 4,
+        "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4,
     },
     "zamba2": {
         "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "n_mamba_heads": 8,

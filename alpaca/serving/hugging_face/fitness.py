@@ -1,4 +1,4 @@
-"""What must be known of a transformers model before it is served: its context, its rows, and why it cannot be loaded."""
+"""What must be known of a transformers model before it is served: its context, its rows, why it cannot be loaded."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -98,7 +98,7 @@ def _in_short(error: Exception) -> str:
 
 
 def count_rows(model: PreTrainedModel, folder: Path) -> int:
-    """Tokens that the model can read and say. Raises UnsupportedModel for one that has no embedding or head of tokens."""
+    """Tokens that the model can read and say. Raises UnsupportedModel for one that has no embedding of tokens."""
     ends = []
     for find in (model.get_input_embeddings, model.get_output_embeddings):
         try:

@@ -101,7 +101,7 @@ def _affordable_tokens(model: PreTrainedModel) -> int:
 
 
 def _check_inputs(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Raise UnsupportedModel for types whose answers are read at tokens that `generate` adds to the text (XLNet, XLM)."""
+    """Raise UnsupportedModel for types that answer at tokens which `generate` adds to the text (XLNet, XLM)."""
     text = torch.tensor([list(ids[:4])], device=model.device)
     try:
         prepared = model.prepare_inputs_for_generation(text, use_cache=False, is_first_iteration=True)
@@ -150,13 +150,13 @@ def _require_truth(text: _Text, model: PreTrainedModel) -> list[torch.Tensor]:
     except Exception as error:
         _raise_if_fatal(error)
         raise UnsupportedModel(
-            f"a model of type {model.config.model_type} cannot be served: its forward pass fails on token ids alone, as "
-            f"types do that need a picture, sound or another text besides: {_in_short(error)}"
+            f"a model of type {model.config.model_type} cannot be served: its forward pass fails on token ids alone, "
+            f"as types do that need a picture, sound or another text besides: {_in_short(error)}"
         ) from error
     if any(logits.isnan().any() for logits in truth):
         raise NumbersOverflow(
-            f"the model computes what is no number (NaN), as {model.dtype}: its weights are damaged, or the precision is "
-            "too narrow; try ALPACA_DTYPE bfloat16 or float32"
+            f"the model computes what is no number (NaN), as {model.dtype}: its weights are damaged, or the precision "
+            "is too narrow; try ALPACA_DTYPE bfloat16 or float32"
         )
     return truth
 
