@@ -35,6 +35,8 @@ class Way:
 
     def make(self, model: PreTrainedModel, *, piece: int | None = None) -> "Decoder":
         """What decodes one request in this way.    piece: tokens of a prompt that are read at once."""
+        if find_rope_kind(model.config) == "dynamic":
+            _forget_lengths(model)
         if self.rows_apart:
             together = replace(self, rows_apart=False)
             return RowByRowDecoder(lambda: together.make(model, piece=piece))
@@ -217,6 +219,13 @@ def find_rope_kind(config: PretrainedConfig) -> str | None:
     """ "longrope" or "dynamic" where the rotary factors depend on a text's length; None elsewhere."""
     kinds = {spec.get("rope_type") for spec in _rope_specs(config)}
     return next((kind for kind in ("longrope", "dynamic") if kind in kinds), None)
+
+
+def _forget_lengths(model: PreTrainedModel) -> None:
+    """Make rotary factors depend on this request's length alone: "dynamic" ones keep those of the longest so far."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, 0)
 
 
 def find_border(config: PretrainedConfig) -> int | None:

@@ -247,14 +247,49 @@ def test_longrope_turns_by_the_texts_whole_length(tokenizer, monkeypatch, num_to
     engine.close()
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+def dynamic_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, max_position_embeddings=64, rope_parameters=DYNAMIC)).eval()
+    randomise(model)
+    return model
+
+
+def test_dynamic_factors_are_those_of_the_request_alone(tokenizer, monkeypatch):
+    """As `generate` has them in a model that answered nothing before: of the prompt, then of each new token."""
+    monkeypatch.setattr("alpaca.serving.hugging_face.decoding.PREFILL_TOKENS", 16)
+    engine = TransformersEngine(dynamic_llama(), tokenizer, max_context=200, way=QUICKEST)
+    for num_tokens in (150, 90, 30, 60):
+        prompt = torch.arange(50, 50 + num_tokens)[None]
+        want = dynamic_llama().generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=10, pad_token_id=0,
+            eos_token_id=None,
+        )  # fmt: skip
+        case = asked(prompt_ids=tuple(prompt[0].tolist()), max_new_tokens=10, min_new_tokens=10)
+        assert tokens(engine.submit(case)) == [want[0, num_tokens:].tolist()]
+    engine.close()
+
+
 def test_the_border_is_found_in_every_spelling():
-    plain = LlamaConfig(**LLAMA)
-    assert find_border(plain) is None
-    dynamic = LlamaConfig(
-        **LLAMA, max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    )
-    assert find_border(dynamic) == 64
+    assert find_border(LlamaConfig(**LLAMA)) is None
+    assert find_border(dynamic_llama().config) == 64
     assert find_border(long_phi().config) == 40
+
+
+@pytest.mark.parametrize("name", ["mamba", "openai-gpt", "rwkv", "gpt_oss"])
+def test_beams_are_those_of_plain_forward_passes(tokenizer, name):
+    model = tiny_model(name)
+    engine = TransformersEngine(model, tokenizer, max_context=64, way=find_way(model, IDS, max_context=64))
+    prompt = torch.tensor([PROMPT])
+    want = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=3, max_new_tokens=6, eos_token_id=2,
+        pad_token_id=0, use_cache=False,
+    )  # fmt: skip
+    found = [token_id for token_id in want[0, prompt.shape[1] :].tolist() if token_id != 2]
+    assert tokens(engine.submit(asked(num_beams=3))) == [found]
+    engine.close()
 
 
 def test_patience_is_last():
