@@ -7,7 +7,7 @@
 Each type in a process of its own, which may take --limit seconds: a tiny random model of it (`bench.tiny_models`) is
 saved as a folder, served as the server does it, and asked for a greedy answer and for two sampled ones, after a short
 prompt and after one that is longer than a piece. The answers are held against the plain way: one forward pass of
-transformers over the whole text for each token. What was found goes to bench/results/model_types.json, and as a table
+transformers over the whole text for each token. What was found goes to bench/model_types.json, and as a table
 to docs/models.md. Ends with status 1 if any answer was another than it should be.
 """
 
@@ -27,9 +27,9 @@ import torch
 from alpaca.errors import AlpacaError, run_command
 from alpaca.files.atomic import write_json, write_text
 from bench import tiny_models
-from bench.provenance import ROOT
+from bench.provenance import ROOT, provenance
 
-RECORD = ROOT / "bench" / "results" / "model_types.json"
+RECORD = ROOT / "bench" / "model_types.json"
 TABLE = ROOT / "docs" / "models.md"
 _PROMPTS = {"short": 30, "long": 530}  # tokens
 _NEW_TOKENS = {"short": 12, "long": 4}
@@ -68,12 +68,13 @@ def main() -> None:
         import alpaca.serving.loading  # noqa: F401
 
         types = options.types or tiny_models.model_types()
+        made_by = provenance("model_types", ("torch", "transformers"))
         left = [name for name in types if options.types or name not in found]
         for number, name in enumerate(left, 1):
             found[name] = _try_apart(name, limit_s=options.limit)
             outcome = found[name]
             print(f"[{number}/{len(left)}] {name}: {outcome['outcome']} {outcome['note']}", file=sys.stderr, flush=True)
-            write_json(RECORD, {"transformers": version("transformers"), "types": dict(sorted(found.items()))})
+            write_json(RECORD, {**made_by, "types": dict(sorted(found.items()))})
     write_text(TABLE, make_table(found))
     wrong = [name for name, outcome in found.items() if outcome["outcome"] == "WRONG"]
     print(json.dumps(Counter(outcome["outcome"] for outcome in found.values())))
@@ -95,7 +96,7 @@ def _read_record() -> dict[str, dict[str, str]]:
     if not RECORD.is_file():
         return {}
     record = json.loads(RECORD.read_text())
-    return record["types"] if record["transformers"] == version("transformers") else {}
+    return record["types"] if record["versions"]["transformers"] == version("transformers") else {}
 
 
 def _try_apart(name: str, *, limit_s: float) -> dict[str, str]:
@@ -130,6 +131,9 @@ def try_type(name: str) -> dict[str, str]:
             model = tiny_models.tiny_model(name)
             num_ids = min(tiny_models.VOCAB_SIZE, model.get_input_embeddings().weight.shape[0])
             model.save_pretrained(folder)
+            tiny_models.tiny_config(name).save_pretrained(
+                folder
+            )  # the whole one, where the model has but its text part
         except Exception as error:  # any: it is transformers' code on a config made by rule
             return {"outcome": "not tried", "note": f"no tiny model: {_in_short(error)}"}
         write_tokenizer(folder, num_ids)
@@ -237,7 +241,8 @@ def make_table(found: dict[str, dict[str, str]]) -> str:
     lines = [_INTRODUCTION.format(version=version("transformers"), total=total, right=right)]
     lines.append("| model_type | served by | note |\n|---|---|---|\n")
     for name, outcome in sorted(found.items()):
-        lines.append(f"| `{name}` | {outcome['outcome']} | {outcome['note'].replace('|', '/')} |\n")
+        note = outcome["note"].replace("|", "/").replace("`", "")
+        lines.append(f"| `{name}` | {outcome['outcome']} | {note} |\n")
     return "".join(lines)
 
 

@@ -271,8 +271,9 @@ def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
     except loading_errors() as error:
         raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     require_all_weights(folder, found["missing_keys"])
-    num_layers = model.config.get_text_config().num_hidden_layers
-    check_layers(num_layers, found["unexpected_keys"], where=str(folder))
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if num_layers is not None:  # BLT's parts have a number each
+        check_layers(num_layers, found["unexpected_keys"], where=str(folder))
     if settings.quantization == "nf4" and device.type == "cpu":
         allow_any_width_on_cpu(model)
     return model
