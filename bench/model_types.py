@@ -45,11 +45,17 @@ there are {total}. `python -m bench.model_types` made this table: it serves a ti
 greedy answers, and two sampled ones at once, against one forward pass of transformers over the whole text for each
 token. {right} types gave exactly those tokens. No type gave others without a word.
 
+Not every type keeps all of its past in a cache, nor may its prompts be cut into pieces. So at start the transformers
+engine decodes a few tokens in the usual way and holds the logits against forward passes over the whole text, two
+completions at once included (`alpaca/serving/hugging_face/proof.py`); on a large model that takes about as long as a
+short answer. What differs is served in another way, and the log says so and what it costs. What cannot be right is
+refused with the reason. A way passes where its logits are right to half of the digits of the model's precision: in
+bfloat16 an error of less than 9 % of their spread is not told from rounding.
+
 - **LLaMA engine**: many requests in the same steps, graphs, kernels, adapters.
 - **transformers**: one request at a time, each token computed once. Long prompts are read in pieces, where the note
   says nothing else.
 - **transformers, slowly**: no memory of the past was right (or there is none), so every token computes the whole text.
-  The server finds that out at start, by trying (`alpaca/serving/hugging_face/proof.py`), and logs it.
 - **refused**: the server does not start, and says why.
 - **not tried**: no tiny model of the type could be made here. At start the server tries the real one all the same.
 
