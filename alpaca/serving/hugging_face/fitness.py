@@ -1,6 +1,7 @@
 """What must be known of a transformers model before it is served: its context, its rows, why it cannot be loaded."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,8 @@ def naming_the_folder(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except MissingPackage as error:
+        raise MissingPackage(_in_short(error)) from error
     except ImportError as error:
         raise MissingPackage(f"{_describe(folder)} needs a package that is not here: {_in_short(error)}") from error
     except Exception as error:
@@ -92,8 +95,11 @@ def _in_short(error: Exception) -> str:
     if "ignore_mismatched_sizes" in text:
         text = "its weights have other shapes than its config.json says; they are not of one model"
     if isinstance(error, ImportError) and "pip install" not in text:
-        package = error.name or next((package for method, package in _PACKAGES.items() if method in text.lower()), None)
-        text += f": pip install {package}" if package else ""
+        named = [
+            *re.findall(r"No module named '(\w+)", text),
+            *(_PACKAGES[key] for key in _PACKAGES if key in text.lower()),
+        ]
+        text += f": pip install {named[0]}" if named else ""
     return text[:_SHOWN]
 
 

@@ -82,6 +82,7 @@ def test_what_transformers_says_of_a_config_is_told_with_the_folder(changed, val
             r"opt \(opt\) needs a package .*: pip install hqq$",
         ),
         (ModuleNotFoundError("No module named 'torchao'", name="torchao"), MissingPackage, "pip install torchao$"),
+        (MissingPackage("w lacks hqq: No module named 'hqq'"), MissingPackage, "^w lacks hqq: .*: pip install hqq$"),
         (ImportError("try `pip install aqlm[gpu]`"), MissingPackage, r"not here: try `pip install aqlm\[gpu\]`$"),
         (AttributeError("'str' object has no attribute 'get'"), InputError, r"opt \(opt\) cannot be loaded .*'get'"),
         (AssertionError(), InputError, "AssertionError: it says no more"),
