@@ -147,15 +147,18 @@ def try_type(name: str) -> dict[str, str]:
 
 
 def write_tokenizer(folder: Path, num_ids: int) -> None:
-    """A tokenizer of so many ids, whole words; its first three are pad, BOS and EOS."""
+    """A tokenizer of so many ids, at least 260: the bytes, after pad, BOS, EOS and an unknown one. It keeps any text."""
     from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(4, num_ids))]
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.add_special_tokens(words[:4])
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    pieces = [*special, *sorted(ByteLevel.alphabet())]
+    pieces += [f"w{number}" for number in range(len(pieces), num_ids)]
+    tokenizer = Tokenizer(BPE({piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer.add_special_tokens(special)
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})
