@@ -147,7 +147,7 @@ def try_type(name: str) -> dict[str, str]:
 
 
 def write_tokenizer(folder: Path, num_ids: int) -> None:
-    """A tokenizer of so many ids, at least 260: the bytes, after pad, BOS, EOS and an unknown one. It keeps any text."""
+    """A tokenizer of so many ids, 260 or more: the bytes, after pad, BOS, EOS and unknown. It keeps any text."""
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
