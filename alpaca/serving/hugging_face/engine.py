@@ -1,6 +1,7 @@
-"""The engine for any causal model of transformers (LLaMA, OPT, BLOOM …): one request at a time, in order.
+"""The engine for any causal model of transformers (OPT, BLOOM, Mamba …): one request at a time, in order.
 
-The completions of one request run as one batch on the prompt's keys and values. Beam search is transformers' own.
+The completions of one request run as one batch, in the way of decoding that was found right for the model at start.
+Beam search is transformers' own.
 """
 
 import logging
@@ -13,7 +14,6 @@ from types import MappingProxyType
 
 import torch
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     StoppingCriteria,
@@ -28,6 +28,9 @@ from alpaca.formats.hf.folder import require_all_weights
 from alpaca.formats.hf.loading import load_causal_lm
 from alpaca.formats.hf.quantization import allow_any_width_on_cpu
 from alpaca.serving.engine import Engine, Generation, is_device_lost
+from alpaca.serving.hugging_face.decoding import QUICKEST, Decoder, Way
+from alpaca.serving.hugging_face.fitness import check_config, choose_context, count_rows, naming_the_folder
+from alpaca.serving.hugging_face.proof import find_way
 from alpaca.serving.llama.sampling import SamplingState, commit_tokens, require_finite, sample_tokens
 from alpaca.serving.request import Request
 from alpaca.serving.served_model import adapter_names, check_tokenizers
@@ -37,9 +40,6 @@ from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_PREFILL_TOKENS = 512  # a long prompt is read in pieces, so that a cancelled request ends between them
-_DEFAULT_CONTEXT = 2048  # for models that name none (BLOOM)
 
 
 class TransformersEngine(Engine):
@@ -53,13 +53,17 @@ class TransformersEngine(Engine):
         max_context: int,
         eos_ids: frozenset[int] | None = None,
         adapters: Mapping[str, AdapterFolder] = MappingProxyType({}),
+        way: Way = QUICKEST,
     ) -> None:
-        """Takes the model over and wraps the layers that adapters change. Raises InputError if one does not fit."""
+        """Takes the model over and wraps the layers that adapters change. Raises InputError if one does not fit.
+
+        way: how the model may be decoded (`proof.find_way`).
+        """
         self.tokenizer = tokenizer
         self.max_context = max_context
         self.adapters = adapter_names(adapters)
         self._use_adapter = _make_switch(model, adapters)
-        self._model = model.eval()
+        self._model, self.way = model.eval(), way
         self._eos_ids = eos_ids or frozenset([tokenizer.eos_id])
         self._waiting: deque[Generation] = deque()
         self._changed = threading.Condition()
@@ -125,24 +129,13 @@ class TransformersEngine(Engine):
         if generation.request.num_beams > 1:
             self._beam_search(generation)
             return
-        cache = DynamicCache(config=self._model.config)
-        logits = self._prefill(generation, cache)
-        if logits is not None:
-            self._decode(generation, cache, logits)
-
-    def _prefill(self, generation: Generation, cache: DynamicCache) -> torch.Tensor | None:
-        """Compute the prompt. Returns the logits [n, V] after it, or None if the request was cancelled meanwhile."""
-        request = generation.request
+        decoder, request = self.way.make(self._model), generation.request
         prompt = torch.tensor([request.prompt_ids], device=self._model.device)
-        for piece in prompt.split(_PREFILL_TOKENS, dim=1):
-            if generation.is_cancelled:
-                return None
-            logits = self._forward(piece, cache)
-        if request.n > 1:
-            cache.batch_repeat_interleave(request.n)
-        return logits.repeat(request.n, 1)
+        logits = decoder.begin(prompt, request.n, lambda: generation.is_cancelled)
+        if logits is not None:
+            self._decode(generation, decoder, logits)
 
-    def _decode(self, generation: Generation, cache: DynamicCache, logits: torch.Tensor) -> None:
+    def _decode(self, generation: Generation, decoder: Decoder, logits: torch.Tensor) -> None:
         """Generate token after token for the completions still running, as one batch."""
         request = generation.request
         # An embedding may be padded beyond the tokenizer, and a config may name EOS ids that the tokenizer has not.
@@ -162,9 +155,9 @@ class TransformersEngine(Engine):
             if generation.is_cancelled or self._closed or not kept:
                 return
             if len(kept) < len(running):
-                cache.batch_select_indices(torch.tensor(kept, device=logits.device))
+                decoder.keep(kept)
                 running, chosen = [running[row] for row in kept], [chosen[row] for row in kept]
-            logits = self._forward(torch.tensor(chosen, device=logits.device)[:, None], cache)
+            logits = decoder.step(torch.tensor(chosen, device=logits.device))
 
     def _publish(self, generation: Generation, completion: int, token_id: int, is_last: bool) -> bool:
         """Hand on one token. Returns whether its completion goes on."""
@@ -178,10 +171,6 @@ class TransformersEngine(Engine):
             generation.finish(completion)
         return not (is_eos or is_last)
 
-    def _forward(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Logits [R, V] after the last of the token ids [R, T], which are added to the cache."""
-        return self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
     def _beam_search(self, generation: Generation) -> None:
         request = generation.request
         prompt = torch.tensor([request.prompt_ids], device=self._model.device)
@@ -189,6 +178,7 @@ class TransformersEngine(Engine):
             prompt,
             attention_mask=torch.ones_like(prompt),
             generation_config=_beam_config(request, sorted(self._eos_ids)),
+            use_cache=self.way.copies_rows,  # beams are rows that are copied and dropped
             stopping_criteria=StoppingCriteriaList([_StopWhenCancelled(generation)]),
         )
         for completion, sequence in enumerate(sequences[:, prompt.shape[1] :].tolist()):
@@ -242,20 +232,26 @@ def load_transformers_engine(
     if not (folder / "config.json").is_file():
         raise MissingInput(f"{folder} holds no model: no config.json; found: {list_folder(folder)}")
     start = time.monotonic()
+    check_config(folder)
     tokenizer = load_tokenizer(folder)
     check_tokenizers(adapters, tokenizer)
-    model = _load_model(folder, settings)
-    tokenizer.require_rows(model.get_input_embeddings().weight.shape[0], folder)
+    with naming_the_folder(folder):
+        model = _load_model(folder, settings)
+    num_rows = count_rows(model, folder)
+    tokenizer.require_rows(num_rows, folder)
     if model.device.type == "cuda":
         _bound_gpu_memory(settings.memory_fraction)
-    max_context = _max_context(model, settings)
+    max_context = choose_context(model, settings)
     logger.info(
         "loaded %s in %.1f s: %.1f M parameters, %s on %s, quantization %s, context %d tokens",
         folder, time.monotonic() - start, model.num_parameters() / 1e6, str(model.dtype).removeprefix("torch."),
         model.device, settings.quantization, max_context,
     )  # fmt: skip
-    eos_ids = read_eos_ids(folder, tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
-    return TransformersEngine(model, tokenizer, max_context=max_context, eos_ids=eos_ids, adapters=adapters)
+    eos_ids = read_eos_ids(folder, tokenizer, vocab_size=num_rows)
+    model.eval()
+    shown = [token_id for token_id in range(min(tokenizer.size, num_rows)) if token_id not in tokenizer.special_ids]
+    way = find_way(model, shown, prefix=tokenizer.prefix_ids, max_context=max_context)
+    return TransformersEngine(model, tokenizer, max_context=max_context, eos_ids=eos_ids, adapters=adapters, way=way)
 
 
 def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
@@ -270,8 +266,9 @@ def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
             f"{folder} does not fit the GPU as {dtype}: set ALPACA_QUANTIZATION to int8 or nf4 ({error})"
         ) from error
     require_all_weights(folder, found["missing_keys"])
-    num_layers = model.config.get_text_config().num_hidden_layers
-    check_layers(num_layers, found["unexpected_keys"], where=str(folder))
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if num_layers is not None:  # BLT's parts have a number each
+        check_layers(num_layers, found["unexpected_keys"], where=str(folder))
     if settings.quantization == "nf4" and device.type == "cpu":
         allow_any_width_on_cpu(model)
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
@@ -283,10 +280,3 @@ def _bound_gpu_memory(fraction: float) -> None:
     """Limit the allocator to the memory that the weights took, and `fraction` of what is free after them."""
     free, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + fraction * free) / total)
-
-
-def _max_context(model: PreTrainedModel, settings: ServerSettings) -> int:
-    own = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_CONTEXT
-    if settings.max_context is not None and settings.max_context > own:
-        logger.warning("ALPACA_MAX_CONTEXT %d is cut to the model's context of %d tokens", settings.max_context, own)
-    return min(settings.max_context or own, own)

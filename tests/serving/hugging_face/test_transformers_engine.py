@@ -87,7 +87,7 @@ def test_beam_search_is_generates(engine):
 
 def test_long_prompts_read_in_pieces_give_the_same(engine, monkeypatch):
     whole = tokens(engine.submit(request(prompt_ids=tuple(range(3, 103)))))
-    monkeypatch.setattr("alpaca.serving.hugging_face.engine._PREFILL_TOKENS", 7)
+    monkeypatch.setattr("alpaca.serving.hugging_face.decoding.PREFILL_TOKENS", 7)
     assert tokens(engine.submit(request(prompt_ids=tuple(range(3, 103))))) == whole
 
 
