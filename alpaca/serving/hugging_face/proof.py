@@ -40,6 +40,7 @@ def find_way(model: PreTrainedModel, ids: Sequence[int], *, prefix: Sequence[int
     start = time.monotonic()
     _check_inputs(model, ids)
     texts = [_Text(model, ids, prefix, max_context, seed=seed) for seed in range(_NUM_TEXTS)]
+    _choose_attention(model, texts[0])
     why_not = _find_difference(model, QUICKEST, texts)
     way = QUICKEST if why_not is None else _find_other_way(model, texts)
     if why_not:
@@ -112,6 +113,34 @@ def _check_inputs(model: PreTrainedModel, ids: Sequence[int]) -> None:
             f"a model of type {model.config.model_type} cannot be served: it does not go on with a text but fills in "
             "tokens that are added to it, which this server does not do"
         )
+
+
+@torch.inference_mode()
+def _choose_attention(model: PreTrainedModel, text: _Text) -> None:
+    """Let the model compute attention plainly where transformers' fused kind gives other logits.
+
+    It leaves out what some types ask for: a cap of scores (VaultGemma), a mask of the type's own (Doge).
+    """
+    fused = getattr(model.config, "_attn_implementation", None)
+    if fused in (None, "eager"):
+        return
+    _require_truth(text, model)
+    try:
+        model.set_attn_implementation("eager")
+        plain = Forward(model).last(text.prompt)
+    except Exception as error:
+        _raise_if_fatal(error)
+        model.set_attn_implementation(fused)
+        return
+    distance = _distance(text.truth[0][:1], plain)
+    if distance < torch.finfo(model.dtype).eps ** 0.5 or not plain.isfinite().all():
+        model.set_attn_implementation(fused)
+        return
+    del text.truth
+    logger.warning(
+        "this %s model computes attention plainly, slower and with more memory on long texts: transformers' %s kind "
+        "gives other logits, by %.2g of them", model.config.model_type, fused, distance,
+    )  # fmt: skip
 
 
 @torch.inference_mode()

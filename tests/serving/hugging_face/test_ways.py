@@ -145,6 +145,17 @@ def test_half_precision_tells_rounding_from_a_lost_past():
         assert find_way(llama(kind).bfloat16(), IDS, max_context=64).memory == expected
 
 
+def test_attention_is_computed_plainly_where_the_fused_kind_differs(caplog):
+    """transformers' fused attention has another mask for Doge than its plain one."""
+    doge = tiny_model("doge")
+    assert find_way(doge, IDS, max_context=64) == QUICKEST
+    assert doge.config._attn_implementation == "eager"
+    assert "this doge model computes attention plainly" in caplog.text
+    usual = llama()
+    find_way(usual, IDS, max_context=64)
+    assert usual.config._attn_implementation == "sdpa"
+
+
 def test_large_models_are_tried_with_few_tokens(monkeypatch):
     model = llama()
     monkeypatch.setattr(model, "num_parameters", lambda: 7_000_000_000)
