@@ -37,25 +37,29 @@ class SentencePieceTokenizer(Tokenizer):
         listed: Iterable[AddedToken] = (),
         names: SpecialNames | None = None,
         prefixes_all: bool = False,
+        adds_space: bool = True,
     ) -> None:
         """Opens the model. Raises InputError for a damaged file or one without EOS.
 
         added: special tokens and their ids.   listed: added tokens with all that the folder says of them.
         names: the special tokens the folder names; what cannot be right is not followed.
         prefixes_all: text after an added token gets the space in front, too, not only the beginning.
+        adds_space: False: no text gets a space in front, whatever the model says.
         """
         from sentencepiece import SentencePieceProcessor
 
         self.model_file = Path(model_file)
         try:
             self._processor = SentencePieceProcessor(model_file=str(model_file))
+            self._proto = _read_proto(self.model_file, adds_space=adds_space)
+            if not adds_space:
+                self._processor = SentencePieceProcessor(model_proto=self._proto.SerializeToString())
         except (RuntimeError, OSError) as error:
             raise InputError(f"{model_file} is no SentencePiece model, or a damaged one: {error}") from error
         self.base_size = self._processor.get_piece_size()
         special = (AddedToken(token_id=i, content=token) for token, i in (added or {}).items() if i >= self.base_size)
         self._listed = {token.content: self._renumber(token) for token in [*special, *listed]}
-        self._prefixes_all = prefixes_all
-        self._adds_space = _read_proto(self.model_file).normalizer_spec.add_dummy_prefix
+        self._prefixes_all, self._adds_space = prefixes_all, adds_space
         self._set_special_tokens(names or SpecialNames(roles={}))
         self._backend = self._make_backend() if any(not token.special for token in self._listed.values()) else None
 
@@ -92,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def drops_first_space(self) -> bool:
-        return self._adds_space
+        return self._proto.normalizer_spec.add_dummy_prefix
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id] if token_id < len(self._bytes) else b""
@@ -117,6 +121,7 @@ class SentencePieceTokenizer(Tokenizer):
             listed=self._listed.values(),
             names=SpecialNames(roles=named, adds_bos=bool(self.prefix_ids)),
             prefixes_all=self._prefixes_all,
+            adds_space=self._adds_space,
             max_length=max_length,
         )
 
@@ -162,7 +167,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _make_backend(self):
         backend = _build_backend(
-            _read_proto(self.model_file), self.model_file, list(self._listed.values()), prefixes_all=self._prefixes_all
+            self._proto, self.model_file, list(self._listed.values()), prefixes_all=self._prefixes_all
         )
         backend.encode_special_tokens = True  # in a user's text they are text
         return backend
@@ -214,6 +219,7 @@ def load_sentencepiece(folder: Path, model_file: Path) -> SentencePieceTokenizer
         listed=read_added_tokens(folder, names).values(),
         names=names,
         prefixes_all=config.get("legacy") is True,
+        adds_space=config.get("add_prefix_space") is not False,
     )
     right = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     wrong = {
@@ -239,6 +245,7 @@ def write_llama_tokenizer(
     names: SpecialNames | None = None,
     pad_token: str | None = None,
     prefixes_all: bool = False,
+    adds_space: bool = True,
     max_length: int | None = None,
 ) -> None:
     """Write LLAMA_TOKENIZER_FILES into `folder`; the parameters are those of SentencePieceTokenizer.
@@ -247,7 +254,7 @@ def write_llama_tokenizer(
     that programs that append `eos_token` as text get EOS. The class is named PreTrainedTokenizerFast because
     transformers' LlamaTokenizer would rebuild the pipeline and lose leading spaces. Raises InputError.
     """
-    proto = _read_proto(model_file)
+    proto = _read_proto(model_file, adds_space=adds_space)
     tokens = [AddedToken(token_id=token_id, content=token) for token, token_id in (added or {}).items()]
     tokens = sorted([*tokens, *listed], key=lambda token: token.token_id)
     roles = {f"{name}_token": proto.pieces[token_id].piece for name, token_id in _special_ids(proto).items()}
@@ -272,12 +279,15 @@ def write_llama_tokenizer(
     }
     if prefixes_all:
         config["legacy"] = True
+    if not adds_space:
+        config["add_prefix_space"] = False
     if max_length:
         config["model_max_length"] = max_length
     write_json(folder / "tokenizer_config.json", config)
 
 
-def _read_proto(model_file: Path):
+def _read_proto(model_file: Path, *, adds_space: bool = True):
+    """The model's message. adds_space: False: it says that no text gets a space in front."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -290,6 +300,7 @@ def _read_proto(model_file: Path):
         raise InputError(f"{model_file} is cut short: it has a vocabulary and no settings; copy the model's own again")
     if not proto.pieces:
         raise InputError(f"{model_file} holds no SentencePiece vocabulary; expected Meta's tokenizer.model")
+    proto.normalizer_spec.add_dummy_prefix &= adds_space
     return proto
 
 

@@ -326,3 +326,25 @@ def test_null_means_none(tmp_path, source):
     write(tmp_path, tokenizer_config={**nothing, "eos_token": None}, special_tokens_map=nothing)
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.prefix_ids) == (1, 2, None, [1])
+
+
+def test_a_config_can_say_that_no_space_is_put_in_front(source, tmp_path):
+    """`add_prefix_space: false`: in the folder as it came, and as it is saved."""
+    from transformers import AutoTokenizer
+
+    folder = write(tmp_path / "own", tokenizer_config={**LLAMA, "add_prefix_space": False})
+    shutil.copy(source.model_file, folder)
+    with_space = shutil.copytree(folder, tmp_path / "usual")
+    (with_space / "tokenizer_config.json").write_text(json.dumps(LLAMA))
+    text = "Once upon a time  there was"
+    saved = write(tmp_path / "saved")
+    load_tokenizer(folder).save(saved)
+    expected = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+    assert expected != load_tokenizer(with_space).encode(text)
+    for place in (folder, saved):
+        tokenizer = load_tokenizer(place)
+        assert tokenizer.encode(text) == expected
+        assert tokenizer.decode(expected) == text
+        assert AutoTokenizer.from_pretrained(place)(text, add_special_tokens=False)["input_ids"] == expected
+    assert not load_tokenizer(folder).drops_first_space
+    assert load_tokenizer(with_space).drops_first_space

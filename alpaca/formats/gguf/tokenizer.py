@@ -114,8 +114,8 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path, num_row
             table.add(token.token_id, token.content, USER_DEFINED)
         elif token.token_id >= tokenizer.base_size:  # text that looks like one stays text, as everywhere here
             table.add(token.token_id, token.content, CONTROL)
-    adds_space = proto.normalizer_spec.add_dummy_prefix
-    return _vocabulary(tokenizer, table, folder, num_rows, unknown=proto.trainer_spec.unk_id, adds_space=adds_space)
+    adds_space, unknown = tokenizer.drops_first_space, proto.trainer_spec.unk_id  # what it adds it drops
+    return _vocabulary(tokenizer, table, folder, num_rows, unknown=unknown, adds_space=adds_space)
 
 
 def _check_sentencepiece(proto, model_file: Path) -> None:
