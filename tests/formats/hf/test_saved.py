@@ -14,8 +14,9 @@ from alpaca.formats.hf.loading import load_causal_lm
 from alpaca.formats.hf.merging import open_merged
 from alpaca.formats.hf.pickled import open_model_weights
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
+from alpaca.formats.hf.saved.gptq import _read_zeros
 from alpaca.formats.hf.saved.packed import unpack_integers
-from tests.formats.hf.saved_sources import FORMATS, pack_rows, save_quantized
+from tests.formats.hf.saved_sources import FORMATS, less_ones, pack_rows, save_quantized
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 5, 9, 33, 60, 2, 7]])
@@ -48,6 +49,14 @@ def bits_of(tensor: torch.Tensor) -> bytes:
 def test_integers_are_unpacked_from_a_stream_of_bits(num_bits: int):
     values = torch.randint(0, 2**num_bits, (3, 75))
     assert torch.equal(unpack_integers(pack_rows(values, num_bits), num_bits, 75), values.int())
+
+
+def test_a_zero_point_of_0_borrows_from_its_neighbours_and_gets_it_back():
+    """GPTQModel's word arithmetic: zero points 0 1 0 … of 4 bits, less 0x11111111, are no nibbles less one."""
+    zeros = torch.arange(64).view(1, 64) % 2
+    stored = less_ones(pack_rows(zeros, 4), 4)
+    assert not torch.equal(stored, pack_rows((zeros - 1) % 16, 4))
+    assert torch.equal(_read_zeros(stored, 4, 64, {}, less_one=True), zeros.int())
 
 
 @pytest.mark.parametrize("kind", FORMATS)
