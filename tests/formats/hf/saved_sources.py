@@ -132,6 +132,19 @@ def float8_blocks(weight: torch.Tensor, *, size: int = 32) -> tuple[Tensors, tor
     return {"weight": codes, "weight_scale_inv": scale}, codes.float() * whole
 
 
+def float8_blocks_compressed(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """The same, by compressed-tensors' name of the scales."""
+    tensors, stands_for = float8_blocks(weight)
+    return {"weight": tensors["weight"], "weight_scale": tensors["weight_scale_inv"]}, stands_for
+
+
+def float8_tensor(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """A matrix as AutoFP8 saves it: 8-bit floats, a scale for all of it, and one for its layer's input."""
+    scale = weight.abs().max() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.7)}, codes.float() * scale
+
+
 def compressed_config(layout: str, kind: str, num_bits: int, **weights: object) -> dict[str, object]:
     how = {"type": kind, "num_bits": num_bits, "strategy": "channel", "symmetric": True, **weights}
     groups = {"group_0": {"targets": ["Linear"], "weights": how, "format": layout}}
@@ -169,6 +182,13 @@ FORMATS = {
     ),
     "compressed w8a8": (int8_rows, compressed_config("int-quantized", "int", 8)),
     "compressed fp8": (float8_rows, compressed_config("float-quantized", "float", 8)),
+    "compressed fp8 by blocks": (
+        float8_blocks_compressed, compressed_config("float-quantized", "float", 8, block_structure=[32, 32]),
+    ),
+    "compressed fp8 by blocks in words": (
+        float8_blocks_compressed, compressed_config("float-quantized", "float", 8, block_structure="32x32"),
+    ),
+    "AutoFP8": (float8_tensor, {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}),
     "fp8 by blocks": (float8_blocks, {"quant_method": "fp8", "weight_block_size": [32, 32]}),
 }  # fmt: skip
 

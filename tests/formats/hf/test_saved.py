@@ -16,7 +16,7 @@ from alpaca.formats.hf.pickled import open_model_weights
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
 from alpaca.formats.hf.saved.gptq import _read_zeros
 from alpaca.formats.hf.saved.packed import unpack_integers
-from tests.formats.hf.saved_sources import FORMATS, less_ones, pack_rows, save_quantized
+from tests.formats.hf.saved_sources import FORMATS, compressed_config, less_ones, pack_rows, save_quantized
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 5, 9, 33, 60, 2, 7]])
@@ -167,6 +167,15 @@ REFUSED = {
     "a compressed format": (
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized'",
     ),
+    "rotated weights": (
+        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}},
+        "with a transform_config: its weights are rotated .*; take the model it was made from",
+    ),
+    **{
+        f"a block of {block}": (compressed_config("float-quantized", "float", 8, block_structure=block),
+        "expected two whole numbers for 'block_structure', .* found")
+        for block in ("", "128", "128x", "128x128x128", "0x128", [128], [128, "128"], [128.0, 128], [True, 128])
+    },
     "whole weights": ({"quant_method": "gptq", "bits": 4}, "saved quantized by gptq, and none of its tensors is"),
 }  # fmt: skip
 
@@ -179,6 +188,38 @@ def test_what_is_not_read_is_refused_by_name(kind: str, whole: Path, tmp_path: P
     config = json.loads((whole / "config.json").read_text()) | {"quantization_config": how}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
+        open_model_weights(tmp_path)
+
+
+def change_how(folder: Path, **how: object) -> None:
+    """Change config.json's quantization_config; None takes a setting out."""
+    config = json.loads((folder / "config.json").read_text())
+    changed = config["quantization_config"] | how
+    config["quantization_config"] = {name: value for name, value in changed.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("transform", [{}, {"config_groups": {}}])
+def test_a_transform_of_nothing_is_none(transform: dict[str, object], whole: Path, tmp_path: Path):
+    expected = save_quantized(whole, tmp_path, "compressed fp8")
+    change_how(tmp_path, transform_config=transform)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(open_model_weights(tmp_path).tensor(name), expected[name])
+
+
+@pytest.mark.parametrize("declared", [None, [32, 32]])
+def test_a_guessed_size_of_blocks_is_logged(declared: list[int] | None, whole: Path, tmp_path: Path, caplog):
+    expected = save_quantized(whole, tmp_path, "fp8 by blocks")
+    change_how(tmp_path, weight_block_size=declared)
+    weights = open_model_weights(tmp_path)
+    assert all(torch.equal(weights.tensor(name).float(), tensor.float()) for name, tensor in expected.items())
+    assert ("names no weight_block_size; blocks of 128 x 128 are assumed" in caplog.text) == (declared is None)
+
+
+def test_more_scales_than_one_of_a_whole_matrix_are_refused(whole: Path, tmp_path: Path):
+    save_quantized(whole, tmp_path, "compressed fp8")
+    change_how(tmp_path, quant_method="fp8")
+    with pytest.raises(InputError, match=r"weight_scale is \[\d+, 1\], expected one scale for the whole weight"):
         open_model_weights(tmp_path)
 
 
