@@ -16,6 +16,8 @@ _RESAVE = (
     'resave it where it came from, by a program that you trust: torch.save(torch.load(OLD, map_location="cpu", '
     "weights_only=False), NEW)"
 )
+_USUAL_TABLES = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the model's own
+_NUM_SHOWN, _NUM_KEY_CHARACTERS = 5, 80  # of a file's keys, in errors
 _READ_PROTOCOL = 2  # the one torch.save uses unless told otherwise, and the only one that is read without running code
 
 
@@ -34,8 +36,49 @@ def read_tensors(path: Path, *, expected: str, reads_whole: bool = False) -> dic
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, struct.error, pickle.UnpicklingError) as error:
         raise InputError(_explain(path, error, expected)) from error
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise InputError(f"{path} holds something else than a plain table of tensors; expected {expected}")
+        raise InputError(
+            f"{path} holds something else than a plain table of tensors; expected {expected}, found "
+            f"{_describe_content(content)}"
+        )
     return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _describe_content(content: object) -> str:
+    """What a file holds in place of a table of tensors, and the line of Python that makes one of it, where one does."""
+    if not isinstance(content, Mapping):
+        return _describe_value(content)
+    named = [f"{_shorten(key)} ({_describe_value(value)})" for key, value in content.items()]
+    others = [at for at, value in enumerate(content.values()) if not isinstance(value, torch.Tensor)]
+    shown = [named[at] for at in others[:_NUM_SHOWN]]
+    rest = f" and {len(others) - len(shown)} more" if len(others) > len(shown) else ""
+    beside = f", beside {_count_tensors(content)} tensors" if len(others) < len(content) else ""
+    return f"{', '.join(shown)}{rest}{beside}{_tell_unwrapping(content)}"
+
+
+def _tell_unwrapping(content: Mapping[object, object]) -> str:
+    loaded = 'torch.load(OLD, map_location="cpu", weights_only=True)'
+    tables = [key for key, value in content.items() if isinstance(value, Mapping) and _count_tensors(value)]
+    if _count_tensors(content):
+        kept = f"{{name: value for name, value in {loaded}.items() if torch.is_tensor(value)}}"
+        return f"; keep the tensors alone: torch.save({kept}, NEW)"
+    if tables:
+        inner = next((key for key in _USUAL_TABLES if key in tables), tables[0])
+        return f"; unwrap the model's table: torch.save({loaded}[{_shorten(inner)}], NEW)"
+    return ""
+
+
+def _describe_value(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"a table of {_count_tensors(value)} tensors"
+    return "a tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _count_tensors(content: Mapping[object, object]) -> int:
+    return sum(isinstance(value, torch.Tensor) for value in content.values())
+
+
+def _shorten(key: object) -> str:
+    return repr(key) if len(repr(key)) <= _NUM_KEY_CHARACTERS else f"{repr(key)[:_NUM_KEY_CHARACTERS]}…"
 
 
 def _explain(path: Path, error: Exception, expected: str) -> str:

@@ -1,6 +1,7 @@
 """Files of torch.save: a plain table of tensors is read, however it is wrapped; all else is called what it is."""
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,40 @@ def test_other_contents_are_refused_and_never_run(tmp_path: Path):
         with pytest.raises(InputError):
             read(tmp_path / name, reads_whole=True)
     assert not (tmp_path / "trapped").exists()
+
+
+A = {"a.weight": torch.ones(2)}
+UNWRAPPED = {
+    "state_dict": (
+        {"state_dict": A, "epoch": 3},
+        "found 'state_dict' (a table of 1 tensors), 'epoch' (int); unwrap the model's table: "
+        "torch.save(torch.load(OLD, map_location=\"cpu\", weights_only=True)['state_dict'], NEW)",
+    ),
+    "model after others": ({"ema": A, "model": A}, "weights_only=True)['model'], NEW)"),
+    "a name of its own": ({"net": A}, "weights_only=True)['net'], NEW)"),
+    "numbers beside tensors": (
+        {**A, "step": 3, "lr": 0.1},
+        "found 'step' (int), 'lr' (float), beside 1 tensors; keep the tensors alone: torch.save({name: value for name, "
+        'value in torch.load(OLD, map_location="cpu", weights_only=True).items() if torch.is_tensor(value)}, NEW)',
+    ),
+    "many": ({f"key {number}": number for number in range(9)}, "'key 4' (int) and 4 more"),
+    "a long key": ({"k" * 500: 1}, f"found '{'k' * 79}… (int)"),
+    "a list": ([A], "found list"),
+}
+
+
+@pytest.mark.parametrize("kind", UNWRAPPED)
+def test_keys_of_another_table_are_named_with_how_to_unwrap_it(kind: str, tmp_path: Path):
+    content, message = UNWRAPPED[kind]
+    torch.save(content, tmp_path / "old.bin")
+    with pytest.raises(InputError, match=re.escape(message) + "$"):
+        read_tensors(tmp_path / "old.bin", expected="PyTorch file")
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "numbers beside tensors"])
+def test_the_told_line_makes_a_file_that_is_read(kind: str, tmp_path: Path):
+    content, message = UNWRAPPED[kind]
+    torch.save(content, tmp_path / "old.bin")
+    line = message[message.index("torch.save") :]
+    exec(line, {"torch": torch, "OLD": tmp_path / "old.bin", "NEW": tmp_path / "new.bin"})
+    assert torch.equal(read_tensors(tmp_path / "new.bin", expected="PyTorch file")["a.weight"], A["a.weight"])

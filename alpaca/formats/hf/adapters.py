@@ -123,6 +123,12 @@ def open_adapter(folder: str | Path) -> AdapterFolder:
     config = read_json(folder / CONFIG_NAME)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder / CONFIG_NAME}: expected the peft_type LORA, found {config.get('peft_type')!r}")
+    if config.get("target_parameters"):  # its low-rank matrices are not shaped as those of layers
+        raise InputError(
+            f"{folder / CONFIG_NAME} has target_parameters {config['target_parameters']!r}: it changes parameters of a "
+            "module (experts in one tensor, say), not linear layers, which is not read here; train it without them, or "
+            "merge it into its base by PEFT's merge_and_unload()"
+        )
     _check_numbers(config, folder / CONFIG_NAME)
     tensors = _read_tensors(folder)
     adapter = AdapterFolder(

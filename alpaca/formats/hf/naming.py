@@ -1,7 +1,9 @@
 """Folders whose tensors carry names of a wrapper: read under the model's own names where that is certain.
 
-A compiled module saves `_orig_mod.` before its names, DistributedDataParallel `module.`, PEFT `base_model.model.`, and
-a model without its head leaves out `model.`. Each is taken away, or added, only where every tensor agrees.
+A compiled module saves `_orig_mod.` before its names, DistributedDataParallel `module.`, PEFT `base_model.model.`, TRL
+`pretrained_model.`, and a model without its head leaves out `model.`. Each is taken away, or added, only where every
+tensor agrees; those that are no module of any model are taken away wherever they stand. What TRL trains beside a
+model, its value head, is left out.
 """
 
 import re
@@ -13,9 +15,13 @@ from alpaca.architecture.families import FAMILIES
 from alpaca.architecture.tensors import LAYER_PREFIX, OUTER, hf_name
 from alpaca.errors import InputError
 
-_COMPILED = re.compile(r"(^|(?<=\.))_orig_mod\.")
-_WRAPPERS = ("module.", "base_model.model.", "_fsdp_wrapped_module.", "_forward_module.")
+_INSIDE = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = ("module.", "base_model.model.", "pretrained_model.", "_forward_module.")
 _TEXT_PART = "language_model."  # of a model that sees, too
+_NEWER_TEXT_PART = f"model.{_TEXT_PART}"  # beside its head
+_OTHER_PART = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|mm_projector)\.")
+_VALUE_HEAD = re.compile(r"(^|\.)v_head\.summary\.")
+_CLASSES = "score."
 _LAYER_MARK = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 # A LLaMA without its head is saved as the module `model` alone: these are its names, with `model.` taken away.
 _INNER = "model."
@@ -27,19 +33,31 @@ _BARE_NAMES = tuple(
 def find_names(stored: Iterable[str], config: Mapping[str, Any], *, where: Path) -> dict[str, str]:
     """The model's own name of each stored tensor's, for those that have another; {} where all are plain.
 
-    Raises InputError, naming what the folder holds, for an adapter that was saved inside its base.
+    Raises InputError, naming what the folder holds, for an adapter that was saved inside its base, a classifier, a
+    model that sees, and parameters that FSDP saved flat.
     """
-    stored = list(stored)
+    stored = [name for name in stored if not _VALUE_HEAD.search(name)]
     _refuse_unmerged(stored, where)
-    own = {name: name for name in stored}
-    for rename in (_without_compiler, _without_wrappers(_has_layers_in_model(config)), _with_model(config, where)):
+    _refuse_flat(stored, where)
+    own, is_known = {name: name for name in stored}, _has_layers_in_model(config)
+    for rename in (
+        _without_inner_wrappers, _without_wrappers(is_known), _without_text_part(is_known), _with_model(config, where),
+    ):  # fmt: skip
         own = dict(zip(own, rename(list(own.values())), strict=True))
+    _refuse_classifier(own.values(), where)
+    if is_known:
+        _refuse_other_parts(own.values(), where)
     if len(set(own.values())) < len(own):
         twice = sorted(name for name in own.values() if list(own.values()).count(name) > 1)
         raise InputError(
             f"{where} holds {twice[0]!r} under two names, plain and wrapped (_orig_mod., module.): keep one of them"
         )
     return {name: renamed for name, renamed in own.items() if name != renamed}
+
+
+def find_value_head(stored: Iterable[str]) -> list[str]:
+    """Tensors of the head by which TRL's PPO rates a text, `v_head.summary.*`: no language model has a use for them."""
+    return [name for name in stored if _VALUE_HEAD.search(name)]
 
 
 def describe_renaming(names: Mapping[str, str]) -> str:
@@ -57,8 +75,8 @@ def alias_tied_head(names: Iterable[str], config: Mapping[str, Any]) -> dict[str
     return {head: embedding} if head in names and embedding not in names else {}
 
 
-def _without_compiler(names: list[str]) -> list[str]:
-    return [_COMPILED.sub("", name) for name in names]
+def _without_inner_wrappers(names: list[str]) -> list[str]:
+    return [_INSIDE.sub("", name) for name in names]
 
 
 def _has_layers_in_model(config: Mapping[str, Any]) -> bool:
@@ -72,7 +90,7 @@ def _without_wrappers(is_known: bool) -> Callable[[list[str]], list[str]]:
 
     def rename(names: list[str]) -> list[str]:
         while wrapper := _find_wrapper(names, is_known):
-            names = _without_compiler([name.removeprefix(wrapper) for name in names])
+            names = _without_inner_wrappers([name.removeprefix(wrapper) for name in names])
         return names
 
     return rename
@@ -87,6 +105,21 @@ def _find_wrapper(names: list[str], is_known: bool) -> str | None:
     if not wrapped and is_inner and any(name.startswith(inner) for name in names):
         return _INNER
     return wrapped[0] if wrapped else None
+
+
+def _without_text_part(is_known: bool) -> Callable[[list[str]], list[str]]:
+    """Reads `model.language_model.` as `model.`, where all tensors but the head have it. is_known: as above."""
+
+    def rename(names: list[str]) -> list[str]:
+        inner = [name for name in names if name != hf_name("head")]
+        if not is_known or not inner or not all(name.startswith(_NEWER_TEXT_PART) for name in inner):
+            return names
+        bare = [name.removeprefix(_NEWER_TEXT_PART) for name in names]
+        if any(name.startswith(_INNER) for name in bare):  # a whole model, with its own head
+            return bare
+        return [name if name == hf_name("head") else _INNER + name for name in bare]
+
+    return rename
 
 
 def _with_model(config: Mapping[str, Any], where: Path) -> Callable[[list[str]], list[str]]:
@@ -123,3 +156,29 @@ def _refuse_unmerged(names: list[str], where: Path) -> None:
         f"{where} holds {what} ({adapted[0]!r}): merge it where it was trained, by PEFT's merge_and_unload(), and save "
         "the result; or save the adapter alone, and give its folder with the base model"
     )
+
+
+def _refuse_classifier(names: Iterable[str], where: Path) -> None:
+    names = list(names)
+    found = next((name for name in names if name.startswith(_CLASSES)), None)
+    if found and hf_name("head") not in names:
+        raise InputError(
+            f"{where} holds a classifier or reward model, no language model: it has {found!r} in place of "
+            f"{hf_name('head')}; give the language model that it was made from"
+        )
+
+
+def _refuse_other_parts(names: Iterable[str], where: Path) -> None:
+    if found := next((name for name in names if _OTHER_PART.search(name)), None):
+        raise InputError(
+            f"{where} holds a model that takes images or sound ({found!r}), and its config.json is that of a text "
+            "model: save its text part alone, with its head, where the whole can be loaded"
+        )
+
+
+def _refuse_flat(names: Iterable[str], where: Path) -> None:
+    if found := next((name for name in names if name.rpartition(".")[2].startswith("_flat_param")), None):
+        raise InputError(
+            f"{where} holds parameters that FSDP keeps flat, many in one ({found!r}): save the whole model where it "
+            "was trained, with StateDictType.FULL_STATE_DICT"
+        )

@@ -7,7 +7,7 @@ run. `open_model_weights` takes whichever kind a folder holds.
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from alpaca.formats.hf.folder import (
     read_weight_map,
     warn_of_other_file,
 )
-from alpaca.formats.hf.naming import alias_tied_head, describe_renaming, find_names
+from alpaca.formats.hf.naming import alias_tied_head, describe_renaming, find_names, find_value_head
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
 from alpaca.formats.hf.saved.unpacking import UnpackedWeights
 from alpaca.formats.torch_files import read_tensors
@@ -57,11 +57,14 @@ class Weights(Protocol):
 
 
 class RenamedWeights:
-    """Weights of which some have other names than their file's. `names`: the new one of each old one."""
+    """Weights of which some have other names than their file's, and some are left out.
 
-    def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
+    names: the new name of each old one.    without: old names of the tensors that are left out.
+    """
+
+    def __init__(self, weights: Weights, names: Mapping[str, str], *, without: Collection[str] = ()) -> None:
         self.path, self._weights = weights.path, weights
-        self._stored = {names.get(name, name): name for name in weights.names}
+        self._stored = {names.get(name, name): name for name in weights.names if name not in without}
 
     @property
     def names(self) -> list[str]:
@@ -69,7 +72,8 @@ class RenamedWeights:
 
     def specs(self) -> list[TensorSpec]:
         own = {name: new for new, name in self._stored.items()}
-        return [dataclasses.replace(spec, name=own[spec.name]) for spec in self._weights.specs()]
+        specs = [spec for spec in self._weights.specs() if spec.name in own]
+        return [dataclasses.replace(spec, name=own[spec.name]) for spec in specs]
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self._stored:
@@ -183,7 +187,10 @@ def open_model_weights(folder: str | Path, *, dtype: torch.dtype | None = None) 
     names = find_names(weights.names, config, where=folder)
     if names:
         _log_once("%s: %s", folder, describe_renaming(names))
-    weights = RenamedWeights(weights, names) if names else weights
+    value_head = find_value_head(weights.names)
+    if value_head:
+        _log_once(f"{folder}: {', '.join(value_head)} of TRL's value head are not read: no language model has them")
+    weights = RenamedWeights(weights, names, without=value_head) if names or value_head else weights
     if config.get("quantization_config"):
         weights = UnpackedWeights(weights, config, dtype=dtype)
         _log_once("%s: %s", folder, weights.describe())
@@ -195,7 +202,8 @@ def open_model_weights(folder: str | Path, *, dtype: torch.dtype | None = None) 
 def opens_as_stored(folder: str | Path) -> bool:
     """Whether a folder's tensors are whole and plainly named, so that transformers reads them by itself, too."""
     config = _read_config(Path(folder))
-    is_plain = not find_names(_open_stored(Path(folder)).names, config, where=Path(folder))
+    stored = _open_stored(Path(folder)).names
+    is_plain = not find_names(stored, config, where=Path(folder)) and not find_value_head(stored)
     return is_plain and not config.get("quantization_config")
 
 

@@ -24,22 +24,43 @@ def pack_rows(values: torch.Tensor, num_bits: int) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
+# What GPTQModel takes from the words of packed zeros for its first format, as its source has them, in turn by column.
+WORD_ONES = {
+    2: [0b01010101010101010101010101010101],
+    3: [0b00100100100100100100100100100100, 0b10010010010010010010010010010010, 0b01001001001001001001001001001001],
+    4: [0b00010001000100010001000100010001],
+    8: [0b00000001000000010000000100000001],
+}
+
+
+def less_ones(words: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Words of packed zeros, each less its constant in unsigned arithmetic of 32 bits, by Python's whole numbers."""
+    ones = WORD_ONES[num_bits]
+    rows = [[(word - ones[at % len(ones)]) % 2**32 for at, word in enumerate(row)] for row in words.tolist()]
+    return torch.tensor([[word - 2**32 if word >= 2**31 else word for word in row] for row in rows]).int()
+
+
 def gptq(
-    weight: torch.Tensor, *, num_bits: int = 4, in_order: bool = True, zero_offset: int = 1
+    weight: torch.Tensor, *, num_bits: int = 4, in_order: bool = True, stored: str = "less ones"
 ) -> tuple[Tensors, torch.Tensor]:
-    """A matrix [O, I] as GPTQ's tensors, and what they stand for."""
+    """A matrix [O, I] as GPTQ's tensors, and what they stand for.
+
+    stored: the zero points as they are ("plain"), by words ("less ones", GPTQModel's), or each less one ("less one",
+    AutoGPTQ's, in which a zero point of 0 has no place).
+    """
     num_rows, width = weight.shape
     generator = torch.Generator().manual_seed(num_rows + width)
     group = torch.arange(width) // GROUP
     if not in_order:
         group = group[torch.randperm(width, generator=generator)]
     scales = (torch.rand(width // GROUP, num_rows, generator=generator) * 0.05 + 0.01).half()
-    zeros = torch.randint(1, 2**num_bits, (width // GROUP, num_rows), generator=generator)
+    zeros = torch.randint(int(stored == "less one"), 2**num_bits, (width // GROUP, num_rows), generator=generator)
     codes = (weight.t() / scales.float()[group] + zeros[group]).round().clamp(0, 2**num_bits - 1).int()
     stands_for = (scales[group] * (codes - zeros[group]).half()).t()
+    packed = pack_rows(zeros - int(stored == "less one"), num_bits)
     tensors = {
         "qweight": pack_rows(codes.t(), num_bits).t(),
-        "qzeros": pack_rows(zeros - zero_offset, num_bits),
+        "qzeros": less_ones(packed, num_bits) if stored == "less ones" else packed,
         "scales": scales,
         "g_idx": group.int(),
     }
@@ -111,6 +132,19 @@ def float8_blocks(weight: torch.Tensor, *, size: int = 32) -> tuple[Tensors, tor
     return {"weight": codes, "weight_scale_inv": scale}, codes.float() * whole
 
 
+def float8_blocks_compressed(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """The same, by compressed-tensors' name of the scales."""
+    tensors, stands_for = float8_blocks(weight)
+    return {"weight": tensors["weight"], "weight_scale": tensors["weight_scale_inv"]}, stands_for
+
+
+def float8_tensor(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """A matrix as AutoFP8 saves it: 8-bit floats, a scale for all of it, and one for its layer's input."""
+    scale = weight.abs().max() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.7)}, codes.float() * scale
+
+
 def compressed_config(layout: str, kind: str, num_bits: int, **weights: object) -> dict[str, object]:
     how = {"type": kind, "num_bits": num_bits, "strategy": "channel", "symmetric": True, **weights}
     groups = {"group_0": {"targets": ["Linear"], "weights": how, "format": layout}}
@@ -124,9 +158,18 @@ FORMATS = {
         lambda weight: gptq(weight, in_order=False),
         {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True},
     ),
-    "gptq, 3 bit": (lambda weight: gptq(weight, num_bits=3), {"quant_method": "gptq", "bits": 3, "group_size": GROUP}),
+    "gptq, 2 bit": (lambda weight: gptq(weight, num_bits=2), {"quant_method": "gptq", "bits": 2, "group_size": GROUP}),
+    "gptq, 8 bit": (lambda weight: gptq(weight, num_bits=8), {"quant_method": "gptq", "bits": 8, "group_size": GROUP}),
+    "gptq, 3 bit, AutoGPTQ's": (
+        lambda weight: gptq(weight, num_bits=3, stored="less one"),
+        {"quant_method": "gptq", "bits": 3, "group_size": GROUP},
+    ),
+    "gptq, 3 bit, GPTQModel's": (
+        lambda weight: gptq(weight, num_bits=3),
+        {"quant_method": "gptq", "bits": 3, "group_size": GROUP, "meta": {"quantizer": ["gptqmodel:1.7.0"]}},
+    ),
     "gptq_v2, 8 bit": (
-        lambda weight: gptq(weight, num_bits=8, zero_offset=0),
+        lambda weight: gptq(weight, num_bits=8, stored="plain"),
         {"quant_method": "gptq", "bits": 8, "group_size": GROUP, "checkpoint_format": "gptq_v2"},
     ),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}),
@@ -139,6 +182,13 @@ FORMATS = {
     ),
     "compressed w8a8": (int8_rows, compressed_config("int-quantized", "int", 8)),
     "compressed fp8": (float8_rows, compressed_config("float-quantized", "float", 8)),
+    "compressed fp8 by blocks": (
+        float8_blocks_compressed, compressed_config("float-quantized", "float", 8, block_structure=[32, 32]),
+    ),
+    "compressed fp8 by blocks in words": (
+        float8_blocks_compressed, compressed_config("float-quantized", "float", 8, block_structure="32x32"),
+    ),
+    "AutoFP8": (float8_tensor, {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}),
     "fp8 by blocks": (float8_blocks, {"quant_method": "fp8", "weight_block_size": [32, 32]}),
 }  # fmt: skip
 

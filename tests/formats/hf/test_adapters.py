@@ -162,6 +162,20 @@ def test_what_is_more_than_lora_is_named(values: dict[str, object], found: str |
     assert unsupported_kind(values) == found
 
 
+def test_target_parameters_are_refused_by_name_before_shapes_are_looked_at(folder: Path):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    stacked = {name: tensor.repeat(2, 1) if ".lora_A." in name else tensor for name, tensor in tensors.items()}
+    save_file(stacked, folder / "adapter_model.safetensors")
+    file = folder / "adapter_config.json"
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps({**plain, "target_parameters": ["mlp.experts.gate_up_proj"]}))
+    with pytest.raises(InputError, match=r"has target_parameters \['mlp\.experts\.gate_up_proj'\]: it changes param"):
+        open_adapter(folder)
+    file.write_text(json.dumps({**plain, "target_parameters": []}))
+    with pytest.raises(InputError, match="expected rank"):
+        open_adapter(folder)
+
+
 def test_other_kinds_are_refused(tmp_path: Path):
     base = LlamaForCausalLM(LlamaConfig(**SIZES))
     get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from alpaca.errors import InputError
 from alpaca.formats.hf.loading import load_causal_lm
 from alpaca.formats.hf.naming import find_names
-from alpaca.formats.hf.pickled import open_model_weights
+from alpaca.formats.hf.pickled import open_model_weights, opens_as_stored
 from tests.formats.hf.test_saved import IDS, save_whole
 
 LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
@@ -47,6 +47,12 @@ WRAPPERS = {
     "both": lambda name: f"module._orig_mod.{name}",
     "a module of its own": lambda name: f"model.{name}",
     "a vision model's text part": lambda name: f"language_model.{name}",
+    "a vision model's text part, newer": lambda name: name.replace("model.", "model.language_model.", 1),
+    "a whole text part in a vision model": lambda name: f"model.language_model.{name}",
+    "TRL": lambda name: f"pretrained_model.{name}",
+    "FSDP": lambda name: f"_fsdp_wrapped_module.{name.replace('layers.1.', 'layers.1._fsdp_wrapped_module.')}",
+    "one layer of FSDP": lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module._fpw_module."),
+    "gradient checkpointing": lambda name: name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."),
     "a bare model with its head": lambda name: name.removeprefix("model."),
 }
 
@@ -66,6 +72,19 @@ def test_transformers_loads_a_wrapped_model_from_what_is_read_here(whole: Path, 
     plain = AutoModelForCausalLM.from_pretrained(whole)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
+
+
+@pytest.mark.parametrize("wrapper", ["", "pretrained_model."])
+def test_a_value_head_is_left_out_and_logged(wrapper: str, whole: Path, tmp_path: Path, caplog):
+    expected = write_renamed(whole, tmp_path / "w", lambda name: wrapper + name)
+    beside = {"v_head.summary.weight": torch.ones(1, 64), "v_head.summary.bias": torch.ones(1)}
+    save_file(load_file(tmp_path / "w" / "model.safetensors") | beside, tmp_path / "w" / "model.safetensors")
+    with caplog.at_level("INFO"):
+        weights = open_model_weights(tmp_path / "w")
+    assert set(weights.names) == {spec.name for spec in weights.specs()} == set(expected)
+    assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in expected.items())
+    assert "v_head.summary.weight of TRL's value head are not read" in caplog.text
+    assert not opens_as_stored(tmp_path / "w")
 
 
 def test_a_bare_tied_model_is_whole(tied: Path, tmp_path: Path):
@@ -101,6 +120,13 @@ REFUSED = {
         ["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"], "LoRA adapter without its adapter_config.json",
     ),
     "no head": ([name.removeprefix("model.") for name in PLAIN[:3]], "bare model without lm_head.weight"),
+    "a classifier": ([*PLAIN[:3], "score.weight"], r"classifier .*'score\.weight' in place of lm_head\.weight"),
+    "a wrapped classifier": ([f"module.{name}" for name in [*PLAIN[:3], "score.weight"]], "classifier or reward model"),
+    "a vision model": (
+        ["model.visual.proj.weight", *(name.replace("model.", "model.language_model.") for name in PLAIN)],
+        r"model that takes images or sound \('model\.visual\.proj\.weight'\)",
+    ),
+    "flat parameters": (["_fsdp_wrapped_module._flat_param"], "parameters that FSDP keeps flat"),
     "twice": ([*PLAIN, "_orig_mod.lm_head.weight"], "under two names, plain and wrapped"),
 }  # fmt: skip
 

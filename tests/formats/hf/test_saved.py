@@ -14,8 +14,9 @@ from alpaca.formats.hf.loading import load_causal_lm
 from alpaca.formats.hf.merging import open_merged
 from alpaca.formats.hf.pickled import open_model_weights
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
+from alpaca.formats.hf.saved.gptq import _read_zeros
 from alpaca.formats.hf.saved.packed import unpack_integers
-from tests.formats.hf.saved_sources import FORMATS, pack_rows, save_quantized
+from tests.formats.hf.saved_sources import FORMATS, compressed_config, less_ones, pack_rows, save_quantized
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 5, 9, 33, 60, 2, 7]])
@@ -48,6 +49,14 @@ def bits_of(tensor: torch.Tensor) -> bytes:
 def test_integers_are_unpacked_from_a_stream_of_bits(num_bits: int):
     values = torch.randint(0, 2**num_bits, (3, 75))
     assert torch.equal(unpack_integers(pack_rows(values, num_bits), num_bits, 75), values.int())
+
+
+def test_a_zero_point_of_0_borrows_from_its_neighbours_and_gets_it_back():
+    """GPTQModel's word arithmetic: zero points 0 1 0 … of 4 bits, less 0x11111111, are no nibbles less one."""
+    zeros = torch.arange(64).view(1, 64) % 2
+    stored = less_ones(pack_rows(zeros, 4), 4)
+    assert not torch.equal(stored, pack_rows((zeros - 1) % 16, 4))
+    assert torch.equal(_read_zeros(stored, 4, 64, {}, less_one=True), zeros.int())
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -158,6 +167,15 @@ REFUSED = {
     "a compressed format": (
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized'",
     ),
+    "rotated weights": (
+        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}},
+        "with a transform_config: its weights are rotated .*; take the model it was made from",
+    ),
+    **{
+        f"a block of {block}": (compressed_config("float-quantized", "float", 8, block_structure=block),
+        "expected two whole numbers for 'block_structure', .* found")
+        for block in ("", "128", "128x", "128x128x128", "0x128", [128], [128, "128"], [128.0, 128], [True, 128])
+    },
     "whole weights": ({"quant_method": "gptq", "bits": 4}, "saved quantized by gptq, and none of its tensors is"),
 }  # fmt: skip
 
@@ -170,6 +188,38 @@ def test_what_is_not_read_is_refused_by_name(kind: str, whole: Path, tmp_path: P
     config = json.loads((whole / "config.json").read_text()) | {"quantization_config": how}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
+        open_model_weights(tmp_path)
+
+
+def change_how(folder: Path, **how: object) -> None:
+    """Change config.json's quantization_config; None takes a setting out."""
+    config = json.loads((folder / "config.json").read_text())
+    changed = config["quantization_config"] | how
+    config["quantization_config"] = {name: value for name, value in changed.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("transform", [{}, {"config_groups": {}}])
+def test_a_transform_of_nothing_is_none(transform: dict[str, object], whole: Path, tmp_path: Path):
+    expected = save_quantized(whole, tmp_path, "compressed fp8")
+    change_how(tmp_path, transform_config=transform)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(open_model_weights(tmp_path).tensor(name), expected[name])
+
+
+@pytest.mark.parametrize("declared", [None, [32, 32]])
+def test_a_guessed_size_of_blocks_is_logged(declared: list[int] | None, whole: Path, tmp_path: Path, caplog):
+    expected = save_quantized(whole, tmp_path, "fp8 by blocks")
+    change_how(tmp_path, weight_block_size=declared)
+    weights = open_model_weights(tmp_path)
+    assert all(torch.equal(weights.tensor(name).float(), tensor.float()) for name, tensor in expected.items())
+    assert ("names no weight_block_size; blocks of 128 x 128 are assumed" in caplog.text) == (declared is None)
+
+
+def test_more_scales_than_one_of_a_whole_matrix_are_refused(whole: Path, tmp_path: Path):
+    save_quantized(whole, tmp_path, "compressed fp8")
+    change_how(tmp_path, quant_method="fp8")
+    with pytest.raises(InputError, match=r"weight_scale is \[\d+, 1\], expected one scale for the whole weight"):
         open_model_weights(tmp_path)
 
 

@@ -4,6 +4,7 @@ Each weight is (value - zero) * scale in the scale's dtype, with scales for the 
 columns, or each block (https://github.com/neuralmagic/compressed-tensors, quantization/lifecycle).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ _ACTIVATION_PARTS = (
     ".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point", ".input_g_idx",
 )  # fmt: skip
 _UNREAD_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
+_BLOCK_TEXT = re.compile(r"\s*\d{1,9}\s*x\s*\d{1,9}\s*", re.IGNORECASE | re.ASCII)
+Blocks = tuple[set[int], set[int]]  # declared heights of blocks, and widths
 _STORED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -42,8 +45,15 @@ def find(specs: Specs, read: Read, config: Mapping[str, Any], where: str) -> lis
             )
     if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise InputError(f"{where} is saved sparse by compressed-tensors; take the model it was made from")
+    if config.get("transform_config") not in (None, {}, {"config_groups": {}}):
+        raise InputError(
+            f"{where} was saved by compressed-tensors with a transform_config: its weights are rotated (by QuIP or "
+            "SpinQuant, say), and what undoes it is computed between layers, which is not done here; take the model "
+            "it was made from"
+        )
+    blocks_of = _declared_blocks(config, where)
     modules = [name.removesuffix(_SCALE) for name in specs if name.endswith(_SCALE)]
-    return [_weight(module, specs, read, config, where) for module in modules]
+    return [_weight(module, specs, read, config, blocks_of, where) for module in modules]
 
 
 def _layouts(config: Mapping[str, Any]) -> set[str]:
@@ -60,7 +70,9 @@ def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
 
 
-def _weight(module: str, specs: Specs, read: Read, config: Mapping[str, Any], where: str) -> PackedWeight:
+def _weight(
+    module: str, specs: Specs, read: Read, config: Mapping[str, Any], declared: Blocks, where: str
+) -> PackedWeight:
     is_packed = f"{module}{_PACKED}" in specs
     integers = _read_packed if is_packed else _read_plain
     shape, values, zeros = integers(module, specs, read, config, where)
@@ -68,7 +80,7 @@ def _weight(module: str, specs: Specs, read: Read, config: Mapping[str, Any], wh
 
     def unpack(dtype: torch.dtype) -> torch.Tensor:
         scale = read(scales)
-        find_columns = _columns(scale, shape, read(order) if order in specs else None, config, scales, where)
+        find_columns = _columns(scale, shape, read(order) if order in specs else None, declared, scales, where)
         zero, value_rows, whole = zeros(), values(), torch.empty(shape, dtype=dtype)
         for start, stop in blocks(*shape):
             rows = value_rows(start, stop).to(scale.dtype)
@@ -136,7 +148,7 @@ def _columns(
     scale: torch.Tensor,
     shape: tuple[int, int],
     order: torch.Tensor | None,
-    config: Mapping[str, Any],
+    declared: Blocks,
     name: str,
     where: str,
 ) -> Callable[[torch.Tensor, int, int], torch.Tensor]:
@@ -146,8 +158,8 @@ def _columns(
         return lambda part, start, stop: part.reshape(1, 1)
     expect(scale.dim() in (1, 2), name, list(scale.shape), "scales by rows, groups or blocks", where=where)
     by_rows, by_columns = (scale.shape[0], scale.shape[1] if scale.dim() == 2 else 1)
-    height = 1 if by_rows == num_rows else _declared_block(config, 0, -(-num_rows // by_rows))
-    size = _declared_block(config, 1, -(-width // by_columns))
+    height = 1 if by_rows == num_rows else _one_of(declared[0], -(-num_rows // by_rows))
+    size = _one_of(declared[1], -(-width // by_columns))
     if by_columns == 1:
         size = width
     fits = -(-num_rows // height) == by_rows and -(-width // size) == by_columns
@@ -163,9 +175,35 @@ def _columns(
     return spread
 
 
-def _declared_block(config: Mapping[str, Any], axis: int, fallback: int) -> int:
-    """The block's size that all groups of layers declare, else what the number of scales comes to."""
+def _declared_blocks(config: Mapping[str, Any], where: str) -> Blocks:
+    """The heights and widths of blocks that the groups of layers declare. Raises InputError for what is no block."""
     weights = [group.get("weights") or {} for group in _groups(config)]
-    sizes = {block[axis] for found in weights if isinstance(block := found.get("block_structure"), list)}
-    sizes |= {size for found in weights if axis and isinstance(size := found.get("group_size"), int) and size > 0}
-    return sizes.pop() if len(sizes) == 1 else fallback
+    sizes = [
+        _read_block(found["block_structure"], where) for found in weights if found.get("block_structure") is not None
+    ]
+    groups = {size for found in weights if isinstance(size := found.get("group_size"), int) and size > 0}
+    return {height for height, _ in sizes}, {width for _, width in sizes} | groups
+
+
+def _read_block(block: object, where: str) -> tuple[int, int]:
+    """Rows and columns of a block: [128, 128], or "128x128" as older programs write it."""
+    sizes = (
+        [int(size) for size in block.lower().split("x")]
+        if isinstance(block, str) and _BLOCK_TEXT.fullmatch(block)
+        else block
+    )
+    if not (isinstance(sizes, list) and len(sizes) == 2 and all(map(_is_size, sizes))):
+        raise InputError(
+            f"{where}: expected two whole numbers for 'block_structure', such as [128, 128] or \"128x128\", found "
+            f"{block!r}; correct it in config.json's quantization_config"
+        )
+    return sizes[0], sizes[1]
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size > 0
+
+
+def _one_of(declared: set[int], fallback: int) -> int:
+    """The size that all groups of layers declare, else what the number of scales comes to."""
+    return next(iter(declared)) if len(declared) == 1 else fallback

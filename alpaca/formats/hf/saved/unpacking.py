@@ -17,6 +17,7 @@ from alpaca.formats.hf.saved import awq, bitsandbytes, block_fp8, compressed, gp
 from alpaca.formats.hf.saved.packed import Find, PackedWeight
 
 _USUAL_DTYPE = torch.float16
+_METHODS_WITH_CACHE_SCALES = ("compressed-tensors", "fp8")
 METHODS: Mapping[str, Find] = {
     "bitsandbytes": bitsandbytes.find,
     "gptq": gptq.find,
@@ -117,7 +118,7 @@ class UnpackedWeights:
         """The model's names in the files' order: a packed weight stands where its first part does."""
         packed_of = {part: packed.name for packed in found for part in packed.parts}
         unread = set(biases)
-        unread |= set(compressed.cache_scales(self._stored)) if self.method == "compressed-tensors" else set()
+        unread |= set(compressed.cache_scales(self._stored)) if self.method in _METHODS_WITH_CACHE_SCALES else set()
         return dict.fromkeys(packed_of.get(name, name) for name in self._stored if name not in unread)
 
 
