@@ -181,6 +181,7 @@ def wait_for(nodes: list[subprocess.Popen[str]], *, timeout_s: float = 120) -> l
                 node.kill()
 
 
+@pytest.mark.slow
 def test_two_machines_train_what_one_process_does(configure: Configure, tmp_path: Path):
     config = configure(
         learning_rate=2e-4, max_steps=6, fsdp="hybrid_shard auto_wrap", save_steps=4, global_batch_size=128

@@ -309,7 +309,8 @@ def test_command_says_what_it_does_and_a_mistake_is_one_line(folder, tmp_path):
 
 
 SLOW_WRITER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from alpaca.formats.gguf import writer
 from convert import export_gguf as command
 blocks = writer.encoded_blocks

@@ -424,7 +424,8 @@ def test_command_says_what_it_does_and_a_mistake_is_one_line(tmp_path, tiny):
 
 
 SLOW_WRITER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from alpaca.formats.hf import writing
 write = writing._write_piece
 writing._write_piece = lambda *args: (time.sleep(0.2), write(*args))[1]

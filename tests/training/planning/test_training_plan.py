@@ -281,6 +281,7 @@ def test_planned_peak_is_the_measured_one(sized_llama: Callable[..., Path], tmp_
     assert ratio == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.slow
 def test_planned_peak_of_fast_numerics_is_the_measured_one(sized_llama: Callable[..., Path], tmp_path: Path):
     ratio = compare_peak(
         sized_llama(256, 4, 4000), tmp_path, returns_blocks=True, max_steps=2, global_batch_size=8, numerics="fast"
