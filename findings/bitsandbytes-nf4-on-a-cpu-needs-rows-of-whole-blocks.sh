@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # bitsandbytes 0.50.2: on a CPU `dequantize_4bit` gives other numbers where a row is no whole number of blocks.
 #
-# quantize_4bit cuts a matrix into blocks of `blocksize` values (64) over its flattened elements, so that a block may
-# reach from one row into the next. On a GPU dequantize_4bit does the same. On a CPU it finds a value's scale by row, so
-# that a width of 32, 96 or 16 gets the scales of other blocks: errors as large as the weights, without a word. The
-# 4 bits and the scales that quantize_4bit wrote are right: the formula with them gives the rounding error alone.
-# Models whose layers' inputs are a multiple of 64 wide never meet it; small heads (an o_proj that reads 4 heads of 8)
-# and tests with tiny models do, and whoever takes the CPU's result as the truth corrects the right code to the wrong.
+# Behaviour: quantize_4bit cuts a matrix into blocks of `blocksize` values (64) over its flattened elements, so that a
+# block may reach from one row into the next. On a CPU dequantize_4bit does not undo that for widths of 32, 96 or 16:
+# errors as large as the weights, without a word. The 4 bits and the scales that quantize_4bit wrote are right: the
+# formula with them gives the rounding error alone. Models whose layers' inputs are a multiple of 64 wide never meet it;
+# small heads (an o_proj that reads 4 heads of 8) and tests with tiny models do, and whoever takes the CPU's result as
+# the truth corrects the right code to the wrong.
 #
-# Seen with Python 3.11, torch 2.13.0 (CPU), on 2026-11-28; the largest errors of a standard normal matrix:
+# Output seen with Python 3.11, torch 2.13.0 (CPU), on 2026-11-28; the largest errors of a standard normal matrix:
 #   width 64: the formula 0.44, dequantize_4bit 0.44
 #   width 96: the formula 0.45, dequantize_4bit 2.27
 #   width 32: the formula 0.42, dequantize_4bit 2.11

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # transformers 5.17.0: `generate` of a Phi-3 with longrope forgets the prompt once an answer crosses the old context.
 #
-# At `original_max_position_embeddings` tokens the model switches from its short to its long factors, and Phi3ForCausalLM
-# drops the cache, whose keys were turned by the short ones. But the inputs of that step are cut to the newest token all
-# the same, before the dropped cache is looked at, and no new cache is kept. So from there on every step sees one token
-# and nothing before it: the answer is a function of the newest token alone, with no warning.
-# `use_cache=False` and a plain forward pass over all tokens agree with each other and go on rightly.
-# Every cached long-context answer of Phi-3, 3.5 and 4-mini that begins below 4,096 tokens and ends above is concerned.
+# Behaviour: At `original_max_position_embeddings` tokens the model switches from its short to its long factors, and
+# Phi3ForCausalLM drops the cache, whose keys were turned by the short ones. But the inputs of that step are cut to the
+# newest token all the same, before the dropped cache is looked at, and no new cache is kept. So from there on every
+# step sees one token and nothing before it: the answer is a function of the newest token alone, with no warning.
+# `use_cache=False` and a plain forward pass over all tokens agree with each other and go on rightly. Every cached long-
+# context answer of Phi-3, 3.5 and 4-mini that begins below 4,096 tokens and ends above is concerned.
 #
-# Seen with Python 3.11, torch 2.13.0 (CPU), on 2026-11-28:
+# Output seen with Python 3.11, torch 2.13.0 (CPU), on 2026-11-28:
 #   plain forward passes agree with use_cache=False: True
 #   with the cache equal up to token 40 of 64: True
 #   steps after the crossing that saw more than one token: 0 of 23

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # transformers 5.17.0: Gemma 2 by the attention that is chosen by default computes another model, without a warning.
 #
-# Gemma 2 bounds attention's scores: cap * tanh(score / cap), with `attn_logit_softcapping` (50 in the published models).
-# torch's scaled_dot_product_attention has no such bound. The "sdpa" attention takes the setting and ignores it, and
-# "sdpa" is what AutoModel chooses for Gemma 2 (VaultGemma, too). With "eager" the bound is applied. How far the two
-# lie apart depends on how large the scores are: here the cap is low, so that they are far apart.
-# What fine-tunes or evaluates Gemma 2 with the defaults, with a cache or without, works on the unbounded model.
+# Behaviour: Gemma 2 bounds attention's scores: cap * tanh(score / cap), with `attn_logit_softcapping` (50 in the
+# published models). torch's scaled_dot_product_attention has no such bound. The "sdpa" attention takes the setting and
+# ignores it, and "sdpa" is what AutoModel chooses for Gemma 2 (VaultGemma, too). With "eager" the bound is applied. How
+# far the two lie apart depends on how large the scores are: here the cap is low, so that they are far apart. What fine-
+# tunes or evaluates Gemma 2 with the defaults, with a cache or without, works on the unbounded model.
 #
-# Seen with Python 3.11, torch 2.13.0 (CPU), on 2026-11-28:
+# Output seen with Python 3.11, torch 2.13.0 (CPU), on 2026-11-28:
 #   chosen by default: sdpa
 #   default against eager, in standard deviations of the logits: 2.71
 #   default against eager without any cap: 0.00
