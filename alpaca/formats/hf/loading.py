@@ -44,13 +44,21 @@ def load_causal_lm(
     if how is not None:  # None given by name would override the folder's own
         arguments["quantization_config"] = how
     try:
-        return _untied(*_load(folder, method, arguments, is_same=is_same, unpacks=unpacks))
+        model, found = _untied(*_load(folder, method, arguments, is_same=is_same, unpacks=unpacks))
     except torch.OutOfMemoryError:
         raise
     except loading_errors() as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    keep_score_cap(model)
+    return model, found
+
+
+def keep_score_cap(model: "PreTrainedModel") -> None:
+    """Let a model whose config bounds attention's scores compute them plainly: the fused attention leaves that out."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
 
 
 def _load(

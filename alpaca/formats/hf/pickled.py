@@ -29,7 +29,7 @@ from alpaca.formats.hf.folder import (
 )
 from alpaca.formats.hf.naming import alias_tied_head, describe_renaming, find_names, find_value_head
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
-from alpaca.formats.hf.saved.unpacking import UnpackedWeights
+from alpaca.formats.hf.saved.unpacking import Stored, UnpackedWeights
 from alpaca.formats.torch_files import read_tensors
 
 PICKLE_NAME = "pytorch_model.bin"
@@ -39,17 +39,8 @@ _log_once = functools.cache(logger.info)
 _LFS_POINTER = b"version https://git-lfs"
 
 
-class Weights(Protocol):
+class Weights(Stored, Protocol):
     """The methods that folders of safetensors and of pickled weights share."""
-
-    path: Path
-
-    @property
-    def names(self) -> list[str]: ...
-
-    def specs(self) -> list[TensorSpec]: ...
-
-    def tensor(self, name: str) -> torch.Tensor: ...
 
     def stored(self, name: str) -> torch.Tensor | Int8Weight | Nf4Weight: ...
 

@@ -271,8 +271,6 @@ def _load_model(folder: Path, settings: ServerSettings) -> PreTrainedModel:
         check_layers(num_layers, found["unexpected_keys"], where=str(folder))
     if settings.quantization == "nf4" and device.type == "cpu":
         allow_any_width_on_cpu(model)
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # transformers' fused attention leaves Gemma 2's cap of scores out
     return model
 
 

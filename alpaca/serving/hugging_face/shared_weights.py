@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from alpaca.architecture.families import HEAD_NORMS
 from alpaca.architecture.tensors import hf_name
+from alpaca.formats.hf.loading import keep_score_cap
 from alpaca.serving.kernels.linear import PlainLinear
 from alpaca.serving.llama.network import LlamaLayer, LlamaModel
 
@@ -20,10 +21,9 @@ def as_transformers(model: LlamaModel, folder: Path) -> PreTrainedModel | None:
     if tensors is None:
         return None
     config = AutoConfig.from_pretrained(folder)
-    # transformers' fused attention leaves a cap of scores out
-    attention = {"attn_implementation": "eager"} if model.config.attention_softcap else {}
     with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(config, **attention)
+        twin = AutoModelForCausalLM.from_config(config)
+    keep_score_cap(twin)
     twin.load_state_dict(tensors, strict=True, assign=True)
     twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(model.device)  # its tables are in no state dict
     embedding = twin.get_input_embeddings()

@@ -12,7 +12,7 @@ from alpaca.architecture.tensors import hf_name
 from alpaca.errors import InputError
 from alpaca.files.reading import read_json
 from alpaca.formats.hf.folder import loading_errors, require_all_weights
-from alpaca.formats.hf.loading import load_causal_lm
+from alpaca.formats.hf.loading import keep_score_cap, load_causal_lm
 from alpaca.formats.hf.pickled import find_tied, open_model_weights
 from alpaca.formats.hf.quantization import require_readable_on_cpu
 from alpaca.formats.hf.saved.unpacking import saved_quantization
@@ -57,8 +57,6 @@ def load_model(base: Base, settings: ModelSettings, world: World) -> nn.Module:
     check_layer_class(settings.layer_class, layer_class)
     if settings.padding_free and not padding_free.enable(model):
         logger.info("micro-batches are padded: %s has attention or logits of its own", type(model).__name__)
-    if getattr(model.config, "attn_logit_softcapping", None):  # transformers' fused attention leaves the cap out
-        model.set_attn_implementation("eager")
     layers = [module for module in model.modules() if type(module).__name__ == layer_class]
     checkpoint_layers(layers, count_checkpointed(settings.checkpointing, len(layers)) or 0)
     model = add_adapter(model, settings)
@@ -150,6 +148,7 @@ def _make_empty(base: Base, settings: ModelSettings) -> "PreTrainedModel":
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(model_config, dtype=_dtype(settings))
     model.tie_weights()  # replacing the parameters untied them
+    keep_score_cap(model)
     return _set_up(model, base.tokenizer)
 
 

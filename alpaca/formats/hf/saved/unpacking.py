@@ -61,7 +61,8 @@ class UnpackedWeights:
                 "is: copy both again from one place, or take quantization_config out if the weights are whole"
             )
         self._packed = {packed.name: packed for packed in found}
-        self._order = self._whole_names(found, () if _has_biases(config) else self._zero_biases())
+        names = self._whole_names(found, () if _has_biases(config) else self._zero_biases())
+        self._order = dict.fromkeys(names)  # experts make tens of thousands of them, each looked up by its name
 
     @property
     def names(self) -> list[str]:
