@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
+from alpaca.serving.stops import StopTexts
 from alpaca.text.tokenizer import Tokenizer
 
 _CONTEXT_TOKENS = 4  # of the prompt that show, so that the first new token is decoded as a continuation
@@ -13,9 +14,10 @@ _MOST_HELD = 32  # tokens; beyond it, bytes that make no character are let throu
 class CompletionText:
     """The text of one completion: the pieces that `push` and `finish` return, put together.
 
-    With `strip_leading`, white space at the beginning is dropped first. The text ends before the first stop text: where
-    it is written, or where the special token comes that has it for a name, which shows no text. A piece that could be
-    the beginning of a stop text is held back until more text decides it.
+    With `strip_leading`, white space at the beginning is dropped first. The text ends before the stop text that is
+    complete first, and of several that end with the same character before the longest; or where the special token comes
+    that has a stop text for a name, which shows no text. A piece that could be the beginning of a stop text is held
+    back until more text decides it.
     """
 
     def __init__(
@@ -23,7 +25,7 @@ class CompletionText:
     ) -> None:
         self.stopped = False
         self._decoder = _decoder(tokenizer, prompt_ids)
-        self._stop = tuple(stop)
+        self._stops, self._state = StopTexts(stop), 0
         self._stop_ids = {tokenizer.special_id(text) for text in stop} - {None}
         self._at_start = strip_leading
         self._waiting = ""
@@ -45,23 +47,15 @@ class CompletionText:
         if self._at_start:
             text = text.lstrip()
             self._at_start = not text
+        for num_read, character in enumerate(text, start=1):
+            self._state = self._stops.step(self._state, character)
+            if length := self._stops.matches[self._state]:
+                self.stopped = True
+                return (self._waiting + text[:num_read])[:-length]
         self._waiting += text
-        found = [at for at in map(self._waiting.find, self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            end = min(found)
-        else:
-            end = len(self._waiting) if last else len(self._waiting) - self._length_to_hold()
+        end = len(self._waiting) - (0 if last else self._stops.lengths[self._state])
         piece, self._waiting = self._waiting[:end], self._waiting[end:]
         return piece
-
-    def _length_to_hold(self) -> int:
-        """Length of the longest end of the text that some stop string starts with."""
-        longest = min(len(self._waiting), max(map(len, self._stop), default=0))
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(self._waiting[-length:]) for stop in self._stop):
-                return length
-        return 0
 
 
 class _BytesDecoder:

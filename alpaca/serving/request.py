@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alpaca.errors import InputError, PromptTooLong
+from alpaca.files.names import quote_name, quote_value
 from alpaca.serving.settings import BARE_BASE, DEFAULT_ADAPTER
+from alpaca.text.fitting import encode_within
 from alpaca.text.prompts import RAW_TEMPLATE, format_prompt
 from alpaca.text.tokenizer import Tokenizer
 
@@ -16,7 +18,8 @@ _OTHER_NAMES = {
     "max_length": "max_new_tokens, or total_tokens, which counts the prompt, too",
     "max_tokens": "max_new_tokens",
 }
-_SHOWN = 80  # characters of a wrong name in the error
+MOST_STOPS = 64
+MOST_STOP_CHARACTERS = 256  # of one stop text
 _LARGEST_SEED = 2**53  # the largest whole number that survives as a JSON number everywhere
 
 
@@ -55,9 +58,8 @@ class PredictionInputs:
         """Take inputs as they come over HTTP, where an integer may be 3.0 and `stop` is a list. Raises InputError."""
         integers = {item.name for item in dataclasses.fields(cls) if item.type in (int, int | None)}
         cleaned = {name: _whole(name, value) if name in integers else value for name, value in values.items()}
-        if not all(isinstance(text, str) and text for text in cleaned.get("stop") or ()):
-            raise InputError(f"stop must be a list of texts that are not empty; found {cleaned['stop']!r}")
         cleaned["stop"] = tuple(cleaned.get("stop") or ())
+        _check_stop(cleaned["stop"])
         return cls(**cleaned)
 
     def check(self) -> None:
@@ -68,7 +70,7 @@ class PredictionInputs:
                 continue
             # `not >=` rather than `<`, so that NaN fails
             if (ge is not None and not value >= ge) or (le is not None and not value <= le):
-                raise InputError(f"{item.name} must be {_bounds_text(ge, le)}; found {value!r}")
+                raise InputError(f"{item.name} must be {_bounds_text(ge, le)}; found {quote_value(value)}")
         if self.seed is not None and self.seed > _LARGEST_SEED:
             raise InputError(f"seed must be at most 2**53; found {self.seed}")
         if self.num_beams > 1 and (self.presence_penalty or self.frequency_penalty):
@@ -87,7 +89,7 @@ def describe_unused(inputs: PredictionInputs) -> Iterator[str]:
     """
     for name, meant in _OTHER_NAMES.items():
         if (value := getattr(inputs, name)) is not None:
-            yield f"{name} is no input of this model, and {value!r} was not used: did you mean {meant}?"
+            yield f"{name} is no input of this model, and {quote_value(value)} was not used: did you mean {meant}?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ class AdapterNames:
             known = ", ".join([DEFAULT_ADAPTER, BARE_BASE, *(name for name in self.named if name != DEFAULT_ADAPTER)])
             raise InputError(
                 f"replicate_weights names an adapter that this server was started with, never a path or an address: "
-                f"one of {known}; found {asked[:_SHOWN]!r}"
+                f"one of {known}; found {quote_name(asked)}"
             )
         return asked
 
@@ -146,11 +148,15 @@ def make_request(
     max_context: int,
     adapters: AdapterNames = NO_ADAPTERS,
 ) -> Request:
-    """Fill the template, tokenize, and cut `max_new_tokens` to what fits. Raises InputError, PromptTooLong."""
+    """Fill the template, tokenize, and cut `max_new_tokens` to what fits. Raises InputError, PromptTooLong.
+
+    What a request may cost is bounded by its size: each field of a template stands there once, and of a text that
+    cannot fit no more is tokenized than shows it.
+    """
     inputs.check()
     adapter = adapters.resolve(inputs.replicate_weights)
     text = format_prompt(inputs.prompt, inputs.input, inputs.prompt_template)
-    prompt_ids = (*tokenizer.prefix_ids, *tokenizer.encode(text))
+    prompt_ids = (*tokenizer.prefix_ids, *encode_within(tokenizer, text, max_context))
     if not prompt_ids:
         raise InputError("the prompt is empty and this model's tokenizer has no BOS token: give at least one character")
     return Request(
@@ -186,9 +192,20 @@ def _room(inputs: PredictionInputs, prompt_length: int, max_context: int) -> int
 def _whole(name: str, value: Any) -> Any:
     if isinstance(value, float):
         if not value.is_integer():
-            raise InputError(f"{name} must be a whole number; found {value!r}")
+            raise InputError(f"{name} must be a whole number; found {quote_value(value)}")
         return int(value)
     return value
+
+
+def _check_stop(stop: tuple[Any, ...]) -> None:
+    """Raise InputError for stop texts that are no texts, or more or longer than are looked for."""
+    if len(stop) > MOST_STOPS:
+        raise InputError(f"stop may hold {MOST_STOPS} texts; found {len(stop):,}")
+    for text in stop:
+        if not isinstance(text, str) or not text:
+            raise InputError(f"stop must be a list of texts that are not empty; found {quote_value(text)} in it")
+        if len(text) > MOST_STOP_CHARACTERS:
+            raise InputError(f"a stop text may have {MOST_STOP_CHARACTERS} characters; found {quote_value(text)}")
 
 
 def _bounds_text(ge: float | None, le: float | None) -> str:

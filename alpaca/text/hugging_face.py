@@ -1,8 +1,11 @@
 """Tokenizers of transformers, for folders without a SentencePiece model: Llama 3, OPT, BLOOM and others."""
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.reading import list_folder
@@ -40,8 +43,17 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.unk_token == "<unk>" and token_id == self._tokenizer.unk_token_id
 
     def special_id(self, text: str) -> int | None:
-        token_id = self._tokenizer.get_vocab().get(text)
-        return token_id if token_id in self.special_ids else None
+        token_id = self._tokenizer.convert_tokens_to_ids(text)  # of a text that is no token: that of <unk>, or None
+        is_special = token_id in self.special_ids and self._tokenizer.convert_ids_to_tokens(token_id) == text
+        return token_id if is_special else None
+
+    @cached_property
+    def most_characters_per_token(self) -> int | None:
+        added = self._tokenizer.added_tokens_decoder.values()
+        factor = _most_composed(getattr(self._tokenizer, "backend_tokenizer", None))
+        if factor is None or any(token.lstrip or token.rstrip for token in added):
+            return None
+        return factor * max(map(len, self._tokenizer.get_vocab()))
 
     def decode(self, ids: Sequence[int]) -> str:
         shown = [token_id for token_id in ids if token_id not in self.special_ids]
@@ -74,6 +86,37 @@ def _find_eos(tokenizer, folder: Path) -> int:
             "tokenizer_config.json"
         )
     return eos_id
+
+
+def _most_composed(backend) -> int | None:
+    """How many characters of a text one character of a token may stand for; None: any number, or it is not known.
+
+    Known are vocabularies that hold every byte, behind steps that drop nothing. NFC and NFKC make one character of at
+    most four.
+    """
+    if backend is None or type(backend.model).__name__ != "BPE":
+        return None
+    before, cuts = list(_steps(backend.normalizer)), list(_steps(backend.pre_tokenizer))
+    if not backend.model.byte_fallback and not any(step["type"] == "ByteLevel" for step in cuts):
+        return None
+    if not all(_keeps_characters(step) for step in [*before, *cuts]):
+        return None
+    return 4 if any(step["type"] in ("NFC", "NFKC") for step in before) else 1
+
+
+def _steps(part) -> Iterator[dict[str, Any]]:
+    """What a normalizer or pre-tokenizer of `tokenizers` does, step by step, as tokenizer.json has it."""
+    step = json.loads(part.__getstate__()) if part is not None else {"type": "Sequence"}
+    inner = step.get("normalizers") or step.get("pretokenizers") or []
+    yield from inner if step["type"] == "Sequence" else [step]
+
+
+def _keeps_characters(step: dict[str, Any]) -> bool:
+    if step["type"] == "Replace":
+        return "String" in step["pattern"] and len(step["content"]) >= len(step["pattern"]["String"])
+    if step["type"] == "Split":
+        return step["behavior"] != "Removed"
+    return step["type"] in ("NFC", "NFD", "NFKC", "NFKD", "Prepend", "ByteLevel", "Digits", "Metaspace")
 
 
 def _find_prefix(tokenizer) -> list[int]:

@@ -6,6 +6,7 @@ Source: tatsu-lab/stanford_alpaca (`PROMPT_DICT` in its train.py). Nothing follo
 import re
 
 from alpaca.errors import InputError
+from alpaca.files.names import quote_name
 
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -30,17 +31,22 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 def format_prompt(prompt: str, input: str = "", template: str = "alpaca") -> str:
     """Fill `template`: "alpaca", or a literal text with `{prompt}` and optionally `{input}`.
 
-    Only these two fields are replaced, once and in one pass, so braces in the texts themselves are safe.
-    Raises InputError for a template without `{prompt}`, and for an `input` the template has no place for.
+    Only these two fields are replaced, in one pass, so braces in the texts themselves are safe. Raises InputError for a
+    template without `{prompt}`, for a field that stands there twice, and for an `input` the template has no place for.
     """
     if template == "alpaca":
         return alpaca_prompt(prompt, input)
     if "{prompt}" not in template:
-        raise InputError(f'prompt_template must be "alpaca" or a text that contains {{prompt}}; found {template!r}')
+        found = quote_name(template)
+        raise InputError(f'prompt_template must be "alpaca" or a text that contains {{prompt}}; found {found}')
     if input and "{input}" not in template:
         raise InputError(
-            f"an input was given, but prompt_template {template!r} has no {{input}}: add it, or leave input empty"
+            f"an input was given, but prompt_template {quote_name(template)} has no {{input}}: add it, or leave input "
+            "empty"
         )
+    for field in ("{prompt}", "{input}"):
+        if (times := template.count(field)) > 1:  # each time the text would be tokenized, and paid for, again
+            raise InputError(f"prompt_template may hold {field} once; found it {times:,} times")
     return _fill(template, prompt=prompt, input=input)
 
 

@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from alpaca.errors import InputError
@@ -97,6 +98,16 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def drops_first_space(self) -> bool:
         return self._proto.normalizer_spec.add_dummy_prefix
+
+    @cached_property
+    def most_characters_per_token(self) -> int | None:
+        spec, kinds = self._proto.normalizer_spec, self._proto.SentencePiece
+        shortens = spec.precompiled_charsmap or spec.remove_extra_whitespaces
+        knows_all = any(piece.type == kinds.BYTE for piece in self._proto.pieces)
+        added = self._listed.values()
+        if shortens or not knows_all or any(token.lstrip or token.rstrip for token in added):
+            return None
+        return max(map(len, [*(piece.piece for piece in self._proto.pieces), *(token.content for token in added)]))
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id] if token_id < len(self._bytes) else b""

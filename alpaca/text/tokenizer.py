@@ -81,6 +81,14 @@ class Tokenizer(ABC):
         """The id of the special token that is written so; None where the text names no special token."""
         return None
 
+    @property
+    def most_characters_per_token(self) -> int | None:
+        """Characters of a text that one token stands for at most; None where it may be any number.
+
+        So it is where the tokenizer first drops or joins characters, or makes one token of all that it does not know.
+        """
+        return None
+
     def token_bytes(self, token_id: int) -> bytes | None:
         """The UTF-8 bytes one id stands for, or None where that depends on its neighbours."""
         return None

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from alpaca.serving.detokenize import CompletionText
+from alpaca.serving.stops import StopTexts
 from alpaca.text.hugging_face import HuggingFaceTokenizer
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.sentencepiece import write_llama_tokenizer
@@ -141,38 +142,52 @@ def test_a_prompt_in_a_script_without_tokens_is_continued_readably(tokenizer, pr
     assert len(list(filter(None, pieces))) >= len(answer.strip())  # each character as soon as it is whole
 
 
-def test_random_stops_equal_cutting_the_whole_text(tokenizer):
+def cut(text: str, stop: list[str]) -> str:
+    """`text` before the stop text that ends first, and of several before the longest."""
+    ends = [(end, -len(s)) for end in range(len(text) + 1) for s in stop if text[:end].endswith(s)]
+    end, minus_length = min(ends, default=(len(text), 0))
+    return text[: end + minus_length]
+
+
+@pytest.mark.parametrize("alphabet", ["ab c\n#", "ab"])
+def test_random_stops_equal_cutting_the_whole_text(tokenizer, alphabet):
     rng = random.Random(0)
     for _ in range(200):
-        text = "".join(rng.choice("ab c\n#") for _ in range(30))
-        stop = ["".join(rng.choice("ab c\n#") for _ in range(rng.randint(1, 5))) for _ in range(2)]
-        ends = [text.find(s) for s in stop if s in text]
-        assert "".join(pieces_of(tokenizer, tokenizer.encode(text), stop=stop)) == text[: min(ends, default=len(text))]
+        text = "".join(rng.choice(alphabet) for _ in range(30))
+        stop = ["".join(rng.choice(alphabet) for _ in range(rng.randint(1, 6))) for _ in range(rng.randint(1, 4))]
+        pieces = pieces_of(tokenizer, tokenizer.encode(text), stop=stop)
+        assert "".join(pieces) == cut(text, stop), (text, stop)
 
 
-def test_tokens_that_end_one_character_and_begin_the_next(tmp_path):
-    """Byte-level vocabularies have them: a run of such tokens ends on no whole character."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    rng = random.Random(0)
-    words = ["".join(chr(rng.randint(0x0E01, 0x0E2E)) for _ in range(8)) for _ in range(300)]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(words, trainer)
-    backend.add_special_tokens(["</s>"])
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    for text in [*words, "ab" + words[0] + "🦙" + words[1] + " c"]:
-        pieces = pieces_of(tokenizer, tokenizer.encode(text), ())
-        assert "".join(pieces) == text
-        assert not any("\ufffd" in piece for piece in pieces)
+def test_what_is_held_back_is_what_a_stop_text_may_begin_with(tokenizer):
+    rng = random.Random(1)
+    for _ in range(100):
+        text, stop = "".join(rng.choice("ab") for _ in range(20)), ["abab", "bbb", "aabba"]
+        shown = CompletionText(tokenizer, (1,), stop=stop)
+        given, ids = "", tokenizer.encode(text)
+        for read in range(1, len(ids) + 1):
+            given += shown.push(ids[read - 1])
+            if shown.stopped:
+                break
+            so_far = tokenizer.decode(ids[:read])
+            ends = [so_far[len(so_far) - n :] for n in range(min(6, len(so_far) + 1))]
+            held = max(len(end) for end in ends if any(s.startswith(end) for s in stop))
+            assert given == so_far[: len(so_far) - held]
 
 
-def test_bytes_that_are_no_character_are_replaced_not_held_back(llama_folder):
-    tokenizer = load_tokenizer(llama_folder)
-    lead = 3 + 0xF0  # the byte piece <0xF0>: the first of a four-byte character that never comes
-    pieces = pieces_of(tokenizer, [*tokenizer.encode("a"), lead, *tokenizer.encode("b")])
-    assert "".join(pieces) == "a\ufffd b"
+def test_many_stops_cost_no_more_than_one(tokenizer):
+    """Steps are counted, not seconds: each character is read once, and each falls back at most as often as it rose."""
+    stops = StopTexts(f"{'a' * (number % 200)}{number}" for number in range(2000))
+    num_steps = 0
+
+    class Counted(dict):
+        def __contains__(self, key: object) -> bool:
+            nonlocal num_steps
+            num_steps += 1
+            return super().__contains__(key)
+
+    stops._next = [Counted(state) for state in stops._next]
+    state, text = 0, "aab1" * 500 + "a" * 3000
+    for character in text:
+        state = stops.step(state, character)
+    assert 0 < num_steps <= 2 * len(text)

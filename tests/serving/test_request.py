@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 
 import pytest
 
@@ -116,3 +117,58 @@ def test_every_bound_is_checked():
                 ).check()
                 with pytest.raises(InputError, match=f"{item.name} must be"):
                     PredictionInputs(prompt="", **{item.name: edge + outside}).check()
+
+
+def hostile(size: int) -> dict[str, dict[str, object]]:
+    """Requests of about `size` characters, each large in another place."""
+    return {
+        "prompt": {"prompt": "word " * (size // 5)},
+        "one word": {"prompt": "x" * size},
+        "spaces": {"prompt": " " * size},
+        "emoji": {"prompt": "🦙" * size},
+        "input": {"input": "word " * (size // 5)},
+        "fields": {"prompt": "y" * (size // 2), "prompt_template": "{prompt}" * (size // 16)},
+        "braces": {"prompt_template": "{prompt}" + "{" * size},
+        "open fields": {"prompt_template": "{prompt}" + "{a" * (size // 2)},
+        "template": {"prompt_template": "{prompt}" + "z" * size},
+        "no field": {"prompt_template": "z" * size},
+        "stops": {"stop": [f"s{number}" for number in range(size // 6)]},
+        "one stop": {"stop": ["s" * size]},
+        "adapter": {"replicate_weights": "w" * size},
+        "digits": {"max_new_tokens": -(10 ** min(size, 4000))},
+    }
+
+
+@pytest.mark.parametrize("kind", hostile(0))
+def test_no_request_costs_more_than_a_few_times_its_size(tokenizer, monkeypatch, kind):
+    """Characters that are tokenized, memory of Python's, and the length of the message, against the request's size."""
+    num_read, encode_batch = 0, tokenizer.encode_batch
+
+    def counting(texts):
+        nonlocal num_read
+        num_read += sum(map(len, texts))
+        return encode_batch(texts)
+
+    monkeypatch.setattr(tokenizer, "encode_batch", counting)
+    for size in (20_000, 1_000_000):
+        values = hostile(size)[kind]
+        num_read = 0
+        tracemalloc.start()
+        with pytest.raises(InputError) as caught:
+            request(tokenizer, **values)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert num_read <= size + 1000
+        assert peak <= 16 * size + (8 << 20)
+        assert len(str(caught.value)) < 400
+
+
+def test_stop_texts_within_the_bounds_are_taken(tokenizer):
+    stop = [f"{number:0256}" for number in range(64)]
+    assert PredictionInputs.from_mapping({"prompt": "hi", "stop": stop}).stop == tuple(stop)
+    for wrong, message in [
+        ([*stop, "x"], "stop may hold 64 texts; found 65"),
+        (["y" * 257], "a stop text may have 256 characters; found 'yyyy.*… of 257 characters"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            PredictionInputs.from_mapping({"prompt": "hi", "stop": wrong})

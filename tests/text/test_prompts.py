@@ -46,9 +46,15 @@ def test_template_alpaca_is_the_recipe():
     assert format_prompt("Name the bird.", "It is black.", "alpaca").encode() == WITH_INPUT
 
 
-def test_fields_of_a_literal_template_are_optional_and_may_repeat():
-    assert format_prompt("a", "b", "{prompt}{input}{prompt}{other}") == "aba{other}"
+def test_fields_of_a_literal_template_are_optional():
+    assert format_prompt("a", "b", "{input}{prompt}{other}{other}") == "ba{other}{other}"
     assert format_prompt("a", "", "{prompt} {input}.") == "a ."
+
+
+@pytest.mark.parametrize("field", ["{prompt}", "{input}"])
+def test_a_field_stands_in_a_template_once(field: str):
+    with pytest.raises(InputError, match=rf"prompt_template may hold \{field} once; found it 3,001 times"):
+        format_prompt("a", "b", "{prompt}" + "{input}" + field * 3000)
 
 
 def test_template_without_a_place_for_the_prompt_is_refused():
