@@ -20,7 +20,7 @@ from alpaca.errors import AlpacaError, run_command
 
 
 async def train(
-    data: Path = Input(description="Examples: a JSON list or JSON lines of instruction, input (optional) and output"),
+    data: str = Input(description="Examples as an upload (-i data=@file, a data URL), or at an address the operator lists in ALPACA_DATA_ADDRESSES: a JSON list or JSON lines of instruction, input (optional) and output"),
     model: str = Input(default="weights/llama-7b", description="Base model: a folder or archive in weights/ or alpaca_out/, or a name the operator listed in ALPACA_BASE_MODELS"),
     recipe: str = Input(default="alpaca-7b", choices=["alpaca-7b", "alpaca-13b", "alpaca-lora"], description="Values of what is not given below"),
     method: str = Input(default="lora", choices=["full", "lora", "qlora"], description="An adapter on a frozen base; or the same on a base in 4 bit; or train every weight, for which the server mostly needs an upload address"),

@@ -26,6 +26,7 @@ from alpaca.files.outputs import require_free_space
 from alpaca.files.places import choose_base, open_weights
 from alpaca.files.reading import read_json
 from alpaca.files.uploads import upload
+from alpaca.training.received import ReceivedData, receive_data
 
 if TYPE_CHECKING:
     from alpaca.training.configuration.config import TrainConfig
@@ -97,7 +98,10 @@ def _train_to_archive(
     base = _open_base(str(values["model"]))
     _last_output = tempfile.TemporaryDirectory(prefix="alpaca-training-")
     folder = Path(_last_output.name)
-    config = _make_config(values, base=base, output_dir=folder / "alpaca_out")
+    allowed = os.environ.get("ALPACA_DATA_ADDRESSES", "")
+    data = receive_data(str(values["data"]), folder, allowed=allowed, stop=stop)
+    _check_examples(data)
+    config = _make_config(values, base=base, data_path=data.path, output_dir=folder / "alpaca_out")
     _check_size(config, folder)
     report = _Report(record)
     trained = run_training(config, on_step=report.step, should_stop=stop.is_set)
@@ -117,11 +121,26 @@ def _open_base(model: str) -> Path:
     return base
 
 
-def _make_config(values: Mapping[str, object], *, base: Path, output_dir: Path) -> "TrainConfig":
+def _check_examples(data: ReceivedData) -> None:
+    """Raise InputError where the file holds no examples, without its path, and without its content if not uploaded."""
+    from alpaca.data.examples import read_examples
+
+    try:
+        read_examples(data.path)
+    except InputError as error:
+        if data.is_upload:
+            raise InputError(str(error).replace(str(data.path), data.shown)) from None
+        raise InputError(
+            f"{data.shown} holds no examples that can be read. What is in it is not shown, since it was not uploaded; "
+            "`python -m alpaca.data.report` says what is amiss"
+        ) from None
+
+
+def _make_config(values: Mapping[str, object], *, base: Path, data_path: Path, output_dir: Path) -> "TrainConfig":
     """The run's configuration. An `eval_fraction` has it evaluated, too: by the recipe's steps, else each epoch."""
     from alpaca.training.configuration.config import RECIPES, make_config
 
-    flags = {**values, "data_path": str(values["data"]), "model_name_or_path": str(base)}
+    flags = {**values, "data_path": str(data_path), "model_name_or_path": str(base)}
     del flags["data"], flags["model"]
     if "eval_fraction" in flags:
         often = RECIPES[str(flags["recipe"])].get("eval_strategy", "epoch")

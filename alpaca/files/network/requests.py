@@ -10,7 +10,7 @@ import re
 import ssl
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 
@@ -38,10 +38,15 @@ class RangeRefused(Exception):
 
 @contextlib.contextmanager
 def open_reply(
-    address: Address, headers: dict[str, str], *, body: Iterator[bytes] | None = None
+    address: Address,
+    headers: dict[str, str],
+    *,
+    body: Iterator[bytes] | None = None,
+    may_follow: Callable[[Address], bool] = lambda target: True,
 ) -> Iterator[httpx.Response]:
     """GET the file or a part of it, or PUT `body`; the reply is 2xx and its content not read yet.
 
+    may_follow: whether a redirect may lead to an address.
     Raises InterruptedTry for what may pass, RangeRefused, InputError for a redirect or certificate that is refused,
     MissingInput for other answers.
     """
@@ -57,6 +62,8 @@ def open_reply(
                 yield reply
                 return
             target = _check_redirect(url, location)
+            if not may_follow(parse_address(target)):
+                raise InputError(f"{address} redirects to {parse_address(target)}, which is not allowed")
             if body is not None:  # its pieces are spent
                 _check_status(address, reply)
         url = target
