@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from alpaca.errors import AlpacaError, InputError, MissingInput
@@ -19,6 +20,7 @@ from alpaca.training.checkpoints.state import (
     read_state,
     trained_state,
 )
+from alpaca.training.checkpoints.untrusted import DataOnlyPlanner, DataOnlyReader
 from alpaca.training.distributed import World
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,7 @@ def load_checkpoint(trainee: Trainee, folder: Path) -> None:
     state = read_json(folder / STATE_NAME)
     _check_identity(folder, state["identity"], trainee.identity)
     saved = trained_state(trainee)
-    with quiet_alone():
-        dcp.load(saved, checkpoint_id=folder)  # writes the weights into the model in place
+    _load_in_place(saved, DataOnlyReader(folder, state["files"]))
     set_optimizer_state_dict(trainee.model, trainee.optimizer, saved["optimizer"])
     trainee.scheduler.load_state_dict({**trainee.scheduler.state_dict(), **state["scheduler"]})
     progress = trainee.progress
@@ -77,6 +78,16 @@ def load_checkpoint(trainee: Trainee, folder: Path) -> None:
     )
     _restore_random_state(folder, state["num_processes"], trainee.world)
     logger.info("resumed from %s, after step %d", folder, progress.step)
+
+
+def _load_in_place(state: dict[str, dict], reader: DataOnlyReader) -> None:
+    """Fill the tensors of `state`, those of the model among them. Raises InputError for a folder that holds others."""
+    try:
+        with quiet_alone():
+            dcp.load(state, storage_reader=reader, planner=DataOnlyPlanner())
+    except CheckpointException as error:  # torch's, around what some process raised
+        cause = next((failure[0] for failure in error.failures.values()), error)
+        raise InputError(f"{reader.checkpoint_id} cannot be resumed from: {cause}") from error
 
 
 def _check_identity(folder: Path, saved: Mapping[str, object], now: Mapping[str, object]) -> None:
