@@ -17,7 +17,8 @@ from typing import Any
 import tenacity
 
 ROOT = Path(__file__).resolve().parent.parent
-_ADDRESS = re.compile(r"Starting coglet server on (\S+:\d+)")
+_ADDRESS = re.compile(r"serving on http://(\S+:\d+)")
+_BARE_ADDRESS = re.compile(r"Starting coglet server on (\S+:\d+)")
 _CAPACITY_PAUSES_S = (0.001, 0.005, 0.02, 0.1, 0.3, 1.0)
 
 
@@ -31,6 +32,7 @@ class LocalServer:
     def __init__(self, flags: list[str], *, env: dict[str, str] | None = None) -> None:
         self.logs: list[str] = []
         self.url = ""
+        self._address = _BARE_ADDRESS if "--bare" in flags else _ADDRESS
         command = [sys.executable, "-m", "deploy.serve", "--port", "0", *flags]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -91,7 +93,7 @@ class LocalServer:
         with self.process.stdout as lines:
             for line in lines:
                 self.logs.append(line)
-                if match := _ADDRESS.search(line):
+                if match := self._address.search(line):
                     self.url = f"http://{match[1]}"
 
     def _health(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Start the real Cog server on this machine: schema written, environment right, then `python -m cog.server.http`.
+"""Start the real Cog server on this machine: schema written, environment right, then the runtime behind its gate.
 
-The process becomes the runtime (exec), so that one signal stops server and worker together.
+With --bare this process becomes `python -m cog.server.http` (exec), as in Cog's image.
 """
 
 import argparse
@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 from alpaca.errors import InputError, run_command
-from alpaca.files.network.addresses import parse_address
+from alpaca.files.network.addresses import parse_address, split_list
 from alpaca.serving.settings import ServerSettings, parse_adapters, setting_type
 from deploy import schema
+from deploy.gate.rules import Rules
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +27,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--upload_url",
         help="http(s) address below which a training's archive is PUT, instead of returned in the answer",
+    )
+    parser.add_argument("--bare", action="store_true", help="Cog's runtime alone, without the gate in front of it")
+    parser.add_argument(
+        "--allowed_hosts",
+        help="names under which clients reach this server, separated by commas, beside localhost and addresses in "
+        "numbers [ALPACA_ALLOWED_HOSTS]",
+    )
+    parser.add_argument(
+        "--webhooks",
+        help="addresses that webhooks may go to, separated by commas; https://host/folder/ stands for all below it "
+        "[ALPACA_WEBHOOKS]",
     )
     for item in dataclasses.fields(ServerSettings):
         text = f"{item.metadata['help']} [{item.metadata['variable']}]"
@@ -68,8 +80,8 @@ def _seen_from(caller: Path, path: str | None) -> str | None:
 
 
 def runtime_command(options: argparse.Namespace) -> list[str]:
-    """What becomes the server. Raises InputError for an upload address that is none, or without trainings."""
-    command = [sys.executable, "-m", "cog.server.http", "--host", options.host]
+    """Cog's runtime, but for its address. Raises InputError for a wrong upload address, or one without trainings."""
+    command = [sys.executable, "-m", "cog.server.http"]
     if options.train:
         command += ["--x-mode", "train"]
     if options.upload_url:
@@ -86,13 +98,34 @@ def runtime_command(options: argparse.Namespace) -> list[str]:
     return command
 
 
+def gate_rules(options: argparse.Namespace, environment: dict[str, str]) -> Rules:
+    """What the gate lets in. Raises InputError for a webhook's address that is none.
+
+    Keys are taken from ALPACA_API_KEYS alone: a command line is read by everybody on the machine.
+    """
+    webhooks = split_list(options.webhooks or environment.get("ALPACA_WEBHOOKS", ""))
+    for address in webhooks:
+        parse_address(address)
+    return Rules(
+        hosts=split_list(options.allowed_hosts or environment.get("ALPACA_ALLOWED_HOSTS", "")),
+        keys=split_list(environment.get("ALPACA_API_KEYS", "")),
+        webhooks=webhooks,
+        serves_training=options.train,
+    )
+
+
 def main() -> None:
     options = parse_arguments()
     command = runtime_command(options)
     environment = runtime_environment(options, dict(os.environ))
+    rules = gate_rules(options, environment)
     os.chdir(ROOT)
     schema.write_schema()
-    os.execve(sys.executable, command, environment)
+    if options.bare:
+        os.execve(sys.executable, [*command, "--host", options.host], environment)
+    from deploy.gate.main import serve
+
+    sys.exit(serve(command, environment, rules, host=options.host, port=options.port))
 
 
 if __name__ == "__main__":

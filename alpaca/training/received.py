@@ -10,6 +10,7 @@ import re
 import threading
 import time
 import urllib.parse
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDone
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from alpaca.files.network.retries import InterruptedTry
 
 MOST_BYTES = 256 << 20  # Alpaca's 52,002 examples have 22 MB; as Python objects they take several times that
 MOST_DOWNLOAD_S = 600.0
-_PORTS = {"http": 80, "https": 443}
 _DATA_URL = re.compile(r"data:([^,]{0,200}),")
 _BASE64_PIECE = 4 << 20  # characters decoded at once; a multiple of 4
 
@@ -41,11 +41,11 @@ class ReceivedData:
     is_upload: bool
 
 
-def receive_data(data: str, folder: Path, *, allowed: str, stop: threading.Event) -> ReceivedData:
+def receive_data(data: str, folder: Path, *, allowed: Sequence[str], stop: threading.Event) -> ReceivedData:
     """Write what a client gave as `data` into a file in `folder`.
 
-    data: a data URL, or an http(s) address that begins with an entry of `allowed` (ALPACA_DATA_ADDRESSES: addresses
-    separated by commas, each a file or, with a slash at its end, all below it). Setting `stop` ends a download at once.
+    data: a data URL, or an http(s) address within `allowed` (each a file or, with a slash at its end, all below it).
+    Setting `stop` ends a download at once.
     Raises InputError for all else and for more than MOST_BYTES, MissingInput for a file that cannot be had in
     MOST_DOWNLOAD_S, DownloadStopped.
     """
@@ -94,32 +94,15 @@ def _too_large() -> InputError:
 # Addresses ------------------------------------------------------------------------------------------------------
 
 
-def _require_allowed(address: Address, allowed: str) -> None:
-    if not _is_allowed(address, allowed):
+def _require_allowed(address: Address, allowed: Sequence[str]) -> None:
+    if not address.is_within(allowed):
         raise InputError(
             f"data: the operator of this server does not allow the address {quote_name(str(address))}. Upload the file "
             "instead, as a data URL; or the operator starts the server with ALPACA_DATA_ADDRESSES=https://host/folder/"
         )
 
 
-def _is_allowed(address: Address, allowed: str) -> bool:
-    """Whether an address is one of `allowed`, or below one that ends in a slash."""
-    parts = urllib.parse.urlsplit(address.url)
-    if ".." in urllib.parse.unquote(parts.path).split("/"):
-        return False
-    for entry in filter(None, map(str.strip, allowed.split(","))):
-        listed = urllib.parse.urlsplit(parse_address(entry).url)
-        is_below = parts.path.startswith(listed.path) if listed.path.endswith("/") else parts.path == listed.path
-        if _server(parts) == _server(listed) and is_below:
-            return True
-    return False
-
-
-def _server(parts: urllib.parse.SplitResult) -> tuple[str, str | None, int]:
-    return parts.scheme, parts.hostname, parts.port or _PORTS[parts.scheme]
-
-
-def _download(address: Address, path: Path, *, allowed: str, stop: threading.Event) -> None:
+def _download(address: Address, path: Path, *, allowed: Sequence[str], stop: threading.Event) -> None:
     """Download a file in a thread of its own, which is left to itself where it is stopped or takes too long.
 
     A server that sends nothing can hold a thread in its read for half a minute, and nothing wakes it up.
@@ -151,11 +134,11 @@ def _download(address: Address, path: Path, *, allowed: str, stop: threading.Eve
         abandoned.set()
 
 
-def _store(address: Address, path: Path, *, allowed: str, abandoned: threading.Event) -> None:
+def _store(address: Address, path: Path, *, allowed: Sequence[str], abandoned: threading.Event) -> None:
     num_bytes = 0
     try:
         with (
-            open_reply(address, {}, may_follow=lambda target: _is_allowed(target, allowed)) as reply,
+            open_reply(address, {}, may_follow=lambda target: target.is_within(allowed)) as reply,
             open(path, "wb") as file,
         ):
             for piece in iterate_pieces(reply):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from alpaca.errors import AlpacaError, InputError
 from alpaca.files.archives import pack
-from alpaca.files.network.addresses import parse_address
+from alpaca.files.network.addresses import parse_address, split_list
 from alpaca.files.outputs import require_free_space
 from alpaca.files.places import choose_base, open_weights
 from alpaca.files.reading import read_json
@@ -98,7 +98,7 @@ def _train_to_archive(
     base = _open_base(str(values["model"]))
     _last_output = tempfile.TemporaryDirectory(prefix="alpaca-training-")
     folder = Path(_last_output.name)
-    allowed = os.environ.get("ALPACA_DATA_ADDRESSES", "")
+    allowed = split_list(os.environ.get("ALPACA_DATA_ADDRESSES", ""))
     data = receive_data(str(values["data"]), folder, allowed=allowed, stop=stop)
     _check_examples(data)
     config = _make_config(values, base=base, data_path=data.path, output_dir=folder / "alpaca_out")

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from alpaca.errors import InputError, MissingInput
+from alpaca.files.network.addresses import split_list
 from alpaca.training import received, service
 from alpaca.training.received import DownloadStopped, receive_data
 
@@ -51,7 +52,7 @@ def server() -> Iterator[str]:
 
 
 def receive(data: str, folder, allowed: str = "", stop: threading.Event | None = None):
-    return receive_data(data, folder, allowed=allowed, stop=stop or threading.Event())
+    return receive_data(data, folder, allowed=split_list(allowed), stop=stop or threading.Event())
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import base64
 import ipaddress
 import re
 import urllib.parse
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from alpaca.errors import InputError
 
 SCHEMES = ("http", "https")
+_PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"(?=.{1,254}\Z)([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?")
 
 
@@ -40,11 +42,35 @@ class Address:
 
     __repr__ = __str__
 
+    def is_within(self, allowed: Iterable[str]) -> bool:
+        """Whether the address is one of `allowed`, or below one that ends in a slash. Raises InputError for others.
+
+        Scheme, host and port must be equal, and no part of the path may lead up.
+        """
+        own = urllib.parse.urlsplit(self.url)
+        if ".." in urllib.parse.unquote(own.path).split("/"):
+            return False
+        for entry in allowed:
+            listed = urllib.parse.urlsplit(parse_address(entry).url)
+            is_below = own.path.startswith(listed.path) if listed.path.endswith("/") else own.path == listed.path
+            if _server(own) == _server(listed) and is_below:
+                return True
+        return False
+
     @property
     def label(self) -> str:
         """The last part of the path, made safe as the name of a file; "file" where the path has none."""
         name = urllib.parse.unquote(urllib.parse.urlsplit(self.url).path.rpartition("/")[2])
         return re.sub(r"[^A-Za-z0-9._-]", "_", name)[-60:].strip(".") or "file"
+
+
+def _server(parts: urllib.parse.SplitResult) -> tuple[str, str | None, int]:
+    return parts.scheme, parts.hostname, parts.port or _PORTS[parts.scheme]
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """The entries of a setting that lists several, separated by commas."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def parse_address(text: str) -> Address:

@@ -1,0 +1,147 @@
+"""Which requests pass: routes, hosts, keys, ids, webhooks and sizes. Decides alone by what it is given."""
+
+import hmac
+import ipaddress
+import json
+import re
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from alpaca.errors import InputError
+from alpaca.files.names import quote_name
+from alpaca.files.network.addresses import parse_address
+
+MOST_PREDICTION_BYTES = 8 << 20
+MOST_TRAINING_BYTES = 100 << 20  # the runtime's own limit
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_PASSED = ("id", "input", "context", "webhook", "webhook_events_filter")  # of a body; the rest has no meaning here
+_LOCAL = ("localhost", "localhost.localdomain", "ip6-localhost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What the operator allows.
+
+    hosts: names under which clients reach the server, beside addresses in numbers and localhost.
+    keys: one of them must come as `Authorization: Bearer KEY`; none: no key is asked for.
+    webhooks: addresses the runtime may post to; one that ends in a slash stands for all below it.
+    serves_training: /trainings instead of /predictions.
+    """
+
+    hosts: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    webhooks: tuple[str, ...] = ()
+    serves_training: bool = False
+
+    @property
+    def resource(self) -> str:
+        return "trainings" if self.serves_training else "predictions"
+
+    @property
+    def most_bytes(self) -> int:
+        return MOST_TRAINING_BYTES if self.serves_training else MOST_PREDICTION_BYTES
+
+
+class Refused(Exception):
+    """A request that does not pass. status: of HTTP."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """What a request asks for. kind: "look" (a GET), "start" (a prediction or training), "cancel"."""
+
+    kind: str
+    path: str
+    id: str | None = None
+
+
+def find_route(method: str, path: str, rules: Rules) -> Route:
+    """The route of a request, where it is one that clients are meant to have. Raises Refused."""
+    looks = ("/", "/health-check", "/openapi.json")
+    if path in looks:
+        if method not in ("GET", "HEAD"):
+            raise Refused(405, f"{path} is read with GET")
+        return Route(kind="look", path=path)
+    name, _, rest = path.removeprefix("/").partition("/")
+    if name != rules.resource:
+        raise Refused(404, f"no such route; there are {', '.join(looks)} and /{rules.resource}")
+    given, _, action = rest.partition("/")
+    if rest and not _ID.fullmatch(given):
+        raise Refused(422, "an id has 1 to 64 letters, digits, _, - and ., and begins with a letter or digit")
+    if not rest and method == "POST":
+        return Route(kind="start", path=path)
+    if rest and not action and method == "PUT":
+        return Route(kind="start", path=path, id=given)
+    if action == "cancel" and method == "POST":
+        return Route(kind="cancel", path=path, id=given)
+    raise Refused(405, f"expected POST /{name}, PUT /{name}/ID or POST /{name}/ID/cancel")
+
+
+def check_sender(headers: Mapping[str, str], route: Route, rules: Rules) -> None:
+    """Refuse what comes from another site's page in a browser, and who has no key. headers: names in lower case."""
+    if not _is_known(headers.get("host", ""), rules):
+        raise Refused(
+            403,
+            f"this server is not known as {quote_name(headers.get('host', ''))}: start it with --allowed_hosts NAME",
+        )
+    origin = headers.get("origin")
+    if origin is not None and not _is_known(urllib.parse.urlsplit(origin).netloc, rules):
+        raise Refused(
+            403, f"a page of {quote_name(origin)} may not use this server: start it with --allowed_hosts NAME"
+        )
+    if rules.keys and route.path != "/health-check":
+        _check_key(headers.get("authorization", ""), rules.keys)
+
+
+def _is_known(host: str, rules: Rules) -> bool:
+    """Whether a Host header names this server. An address in numbers cannot be pointed elsewhere by a name server."""
+    try:
+        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    try:
+        ipaddress.ip_address(name)
+        return True
+    except ValueError:
+        return name in (*_LOCAL, *(allowed.lower() for allowed in rules.hosts))
+
+
+def _check_key(authorization: str, keys: tuple[str, ...]) -> None:
+    scheme, _, given = authorization.partition(" ")
+    is_right = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]  # all, whichever is right
+    if scheme.lower() != "bearer" or not any(is_right):
+        raise Refused(401, "this server asks for a key: send Authorization: Bearer KEY")
+
+
+def check_body(content: bytes, route: Route, rules: Rules) -> bytes:
+    """The body that the runtime gets: the fields it knows, once each. Raises Refused."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        raise Refused(400, 'expected a JSON object such as {"input": {"prompt": "…"}}; this is no JSON') from None
+    if not isinstance(body, dict):
+        raise Refused(422, 'expected a JSON object such as {"input": {"prompt": "…"}}')
+    given = body.get("id")
+    if given is not None and (not isinstance(given, str) or not _ID.fullmatch(given)):
+        raise Refused(422, "an id has 1 to 64 letters, digits, _, - and ., and begins with a letter or digit")
+    if body.get("webhook") is not None:
+        _check_webhook(body["webhook"], rules)
+    return json.dumps({name: body[name] for name in _PASSED if name in body}).encode()
+
+
+def _check_webhook(webhook: object, rules: Rules) -> None:
+    if not isinstance(webhook, str):
+        raise Refused(422, "webhook must be an address")
+    try:
+        is_listed = parse_address(webhook).is_within(rules.webhooks)
+    except InputError as error:
+        raise Refused(422, f"webhook: {error}") from None
+    if not is_listed:
+        raise Refused(
+            422, "webhook: the operator of this server does not allow this address: start it with --webhooks ADDRESS/"
+        )
