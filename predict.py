@@ -22,7 +22,7 @@ cpu_threads.set_defaults()  # before anything below imports torch
 
 from alpaca.errors import AlpacaError
 from alpaca.files.places import open_weights
-from alpaca.serving.housekeeping import Phases, PredictionFolders, process_age_s
+from alpaca.serving.housekeeping import Phases, PredictionFolders, end_with_parent, process_age_s
 
 if TYPE_CHECKING:
     from alpaca.serving.engine import Generation
@@ -34,6 +34,7 @@ class Predictor(BaseRunner):
     def setup(self, weights: str | None = None) -> None:
         """Load the model: the folder or archive COG_WEIGHTS names, else alpaca_out."""
         phases = Phases(before_s=process_age_s())
+        end_with_parent()
         from alpaca.serving.engine import Engine
         from alpaca.serving.loading import load_engine
         from alpaca.serving.settings import ServerSettings

@@ -1,0 +1,99 @@
+"""Behaves as Cog's runtime towards the gate, without a model: slots, 409, health, and deaths on demand.
+
+`python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
+`stream N`, `die` (the worker does: UNHEALTHY and 409 for ever), `exit`. Each prediction's id or prompt goes into LOG.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+SLOTS = threading.Semaphore(int(os.environ["SLOTS"]))
+STATE = {"status": "READY"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.reply(200, STATE if self.path == "/health-check" else {"path": self.path})
+
+    def do_PUT(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        if self.path.endswith("/cancel"):
+            self.reply(200, {})
+        elif STATE["status"] != "READY" or not SLOTS.acquire(blocking=False):
+            self.reply(409, {"error": "At capacity"})
+        else:
+            try:
+                self.predict(body)
+            finally:
+                SLOTS.release()
+
+    def predict(self, body: dict) -> None:
+        prompt = body["input"]["prompt"]
+        with open(sys.argv[1], "a") as log:
+            log.write(f"{prompt}\n")
+        what, _, value = prompt.partition(" ")
+        if what == "sleep":
+            self.reply_while_connected(float(value.split()[0]), body)
+        elif what == "stream":
+            self.stream(int(value))
+        elif what == "exit":
+            os._exit(9)
+        else:
+            if what == "die":
+                STATE.update(status="UNHEALTHY", user_healthcheck_error="Healthcheck error: channel closed")
+            self.reply(200, {"status": "failed" if what == "die" else "succeeded", "got": body})
+
+    def reply_while_connected(self, seconds: float, body: dict) -> None:
+        """Answer after some time; the log gets `gone` where the client leaves before."""
+        end = time.monotonic() + seconds
+        self.connection.settimeout(0.02)
+        while time.monotonic() < end:
+            try:
+                if self.connection.recv(1) == b"":
+                    with open(sys.argv[1], "a") as log:
+                        log.write("gone\n")
+                    self.close_connection = True
+                    return
+            except TimeoutError:
+                pass
+        self.connection.settimeout(None)
+        self.reply(200, {"status": "succeeded", "got": body})
+
+    def stream(self, count: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for number in range(count):
+            self.wfile.write(f"event: output\ndata: {number}\n\n".encode())
+            time.sleep(0.05)
+        self.close_connection = True
+
+    def reply(self, status: int, content: object) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512
+
+
+if __name__ == "__main__":
+    Server((sys.argv[sys.argv.index("--host") + 1], int(os.environ["PORT"])), Handler).serve_forever()

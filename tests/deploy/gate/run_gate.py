@@ -1,0 +1,16 @@
+"""Runs the gate in front of fake_runtime.py: `python -m tests.deploy.gate.run_gate LOG RULES` (JSON)."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from deploy.gate.main import serve
+from deploy.gate.rules import Rules
+
+if __name__ == "__main__":
+    command = [sys.executable, str(Path(__file__).with_name("fake_runtime.py")), sys.argv[1]]
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(sys.argv[2]).items()
+    }
+    sys.exit(serve(command, dict(os.environ), Rules(**given), host="127.0.0.1", port=0))

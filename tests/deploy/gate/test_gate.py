@@ -1,0 +1,233 @@
+"""The gate over HTTP, in front of a runtime without a model that dies when it is told to."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import ROOT
+
+
+class RunningGate:
+    """A gate and its runtime; `url` is where clients come, `log` what the runtime was asked."""
+
+    def __init__(self, folder: Path, slots: int, rules: dict) -> None:
+        self.log = folder / "asked.txt"
+        self.log.touch()
+        environment = {**os.environ, "SLOTS": str(slots), "COG_MAX_CONCURRENCY": str(slots)}
+        command = [sys.executable, "-m", "tests.deploy.gate.run_gate", str(self.log), json.dumps(rules)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.url = re.search(r"http://\S+", self.process.stdout.readline())[0]
+        self.output: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.output.extend(self.process.stdout), daemon=True)
+        self._reader.start()
+        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self.wait_for(lambda: self.health()["status"] == "READY")
+
+    def health(self) -> dict:
+        return self.client.get("/health-check").json()
+
+    def predict(self, prompt: str, **options) -> httpx.Response:
+        return self.client.post("/predictions", json={"input": {"prompt": prompt}}, **options)
+
+    def asked(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+    def wait_for(self, is_so, seconds: float = 15) -> None:
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.02)
+
+    def runtimes(self) -> list[int]:
+        """Process ids of the runtimes that this gate has started."""
+        found = subprocess.run(["pgrep", "-f", f"fake_runtime.py {self.log}"], capture_output=True, text=True)
+        return [int(line) for line in found.stdout.split()]
+
+    def stop(self) -> int:
+        self.process.terminate()
+        status = self.process.wait(timeout=15)
+        self._reader.join()
+        return status
+
+
+@contextlib.contextmanager
+def running(folder: Path, *, slots: int = 2, **rules) -> Iterator[RunningGate]:
+    gate = RunningGate(folder, slots, rules)
+    try:
+        yield gate
+    finally:
+        gate.process.kill()
+        gate.process.wait()
+        gate._reader.join()
+        gate.process.stdout.close()
+        gate.client.close()
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory) -> Iterator[RunningGate]:
+    with running(tmp_path_factory.mktemp("gate"), slots=2) as gate:
+        yield gate
+        assert gate.stop() == 0
+        assert gate.runtimes() == []
+
+
+def test_what_passes_comes_back_as_the_runtime_said_it(gate):
+    reply = gate.predict("hello")
+    assert reply.status_code == 200
+    assert reply.json() == {"status": "succeeded", "got": {"input": {"prompt": "hello"}}}
+    assert httpx.get(f"{gate.url}/openapi.json").json() == {"path": "/openapi.json"}
+    assert httpx.put(f"{gate.url}/predictions/x-1", json={"input": {"prompt": "p"}}).json()["status"] == "succeeded"
+    assert httpx.post(f"{gate.url}/predictions/x-1/cancel").status_code == 200
+
+
+def test_a_stream_comes_piece_by_piece(gate):
+    times = []
+    with httpx.stream("POST", f"{gate.url}/predictions", json={"input": {"prompt": "stream 8"}}) as reply:
+        assert reply.headers["content-type"] == "text/event-stream"
+        for line in reply.iter_lines():
+            if line.startswith("data"):
+                times.append(time.monotonic())
+    assert len(times) == 8
+    assert times[-1] - times[0] > 0.2
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "status"),
+    [
+        ("/shutdown", {}, 404),
+        ("/predictions", {"headers": {"Host": "evil.net"}}, 403),
+        ("/predictions", {"headers": {"Origin": "http://evil.net"}}, 403),
+        ("/predictions", {"content": b"{"}, 400),
+        ("/predictions", {"json": {"id": "../../x"}}, 422),
+        ("/predictions", {"json": {"webhook": "http://127.0.0.1:1/"}}, 422),
+        ("/predictions", {"content": b" " * (9 << 20)}, 413),
+        ("/predictions", {"content": iter([b" " * (1 << 20)] * 9)}, 413),
+    ],
+)
+def test_what_does_not_pass_never_reaches_the_runtime(gate, path, options, status):
+    before = gate.asked()
+    reply = httpx.post(gate.url + path, **options)
+    assert reply.status_code == status
+    assert reply.json()["detail"]
+    assert gate.asked() == before
+
+
+def test_an_odd_request_line_is_no_request(gate):
+    host, port = gate.url.removeprefix("http://").split(":")
+    for text in (b"POST /predictions HTTP/1.1\r\nHost: evil.net\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}",
+                 b"POST http://localhost/shutdown HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n",
+                 b"nonsense\r\n\r\n"):  # fmt: skip
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(text)
+            assert b" 40" in connection.recv(100)
+    assert gate.health()["status"] == "READY"
+
+
+def test_who_comes_first_is_served_first(gate):
+    with ThreadPoolExecutor(12) as pool:
+        waiting = []
+        for number in range(12):
+            waiting.append(pool.submit(gate.predict, f"sleep 0.1 n{number}"))
+            gate.wait_for(lambda count=number: sum(gate.health()["gate"][name] for name in ("running", "waiting"))
+                          + sum(task.done() for task in waiting) > count)  # fmt: skip
+        assert [task.result().status_code for task in waiting] == [200] * 12
+    order = [int(line.rpartition("n")[2]) for line in gate.asked() if line.startswith("sleep 0.1 n")]
+    assert all(abs(number - at) <= 1 for at, number in enumerate(order)), order  # two run at once
+
+
+def test_a_slot_that_somebody_else_holds_is_waited_for(gate):
+    """The runtime's own 409: of predictions that the gate does not follow, as those with respond-async."""
+    with running_slots(gate, 2):
+        begun = time.monotonic()
+        assert gate.predict("x").status_code == 200
+        assert time.monotonic() - begun > 0.2
+
+
+@contextlib.contextmanager
+def running_slots(gate: RunningGate, count: int) -> Iterator[None]:
+    """Slots of the runtime held past the gate."""
+    pid = gate.runtimes()[0]
+    arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    port = re.search(r"\bPORT=(\d+)", Path(f"/proc/{pid}/environ").read_text())[1]
+    url = f"http://{arguments[arguments.index('--host') + 1]}:{port}/predictions"
+    with ThreadPoolExecutor(count) as pool:
+        tasks = [pool.submit(httpx.post, url, json={"input": {"prompt": "sleep 0.5 held"}}) for _ in range(count)]
+        gate.wait_for(lambda: gate.asked()[-count:] == ["sleep 0.5 held"] * count)
+        yield
+        assert all(task.result().status_code == 200 for task in tasks)
+
+
+def test_a_client_that_leaves_is_told_to_the_runtime(gate):
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{gate.url}/predictions", json={"input": {"prompt": "sleep 10 left"}}, timeout=0.3)
+    gate.wait_for(lambda: gate.asked()[-1] == "gone", seconds=3)
+    assert gate.health()["gate"]["running"] == 0
+
+
+def test_keys_are_asked_for(tmp_path):
+    with running(tmp_path, keys=["k1"]) as gate:
+        assert gate.predict("x").status_code == 401
+        assert gate.predict("x", headers={"Authorization": "Bearer k1"}).status_code == 200
+
+
+def test_a_dead_worker_comes_back_and_who_waits_is_served(tmp_path):
+    with running(tmp_path, slots=1) as gate:
+        first = gate.runtimes()
+        with ThreadPoolExecutor(3) as pool:
+            running_one = pool.submit(gate.predict, "sleep 0.3")
+            gate.wait_for(lambda: gate.health()["gate"]["running"] == 1)
+            dying = pool.submit(gate.predict, "die")
+            gate.wait_for(lambda: gate.health()["gate"]["waiting"] == 1)
+            waiting = pool.submit(gate.predict, "after")
+            assert running_one.result().status_code == 200
+            assert dying.result().json()["status"] == "failed"
+            gate.wait_for(lambda: gate.health()["status"] == "STARTING")
+            early = gate.predict("early")
+            assert (early.status_code, early.headers["retry-after"]) == (503, "5")
+            assert waiting.result().json()["status"] == "succeeded"
+        assert gate.health()["gate"]["restarts"] == 1
+        assert gate.runtimes() != first
+        assert gate.asked() == ["sleep 0.3", "die", "after"]
+
+
+def test_a_runtime_that_keeps_dying_is_given_up(tmp_path):
+    with running(tmp_path) as gate:
+        for death in range(3):
+            gate.wait_for(lambda death=death: gate.health()["gate"]["restarts"] == death)
+            gate.wait_for(lambda: gate.health()["status"] == "READY")
+            with contextlib.suppress(httpx.HTTPError):
+                gate.predict("exit")
+        assert gate.process.wait(timeout=15) == 1
+        gate._reader.join()
+        assert "error: the runtime died 3 times within 60 s; its log is above\n" in gate.output
+
+
+def test_a_killed_gate_leaves_no_runtime(tmp_path):
+    with running(tmp_path) as gate:
+        assert len(gate.runtimes()) == 1
+        gate.process.send_signal(signal.SIGKILL)
+        gate.process.wait()
+        gate.wait_for(lambda: gate.runtimes() == [], seconds=5)
+
+
+def test_a_stop_lets_open_requests_end(tmp_path):
+    with running(tmp_path) as gate, ThreadPoolExecutor(1) as pool:
+        task = pool.submit(gate.predict, "sleep 1")
+        gate.wait_for(lambda: gate.asked() == ["sleep 1"])
+        assert gate.stop() == 0
+        assert task.result().json()["status"] == "succeeded"
