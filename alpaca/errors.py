@@ -15,8 +15,10 @@
 Whatever is not an `AlpacaError` is a bug and keeps its traceback.
 """
 
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 
 class AlpacaError(Exception):
@@ -63,11 +65,34 @@ class EngineClosed(AlpacaError, RuntimeError):
     """The engine is shut down or has lost its device."""
 
 
+class Terminated(BaseException):
+    """A signal asked this program to end. Raised in the main thread, so that what it has begun is cleaned up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; a user's mistake ends it with one message and status 1, no traceback."""
+    """Run a command's `main`; a user's mistake ends it with one message and status 1, no traceback.
+
+    SIGTERM and SIGHUP, which end a cancelled job, end it as an error does: files that are half written are removed. A
+    `main` that sets handlers of its own keeps them.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminate)
     try:
         main()
     except AlpacaError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the command can be run again")
+    except Terminated as ended:
+        print(f"ended by {ended}; the command can be run again", file=sys.stderr)
+        sys.exit(128 + ended.number)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+    raise Terminated(number)

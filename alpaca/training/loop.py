@@ -21,7 +21,13 @@ from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
 from alpaca.files.atomic import write_json
 from alpaca.files.locks import locked
 from alpaca.training.checkpoints.loading import find_checkpoint, load_checkpoint
-from alpaca.training.checkpoints.output import check_output, clear_output, require_room, require_shared_folder
+from alpaca.training.checkpoints.output import (
+    check_output,
+    clear_output,
+    kept_once_begun,
+    require_room,
+    require_shared_folder,
+)
 from alpaca.training.checkpoints.saving import checkpoint_bytes, save_checkpoint
 from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.configuration.resolving import resolve_settings
@@ -94,12 +100,13 @@ def _train_alone(
     run = prepare(settings, world)
     if checkpoint:
         load_checkpoint(run.trainee, checkpoint)
-    world.run_in_all(lambda: _prepare_output(run, resumed=checkpoint is not None) if world.is_main else None)
-    samples = _answer_before(run, resumed=checkpoint is not None)
-    try:
-        seconds = run_steps(run, on_step=on_step, should_stop=should_stop)
-    except torch.OutOfMemoryError as error:
-        raise NotEnoughSpace(_out_of_memory(run, error)) from error
+    with kept_once_begun(output_dir, lambda: run.progress.step > 0) if world.is_main else contextlib.nullcontext():
+        world.run_in_all(lambda: _prepare_output(run, resumed=checkpoint is not None) if world.is_main else None)
+        samples = _answer_before(run, resumed=checkpoint is not None)
+        try:
+            seconds = run_steps(run, on_step=on_step, should_stop=should_stop)
+        except torch.OutOfMemoryError as error:
+            raise NotEnoughSpace(_out_of_memory(run, error)) from error
     finish(run, seconds=seconds, samples=samples)
     return output_dir
 

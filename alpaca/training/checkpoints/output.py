@@ -6,7 +6,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -78,6 +78,23 @@ def check_output(output_dir: Path, *, resume: bool, checkpoint: Path | None, ove
             f"{output_dir} is not empty ({list_folder(output_dir, most=5)}); go on with a run that was interrupted by "
             "--resume_from_checkpoint auto, replace it by --overwrite_output_dir, or choose another --output_dir"
         )
+
+
+@contextlib.contextmanager
+def kept_once_begun(output_dir: Path, has_begun: Callable[[], bool]) -> Iterator[None]:
+    """Remove what the block has written into the folder if it fails before the run has begun.
+
+    A run that fails in its first step has taught nothing, and its files would have the corrected command refused.
+    """
+    before = {entry.name for entry in output_dir.iterdir()} if output_dir.is_dir() else set()
+    try:
+        yield
+    except BaseException:
+        if not has_begun():
+            for entry in output_dir.iterdir():
+                if entry.name not in before:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        raise
 
 
 def clear_output(output_dir: Path, *, old_checkpoints: bool) -> None:
