@@ -15,9 +15,11 @@
 Whatever is not an `AlpacaError` is a bug and keeps its traceback.
 """
 
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
@@ -93,6 +95,31 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(128 + ended.number)
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Have SIGTERM wait for the end of the block: for cleaning up, which must not stop half-way."""
+    global _num_undisturbed, _postponed
+    if threading.current_thread() is not threading.main_thread():  # where no signal is handled
+        yield
+        return
+    _num_undisturbed += 1
+    try:
+        yield
+    finally:
+        _num_undisturbed -= 1
+        if _postponed is not None and not _num_undisturbed:
+            number, _postponed = _postponed, None
+            raise Terminated(number)
+
+
+_num_undisturbed = 0  # blocks that the main thread is in
+_postponed: int | None = None  # the signal that came meanwhile
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
+    global _postponed
     signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
-    raise Terminated(number)
+    if _num_undisturbed:
+        _postponed = number
+    else:
+        raise Terminated(number)

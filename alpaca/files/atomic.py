@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from alpaca.errors import NotEnoughSpace
+from alpaca.errors import NotEnoughSpace, undisturbed
 from alpaca.files.locks import locked
 from alpaca.files.outputs import check_overwrite
 
@@ -34,7 +34,8 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with undisturbed():
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -77,9 +78,10 @@ def replaced_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[
                 raise
             raise NotEnoughSpace(f"the disk ran full while {target} was written; nothing was changed") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            if target.exists():
-                _remove(aside)
+            with undisturbed():
+                shutil.rmtree(partial, ignore_errors=True)
+                if target.exists():
+                    _remove(aside)
 
 
 def _remove(path: Path) -> None:

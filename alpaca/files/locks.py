@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from alpaca.errors import OutputExists
+from alpaca.errors import OutputExists, undisturbed
 from alpaca.files.outputs import require_no_file_above
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,9 @@ def locked(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        lock.release()
+        with undisturbed():
+            path.unlink(missing_ok=True)
+            lock.release()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 from alpaca.architecture.description import ModelDescription
 from alpaca.architecture.inventory import check_tensors
 from alpaca.architecture.tensors import module_name
-from alpaca.errors import InputError, MissingInput, NotEnoughSpace
+from alpaca.errors import InputError, MissingInput, NotEnoughSpace, undisturbed
 from alpaca.files.atomic import fsync
 from alpaca.files.locks import locked
 from alpaca.files.model_folders import is_adapter
@@ -174,4 +174,5 @@ def _replaced_file(target: Path, *, overwrite: bool) -> Iterator[Path]:
                 raise
             raise NotEnoughSpace(f"the disk ran full while {target} was written; nothing was changed") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with undisturbed():
+                partial.unlink(missing_ok=True)
