@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 _MOST_WAITING, _MOST_WAITING_BYTES = 2048, 256 << 20
 _BODY_S = 60.0  # for a client to send its whole request
 _RETRY_AFTER_S = 5
+_KNOWN_IDS = 4096
 _TAKEN_S = 0.2  # a request that the runtime has not refused by then has its slot
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
 _ASKED = ("accept", "prefer", "traceparent", "tracestate")  # headers that go on to the runtime
@@ -31,6 +33,7 @@ class Gate:
         self._runtime, self._rules = runtime, rules
         self._turns = Turns(concurrency, most_waiting=_MOST_WAITING, most_bytes=_MOST_WAITING_BYTES)
         self._door = asyncio.Lock()  # one at a time tries again where the runtime has no slot
+        self._started: deque[str] = deque(maxlen=_KNOWN_IDS)  # paths of predictions that were not waited for
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
         self._client = httpx.AsyncClient(base_url=runtime.url, timeout=None, limits=limits, trust_env=False)
 
@@ -69,8 +72,14 @@ class Gate:
         """A prediction or a training: in its turn. Who comes while the runtime is down is asked to come again."""
         if self._runtime.state is State.STARTING:
             raise Refused(503, "the model is being loaded; try again")
+        if route.path in self._started:  # asks for the state of what runs already, for which no slot is needed
+            await self._pass_on(await self._ask(route, headers, body), send)
+            return
         async with self._turns.turn(len(body)):
-            await self._pass_on(await self._ask_until_taken(route, headers, body), send)
+            reply = await self._ask_until_taken(route, headers, body)
+            if reply.status_code == 202 and route.id:
+                self._started.append(route.path)
+            await self._pass_on(reply, send)
 
     async def _ask_until_taken(self, route: Route, headers: Mapping[str, str], body: bytes) -> httpx.Response:
         """The runtime's answer to a request, asked again as long as it has no slot or is being started."""
