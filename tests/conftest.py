@@ -81,7 +81,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # worker idle.
 LONGEST = (
     "training/checkpoints/test_checkpoint.py", "training/test_distributed.py", "training/model/test_methods.py",
-    "training/model/test_optimizer.py", "serving/llama/test_gpu_path.py", "serving/kernels/test_triton_ops.py",
+    "training/model/test_optimizer.py", "test_triton_interpreter.py",
     "test_train.py", "test_predict.py", "training/planning/test_training_plan.py", "training/test_command.py",
     "training/test_loop.py", "serving/llama/test_llama_engine.py", "formats/meta/test_conversion_stopped.py",
 )  # fmt: skip
