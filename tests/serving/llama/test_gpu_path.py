@@ -20,7 +20,7 @@ from alpaca.serving.llama.weights import load_llama, read_llama
 from tests.serving.llama.families import MODELS
 from tests.serving.llama.families import save as save_family
 from tests.serving.llama.test_llama import logits, save_model
-from tests.serving.llama.test_llama_engine import CalledEachTime, engine_of, naive, request, tokens
+from tests.serving.llama.test_llama_engine import CalledEachTime, engine_of, naive, naive_of_all, request, tokens
 from tests.serving.llama.test_serving_adapters import ADAPTERS, Oracle, write_adapter
 from tests.triton_interpreter import DEVICE, need_kernels
 
@@ -159,7 +159,7 @@ def test_the_engine_with_adapters_gives_what_pefts_model_gives(tmp_path, triton_
     if ON_GPU:  # bfloat16: one tie decided otherwise changes the rest
         assert [len(rows[0]) for rows in found] == [3] * 4
     else:
-        assert found == [naive(oracle.using(one.adapter), one) for one in asked]
+        assert found == [naive(oracle.using(one.adapter), one, rows) for one, rows in zip(asked, found, strict=True)]
 
 
 def test_the_engine_gives_what_naive_decoding_gives(tmp_path, triton_ops):
@@ -182,4 +182,4 @@ def test_the_engine_gives_what_naive_decoding_gives(tmp_path, triton_ops):
     if ON_GPU:  # bfloat16: one tie decided otherwise changes the rest
         assert [len(rows[0]) for rows in found] == [4] * 4
     else:
-        assert found == [naive(reference, one) for one in asked]
+        assert found == naive_of_all(reference, asked, found)
