@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight, quantize_parts
-from tests.triton_interpreter import DEVICE, INTERPRETED, need_kernels
+from tests import triton_interpreter
+from tests.triton_interpreter import INTERPRETED, need_kernels
 
 pytest.importorskip("triton")
 
+DEVICE = torch.device(triton_interpreter.DEVICE)
 # The interpreter multiplies bfloat16 as if it were integers, and rounds to it by cutting.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
