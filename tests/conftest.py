@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -14,6 +15,9 @@ os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 import pytest
 
 from alpaca import cpu_threads
+
+if TYPE_CHECKING:
+    from deploy.local_server import LocalServer
 
 cpu_threads.set_defaults()
 
@@ -56,6 +60,19 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = TinyLlama(vocab_size=400, n_kv_heads=4)
     write_meta(base / "T", model.tensors(), model.params())
     return convert(parse_arguments(["--input_dir", str(base), "--model_size", "T", "--output_dir", str(base / "out")]))
+
+
+@pytest.fixture(scope="session")
+def server_without_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator["LocalServer"]:
+    """A real server that found no model in a folder `nothing`, so that its setup failed."""
+    from deploy.local_server import LocalServer
+
+    server = LocalServer(["--weights", str(tmp_path_factory.mktemp("weights") / "nothing")])
+    try:
+        server.wait_until("SETUP_FAILED", timeout_s=60)
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")
