@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -130,3 +131,10 @@ def test_the_deciding_side_of_serving_needs_no_torch():
     decides = ("request", "detokenize", "engine", "settings", "housekeeping", "llama.cache", "llama.scheduler")
     for name in decides:
         assert not [n for n in imported(MODULES[f"alpaca.serving.{name}"]) if n.split(".")[0] == "torch"]
+
+
+def test_commands_for_data_start_without_torch():
+    """Its import would take most of their time."""
+    code = "import sys, alpaca.data.generate_instruction, alpaca.data.report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr

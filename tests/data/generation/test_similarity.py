@@ -143,7 +143,7 @@ def test_words_are_those_of_rouge_score():
 
 
 def test_real_instructions_score_as_in_rouge_score(real):
-    from alpaca.data.examples import read_examples
+    from alpaca.data.records import read_examples
 
     texts = [example.instruction for example in read_examples(real / "alpaca_4000.json")]
     pool = InstructionPool(texts[:600])
