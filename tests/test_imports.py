@@ -1,6 +1,7 @@
 """The rooms of the tree: arrows between them run one way, nothing goes round in a circle, and no room is too full."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in SOURCES}
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """The names a file imports, wherever the statement stands: modules, and what is taken from them."""
     names: set[str] = set()

@@ -16,6 +16,8 @@ import psutil
 import pytest
 import torch
 
+from alpaca.data import generate_instruction
+from alpaca.data.generation.journal import REGEN, Journal
 from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.memory import free_memory
 from alpaca.serving.engine import Generation
@@ -546,6 +548,22 @@ def test_script_predict_prints_what_cog_predict_does(llama_folder, server, monke
     monkeypatch.setattr(sys, "argv", ["script/predict", "-i", "promt=x"])
     with pytest.raises(InputError, match=r"no input is named 'promt'; did you mean prompt\?"):
         local_predict.main()
+
+
+def test_instruction_generation_asks_a_model_that_knows_nothing(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [
+        "generate", "--endpoint", f"{server.url}/predictions", "--output_dir", str(tmp_path), "--max_tokens", "64",
+        "--num_prompt_instructions", "1", "--max_requests", "3", "--request_batch_size", "2",
+    ])  # fmt: skip
+    generate_instruction.main()
+    said = capsys.readouterr().err
+    assert "0 of 100 tasks; rejected: " in said  # mostly cut off; sampled, so now and then its nonsense ends early
+    assert "ended early: --max_requests 3 is reached; the same command goes on" in said
+    assert not (tmp_path / REGEN).exists()
+    with Journal(tmp_path) as journal:
+        assert len(journal.state.answered) == 3
+        assert journal.state.prompt_tokens > 300
+        assert journal.state.output_tokens > 0
 
 
 def test_the_log_has_a_line_of_the_engine_now_and_then(server):

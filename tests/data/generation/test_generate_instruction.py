@@ -392,24 +392,3 @@ def test_a_wrong_key_ends_with_one_message(service: Service, tmp_path: Path):
     assert re.search(r"^error: http\S+ answered 401 \(check the API key\)", output, re.MULTILINE)
     assert "Traceback" not in output
     assert "sk-wrong" not in output
-
-
-def test_this_projects_own_server_with_a_model_that_knows_nothing(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    from deploy.local_server import running_server
-
-    with running_server(["--weights", str(llama_folder), "--concurrency", "4"], on_failure=print) as server:
-        monkeypatch.setattr(sys, "argv", [
-            "generate", "--endpoint", f"{server.url}/predictions", "--output_dir", str(tmp_path), "--max_tokens", "64",
-            "--num_prompt_instructions", "1", "--max_requests", "3", "--request_batch_size", "2",
-        ])  # fmt: skip
-        main()
-    said = capsys.readouterr().err
-    assert "0 of 100 tasks; rejected: " in said  # mostly cut off; sampled, so now and then its nonsense ends early
-    assert "ended early: --max_requests 3 is reached; the same command goes on" in said
-    assert not (tmp_path / REGEN).exists()
-    with Journal(tmp_path) as journal:
-        assert len(journal.state.answered) == 3
-        assert journal.state.prompt_tokens > 300
-        assert journal.state.output_tokens > 0
