@@ -364,9 +364,9 @@ print("kib", imported, peak)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 8, "intermediate_size": 2816, "num_attention_heads": 16}
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 2816, "num_attention_heads": 16}
     folder = write_model(tmp_path_factory.mktemp("large"), dtype=torch.bfloat16, **sizes)
-    assert (folder / "model.safetensors").stat().st_size > 150e6
+    assert (folder / "model.safetensors").stat().st_size > 85e6
     return folder
 
 
@@ -377,4 +377,4 @@ def test_memory_is_a_few_blocks_of_rows(large, tmp_path, outtype):
     done = run_code(MEMORY_PROBE, *command(large, tmp_path / "m.gguf", "--outtype", outtype)[2:])
     assert done.returncode == 0, done.stderr
     imported, peak = (int(kib) * 1024 for kib in done.stdout.split()[-2:])
-    assert peak - imported < 100e6
+    assert peak - imported < 40e6

@@ -487,16 +487,16 @@ print("kib", imported, peak)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory, tokenizer_model, vocab_size) -> tuple[Path, int]:
-    """A checkpoint of 2 shards, more than 500 MB in all, and the bytes of its largest tensor."""
+    """A checkpoint of 2 shards, more than 200 MB in all, and the bytes of its largest tensor."""
     folder = tmp_path_factory.mktemp("large")
     sizes = TinyLlama(vocab_size=vocab_size, dim=1024, n_layers=1, n_heads=16, n_kv_heads=16, multiple_of=256)
-    model = replace(sizes, n_layers=22)
+    model = replace(sizes, n_layers=8)
     layer = {name: tensor for name, tensor in sizes.tensors().items() if name.startswith("layers.0.")}
     tensors = {name: tensor for name, tensor in sizes.tensors().items() if name not in layer}
     for number in range(model.n_layers):
         tensors |= {name.replace("layers.0.", f"layers.{number}."): tensor for name, tensor in layer.items()}
     write_meta(folder / "in" / "T", tensors, model.params(), num_shards=2)
-    assert sum(tensor.nbytes for tensor in tensors.values()) > 500e6
+    assert sum(tensor.nbytes for tensor in tensors.values()) > 200e6
     shutil.copy(tokenizer_model, folder / "in" / "tokenizer.model")
     return folder, max(tensor.nbytes for tensor in tensors.values())
 
@@ -508,7 +508,7 @@ def test_memory_stays_at_the_largest_tensor(large, dtype, growth):
     done = run_code(MEMORY_PROBE, *command(folder, *flags)[2:])
     assert done.returncode == 0, done.stderr
     imported, peak = (int(kib) * 1024 for kib in done.stdout.split()[-2:])
-    assert peak - imported < growth * largest + 100e6  # torch itself takes 140 MB, 275 MB in its CUDA builds
+    assert peak - imported < growth * largest + 40e6
 
 
 def test_checklist_written_by_the_tests_is_metas_format(tmp_path):
