@@ -1,5 +1,6 @@
 """What all tests share: no model hub, and the real inputs where they are."""
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from deploy.local_server import LocalServer
 
 cpu_threads.set_defaults()
+# Until all tests are collected: imports stay, and to search them for garbage takes a third of the collection.
+gc.disable()
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,6 +105,11 @@ LONGEST = (
     "test_train.py", "test_predict.py", "training/planning/test_training_plan.py", "training/test_command.py",
     "training/test_loop.py", "serving/llama/test_llama_engine.py", "formats/meta/test_conversion_stopped.py",
 )  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

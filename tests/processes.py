@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -72,9 +72,9 @@ def running_code(code: str, *arguments: str) -> Iterator[Running]:
             process.join()
 
 
-def run_command(command: list[str]) -> Finished:
-    """Run `command`, which is an interpreter and its arguments."""
-    return _run([{}], command[1:], timeout_s=60)
+def run_command(command: list[str], **environment: str) -> Finished:
+    """Run `command`, which is an interpreter and its arguments, with these variables besides."""
+    return _run([environment], command[1:], timeout_s=60)
 
 
 def mistake_of(command: list[str]) -> str:
@@ -102,7 +102,7 @@ def run_ranks(module: str, *arguments: str, num_processes: int, on_machine: int,
     return _run(ranks, ["-m", module, *arguments], timeout_s=timeout_s)
 
 
-def _run(environments: list[dict[str, object]], command: list[str], *, timeout_s: float) -> Finished:
+def _run(environments: Sequence[Mapping[str, object]], command: list[str], *, timeout_s: float) -> Finished:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(len(environments))]
         processes = [
