@@ -26,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from alpaca.data.examples import MASKED_LABEL, EncodedDataset, Example, encode_examples, read_examples
+from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples
+from alpaca.data.records import Example, read_examples
 from alpaca.errors import InputError, MissingInput, run_command
 from alpaca.text.prompts import alpaca_prompt
 from alpaca.text.sentencepiece import SentencePieceTokenizer, write_llama_tokenizer

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
 
 from alpaca.errors import MissingInput
 from alpaca.files.atomic import write_json
@@ -85,6 +84,8 @@ def write_hollow_llama(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
 
 def write_llama_configs(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
     """config.json, generation_config.json and a tokenizer of 32,000 pieces."""
+    from transformers import LlamaConfig  # takes seconds, and most who import this module want sizes only
+
     real_model = find_real("llama-tokenizer/tokenizer.model")
     model_file = real_model or write_synthetic_tokenizer(folder / "tokenizer.model")
     write_llama_tokenizer(model_file, folder, max_length=CONTEXT)

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from sentencepiece import SentencePieceTrainer  # noqa: E402
 
 from alpaca.architecture.description import ModelDescription  # noqa: E402
-from alpaca.data.examples import read_examples  # noqa: E402
+from alpaca.data.records import read_examples  # noqa: E402
 from alpaca.files.atomic import replaced_folder  # noqa: E402
 from alpaca.formats.meta import checkpoint as meta_files  # noqa: E402
 from alpaca.formats.meta import layout  # noqa: E402

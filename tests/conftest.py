@@ -1,9 +1,11 @@
 """What all tests share: no model hub, and the real inputs where they are."""
 
+import gc
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -15,7 +17,12 @@ import pytest
 
 from alpaca import cpu_threads
 
+if TYPE_CHECKING:
+    from deploy.local_server import LocalServer
+
 cpu_threads.set_defaults()
+# Until all tests are collected: imports stay, and to search them for garbage takes a third of the collection.
+gc.disable()
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +66,19 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def server_without_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator["LocalServer"]:
+    """A real server that found no model in a folder `nothing`, so that its setup failed."""
+    from deploy.local_server import LocalServer
+
+    server = LocalServer(["--weights", str(tmp_path_factory.mktemp("weights") / "nothing")])
+    try:
+        server.wait_until("SETUP_FAILED", timeout_s=60)
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
 def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece BPE model of Meta's kind, trained on the sample."""
     import sentencepiece
@@ -81,10 +101,15 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # worker idle.
 LONGEST = (
     "training/checkpoints/test_checkpoint.py", "training/test_distributed.py", "training/model/test_methods.py",
-    "training/model/test_optimizer.py", "serving/llama/test_gpu_path.py", "serving/kernels/test_triton_ops.py",
+    "training/model/test_optimizer.py", "test_triton_interpreter.py",
     "test_train.py", "test_predict.py", "training/planning/test_training_plan.py", "training/test_command.py",
     "training/test_loop.py", "serving/llama/test_llama_engine.py", "formats/meta/test_conversion_stopped.py",
 )  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,9 +2,10 @@
 
 A test needs a process of its own where one is to be killed, or to have a rank among several. Importing would take
 longer than most of what such a process does, so a server that has imported forks them. What a user's own start does is
-tested by the commands' tests, which start an interpreter.
+tested by those of the commands' tests that start an interpreter.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -12,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -38,9 +40,46 @@ def run_code(code: str, *arguments: str, timeout_s: float = 60) -> Finished:
     return _run([{}], ["-c", code, *arguments], timeout_s=timeout_s)
 
 
+@dataclass(frozen=True)
+class Running:
+    """stdout, stderr: files of what the process has written."""
+
+    process: BaseProcess
+    stdout: Path
+    stderr: Path
+
+    def end_by(self, signal_number: int) -> Finished:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal_number)
+        self.process.join(timeout=30)
+        assert self.process.exitcode is not None, "not at an end after 30 s"
+        return Finished(self.process.exitcode, self.stdout.read_text(), self.stderr.read_text())
+
+
+@contextlib.contextmanager
+def running_code(code: str, *arguments: str) -> Iterator[Running]:
+    """A process that is `python -c code arguments`, ended with the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder, "out"), Path(folder, "err")
+        for path in outputs:
+            path.touch()
+        process = _CONTEXT.Process(target=_be_python, args=(["-c", code, *arguments], {}, *outputs))
+        process.start()
+        try:
+            yield Running(process, *outputs)
+        finally:
+            process.kill()
+            process.join()
+
+
+def run_command(command: list[str], **environment: str) -> Finished:
+    """Run `command`, which is an interpreter and its arguments, with these variables besides."""
+    return _run([environment], command[1:], timeout_s=60)
+
+
 def mistake_of(command: list[str]) -> str:
-    """What `python -m module arguments`, `command`, says when it ends with one line and no traceback."""
-    finished = _run([{}], command[1:], timeout_s=60)
+    """What `command` says when it ends with one line and no traceback."""
+    finished = run_command(command)
     assert finished.returncode == 1
     assert finished.stderr.startswith("error: ")
     assert finished.stderr.count("\n") == 1, finished.stderr
@@ -63,7 +102,7 @@ def run_ranks(module: str, *arguments: str, num_processes: int, on_machine: int,
     return _run(ranks, ["-m", module, *arguments], timeout_s=timeout_s)
 
 
-def _run(environments: list[dict[str, object]], command: list[str], *, timeout_s: float) -> Finished:
+def _run(environments: Sequence[Mapping[str, object]], command: list[str], *, timeout_s: float) -> Finished:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(len(environments))]
         processes = [

@@ -1,7 +1,9 @@
 """The rooms of the tree: arrows between them run one way, nothing goes round in a circle, and no room is too full."""
 
 import ast
+import functools
 import graphlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +37,7 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in SOURCES}
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """The names a file imports, wherever the statement stands: modules, and what is taken from them."""
     names: set[str] = set()
@@ -130,3 +133,10 @@ def test_the_deciding_side_of_serving_needs_no_torch():
     decides = ("request", "detokenize", "engine", "settings", "housekeeping", "llama.cache", "llama.scheduler")
     for name in decides:
         assert not [n for n in imported(MODULES[f"alpaca.serving.{name}"]) if n.split(".")[0] == "torch"]
+
+
+def test_commands_for_data_start_without_torch():
+    """Its import would take most of their time."""
+    code = "import sys, alpaca.data.generate_instruction, alpaca.data.report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr

@@ -1,6 +1,7 @@
 """The Predictor behind the real Cog server, over HTTP: what clients see."""
 
 import asyncio
+import contextlib
 import json
 import re
 import subprocess
@@ -11,10 +12,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import httpx
+import psutil
 import pytest
 import torch
 
-from alpaca.errors import InputError
+from alpaca.data import generate_instruction
+from alpaca.data.generation.journal import REGEN, Journal
+from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.memory import free_memory
 from alpaca.serving.engine import Generation
 from alpaca.serving.housekeeping import PredictionFolders
@@ -23,12 +27,13 @@ from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.loading import load_engine
 from alpaca.serving.request import PredictionInputs
 from alpaca.serving.settings import ServerSettings
+from deploy import local_predict
 from deploy.local_server import LocalServer, ServerFailedError, running_server
 from tests.conftest import ROOT
 from tests.serving.llama.test_llama_engine import request
 
 RAW = {"prompt": "", "prompt_template": "{prompt}"}
-LONG = {**RAW, "max_new_tokens": 400, "min_new_tokens": 400, "seed": 1, "stream": True}
+LONG = {**RAW, "max_new_tokens": 200, "min_new_tokens": 200, "seed": 1, "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def scarce(llama_folder) -> Iterator[ScarceServer]:
     rows = max_running(settings)
     wanted = working_bytes(config, torch.float32, num_tokens=rows + 128, num_sampled=rows)
     wanted += (
-        4 * 145 * BLOCK_SIZE * config.kv_elements_per_token() * torch.float32.itemsize
+        4 * 73 * BLOCK_SIZE * config.kv_elements_per_token() * torch.float32.itemsize
     )  # of which the cache gets a quarter
     fraction = wanted / free_memory(torch.device("cpu"))
     flags = ["--weights", str(llama_folder), "--concurrency", "4", "--memory_fraction", str(fraction)]
@@ -156,9 +161,9 @@ def test_first_event_comes_before_half_of_the_time(server):
     start = time.monotonic()
     events = sse_events(server.url, LONG)
     arrivals = [at - start for at, name, _ in events if name == "output"]
-    assert len(arrivals) > 100
+    assert len(arrivals) > 50
     assert arrivals[0] < arrivals[-1] / 2
-    assert len(set(arrivals)) > 100  # and the others as they come
+    assert len(set(arrivals)) > 50  # and the others as they come
     assert events[-1][1] == "completed"
     assert events[-1][2]["status"] == "succeeded"
     assert events[-1][2]["output"] == chunks(events)
@@ -166,14 +171,14 @@ def test_first_event_comes_before_half_of_the_time(server):
 
 def test_sixteen_streams_run_at_once_and_each_gets_its_own_answer(server):
     """Greedy: float32 leaves a sampled token to chance where batches differ; tests/serving has it exact in float64."""
-    long = {**LONG, "temperature": 0, "max_new_tokens": 200, "min_new_tokens": 200}
-    asked = [{**long, "prompt": f"{i} alpacas"} for i in range(16)]
-    alone = ["".join(server.predict(one)["output"]) for one in asked]
+    asked = [{**LONG, "temperature": 0, "prompt": f"{i} alpacas"} for i in range(16)]
+    begun = {"max_new_tokens": 40, "min_new_tokens": 40}
+    alone = ["".join(server.predict({**one, **begun})["output"]).rstrip("\ufffd") for one in asked]
     events = in_threads(16, lambda i: sse_events(server.url, asked[i]))
     firsts = [next(at for at, name, _ in one if name == "output") for one in events]
     ends = [next(at for at, name, _ in one if name == "completed") for one in events]
     assert max(firsts) < min(ends)
-    assert ["".join(chunks(one)) for one in events] == alone
+    assert ["".join(chunks(one))[: len(text)] for one, text in zip(events, alone, strict=True)] == alone
     assert len(set(alone)) == 16
     assert {one[-1][2]["metrics"]["output_tokens"] for one in events} == {200}
 
@@ -249,7 +254,7 @@ def test_cancel_frees_slot_and_blocks(scarce):
     assert events[-1][2]["status"] == "canceled"
     assert 0 < len(chunks(events)) < 400
     metrics = events[-1][2]["metrics"]
-    assert len(chunks(events)) <= metrics["output_tokens"] < 2048
+    assert len(chunks(events)) <= metrics["output_tokens"] < 600
     assert metrics["prompt_tokens"] == len(scarce.running["prompt"]) + 2
     assert waited["status"] == "succeeded"  # there was no room for it while the other ran
 
@@ -285,6 +290,7 @@ def test_what_can_never_fit_fails_at_once_naming_the_sizes(scarce):
     assert first.wait(timeout=20)
     refused = scarce.server.predict({**RAW, "prompt": "y" * (scarce.context - 1)})
     assert running.is_alive()  # it did not wait for the other
+    httpx.post(f"{scarce.server.url}/predictions/to-cancel/cancel").raise_for_status()
     running.join()
     assert refused["status"] == "failed"
     assert (
@@ -466,21 +472,23 @@ def test_health_and_schema(server):
     assert server.request("/openapi.json") == json.loads((ROOT / ".cog" / "openapi_schema.json").read_text())
 
 
-def test_setup_without_weights_says_which_step_is_missing(tmp_path):
-    server = LocalServer(["--weights", str(tmp_path / "nothing")])
+def test_setup_without_weights_says_which_step_is_missing(server_without_model):
     with pytest.raises(ServerFailedError, match=r"no model in .*nothing"):
-        server.wait_until("READY", timeout_s=60)
-    assert httpx.post(f"{server.url}/predictions", json={"input": {"prompt": "x"}}).status_code == 503
-    server.stop()
+        server_without_model.wait_until("READY", timeout_s=60)
+    refused = httpx.post(f"{server_without_model.url}/predictions", json={"input": {"prompt": "x"}})
+    assert refused.status_code == 503
 
 
-def test_setup_without_memory_fails_in_a_sentence(llama_folder):
-    server = LocalServer(["--weights", str(llama_folder), "--memory_fraction", "0.00001"])
-    with pytest.raises(ServerFailedError, match=r"GB are free after the weights, .* no request fits"):
-        server.wait_until("READY", timeout_s=60)
-    server.stop()
+def test_setup_without_memory_fails_in_a_sentence(llama_folder, monkeypatch):
+    """The setup alone: the test above sees where the server takes its error's words."""
+    import predict
+
+    monkeypatch.setenv("ALPACA_MEMORY_FRACTION", "0.00001")
+    with pytest.raises(NotEnoughSpace, match=r"GB are free after the weights, .* no request fits"):
+        predict.Predictor().setup(str(llama_folder))
 
 
+@pytest.mark.slow
 def test_the_transformers_engine_still_serves(llama_folder):
     with running_server(["--weights", str(llama_folder), "--engine", "transformers"], on_failure=print) as server:
         assert "quantization none, context 2048 tokens" in server.log_text()
@@ -490,21 +498,7 @@ def test_the_transformers_engine_still_serves(llama_folder):
         assert chunks(sse_events(server.url, {**LONG, "max_new_tokens": 20, "min_new_tokens": 20}))
 
 
-def test_one_signal_stops_server_and_worker(llama_folder):
-    import psutil
-
-    server = LocalServer(["--weights", str(llama_folder)])
-    server.wait_until("READY")
-    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
-    assert len(family) >= 2
-    assert server.stop() in (0, -15)
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
-
-
 def test_script_predict_ended_by_a_signal_leaves_no_server(llama_folder):
-    import psutil
-
     command = [sys.executable, "-m", "deploy.local_predict", "--weights", str(llama_folder)]
     process = subprocess.Popen([*command, "-i", "prompt=x"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
@@ -540,33 +534,52 @@ def test_a_signal_while_the_server_is_being_started_leaves_none(monkeypatch):
         started[0].stdout.close()
 
 
-def test_script_predict_prints_what_cog_predict_does(llama_folder):
+def test_script_predict_prints_what_cog_predict_does(llama_folder, server, monkeypatch):
     command = [sys.executable, "-m", "deploy.local_predict", "--weights", str(llama_folder)]
-    inputs = [
-        "-i",
-        "prompt=tell me something about รามาเกียรติ์",
-        "-i",
-        "max_new_tokens=5",
-        "-i",
-        "stop=a",
-        "-i",
-        "stop=b",
-    ]
-    done = subprocess.run([*command, *inputs, "-i", "seed=1"], capture_output=True, text=True, timeout=120)
+    inputs = ["prompt=tell me something about รามาเกียรติ์", "max_new_tokens=5", "stop=a", "stop=b", "seed=1"]
+    given = [part for text in inputs for part in ("-i", text)]
+    done = subprocess.run([*command, *given], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     output = json.loads(done.stdout)
     assert isinstance(output, list)
     assert len(output) == 1
-    wrong = subprocess.run([*command, "-i", "promt=x"], capture_output=True, text=True, timeout=120)
-    assert wrong.returncode == 1
-    assert "no input is named 'promt'; did you mean prompt?" in wrong.stderr
+    monkeypatch.setattr(local_predict, "running_server", lambda flags: contextlib.nullcontext(server))
+    monkeypatch.setattr(local_predict, "stop_children_on_sigterm", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["script/predict", "-i", "promt=x"])
+    with pytest.raises(InputError, match=r"no input is named 'promt'; did you mean prompt\?"):
+        local_predict.main()
+
+
+def test_instruction_generation_asks_a_model_that_knows_nothing(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [
+        "generate", "--endpoint", f"{server.url}/predictions", "--output_dir", str(tmp_path), "--max_tokens", "64",
+        "--num_prompt_instructions", "1", "--max_requests", "3", "--request_batch_size", "2",
+    ])  # fmt: skip
+    generate_instruction.main()
+    said = capsys.readouterr().err
+    assert "0 of 100 tasks; rejected: " in said  # mostly cut off; sampled, so now and then its nonsense ends early
+    assert "ended early: --max_requests 3 is reached; the same command goes on" in said
+    assert not (tmp_path / REGEN).exists()
+    with Journal(tmp_path) as journal:
+        assert len(journal.state.answered) == 3
+        assert journal.state.prompt_tokens > 300
+        assert journal.state.output_tokens > 0
 
 
 def test_the_log_has_a_line_of_the_engine_now_and_then(server):
-    """Last in this file, so that the 10 seconds between two such lines have passed."""
+    """Late in this file, so that the 10 seconds between two such lines have passed."""
     pattern = r"engine: running \d+, waiting 0, blocks used \d+ of 10240, \d+\.\d tokens/s"  # 80 sequences of 128
     deadline = time.monotonic() + 30
     while not (found := re.findall(pattern, server.log_text())) and time.monotonic() < deadline:
         server.predict({**RAW, "max_new_tokens": 5, "min_new_tokens": 5})
         time.sleep(0.3)
     assert found
+
+
+def test_one_signal_stops_server_and_worker(server):
+    """Last in this file: it ends the server of the others."""
+    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    assert len(family) >= 2
+    assert server.stop() in (0, -15)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive

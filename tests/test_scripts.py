@@ -106,7 +106,7 @@ mkdir -p .venv/bin
 echo new > .venv/content
 case "$(cat what-happens)" in
   fails) echo "no such package" >&2; exit 1 ;;
-  killed) kill -9 $PPID; sleep 1 ;;
+  killed) kill -9 $PPID; sleep 0.1 ;;
   works) printf '#!/bin/sh\\n' > .venv/bin/python; chmod +x .venv/bin/python ;;
 esac
 """

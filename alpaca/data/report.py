@@ -15,7 +15,7 @@ from alpaca.data.analysis.cleaning import Change, clean_records, log_path, write
 from alpaca.data.analysis.page import make_page
 from alpaca.data.analysis.summary import analyse, summary_lines
 from alpaca.data.analysis.verb_plot import count_verbs, draw_png
-from alpaca.data.examples import read_records
+from alpaca.data.records import read_records
 from alpaca.errors import InputError, run_command
 from alpaca.files.atomic import write_bytes, write_text
 from alpaca.files.outputs import check_overwrite

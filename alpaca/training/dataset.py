@@ -2,7 +2,8 @@
 
 import logging
 
-from alpaca.data.examples import EncodedDataset, encode_examples, read_examples, split_examples
+from alpaca.data.examples import EncodedDataset, encode_examples, split_examples
+from alpaca.data.records import read_examples
 from alpaca.text.tokenizer import Tokenizer
 from alpaca.training.configuration.settings import DataSettings
 from alpaca.training.schedule import count_held_out

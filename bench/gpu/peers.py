@@ -15,7 +15,8 @@ import torch
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from alpaca.data.batching import collate
-from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples, read_examples
+from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples
+from alpaca.data.records import read_examples
 from alpaca.text.loading import load_tokenizer
 from bench.gpu.child import Report
 from bench.gpu.fine_tuning import examples_path

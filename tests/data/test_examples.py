@@ -12,7 +12,8 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from alpaca.data import examples as module
-from alpaca.data.examples import EncodedDataset, Example, encode_examples, read_examples, split_examples
+from alpaca.data.examples import EncodedDataset, encode_examples, split_examples
+from alpaca.data.records import Example, read_examples
 from alpaca.errors import InputError, MissingInput, MissingPackage
 from alpaca.text.hugging_face import HuggingFaceTokenizer
 from alpaca.text.sentencepiece import SentencePieceTokenizer

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ from alpaca.serving.llama.weights import read_llama
 from deploy import check, check_weights
 from deploy.image_files import IgnoreRules, list_image_files
 from tests.conftest import ROOT
+from tests.processes import mistake_of, run_command
 from tests.serving.llama.test_llama import save_model
 from tests.serving.llama.test_serving_adapters import ADAPTERS, write_adapter
 
@@ -359,16 +359,14 @@ def test_a_pattern_that_docker_cannot_read_is_refused(pattern: str):
         IgnoreRules([pattern])
 
 
-def test_the_command_is_for_ci(tmp_path: Path):
-    command = [sys.executable, "-m", "deploy.check", "--json", "--card", "24GB"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_the_command_is_for_ci():
+    command = [sys.executable, "-m", "deploy.check", "--json", "--card"]
+    done = run_command([*command, "24GB"])
     found = json.loads(done.stdout)
     assert done.returncode == (0 if found["passed"] else 1), done.stderr
     assert {"level", "topic", "text"} == found["findings"][0].keys()
     assert isinstance(found["passed"], bool)
-    wrong = subprocess.run([*command[:3], "--card", "big"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 1
-    assert "expected a size" in wrong.stderr
+    assert "expected a size" in mistake_of([*command, "big"])
 
 
 @pytest.mark.parametrize("name", ["no cog.yaml", "torch nightly", "build is yes", "predict.py missing", "syntax error"])

@@ -1,6 +1,6 @@
 """Run programs just as far as their own parser, and say what it thinks of the arguments: a process of its own.
 
-Standard input is a JSON list of [module or file, arguments]; the last line of the output is
+Its argument is a JSON file, a list of [module or file, arguments]; the last line of the output is
 {"errors": [text or null], "options": {module or file: flags}}. A program is started as Python starts it, so where its
 parser lives does not matter.
 """
@@ -112,7 +112,7 @@ def check_values(target: str, arguments: list[str]) -> str | None:
 
 
 def main() -> None:
-    commands = json.load(sys.stdin)
+    commands = json.loads(Path(sys.argv[1]).read_text())
     stop_after_parsing()
     options: dict[str, list[str]] = {}
     errors = [try_arguments(target, arguments, options) for target, arguments in commands]

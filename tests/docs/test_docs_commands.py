@@ -5,9 +5,7 @@ What is asked of a server (`curl`, Python) runs in tests/test_readme_calls.py, w
 
 import ast
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.docs.pages import all_blocks, fenced_commands, inline_commands, inline_flags, named_files, split_commands
+from tests.processes import run_command
 
 # Commands that no test can run here, by how they begin, and why.
 CANNOT_RUN = {
@@ -107,15 +106,13 @@ def parsed() -> Parsed:
     """One process (parse_commands.py) for all programs, as their imports take seconds."""
     programs = [(place, program) for place, words in documented() for program in programs_of(words)]
     asked = [*(program for _, program in programs), *(programs_of(words.split())[0] for words in WRONG)]
-    command = [sys.executable, str(ROOT / "tests" / "docs" / "parse_commands.py")]
     with tempfile.TemporaryDirectory() as folder:  # as if the real inputs, which the project does not ship, were there
         for name in ("llama-tokenizer/tokenizer.model", "alpaca_4000.json"):
             (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).touch()
-        environment = {**os.environ, "ALPACA_REAL": folder}
-        done = subprocess.run(
-            command, input=json.dumps(asked), cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        (Path(folder) / "asked.json").write_text(json.dumps(asked))
+        command = [sys.executable, "-m", "tests.docs.parse_commands", str(Path(folder) / "asked.json")]
+        done = run_command(command, ALPACA_REAL=folder)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     return Parsed(

@@ -30,7 +30,7 @@ CONTENT = random.Random(0).randbytes(4_000_000)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ALPACA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(requests, "_TIMEOUT_S", 2.0)
 
 
@@ -240,7 +240,7 @@ def test_killed_after_the_last_byte(server, monkeypatch, tmp_path):
 
 
 def test_two_processes_at_once_download_once(server):
-    server.pause_s = 0.01
+    server.pause_s = 0.005
     processes = [start_process(server.url) for _ in range(2)]
     names = {process.communicate(timeout=60)[0] for process in processes}
     assert len(names) == 1

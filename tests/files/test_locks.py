@@ -53,7 +53,7 @@ def test_a_killed_process_blocks_nobody(holder, tmp_path: Path):
 
 def test_a_second_maker_waits_and_says_so(holder, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
-    threading.Timer(0.5, holder.kill).start()
+    threading.Timer(0.2, holder.kill).start()
     with waiting_lock(tmp_path / "out"):
         assert holder.wait(timeout=5) != 0
     assert [text for text in caplog.messages if "waiting for it" in text] == [

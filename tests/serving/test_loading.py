@@ -173,9 +173,9 @@ def test_phases_of_transformers(load):
 
 def test_a_line_now_and_then_says_what_runs(load, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("alpaca.serving.llama.engine._LOG_INTERVAL_S", 0.05)
+    monkeypatch.setattr("alpaca.serving.llama.engine._LOG_INTERVAL_S", 0.02)
     engine = load(concurrency=1, max_context=512)  # five sequences at once
-    full = [engine.submit(request(n=5, max_new_tokens=400, min_new_tokens=400, temperature=1.0)) for _ in range(2)]
+    full = [engine.submit(request(n=5, max_new_tokens=120, min_new_tokens=120, temperature=1.0)) for _ in range(2)]
     for generation in full:
         tokens(generation)
     pattern = r"engine: running (\d+), waiting (\d+), blocks used (\d+) of 160, (\d+\.\d) tokens/s"

@@ -5,6 +5,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -228,39 +229,35 @@ def test_nobody_there():
         asyncio.run(nobody.schema())
 
 
-def test_a_server_that_loads_its_model_says_so_and_then_answers(llama_folder):
-    starting = LocalServer(["--weights", str(llama_folder)])
-    try:
-        while not starting.url:
-            time.sleep(0.01)
-        server = Server(starting.url)
-        assert asyncio.run(server.health()).state == "starting"
-        assert (
-            "it loads the model" in run(server, {"prompt": "x"})[-1].error
-        )  # the runtime: "does not support streaming"
-        with pytest.raises(ServerTrouble, match="it loads the model"):
-            asyncio.run(server.schema())
-        starting.wait_until("READY")
-        assert run(server, {**RAW, "max_new_tokens": 2})[-1].status == "succeeded"
-    finally:
-        starting.stop()
-
-
-def test_a_server_without_a_model_gives_its_reason(tmp_path):
-    broken = LocalServer(["--weights", str(tmp_path / "nothing")])
-    try:
-        with contextlib.suppress(RuntimeError):
-            broken.wait_until("READY", timeout_s=60)
-        health = asyncio.run(Server(broken.url).health())
-        assert health.state == "broken"
-        assert "could not load its model" in health.sentence
-        assert f"It says: No model in {tmp_path / 'nothing'}" in health.sentence
-    finally:
-        broken.stop()
-
-
-def test_a_server_killed_in_the_middle(llama_folder):
+@pytest.fixture(scope="module")
+def starting(llama_folder) -> Iterator[LocalServer]:
+    """A second server, of which the first test that asks for it sees the start."""
     server = LocalServer(["--weights", str(llama_folder)])
+    yield server
+    server.stop()
+
+
+def test_a_server_that_loads_its_model_says_so_and_then_answers(starting):
+    while not starting.url:
+        time.sleep(0.01)
+    server = Server(starting.url)
+    assert asyncio.run(server.health()).state == "starting"
+    assert "it loads the model" in run(server, {"prompt": "x"})[-1].error  # the runtime: "does not support streaming"
+    with pytest.raises(ServerTrouble, match="it loads the model"):
+        asyncio.run(server.schema())
+    starting.wait_until("READY")
+    assert run(server, {**RAW, "max_new_tokens": 2})[-1].status == "succeeded"
+
+
+def test_a_server_without_a_model_gives_its_reason(server_without_model):
+    health = asyncio.run(Server(server_without_model.url).health())
+    assert health.state == "broken"
+    assert "could not load its model" in health.sentence
+    assert re.search("It says: No model in .*/nothing", health.sentence)
+
+
+def test_a_server_killed_in_the_middle(starting):
+    server = starting
     server.wait_until("READY")
     children = psutil.Process(server.process.pid).children(recursive=True)
 
@@ -284,23 +281,21 @@ def test_a_server_killed_in_the_middle(llama_folder):
     )
 
 
-def test_a_worker_killed_in_the_middle_is_not_waited_for(llama_folder):
-    """The runtime answers 409 for ever then, as if it were full."""
-    with running_server(["--weights", str(llama_folder)], on_failure=print) as running:
-        server = Server(running.url)
+def test_a_worker_killed_in_the_middle_is_not_waited_for(running, server):
+    """The last to ask the module's server. The runtime answers 409 for ever then, as if it were full."""
 
-        async def act() -> Ended:
-            batches = Generation(server, LONG).batches()
-            await first_piece(batches)
-            for child in psutil.Process(running.process.pid).children(recursive=True):
-                os.kill(child.pid, signal.SIGKILL)
-            *_, last = [event async for batch in batches for event in batch]
-            return last
+    async def act() -> Ended:
+        batches = Generation(server, LONG).batches()
+        await first_piece(batches)
+        for child in psutil.Process(running.process.pid).children(recursive=True):
+            os.kill(child.pid, signal.SIGKILL)
+        *_, last = [event async for batch in batches for event in batch]
+        return last
 
-        assert "worker died while it computed this" in asyncio.run(act()).error
-        begun = time.monotonic()
-        assert "unhealthy and has to be restarted" in run(server, LONG)[-1].error
-        assert time.monotonic() - begun < 20  # it may take the request, and never answer it
+    assert "worker died while it computed this" in asyncio.run(act()).error
+    begun = time.monotonic()
+    assert "unhealthy and has to be restarted" in run(server, LONG)[-1].error
+    assert time.monotonic() - begun < 20  # it may take the request, and never answer it
 
 
 # What is not the real server ----------------------------------------------------------------------------------------
@@ -329,7 +324,7 @@ class Pretender(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def pretender() -> Iterator[str]:
     listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pretender)
-    thread = threading.Thread(target=listening.serve_forever)
+    thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     Pretender.seen.clear()
     yield f"127.0.0.1:{listening.server_port}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from alpaca.data.examples import Example
+from alpaca.data.records import Example
 
 Check = Callable[[Example], str | None]
 _EVIDENCE = 160  # characters of a text that a finding quotes

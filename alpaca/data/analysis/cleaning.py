@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alpaca.data.analysis.checks import before_leaked_block, says_no_input, says_no_output
-from alpaca.data.examples import Example, check_record
+from alpaca.data.records import Example, check_record
 from alpaca.errors import InputError
 from alpaca.files.atomic import write_text
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from tqdm import tqdm
 
-from alpaca.data.examples import Example
+from alpaca.data.records import Example
 
 NEAR = 0.6  # Jaccard from which on two prompts are near copies
 _WORD = re.compile(r"\w+")

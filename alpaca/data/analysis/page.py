@@ -18,7 +18,7 @@ from alpaca.data.analysis.languages import UNDETERMINED
 from alpaca.data.analysis.summary import Analysis, TokenCounts
 from alpaca.data.analysis.verb_plot import count_verbs
 from alpaca.data.analysis.verbs import ACCURACY
-from alpaca.data.examples import Example
+from alpaca.data.records import Example
 from alpaca.pages.templates import read_asset, render_page
 
 _NUM_SHOWN = 5  # examples of each finding

@@ -12,7 +12,7 @@ from alpaca.data.analysis.checks import RULES, Finding, find_suspicious
 from alpaca.data.analysis.duplicates import Copy, Duplicates, find_duplicates
 from alpaca.data.analysis.languages import detect_language
 from alpaca.data.analysis.verbs import Root, find_root
-from alpaca.data.examples import Example, check_record
+from alpaca.data.records import Example, check_record
 from alpaca.errors import InputError
 from alpaca.text.prompts import alpaca_prompt
 from alpaca.text.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from alpaca.data.analysis.cleaning import MEANINGS, clean_records, write_clean
-from alpaca.data.examples import Example, read_examples
+from alpaca.data.records import Example, read_examples
 from alpaca.errors import InputError
 
 GOOD = {"instruction": "Name a colour.", "input": "", "output": "Red."}

@@ -18,7 +18,8 @@ from alpaca.data.analysis.page import make_page
 from alpaca.data.analysis.summary import Analysis, analyse, count_tokens
 from alpaca.data.analysis.verb_plot import NUM_VERBS, count_verbs, draw_png, draw_svg, read_script
 from alpaca.data.analysis.verbs import Root
-from alpaca.data.examples import Example, encode_examples, read_examples, read_records
+from alpaca.data.examples import encode_examples
+from alpaca.data.records import Example, read_examples, read_records
 from alpaca.data.report import parse_arguments, write_outputs
 from alpaca.errors import InputError, MissingInput, OutputExists
 from alpaca.text.loading import load_tokenizer

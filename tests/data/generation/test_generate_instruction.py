@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from alpaca.data.examples import Example, read_examples
 from alpaca.data.generate_instruction import describe_dry_run, main, parse_flags
 from alpaca.data.generation.journal import JOURNAL, PROVENANCE, REGEN, Journal
 from alpaca.data.generation.prompts import SEED_TASKS, find_fault, read_seed_tasks
 from alpaca.data.generation.run import Ending, Generation
 from alpaca.data.generation.services import Completion, RequestFailed
 from alpaca.data.generation.similarity import InstructionPool
+from alpaca.data.records import Example, read_examples
 from alpaca.errors import InputError, OutputExists, ServiceFailed
 from tests.conftest import ROOT
 from tests.data.generation.completion_service import Service, error_reply, running_service, write_tasks
@@ -392,24 +392,3 @@ def test_a_wrong_key_ends_with_one_message(service: Service, tmp_path: Path):
     assert re.search(r"^error: http\S+ answered 401 \(check the API key\)", output, re.MULTILINE)
     assert "Traceback" not in output
     assert "sk-wrong" not in output
-
-
-def test_this_projects_own_server_with_a_model_that_knows_nothing(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    from deploy.local_server import running_server
-
-    with running_server(["--weights", str(llama_folder), "--concurrency", "4"], on_failure=print) as server:
-        monkeypatch.setattr(sys, "argv", [
-            "generate", "--endpoint", f"{server.url}/predictions", "--output_dir", str(tmp_path), "--max_tokens", "64",
-            "--num_prompt_instructions", "1", "--max_requests", "3", "--request_batch_size", "2",
-        ])  # fmt: skip
-        main()
-    said = capsys.readouterr().err
-    assert "0 of 100 tasks; rejected: " in said  # mostly cut off; sampled, so now and then its nonsense ends early
-    assert "ended early: --max_requests 3 is reached; the same command goes on" in said
-    assert not (tmp_path / REGEN).exists()
-    with Journal(tmp_path) as journal:
-        assert len(journal.state.answered) == 3
-        assert journal.state.prompt_tokens > 300
-        assert journal.state.output_tokens > 0

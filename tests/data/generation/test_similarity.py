@@ -1,5 +1,6 @@
 """The pool's scores against rouge_score, text by text."""
 
+import functools
 import random
 
 import numpy as np
@@ -20,11 +21,22 @@ def random_text(rng: random.Random, longest: int = 12) -> str:
     return "".join(rng.choice(PIECES) + rng.choice(separators) for _ in range(rng.randint(0, longest)))
 
 
+SCORER = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+
+
 def rouge_scores(texts: list[str], text: str) -> list[float]:
     """The original's way: the candidate as the target, each text of the pool as the prediction."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
-    words = scorer._tokenizer.tokenize(text)
-    return [rouge_scorer._score_lcs(words, scorer._tokenizer.tokenize(other)).fmeasure for other in texts]
+    return [rouge_score(other, text) for other in texts]
+
+
+@functools.cache  # the tests ask for the same pairs
+def rouge_score(other: str, text: str) -> float:
+    return rouge_scorer._score_lcs(words_of(text), words_of(other)).fmeasure
+
+
+@functools.cache
+def words_of(text: str) -> list[str]:
+    return SCORER._tokenizer.tokenize(text)
 
 
 def make_pools() -> list[tuple[list[str], list[str]]]:
@@ -143,7 +155,7 @@ def test_words_are_those_of_rouge_score():
 
 
 def test_real_instructions_score_as_in_rouge_score(real):
-    from alpaca.data.examples import read_examples
+    from alpaca.data.records import read_examples
 
     texts = [example.instruction for example in read_examples(real / "alpaca_4000.json")]
     pool = InstructionPool(texts[:600])

@@ -27,7 +27,7 @@ from tests.formats.diff_sources import (
     recovered,
     same_bits,
 )
-from tests.processes import mistake_of
+from tests.processes import mistake_of, run_command, running_code
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,12 +192,12 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess:
 
 def test_command_says_what_it_does_and_a_mistake_is_one_line(tmp_path, llama_folder, trained):
     diff, back = tmp_path / "diff", tmp_path / "back"
-    make = run(command("make_diff", "--path_raw", llama_folder, f"--path_tuned={trained}", "--path_diff", diff))
+    make = run_command(command("make_diff", "--path_raw", llama_folder, f"--path_tuned={trained}", "--path_diff", diff))
     assert make.returncode == 0, make.stderr
     assert f"wrote {diff} in" in make.stdout
     assert re.search(r"diff_residual\.dat holds what float32 lost: \d+ elements \([\d.]+ %\)", make.stderr)
     arguments = ["--path_raw", llama_folder, "--path_diff", diff, "--path_tuned", back, "--test_inference", "False"]
-    good = run(command("recover", *arguments))
+    good = run_command(command("recover", *arguments))
     assert good.returncode == 0, good.stderr
     for step in ("checking the raw model", "adding", "verifying"):
         assert re.search(rf"{step}: 100%.*B/s", good.stderr)
@@ -248,13 +248,14 @@ def test_killed_at_any_stage_it_can_be_run_again(tmp_path, llama_folder, trained
     inputs = {"make_diff": ("--path_tuned", trained, "--path_diff", target),
               "recover": ("--path_diff", made, "--path_tuned", target, "--test_inference=False")}  # fmt: skip
     arguments = [task, "--path_raw", llama_folder, *inputs[task]]
-    script = [sys.executable, "-c", STOPPED, *map(str, [*stop, *arguments])]
-    process = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "here\n"
-    process.send_signal(signal_number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode != 0
-    assert "Traceback" not in errors
+    with running_code(STOPPED, *map(str, [*stop, *arguments])) as running:
+        deadline = time.monotonic() + 30
+        while not running.stdout.read_text() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        ended = running.end_by(signal_number)
+    assert ended.stdout == "here\n"
+    assert ended.returncode != 0
+    assert "Traceback" not in ended.stderr
     assert not target.exists()
     config = parse_arguments(list(map(str, arguments)))
     make_diff(config) if isinstance(config, DiffConfig) else recover(config)

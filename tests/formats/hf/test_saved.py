@@ -73,7 +73,7 @@ def test_whole_tensors_are_what_the_format_stands_for(kind: str, whole: Path, tm
 def test_blocks_of_rows_make_no_difference(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for number, kind in enumerate(FORMATS):
         expected = save_quantized(whole, tmp_path / str(number), kind)
-        monkeypatch.setattr("alpaca.formats.hf.saved.packed._CHUNK_ELEMENTS", 200)
+        monkeypatch.setattr("alpaca.formats.hf.saved.packed._CHUNK_ELEMENTS", 1000)
         weights = open_model_weights(tmp_path / str(number))
         assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in expected.items())
 

@@ -1,7 +1,6 @@
 """A conversion that is killed or finds the disk full at any moment, and one of 13B's size within 1 GB of memory."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch
 from tests.conftest import ROOT
 from tests.formats.meta.test_convert_llama_weights_to_hf import MEMORY_PROBE
 from tests.formats.meta_sources import PUBLISHED, published_shapes
+from tests.processes import run_code
 
 AT_EVERY_CHANGE = """
 import errno, json, os, signal, sys, traceback
@@ -65,7 +65,6 @@ def state():
         found[name] = {path.name: hash(path.read_bytes()) for path in files}
     return found
 
-os.environ["PYTHONHASHSEED"] = "0"
 assert child(10**9, flags) == 0
 whole, log = state(), []
 for start in ("fresh", "again"):
@@ -94,9 +93,7 @@ def test_stopped_at_every_change_of_the_file_system(tmp_path, llama_3_1, mode, s
     run (or the old folder under its other name) has it.
     """
     flags = ["--input_dir", str(tmp_path / "in"), "--model_size", "T", "--output_dir", str(tmp_path / "out")]
-    script = [sys.executable, "-c", AT_EVERY_CHANGE, str(tmp_path / "out"), mode, str(stride), *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "TQDM_DISABLE": "1"}
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = run_code(AT_EVERY_CHANGE, str(tmp_path / "out"), mode, str(stride), *flags, timeout_s=300)
     assert done.returncode == 0, done.stderr
     log = json.loads(done.stdout.splitlines()[-1])
     assert len([entry for entry in log if entry[0] == "fresh"]) > 25 // stride

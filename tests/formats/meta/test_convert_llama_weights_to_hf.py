@@ -20,7 +20,7 @@ from alpaca.formats.hf.folder import WeightsFolder
 from alpaca.formats.meta.to_hf import convert
 from convert.convert_llama_weights_to_hf import parse_arguments
 from tests.conftest import ROOT
-from tests.processes import mistake_of
+from tests.processes import mistake_of, run_code, running_code
 from tests.tiny import TinyLlama, split_for_rank, train_tokenizer, write_checklist, write_meta
 
 
@@ -437,17 +437,15 @@ command.run_command(command.main)
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_leaves_nothing_half_written_and_can_be_repeated(tmp_path, tiny, signal_number):
-    script = [sys.executable, "-c", SLOW_WRITER, *command(tmp_path)[2:]]
-    process = subprocess.Popen(script, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "out" / ".llama-t.partial" / "model.safetensors"
-    deadline = time.monotonic() + 30
-    while not partial.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert partial.exists()
-    process.send_signal(signal_number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode != 0
-    assert "Traceback" not in errors
+    with running_code(SLOW_WRITER, *command(tmp_path)[2:]) as running:
+        deadline = time.monotonic() + 30
+        while not partial.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert partial.exists()
+        ended = running.end_by(signal_number)
+    assert ended.returncode != 0
+    assert "Traceback" not in ended.stderr
     assert not (tmp_path / "out" / "llama-t").exists()
     folder = run(tmp_path)
     assert set(WeightsFolder(folder).names)
@@ -489,16 +487,16 @@ print("kib", imported, peak)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory, tokenizer_model, vocab_size) -> tuple[Path, int]:
-    """A checkpoint of 2 shards, more than 500 MB in all, and the bytes of its largest tensor."""
+    """A checkpoint of 2 shards, more than 200 MB in all, and the bytes of its largest tensor."""
     folder = tmp_path_factory.mktemp("large")
     sizes = TinyLlama(vocab_size=vocab_size, dim=1024, n_layers=1, n_heads=16, n_kv_heads=16, multiple_of=256)
-    model = replace(sizes, n_layers=22)
+    model = replace(sizes, n_layers=8)
     layer = {name: tensor for name, tensor in sizes.tensors().items() if name.startswith("layers.0.")}
     tensors = {name: tensor for name, tensor in sizes.tensors().items() if name not in layer}
     for number in range(model.n_layers):
         tensors |= {name.replace("layers.0.", f"layers.{number}."): tensor for name, tensor in layer.items()}
     write_meta(folder / "in" / "T", tensors, model.params(), num_shards=2)
-    assert sum(tensor.nbytes for tensor in tensors.values()) > 500e6
+    assert sum(tensor.nbytes for tensor in tensors.values()) > 200e6
     shutil.copy(tokenizer_model, folder / "in" / "tokenizer.model")
     return folder, max(tensor.nbytes for tensor in tensors.values())
 
@@ -507,11 +505,10 @@ def large(tmp_path_factory, tokenizer_model, vocab_size) -> tuple[Path, int]:
 def test_memory_stays_at_the_largest_tensor(large, dtype, growth):
     folder, largest = large
     flags = ["--dtype", dtype, "--skip_checksums", "--overwrite"]
-    script = [sys.executable, "-c", MEMORY_PROBE, *command(folder, *flags)[2:]]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    done = run_code(MEMORY_PROBE, *command(folder, *flags)[2:])
     assert done.returncode == 0, done.stderr
     imported, peak = (int(kib) * 1024 for kib in done.stdout.split()[-2:])
-    assert peak - imported < growth * largest + 100e6  # torch itself takes 140 MB, 275 MB in its CUDA builds
+    assert peak - imported < growth * largest + 40e6
 
 
 def test_checklist_written_by_the_tests_is_metas_format(tmp_path):

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -23,11 +22,10 @@ from alpaca.formats.meta.from_hf import export
 from alpaca.formats.meta.torch_zip import TensorFileWriter
 from convert import convert_llama_weights_to_hf
 from convert.export_state_dict_checkpoint import parse_arguments
-from tests.conftest import ROOT
 from tests.formats.hf.saved_sources import save_quantized
 from tests.formats.hf.test_export_hf import contents, damage_end, lose_shard, only, peak_of, save_large
 from tests.formats.hf.test_merging import merged_by_peft, save_adapter
-from tests.processes import mistake_of, run_code
+from tests.processes import mistake_of, run_code, run_command
 from tests.tiny import TinyLlama, split_for_rank, train_tokenizer, write_meta
 
 IDS = [1, 5, 260, 300, 17, 17, 301, 9]
@@ -460,7 +458,7 @@ def test_killed_at_any_stage_it_can_be_run_again(stage: str, old: bool, hf: Path
 def test_command_says_what_it_does_and_a_mistake_is_one_line(hf: Path):
     command = [sys.executable, "-m", "convert.export_state_dict_checkpoint", "--input_dir", str(hf), "--output_dir",
                str(hf.parent / "ckpt")]  # fmt: skip
-    good = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    good = run_command(command)
     assert good.returncode == 0, good.stderr
     assert re.search(r"hf: 1 shard, \d+ tokens", good.stdout)
     assert re.search(r"wrote .*ckpt in \d", good.stdout)

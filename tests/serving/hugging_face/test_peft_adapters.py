@@ -119,6 +119,8 @@ def test_bloom_and_opt_need_no_flag(family, load, caplog):
 def test_on_a_quantized_base(tmp_path, load, llama_folder, quantization):
     folder = write_family(tmp_path, *FAMILIES["bloom"], llama_folder)
     engine = load(folder / "one", quantization=quantization)
+    layers = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}
+    assert layers[quantization] in {type(module).__name__ for module in engine._model.modules()}
     for name, adapter in (("default", "one"), (None, None)):
         expected = generate(folder, adapter, quantization=quantization)
         assert tokens(engine.submit(request(adapter=name))) == [expected]

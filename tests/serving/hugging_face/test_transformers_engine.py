@@ -261,8 +261,9 @@ def test_dtype_and_context_are_the_settings(llama_folder, dtype):
     longer.close()
 
 
+# (That int8 is loaded, proven and answers as transformers' does is seen by test_peft_adapters; on a CPU it is slow.)
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes' own, on a CPU
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_quantized_models_answer_much_as_the_whole_one(llama_folder, quantization):
     pytest.importorskip("bitsandbytes")
     whole = load_transformers_engine(llama_folder, ServerSettings())

@@ -1,23 +1,18 @@
 """The kernels' products are the plain ones of the weights they read.
 
-On a GPU the tests run as they are. Without one they run in Triton's interpreter, in a process of their own: the
-interpreter is chosen before triton is first imported, and other tests of this process may have imported it.
+On a GPU as they are; without one in Triton's interpreter (triton_interpreter).
 """
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight, quantize_parts
-from tests.conftest import ROOT
+from tests import triton_interpreter
+from tests.triton_interpreter import INTERPRETED, need_kernels
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DEVICE = torch.device(triton_interpreter.DEVICE)
 # The interpreter multiplies bfloat16 as if it were integers, and rounds to it by cutting.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -41,12 +36,12 @@ COMPILED = [
     ),
 ]
 
-with_kernels = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="see the last test")
 with_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(scope="module")
-def kernels():
+@pytest.fixture
+def kernels(monkeypatch):
+    need_kernels(monkeypatch)
     from alpaca.serving.kernels import triton_linear
 
     return triton_linear
@@ -75,7 +70,6 @@ def assert_product(found: torch.Tensor, x: torch.Tensor, weight: Int8Weight | Nf
     assert (found.double() - expected).abs().max() <= ROUNDING[x.dtype] * expected.abs().max()
 
 
-@with_kernels
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_outputs", "width"), [(48, 64), (33, 320)])
@@ -86,7 +80,6 @@ def test_products(kernels, num_outputs, width, dtype, quantization):
         assert_product(multiply(kernels, x, weight), x, weight)
 
 
-@with_kernels
 def test_int8_of_an_odd_width(kernels):
     weight = make_weight(21, 77, "int8")
     for num_rows in (1, 5):
@@ -94,7 +87,6 @@ def test_int8_of_an_odd_width(kernels):
         assert_product(kernels.multiply_int8(x, weight), x, weight)
 
 
-@with_kernels
 def test_rows_apart_in_memory(kernels):
     x = make_rows(6, 128, torch.float16)[::2, 64:]
     for quantization in ("int8", "nf4"):
@@ -102,14 +94,12 @@ def test_rows_apart_in_memory(kernels):
         assert_product(multiply(kernels, x, weight), x, weight)
 
 
-@with_kernels
 def test_large_products_do_not_overflow_half_precision(kernels):
     weight = quantize_parts([torch.full((16, 512), 0.5)], quantization="int8", device=DEVICE)
     x = torch.full((2, 512), 100.0, dtype=torch.float16, device=DEVICE)  # 25,600; before the scale 6.5 million
     assert torch.allclose(kernels.multiply_int8(x, weight).float(), torch.tensor(25600.0, device=DEVICE), rtol=1e-3)
 
 
-@with_kernels
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_outputs", "width"), [(48, 128), (5, 33), (3, 1376)])
@@ -181,11 +171,13 @@ def test_cpu_and_gpu_quantise_alike(quantization):
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above compile them")
 @pytest.mark.parametrize(("kernel", "constants", "options"), COMPILED, ids=str)
-def test_compiles_for_a_gpu(kernels, kernel, constants, options):
+def test_compiles_for_a_gpu(kernel, constants, options):
     """For Hopper and bfloat16, which the interpreter cannot show: a tile that Triton's passes cannot lay out fails."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from alpaca.serving.kernels import triton_linear as kernels
 
     function = getattr(kernels, kernel)
     types = {name: TYPES.get(name, "i32") if name not in constants else "constexpr" for name in function.arg_names}
@@ -198,12 +190,3 @@ def test_compiles_for_a_gpu(kernels, kernel, constants, options):
         attrs={places[name]: [["tt.divisibility", 16]] for name in aligned},
     )
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
-
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run here")
-def test_all_of_this_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout
-    assert " passed" in result.stdout

@@ -1,12 +1,9 @@
-"""The kernels equal the twins in `ops`: on a GPU as they are, elsewhere through Triton's interpreter.
+"""The kernels equal the twins in `ops`: on a GPU as they are, elsewhere in Triton's interpreter.
 
-The interpreter is chosen when Triton is imported, for a whole process: without a GPU one test runs this file in a
-process of its own, and there the others do not skip.
+tests/triton_interpreter.py says how it is come by. It takes milliseconds for each program of a launch, so steps are as
+small as the claim allows.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,13 +11,11 @@ import torch
 
 from alpaca.serving.kernels import ops
 from alpaca.serving.kernels.ops import AttentionBatch
-from tests.conftest import ROOT
 from tests.serving.kernels.test_ops import EPS, STEPS, Paged, build_step, forget_before, naive_attention, random
+from tests.triton_interpreter import DEVICE, INTERPRETED, need_kernels
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 
@@ -28,26 +23,10 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 @pytest.fixture
 def kernels(monkeypatch):
     """The module, where this process can run it."""
-    if DEVICE == "cpu" and not INTERPRETED:
-        pytest.skip("run by test_kernels_in_the_interpreter, in a process of its own")
-    if INTERPRETED:
-        let_numbers_be_indices(monkeypatch)
+    need_kernels(monkeypatch)
     from alpaca.serving.kernels import triton_ops
 
     return triton_ops
-
-
-def let_numbers_be_indices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter holds a number as an array of one element, and NumPy 2.4 makes no int of that."""
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
 
 def check(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -62,16 +41,6 @@ def check_attention(kernels, step: Paged, *, scale: float = 0.3, num_splits: int
     caches = moved.key_cache, moved.value_cache
     found = kernels.paged_attention(moved.q, *caches, moved.batch, scale, num_splits=num_splits)
     check(found, naive_attention(step, scale), step.q.dtype)
-
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_kernels_in_the_interpreter(which):
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, __file__]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
 
 
 class Compiled:
@@ -124,12 +93,26 @@ def compiling(monkeypatch, tmp_path):
     return triton_ops, compiled
 
 
-@pytest.mark.parametrize("queries", [[1, 1], [1, 9]], ids=["decode", "mixed"])
+# A compilation takes a second: fast tests have each branch of the kernels in one of them.
+DECODE, MIXED = pytest.param([1, 1], id="decode"), pytest.param([1, 9], id="mixed")
+SLOW_DECODE = pytest.param([1, 1], id="decode", marks=pytest.mark.slow)
+SLOW_MIXED = pytest.param([1, 9], id="mixed", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("heads", "width", "dtype", "num_splits"),
-    [((4, 4), 128, torch.bfloat16, 1), ((4, 1), 128, torch.bfloat16, 4), ((3, 1), 80, torch.float16, 1),
-     ((2, 2), 256, torch.bfloat16, 1), ((2, 1), 8, torch.float32, 2)],
-)  # fmt: skip
+    ("heads", "width", "dtype", "num_splits", "queries"),
+    [
+        pytest.param(*values, *queries.values, id=f"{values}-{queries.id}", marks=queries.marks)
+        for values, both in (
+            (((4, 4), 128, torch.bfloat16, 1), (DECODE, MIXED)),
+            (((4, 1), 128, torch.bfloat16, 4), (DECODE, SLOW_MIXED)),
+            (((3, 1), 80, torch.float16, 1), (SLOW_DECODE, MIXED)),
+            (((2, 2), 256, torch.bfloat16, 1), (SLOW_DECODE, SLOW_MIXED)),  # with windows and caps below
+            (((2, 1), 8, torch.float32, 2), (DECODE, SLOW_MIXED)),
+        )
+        for queries in both
+    ],
+)
 def test_attention_compiles_for_an_h100(compiling, queries, heads, width, dtype, num_splits):
     kernels, compiled = compiling
     step = build_step([20, 33], queries, heads=heads, width=width, dtype=dtype)
@@ -137,8 +120,10 @@ def test_attention_compiles_for_an_h100(compiling, queries, heads, width, dtype,
     assert compiled == ["_attention_kernel", *["_combine_kernel"] * (num_splits > 1)]
 
 
-@pytest.mark.parametrize("queries", [[1, 1], [1, 9]], ids=["decode", "mixed"])
-@pytest.mark.parametrize(("window", "softcap"), [(9, 0.0), (0, 50.0), (9, 50.0)])
+@pytest.mark.parametrize("queries", [DECODE, MIXED])
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(9, 50.0), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((9, 0.0), (0, 50.0)))]
+)
 def test_windows_and_caps_compile_for_an_h100(compiling, queries, window, softcap):
     kernels, compiled = compiling
     step = build_step([20, 33], queries, heads=(4, 2), width=256, dtype=torch.bfloat16)
@@ -147,7 +132,7 @@ def test_windows_and_caps_compile_for_an_h100(compiling, queries, window, softca
     assert compiled == ["_attention_kernel", "_combine_kernel"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_small_kernels_compile_for_an_h100(compiling, dtype):
     kernels, compiled = compiling
     x, weight = torch.zeros(2, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
@@ -255,8 +240,18 @@ def test_padding_tokens_may_share_a_slot(kernels):
 # Attention
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("name", STEPS)
+_SPLIT_LIKE_OTHERS = (
+    "one sequence decodes", "equal lengths", "prefill", "prefill of two", "chunk from the middle",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "num_splits"),
+    [
+        *((name, 1) for name in STEPS),
+        *(pytest.param(name, 3, marks=pytest.mark.slow if name in _SPLIT_LIKE_OTHERS else ()) for name in STEPS),
+    ],
+)
 def test_attention_is_naive_attention(kernels, name, num_splits):
     step = build_step(**STEPS[name], dtype=torch.float32)
     check_attention(kernels, step, num_splits=num_splits)
@@ -265,7 +260,7 @@ def test_attention_is_naive_attention(kernels, name, num_splits):
 @pytest.mark.parametrize(("window", "softcap", "num_splits"), [(1, 0.0, 1), (20, 0.0, 3), (7, 2.0, 1), (0, 2.0, 3)])
 def test_windows_and_caps_are_naive_attention(kernels, num_splits, window, softcap):
     """What lies behind the window is never read: it may be anything."""
-    for lengths, queries in (([1, 33, 16, 50], [1] * 4), ([30, 90, 7], [1, 40, 3])):
+    for lengths, queries in (([1, 33, 16, 50], [1] * 4), ([30, 60, 7], [1, 25, 3])):
         step = build_step(lengths, queries, heads=(3, 1), dtype=torch.float32, spare_rows=2)
         expected = naive_attention(step, 0.9, window=window, softcap=softcap)
         moved = (forget_before(step, window) if window else step).to(DEVICE)
@@ -276,25 +271,32 @@ def test_windows_and_caps_are_naive_attention(kernels, num_splits, window, softc
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 32])
 def test_attention_over_several_blocks_of_keys(kernels, num_splits):
-    step = build_step([300, 64, 129, 1], [1, 1, 1, 1], heads=(2, 1), dtype=torch.float32)
+    step = build_step([150, 64, 1], [1, 1, 1], heads=(2, 1), dtype=torch.float32)
     check_attention(kernels, step, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_prefill_over_several_tiles(kernels, num_splits):
-    step = build_step([150, 90, 3, 70], [70, 1, 3, 69], heads=(3, 1), dtype=torch.float32, spare_rows=2)
+    """Of 21 queries: a step's first sequence has two whole ones and part of a third."""
+    step = build_step([70, 40, 3, 23], [45, 1, 3, 22], heads=(3, 1), dtype=torch.float32, spare_rows=2)
     check_attention(kernels, step, num_splits=num_splits)
 
 
 def test_tiles_are_found_among_more_sequences_than_one_look_takes(kernels):
-    step = build_step([2] * 140, [1] * 139 + [2], heads=(1, 1), width=8, dtype=torch.float32)
+    """A look takes 128. Most sequences have no query in the step: their programs end early."""
+    queries = [1, 2, *[0] * 124, 1, 1, 1, 0, 0, 1, 2]
+    step = build_step([2] * len(queries), queries, heads=(1, 1), width=8, dtype=torch.float32)
     check_attention(kernels, step)
 
 
-@pytest.mark.parametrize("width", [8, 32, 64, 80, 96, 128, 256])
+# Tests above have heads of 16. A width of 8 or 80 is padded, and above 64 tiles have fewer rows.
+_LIKE_OTHERS = [pytest.param(width, marks=pytest.mark.slow) for width in (32, 64, 96)]
+
+
+@pytest.mark.parametrize("width", [8, 80, 128, 256, *_LIKE_OTHERS])
 def test_attention_of_any_head_width(kernels, width):
-    for queries in ([1, 1, 1], [1, 9, 4]):
-        step = build_step([20, 9, 33], queries, width=width, dtype=torch.float32)
+    for queries in ([1, 1], [1, 9]):
+        step = build_step([20, 33], queries, width=width, dtype=torch.float32)
         check_attention(kernels, step, scale=width**-0.5)
 
 
@@ -303,13 +305,20 @@ _WIDE_GROUPS = [pytest.param(heads, marks=pytest.mark.slow) for heads in ((24, 1
 
 @pytest.mark.parametrize("heads", [(4, 4), (3, 1), (16, 1), (10, 2), *_WIDE_GROUPS], ids=str)
 def test_attention_of_any_group(kernels, heads):
-    for queries in ([1, 1], [1, 9 if heads[0] < 16 else 2]):
+    for queries in ([1, 1], [1, 3 if heads[0] < 16 else 2]):
         step = build_step([20, 33], queries, heads=heads, dtype=torch.float32)
         check_attention(kernels, step, num_splits=2)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2])
-@pytest.mark.parametrize("name", ["unequal lengths", "decode and prefill"])
+@pytest.mark.parametrize(
+    ("name", "num_splits"),
+    [
+        ("unequal lengths", 1),
+        ("decode and prefill", 2),
+        pytest.param("unequal lengths", 2, marks=pytest.mark.slow),
+        pytest.param("decode and prefill", 1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_attention_in_narrow_types(kernels, dtype, name, num_splits):
     if INTERPRETED and dtype == torch.bfloat16:
@@ -321,7 +330,7 @@ def test_attention_in_narrow_types(kernels, dtype, name, num_splits):
 def test_one_batch_follows_its_tensors(kernels, num_splits):
     """What a captured graph replays: the same launch, other lengths, tables and padding."""
     steps = [build_step(lengths, queries, dtype=torch.float32) for lengths, queries in
-             [([150, 90, 70], [1, 1, 1]), ([7, 149, 0], [1, 1, 1]), ([140, 0, 0], [1, 0, 0])]]  # fmt: skip
+             [([70, 30, 20], [1, 1, 1]), ([7, 69, 0], [1, 1, 1]), ([60, 0, 0], [1, 0, 0])]]  # fmt: skip
     batch = steps[0].to(DEVICE).batch
     for step in steps:
         for name in ("block_tables", "seq_lens", "query_starts"):

@@ -104,14 +104,24 @@ def tokens(generation: Generation) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def naive(model: LlamaForCausalLM, request: Request) -> list[list[int]]:
-    """Decode without batch or cache: all tokens again for each one."""
+def naive(model: LlamaForCausalLM, request: Request, found: list[list[int]] | None = None) -> list[list[int]]:
+    """Decode without batch or cache: all tokens again for each one.
+
+    found: answers to compare with. What comes after a token changes none of its logits, so one pass over a found answer
+    gives those of all its tokens; each is chosen anew, and from the first that differs on, all is computed again. Not
+    for a model that turns otherwise as soon as a sequence is long.
+    """
     answers = []
     for completion in range(request.n):
         row = SamplingState(request, completion, eos_ids=[2])
         ids = list(request.prompt_ids)
+        guess = [*ids, *found[completion]] if found else []
+        guessed = model(torch.tensor([guess]), use_cache=False).logits if found else None
         while len(ids) < len(request.prompt_ids) + request.max_new_tokens:
-            logits = model(torch.tensor([ids]), use_cache=False).logits[:, -1]
+            if found and ids == guess[: len(ids)]:
+                logits = guessed[:, len(ids) - 1]
+            else:
+                logits = model(torch.tensor([ids]), use_cache=False).logits[:, -1]
             chosen = sample_tokens(logits, [row])
             commit_tokens([row], chosen)
             ids.append(chosen.item())
@@ -119,6 +129,11 @@ def naive(model: LlamaForCausalLM, request: Request) -> list[list[int]]:
                 break
         answers.append([token_id for token_id in ids[len(request.prompt_ids) :] if token_id != 2])
     return answers
+
+
+def naive_of_all(model: LlamaForCausalLM, asked: list[Request], found: list[list[list[int]]]) -> list[list[list[int]]]:
+    """`naive` of each request, to compare with what was found."""
+    return [naive(model, one, rows) for one, rows in zip(asked, found, strict=True)]
 
 
 def random_request(chance: random.Random) -> Request:
@@ -161,11 +176,20 @@ def test_any_interleaving_gives_what_naive_decoding_gives_alone(models, num_bloc
             submitted.append(generation)
         time.sleep(chance.random() * 0.01 if num_blocks == 200 else 0)
     for generation in submitted:
-        assert tokens(generation) == naive(reference, generation.request), generation.request
+        found = tokens(generation)
+        assert found == naive(reference, generation.request, found), generation.request
     engine.close()
     pool = engine._scheduler.pool
     assert pool.num_free == pool.capacity
     assert (engine._scheduler.num_preemptions > 0) == (num_blocks == 28)
+
+
+def test_a_wrong_answer_changes_nothing_of_what_it_is_compared_with(models):
+    asked = request(n=2, temperature=1.0, min_new_tokens=12)
+    right = naive(models[0], asked)
+    wrong = [[*row[:3], (row[3] + 1) % 120, *row[4:]] for row in right]
+    for found in (right, wrong, [[], []], [[*row, 9] for row in right]):
+        assert naive(models[0], asked, found) == right
 
 
 def test_the_cache_is_used_and_changes_nothing(engine, models):
@@ -299,7 +323,8 @@ def test_a_failing_step_fails_the_requests_concerned_and_no_other(models, caplog
     generations += [engine.submit(asked) for asked in healthy[2:]]
     with pytest.raises(ValueError, match="poison"):
         tokens(poisoned)
-    assert [tokens(generation) for generation in generations] == [naive(reference, asked) for asked in healthy]
+    found = [tokens(generation) for generation in generations]
+    assert found == naive_of_all(reference, healthy, found)
     assert engine.is_healthy()
     engine.close()
     assert engine._scheduler.pool.num_free == engine._scheduler.pool.capacity
@@ -329,7 +354,8 @@ def test_a_step_that_failed_and_is_tried_again_changes_no_answer(models, caplog,
     engine._runner.launch = fail_now_and_then
     chance = random.Random(5)
     generations = [engine.submit(random_request(chance)) for _ in range(12)]
-    assert [tokens(generation) for generation in generations] == [naive(reference, g.request) for g in generations]
+    found = [tokens(generation) for generation in generations]
+    assert found == naive_of_all(reference, [generation.request for generation in generations], found)
     assert "a step of" in caplog.text
     engine.close()
 
@@ -350,7 +376,7 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(models, mode):
     finally:
         model.embedding.copy_(embedding)
     assert all(55 not in rows[0] for rows in found)
-    assert found == [naive(reference, asked) for asked in healthy]
+    assert found == naive_of_all(reference, healthy, found)
     engine.close()
 
 
@@ -430,7 +456,7 @@ def test_close_fails_what_is_running_and_waiting(models):
 
 def test_many_threads(engine, models):
     asked = [request(prompt_ids=(1, 5 + i), temperature=1.0, seed=i) for i in range(12)]
-    found: dict[int, list[list[int]]] = {}
+    found: list[list[list[int]]] = [[]] * 12
     threads = [
         threading.Thread(target=lambda i=i: found.__setitem__(i, tokens(engine.submit(asked[i])))) for i in range(12)
     ]
@@ -438,7 +464,7 @@ def test_many_threads(engine, models):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[i] for i in range(12)] == [naive(models[0], one) for one in asked]
+    assert found == naive_of_all(models[0], asked, found)
 
 
 # Beam search ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from alpaca.serving.llama.planning import plan_memory
 from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.loading import load_engine
 from alpaca.serving.plan import main
-from alpaca.serving.request import AdapterNames
+from alpaca.serving.request import AdapterNames, Request
 from alpaca.serving.served_model import describe_other_bases, open_served_model
 from alpaca.serving.settings import ServerSettings, parse_adapters
 from tests.serving.llama.test_llama import KINDS, load, logits, save_model
@@ -95,8 +95,9 @@ def both(place) -> tuple[Oracle, LlamaModel]:
     return oracle, with_adapters(load(place / "base"), adapters)
 
 
-def expect(oracle: Oracle, asked) -> list[list[int]]:
-    return naive(oracle.using(asked.adapter), asked)
+def expect(oracle: Oracle, asked: Request, found: list[list[int]] | None = None) -> list[list[int]]:
+    """`naive` of a request, with its adapter."""
+    return naive(oracle.using(asked.adapter), asked, found)
 
 
 # The equality -----------------------------------------------------------------------------------------------------
@@ -118,7 +119,8 @@ def test_any_mixture_gives_what_pefts_model_gives_alone(both, num_blocks, mode, 
         else:
             submitted.append(generation)
     for generation in submitted:
-        assert tokens(generation) == expect(oracle, generation.request), generation.request
+        found = tokens(generation)
+        assert found == expect(oracle, generation.request, found), generation.request
     engine.close()
     assert engine._scheduler.pool.num_free == engine._scheduler.pool.capacity
     assert (engine._scheduler.num_preemptions > 0) == (num_blocks == 28)
@@ -204,7 +206,8 @@ def test_a_prompt_cached_under_one_adapter_serves_no_other(both, mode):
         asked = request(prompt_ids=prompt, adapter=name, max_new_tokens=5)
         for cached in (0, 36):
             generation = engine.submit(asked)
-            assert tokens(generation) == expect(oracle, asked)
+            found = tokens(generation)
+            assert found == expect(oracle, asked, found)
             assert generation.metrics()["cached_tokens"] == cached
     engine.close()
 
@@ -253,7 +256,8 @@ def test_rows_of_one_adapter_lie_together(both, monkeypatch):
     names = ["all", None, "dora", "all", None, "dora", "all"]
     generations = [engine.submit(request(prompt_ids=(1, 9 + i), adapter=name)) for i, name in enumerate(names)]
     for generation in generations:
-        assert tokens(generation) == expect(oracle, generation.request)
+        found = tokens(generation)
+        assert found == expect(oracle, generation.request, found)
     assert max(map(len, map(set, seen))) == 3
     assert all(indices == sorted(indices) for indices in seen)
     engine.close()

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,11 +26,12 @@ from tests.training.checkpoints.test_checkpoint import Crash, assert_same_run, c
 from tests.training.conftest import SAMPLE, torchrun
 from tests.training.test_distributed import train_in_processes
 from tests.training.test_loop import history
+from tests.triton_interpreter import DEVICE, INTERPRETED, need_kernels
 
 Configure = Callable[..., TrainConfig]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 LOW = torch.bfloat16
+# Elements, and the number of the first: part of a program over the end of 32 bits, a whole one, some and a rest.
+KERNEL_PLACES = ((40, 2**32 - 5), (1024, 0), (5003, 4096))
 
 
 # Rounding -------------------------------------------------------------------------------------------------------
@@ -245,27 +245,23 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.isnan(), right.isnan()) and torch.equal(left[numbers].view(kind), right[numbers].view(kind))
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernel runs in this process")
-def test_the_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "test_the_kernel_writes", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-
-
-@pytest.mark.parametrize("first_element", [0, 4096, 2**32 - 5])
-@pytest.mark.parametrize("num_elements", [40, 1024, 5003])
+@pytest.mark.parametrize(
+    ("num_elements", "first_element"),
+    [
+        pytest.param(count, first, marks=() if (count, first) in KERNEL_PLACES else pytest.mark.slow)
+        for count in (40, 1024, 5003)
+        for first in (0, 4096, 2**32 - 5)
+    ],
+)
 @pytest.mark.parametrize(
     ("dtype", "gradient"),
     [(LOW, LOW), (LOW, torch.float32), (torch.float32, torch.float32)],
     ids=["bfloat16", "float32's gradient", "float32"],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
-def test_the_kernel_writes_the_twins_bits(dtype, gradient, num_elements, first_element):
-    if DEVICE == "cpu" and not INTERPRETED:
-        pytest.skip("run by test_the_kernel_in_the_interpreter, in a process of its own")
+def test_the_kernel_writes_the_twins_bits(dtype, gradient, num_elements, first_element, monkeypatch):
+    pytest.importorskip("triton")
+    need_kernels(monkeypatch)
     from alpaca.training.model import triton_adamw
 
     expected = make_rows(num_elements, dtype)
