@@ -123,7 +123,7 @@ def _open_base(model: str) -> Path:
 
 def _check_examples(data: ReceivedData) -> None:
     """Raise InputError where the file holds no examples, without its path, and without its content if not uploaded."""
-    from alpaca.data.examples import read_examples
+    from alpaca.data.records import read_examples
 
     try:
         read_examples(data.path)
