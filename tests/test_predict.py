@@ -412,9 +412,10 @@ def test_prints_land_in_the_right_prediction(server):
 
 
 def test_too_long_a_prompt_fails_naming_both_lengths(server):
-    prediction = server.predict({"prompt": "word " * 3000})
-    assert prediction["status"] == "failed"
-    assert "tokens long and the model's context is 2048" in prediction["error"]
+    for times, said in ((2000, "tokens long and the model's context is 2048"), (10**6, "5,000,139 characters long")):
+        prediction = server.predict({"prompt": "word " * times})
+        assert prediction["status"] == "failed"
+        assert said in prediction["error"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,14 @@ from deploy.local_server import LocalServer, running_server
 from tests.conftest import ROOT
 from tests.docs.pages import Block, all_blocks, read_blocks
 
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+WEBHOOK_PORT = free_port()
 WAYS = {"sync": "One answer", "stream": "A stream", "webhook": "A webhook", "cancel": "Cancelling"}
 CALLING = ROOT / "docs" / "calling.md"
 
@@ -56,14 +64,15 @@ def adapter(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def server(llama_folder: Path, adapter: Path) -> Iterator[LocalServer]:
     flags = ["--weights", str(llama_folder), "--adapters", f"legal={adapter}", "--concurrency", "8"]
+    flags += ["--webhooks", f"http://127.0.0.1:{WEBHOOK_PORT}/"]
     with running_server(flags, on_failure=print) as server:
         yield server
 
 
-def run(code: str, language: str, server: LocalServer, *, webhook_port: int = 8000) -> str:
+def run(code: str, language: str, server: LocalServer) -> str:
     """What a block prints, once its addresses are those of the test."""
     code = code.replace("http://127.0.0.1:5000", server.url)
-    code = code.replace("127.0.0.1:8000", f"127.0.0.1:{webhook_port}").replace('1", 8000', f'1", {webhook_port}')
+    code = code.replace("127.0.0.1:8000", f"127.0.0.1:{WEBHOOK_PORT}").replace('1", 8000', f'1", {WEBHOOK_PORT}')
     command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
     for _ in range(20):  # curl does not try again after the 409 that follows a reply
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -72,12 +81,6 @@ def run(code: str, language: str, server: LocalServer, *, webhook_port: int = 80
         time.sleep(0.1)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -99,8 +102,8 @@ def test_curl_gets_a_stream(server: LocalServer):
 
 @needs_curl
 def test_curl_asks_for_a_webhook(server: LocalServer):
-    with receiver() as (port, received):
-        assert json.loads(run(CURL["webhook"], "sh", server, webhook_port=port))["status"] == "starting"
+    with receiver() as received:
+        assert json.loads(run(CURL["webhook"], "sh", server))["status"] == "starting"
         deadline = time.monotonic() + 30
         while not received and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -130,7 +133,7 @@ def test_python_gets_a_stream(server: LocalServer):
 
 
 def test_python_receives_a_webhook(server: LocalServer):
-    assert run(PYTHON["webhook"], "python", server, webhook_port=free_port()).startswith("succeeded [")
+    assert run(PYTHON["webhook"], "python", server).startswith("succeeded [")
 
 
 def test_python_cancels(server: LocalServer):
@@ -178,11 +181,11 @@ def receiver() -> Iterator[tuple[int, list[dict]]]:
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", WEBHOOK_PORT), Handler) as listening:
         thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            yield listening.server_port, received
+            yield received
         finally:
             listening.shutdown()
             thread.join()

@@ -207,10 +207,12 @@ def test_the_estimate_is_what_others_count(folder, tmp_path, method):
 
     from alpaca.training import service
 
-    given = {"recipe": "alpaca-7b", "method": method, "data": "none.json", "model": "big"}
+    given = {"recipe": "alpaca-7b", "method": method, "data": "an upload", "model": "big"}
     if method == "lora":
         given |= {"lora_target_modules": "all-linear", "lora_r": 3}
-    config = service._make_config(given, base=folder / "big", output_dir=tmp_path / "out")
+    config = service._make_config(
+        given, base=folder / "big", data_path=tmp_path / "none.json", output_dir=tmp_path / "out"
+    )
     model_config = AutoConfig.from_pretrained(folder / "big")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)

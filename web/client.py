@@ -26,6 +26,7 @@ _SILENCE_S = 3.0  # without an event for so long, ask whether the server is stil
 _GRACE_S = 3.0  # for the server to confirm a stop; then the connection is closed, which stops it as well
 _CAPACITY_PAUSES_S = (0.005, 0.02, 0.1, 0.3)  # then the last again; a slot is freed just after its last reply
 _CAPACITY_PATIENCE_S = 120.0
+_LOOK_S, _SAID_S = 0.05, 0.5  # while a request waits: between two looks, and between two words about it
 
 
 class ServerTrouble(Exception):
@@ -163,7 +164,7 @@ class Generation:
         self.id = f"page-{uuid.uuid4().hex}"
         self._server, self._values, self._patience_s = server, values, patience_s
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._stopped, self._ended = asyncio.Event(), asyncio.Event()
+        self._stopped, self._taken, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def batches(self) -> AsyncIterator[list[Event]]:
         """Whatever has come since the last batch, one event or more, the last of all Ended; what goes wrong is in that.
@@ -225,19 +226,33 @@ class Generation:
 
     async def _request(self) -> None:
         """Send the request, again while all slots of the server are taken, and follow its answer to the end."""
-        begun = time.monotonic()
-
-        async def check_wait(state: tenacity.RetryCallState) -> None:
-            await self._check_wait(time.monotonic() - begun)
-
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_NoSlotError),
             wait=tenacity.wait_chain(*map(tenacity.wait_fixed, _CAPACITY_PAUSES_S)),
-            before_sleep=check_wait,
             sleep=self._sleep,
         )
         async with self._server.open() as client:
-            await retrying(self._request_once, client)
+            asking = asyncio.ensure_future(retrying(self._request_once, client))
+            try:
+                await self._wait_until_taken(asking)
+                await asking
+            finally:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+
+    async def _wait_until_taken(self, asking: asyncio.Future[None]) -> None:
+        """Wait while the request has no slot yet, at this end or in the server's line. `stop` gives up the place."""
+        begun = looked = time.monotonic()
+        while not asking.done() and not self._taken.is_set():
+            await asyncio.wait({asking}, timeout=_LOOK_S)
+            now = time.monotonic()
+            if self._stopped.is_set() and not self._taken.is_set():
+                asking.cancel()
+                self._end("canceled")
+                raise asyncio.CancelledError
+            if now - looked > _SAID_S and not asking.done():
+                looked = now
+                await self._check_wait(now - begun)
 
     async def _request_once(self, client: httpx.AsyncClient) -> None:
         if self._stopped.is_set():
@@ -246,6 +261,7 @@ class Generation:
         path, body = f"predictions/{self.id}", {"input": self._values}
         async with client.stream("PUT", path, json=body, headers=headers) as reply:
             if reply.status_code == 200:
+                self._taken.set()
                 return await self._follow(reply)
             await reply.aread()
         if reply.status_code == 409:
@@ -253,11 +269,11 @@ class Generation:
         raise ServerTrouble(await self._server._why_refused(reply))
 
     async def _check_wait(self, waited_s: float) -> None:
-        """Raises ServerTrouble when no slot can be hoped for: a server whose worker is dead says 409 for ever."""
-        if waited_s > 0.5:
-            if not (health := await self._server.health()).answers:
-                raise ServerTrouble(health.sentence)
-            self._queue.put_nowait(Waiting(seconds=waited_s))
+        """Raises ServerTrouble when no slot can be hoped for: a runtime whose worker is dead says 409 for ever."""
+        health = await self._server.health()
+        if not health.answers and health.state != "starting":
+            raise ServerTrouble(health.sentence)
+        self._queue.put_nowait(Waiting(seconds=waited_s))
         if waited_s > self._patience_s:
             raise ServerTrouble(f"The server was full for {waited_s:.0f} seconds. Try again in a while.")
 
@@ -310,7 +326,9 @@ async def read_events(chunks: AsyncIterable[bytes]) -> AsyncIterator[tuple[str, 
 def plain_error(error: str) -> str:
     """A failed prediction's error without the names of the runtime and of Python's classes in front."""
     if error == _CRASHED:
-        return "The server's worker died while it computed this. It does not come back by itself: restart the server."
+        return (
+            "The server's worker died while it computed this. Try again in a while; restart the server if it stays so."
+        )
     error = re.sub(r"^((Prediction failed|Generator iteration error): )+", "", error)
     error = re.sub(r"^(?:[A-Z]\w*Error|(?:[A-Z][a-z]+){2,}): (?=\S)", "", error)
     return error[:1].upper() + error[1:] or "The server gave no reason; its log may."

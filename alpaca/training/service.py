@@ -105,6 +105,7 @@ def _train_to_archive(
     _check_size(config, folder)
     report = _Report(record)
     trained = run_training(config, on_step=report.step, should_stop=stop.is_set)
+    data.path.unlink()
     report.end(read_json(trained / "trainer_state.json")["log_history"])
     # An upload's address ends in the file's name, so each training needs a name of its own.
     archive = pack(trained, folder / f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}.tar")

@@ -189,11 +189,12 @@ def test_a_dead_worker_comes_back_and_who_waits_is_served(tmp_path):
     with running(tmp_path, slots=1) as gate:
         first = gate.runtimes()
         with ThreadPoolExecutor(3) as pool:
-            running_one = pool.submit(gate.predict, "sleep 0.3")
+            running_one = pool.submit(gate.predict, "sleep 1")
             gate.wait_for(lambda: gate.health()["gate"]["running"] == 1)
             dying = pool.submit(gate.predict, "die")
             gate.wait_for(lambda: gate.health()["gate"]["waiting"] == 1)
             waiting = pool.submit(gate.predict, "after")
+            gate.wait_for(lambda: gate.health()["gate"]["waiting"] == 2)
             assert running_one.result().status_code == 200
             assert dying.result().json()["status"] == "failed"
             gate.wait_for(lambda: gate.health()["status"] == "STARTING")
@@ -202,7 +203,7 @@ def test_a_dead_worker_comes_back_and_who_waits_is_served(tmp_path):
             assert waiting.result().json()["status"] == "succeeded"
         assert gate.health()["gate"]["restarts"] == 1
         assert gate.runtimes() != first
-        assert gate.asked() == ["sleep 0.3", "die", "after"]
+        assert gate.asked() == ["sleep 1", "die", "after"]
 
 
 def test_a_runtime_that_keeps_dying_is_given_up(tmp_path):
