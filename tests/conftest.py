@@ -1,5 +1,6 @@
 """What all tests share: no model hub, and the real inputs where they are."""
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -93,3 +94,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(path) if path in LONGEST else len(LONGEST)
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector off all that the imports made, which it would otherwise go through again and again."""
+    gc.collect()
+    gc.freeze()

@@ -5,6 +5,7 @@ longer than most of what such a process does, so a server that has imported fork
 tested by the commands' tests, which start an interpreter.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -20,7 +21,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch.distributed.tensor", "transformers.models.llama.modeling_llama", "peft", "tests.training.worker",
      "convert.export_hf_checkpoint", "convert.export_state_dict_checkpoint", "convert.export_gguf",
-     "convert.convert_llama_weights_to_hf", "convert.weight_diff"]
+     "convert.convert_llama_weights_to_hf", "convert.weight_diff", "cog"]
 )  # fmt: skip
 
 
@@ -36,6 +37,11 @@ class Finished:
 def run_code(code: str, *arguments: str, timeout_s: float = 60) -> Finished:
     """Run `python -c code arguments`."""
     return _run([{}], ["-c", code, *arguments], timeout_s=timeout_s)
+
+
+def run_module(module: str, *arguments: str, timeout_s: float = 60) -> Finished:
+    """Run `python -m module arguments`."""
+    return _run([{}], ["-m", module, *arguments], timeout_s=timeout_s)
 
 
 def mistake_of(command: list[str]) -> str:
@@ -98,6 +104,7 @@ def _be_python(command: list[str], environment: dict[str, str], stdout: Path, st
     """Become what `python command` is, with one thread for sums, its output in files."""
     import torch
 
+    gc.freeze()  # what the server has imported stays
     for stream, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     os.environ.update(environment)
