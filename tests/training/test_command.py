@@ -27,6 +27,7 @@ SEEDS = """--model_name_or_path weights/llama-7b --tokenizer_name_or_path weight
 --logging_steps 1 --fsdp_transformer_layer_cls_to_wrap LLaMADecoderLayer --tf32 True"""
 
 
+@pytest.mark.slow  # three interpreters; its parts are tested by test_flags, test_config and test_distributed
 def test_the_seeds_command_in_two_processes(tiny_llama: Path, records: Path, tmp_path: Path):
     shutil.copytree(tiny_llama, tmp_path / "weights" / "llama-7b")
     shutil.copytree(tiny_llama, tmp_path / "weights" / "tokenizer")
