@@ -107,14 +107,16 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
         path = item.path.relative_to(ROOT / "tests").as_posix() if item.path.is_relative_to(ROOT / "tests") else ""
         return LONGEST.index(path) if path in LONGEST else len(LONGEST)
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector off all that the imports made, which it would otherwise go through again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()

@@ -6,6 +6,7 @@ tested by those of the commands' tests that start an interpreter.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -22,7 +23,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch.distributed.tensor", "transformers.models.llama.modeling_llama", "peft", "tests.training.worker",
      "convert.export_hf_checkpoint", "convert.export_state_dict_checkpoint", "convert.export_gguf",
-     "convert.convert_llama_weights_to_hf", "convert.weight_diff"]
+     "convert.convert_llama_weights_to_hf", "convert.weight_diff", "cog"]
 )  # fmt: skip
 
 
@@ -75,6 +76,11 @@ def running_code(code: str, *arguments: str) -> Iterator[Running]:
 def run_command(command: list[str], **environment: str) -> Finished:
     """Run `command`, which is an interpreter and its arguments, with these variables besides."""
     return _run([environment], command[1:], timeout_s=60)
+
+
+def run_module(module: str, *arguments: str, timeout_s: float = 60) -> Finished:
+    """Run `python -m module arguments`."""
+    return _run([{}], ["-m", module, *arguments], timeout_s=timeout_s)
 
 
 def mistake_of(command: list[str]) -> str:
@@ -137,6 +143,7 @@ def _be_python(command: list[str], environment: dict[str, str], stdout: Path, st
     """Become what `python command` is, with one thread for sums, its output in files."""
     import torch
 
+    gc.freeze()  # what the server has imported stays
     for stream, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     os.environ.update(environment)

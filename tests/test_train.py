@@ -1,8 +1,11 @@
 """train.py behind the real Cog server's train mode: data in, weights out, served again."""
 
+import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -11,13 +14,14 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 
+import train as train_module
 from alpaca.errors import InputError
 from alpaca.files.model_folders import is_weights
 from alpaca.files.places import open_weights
@@ -86,7 +90,7 @@ def folder(tmp_path_factory, llama_folder) -> Path:
 
 def environment(folder: Path, llama_folder: Path) -> dict[str, str]:
     models = f"tiny={llama_folder},big={folder / 'big'},hollow={folder / 'hollow'}"
-    return {**os.environ, "ALPACA_BASE_MODELS": models, "TMPDIR": str(folder)}
+    return {**os.environ, "ALPACA_BASE_MODELS": models, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +126,17 @@ def train(server: LocalServer, **changes) -> dict:
 
 
 def test_an_adapter_comes_back(server, folder, tmp_path):
-    training = train(server, num_train_epochs=30, learning_rate=1, eval_fraction=0.25, train_on_inputs=True)
+    training = train(server, num_train_epochs=8, learning_rate=1, eval_fraction=0.25, train_on_inputs=True)
     assert training["status"] == "succeeded", training
     metrics, logs = training["metrics"], training["logs"]
-    assert metrics["step"] == metrics["max_steps"] == 30
+    assert metrics["step"] == metrics["max_steps"] == 8
     floats = ("loss", "learning_rate", "tokens_per_second", "eval_loss", "eta_s")
     assert {name: type(metrics[name]) for name in floats} == dict.fromkeys(floats, float)
     assert metrics["tokens_per_second"] > 0
-    assert "step 1/30: loss" in logs
-    assert "step 30/30: loss" in logs
+    assert "step 1/8: loss" in logs
+    assert "step 8/8: loss" in logs
     assert logs.count("plan: peak memory") == logs.count("tokenizer: ") == 1
-    assert logs.count("step ") < 45  # evaluations have a line each
+    assert logs.count("step ") < 16  # evaluations have a line each
     head, content = training["output"].split(",", 1)
     assert head.startswith("data:")
     (tmp_path / "weights.tar").write_bytes(base64.b64decode(content))
@@ -155,19 +159,19 @@ def test_the_recipe_of_alpaca_lora(server):
     assert "(float16), verified" in training["logs"]
 
 
-def test_a_whole_model_is_uploaded_and_served_by_its_address(folder, llama_folder, uploads):
-    env = environment(folder, llama_folder)
-    with running_server(["--train", "--upload_url", uploads.url], env=env, on_failure=print) as server:
-        training = train(server, method="full", num_train_epochs=40, learning_rate=3e-3)
-        assert training["status"] == "succeeded", training
-        again = train(server, method="full", max_steps=1)
-        too_large = train(server, method="full", model="big")
-        uploads.status = 507
-        failed = train(server, method="full", max_steps=1)
-        assert failed["status"] == "failed"
-        assert "HTTP 507; check the address; while this server runs, and until its next" in failed["error"]
-        kept = Path(failed["error"].rpartition(" ")[2])
-        assert is_weights(open_weights(str(kept))), "a failed upload loses no training"
+def check_uploads(train: Callable[..., dict], uploads: Uploads, folder: Path) -> str:
+    """Train whole models, of which one cannot be uploaded. Returns the first's address."""
+    uploads.status = 200
+    training = train(method="full", num_train_epochs=40, learning_rate=3e-3)
+    assert training["status"] == "succeeded", training
+    again = train(method="full", max_steps=1)
+    too_large = train(method="full", model="big")
+    uploads.status = 507
+    failed = train(method="full", max_steps=1)
+    assert failed["status"] == "failed"
+    assert "HTTP 507; check the address; while this server runs, and until its next" in failed["error"]
+    kept = Path(failed["error"].rpartition(" ")[2])
+    assert is_weights(open_weights(str(kept))), "a failed upload loses no training"
     assert "archive" not in too_large["error"], "with uploads this size is not refused"
     assert "no model*.safetensors" in too_large["error"]
     assert again["output"] != training["output"], "a later training overwrites none"
@@ -176,10 +180,52 @@ def test_a_whole_model_is_uploaded_and_served_by_its_address(folder, llama_folde
     assert {"config.json", "model.safetensors"} <= {
         path.name for path in open_weights(str(folder / "uploaded.tar")).iterdir()
     }
-    with running_server(["--weights", training["output"]], env=env, on_failure=print) as predictor:
+    return training["output"]
+
+
+@pytest.mark.slow
+def test_a_whole_model_is_uploaded_and_served_by_its_address(folder, llama_folder, uploads):
+    env = environment(folder, llama_folder)
+    with running_server(["--train", "--upload_url", uploads.url], env=env, on_failure=print) as server:
+        address = check_uploads(functools.partial(train, server), uploads, folder)
+    with running_server(["--weights", address], env=env, on_failure=print) as predictor:
         prediction = predictor.predict({"prompt": "Say alpaca.", "temperature": 0})
         assert "downloading http://127.0.0.1" in predictor.log_text()
     assert prediction["output"] == ["alpaca!"]
+
+
+def train_here(path: Path, **changes) -> dict:
+    """One training by train.py's own function, as the server calls it, in this process."""
+    path.write_text(json.dumps(RECORDS))
+    given = {**training_input(**changes), "data": path}
+    parameters = inspect.signature(train_module.train).parameters.items()
+    values = {name: given.get(name, parameter.default.default) for name, parameter in parameters}
+    try:
+        return {"status": "succeeded", "output": asyncio.run(train_module.train(**values))}
+    except Exception as error:
+        return {"status": "failed", "error": str(error)}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_uploaded_model_answers_what_it_learned(folder, llama_folder, uploads, tmp_path, monkeypatch):
+    """The same without servers: train.py's function, and the engine of the predictions."""
+    from alpaca.serving.detokenize import CompletionText
+    from alpaca.serving.engine import complete_texts
+    from alpaca.serving.loading import load_engine
+    from alpaca.serving.request import PredictionInputs, make_request
+    from alpaca.serving.settings import ServerSettings
+
+    monkeypatch.setenv("ALPACA_BASE_MODELS", environment(folder, llama_folder)["ALPACA_BASE_MODELS"])
+    monkeypatch.setenv("ALPACA_UPLOAD_URL", uploads.url)
+    address = check_uploads(functools.partial(train_here, tmp_path / "data.json"), uploads, tmp_path)
+    engine = load_engine(open_weights(address), ServerSettings())
+    try:
+        inputs = PredictionInputs.from_mapping({"prompt": "Say alpaca.", "temperature": 0})
+        request = make_request(inputs, engine.tokenizer, max_context=engine.max_context)
+        texts = [CompletionText(engine.tokenizer, request.prompt_ids, stop=inputs.stop, strip_leading=True)]
+        assert list(complete_texts(engine.submit(request), texts)) == ["alpaca!"]
+    finally:
+        engine.close()
 
 
 def test_too_large_an_archive_is_refused_before_training(server, folder):

@@ -28,6 +28,15 @@ SETTINGS = {  # float32, no files but what a test looks at
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_sums() -> Iterator[None]:
+    """Compute on one thread, also in a module's own fixtures: of so small a model's sums threads make more work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def drawing(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leave the charts out of a run where the test does not ask for `charts`: they take longer than a tiny training."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from alpaca.training.checkpoints.state import list_checkpoints
 from alpaca.training.configuration.config import TrainConfig
 from tests.conftest import ROOT
+from tests.processes import run_module, run_ranks
 from tests.training.checkpoints.test_checkpoint import assert_same_run, wait_until
 from tests.training.conftest import command, flags, run_train
 from tests.training.test_loop import history
@@ -26,6 +27,7 @@ SEEDS = """--model_name_or_path weights/llama-7b --tokenizer_name_or_path weight
 --logging_steps 1 --fsdp_transformer_layer_cls_to_wrap LLaMADecoderLayer --tf32 True"""
 
 
+@pytest.mark.slow  # three interpreters; its parts are tested by test_flags, test_config and test_distributed
 def test_the_seeds_command_in_two_processes(tiny_llama: Path, records: Path, tmp_path: Path):
     shutil.copytree(tiny_llama, tmp_path / "weights" / "llama-7b")
     shutil.copytree(tiny_llama, tmp_path / "weights" / "tokenizer")
@@ -44,7 +46,7 @@ def test_the_seeds_command_in_two_processes(tiny_llama: Path, records: Path, tmp
 
 def test_a_mistake_is_one_line(configure: Callable[..., TrainConfig], tmp_path: Path):
     wrong = configure(data_path=str(tmp_path / "missing.json"))
-    finished = run_train(flags(wrong), check=False)
+    finished = run_module("train", *flags(wrong))
     assert finished.returncode == 1
     assert "Traceback" not in finished.stderr
     assert finished.stderr.splitlines()[-1].startswith("error: no data at ")
@@ -53,10 +55,11 @@ def test_a_mistake_is_one_line(configure: Callable[..., TrainConfig], tmp_path: 
 
 
 def test_a_mistake_is_said_once_by_several_processes(configure: Callable[..., TrainConfig], tmp_path: Path):
-    finished = run_train(flags(configure(learning_rate=-1.0)), num_processes=2, check=False)
+    """As under torchrun, the first process that fails ends the others."""
+    finished = run_ranks("train", *flags(configure(learning_rate=-1.0)), num_processes=2, on_machine=2)
     assert finished.returncode == 1
     assert finished.stderr.count("error: --learning_rate: expected at least 0, found -1.0") == 1
-    assert 'train.py", line' not in finished.stderr  # what traceback there is, is torchrun's
+    assert "Traceback" not in finished.stderr
 
 
 @pytest.mark.slow

@@ -121,6 +121,7 @@ def test_accumulation_8_times_1_is_1_times_8(configure: Configure, tmp_path: Pat
             configure(
                 output_dir=str(tmp_path / f"{micro}x{accumulation}"),
                 learning_rate=2e-4,
+                max_steps=6,
                 per_device_train_batch_size=micro,
                 gradient_accumulation_steps=accumulation,
             )
@@ -182,12 +183,12 @@ def test_a_set_smaller_than_the_batch_is_one_step_an_epoch(configure: Configure)
 
 
 def test_a_tiny_model_learns_its_examples_by_heart(configure: Configure, records: Path, tmp_path: Path):
-    few = [r for r in json.loads(records.read_text()) if len(r["output"]) < 60 and len(r.get("input") or "") < 40][:10]
+    few = [r for r in json.loads(records.read_text()) if len(r["output"]) < 60 and len(r.get("input") or "") < 40][:6]
     path = tmp_path / "few.json"
     path.write_text(json.dumps(few))
     folder = train(
         configure(
-            data_path=str(path), max_steps=80, learning_rate=1e-2, global_batch_size=10, per_device_train_batch_size=10
+            data_path=str(path), max_steps=50, learning_rate=1e-2, global_batch_size=6, per_device_train_batch_size=6
         )
     )  # fmt: skip
     assert history(folder)[-1] < 0.02
@@ -205,9 +206,9 @@ def test_a_tiny_model_learns_its_examples_by_heart(configure: Configure, records
 
 
 def test_bf16_training_stays_near_float32(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    full = train(configure(output_dir=str(tmp_path / "float32")))
+    full = train(configure(output_dir=str(tmp_path / "float32"), max_steps=4))
     monkeypatch.setattr("alpaca.training.configuration.resolving._has_bf16", lambda device: True)
-    half = train(configure(output_dir=str(tmp_path / "bf16"), bf16=True))
+    half = train(configure(output_dir=str(tmp_path / "bf16"), bf16=True, max_steps=4))
     assert history(half) == pytest.approx(history(full), abs=0.05)
     assert history(half) != history(full)
     assert load_file(half / "model.safetensors")["lm_head.weight"].dtype == torch.float32

@@ -2,7 +2,7 @@
 
 Besides the configuration a job may have: "crash_after", a step after which rank 0 ends with an exception of which the
 others hear nothing; "copy_from", a folder to copy to its output folder, and "flip", a file there of which one byte is
-changed, before; "free_memory", what the device is said to have; "full_disk", the rank whose disk is full from step 8
+changed, before; "free_memory", what the device is said to have; "full_disk", the rank whose disk is full from step 4
 on; "largest_gathered", a file that is told the most bytes of gathered tensors alive at a time, and of the largest.
 An AlpacaError goes to "error", a file, where that is given.
 """
@@ -90,10 +90,10 @@ class FullFile:
 
 
 def fill_disk(real, *, after_bytes: int = 0):
-    """`_HashedStream.write` with a disk that runs full in checkpoint 8, after so many bytes of a file."""
+    """`_HashedStream.write` with a disk that runs full in checkpoint 4, after so many bytes of a file."""
 
     def write(stream: digests._HashedStream, data: object) -> int:
-        if "checkpoint-8" in str(stream._stream.name) and stream.num_bytes >= after_bytes:
+        if "checkpoint-4" in str(stream._stream.name) and stream.num_bytes >= after_bytes:
             stream._stream = FullFile(stream._stream)
         return real(stream, data)
 

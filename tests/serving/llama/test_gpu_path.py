@@ -27,7 +27,9 @@ from tests.triton_interpreter import DEVICE, need_kernels
 pytest.importorskip("triton")
 
 ON_GPU = DEVICE == "cuda"
-pytestmark = [pytest.mark.gpu] if ON_GPU else []
+# In the interpreter they belong to --all: the kernels alone (test_triton_*) and the graphs with the twins
+# (test_llama_engine, "graphs") are in the fast run.
+pytestmark = [pytest.mark.gpu if ON_GPU else pytest.mark.slow]
 SIZE = 16
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 0.06 if ON_GPU else 1e-4

@@ -72,6 +72,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         "save_steps": 4,
         "logging_steps": 3,
         "val_set_size": 4,
+        "max_steps": 12,
     }
     values |= {"eval_strategy": "steps", "eval_steps": 5, "weight_decay": 0.1}
     whole = train(configure(output_dir=str(tmp_path / "whole"), **values))
@@ -165,19 +166,19 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 def test_by_steps_with_a_limit(configure: Configure):
-    folder = train(configure(save_steps=4, save_total_limit=2))
-    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-12", "checkpoint-8"]
+    folder = train(configure(save_steps=2, save_total_limit=2, max_steps=7))
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-6", "checkpoint-4"]
 
 
 def test_by_epoch_by_time_or_not_at_all(configure: Configure, tmp_path: Path):
     def names(**values: object) -> list[str]:
-        folder = train(
-            configure(output_dir=str(tmp_path / str(len(list(tmp_path.iterdir())))), save_total_limit=99, **values)
-        )
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        few = {"global_batch_size": 20, "num_train_epochs": 2, "save_total_limit": 99}
+        folder = train(configure(output_dir=str(folder), **few, **values))
         return [path.name for path in list_checkpoints(folder)]
 
-    assert names(save_strategy="epoch") == ["checkpoint-15", "checkpoint-10", "checkpoint-5"]
-    assert len(names(save_minutes=1e-12)) == 15
+    assert names(save_strategy="epoch") == ["checkpoint-4", "checkpoint-2"]
+    assert len(names(save_minutes=1e-12)) == 4
     assert names(save_minutes=1e-12, save_strategy="no") == []
     assert names(save_minutes=0) == []
 
@@ -349,13 +350,13 @@ def test_a_disk_that_runs_full_costs_nothing(seen_coming: bool, configure: Confi
 
 def test_a_disk_that_runs_full_late_in_a_file(configure: Configure, monkeypatch: pytest.MonkeyPatch):
     """The same without a mount, late in a file."""
-    config, real = configure(save_steps=4, max_steps=9), digests._HashedStream.write
+    config, real = configure(save_steps=2, max_steps=5), digests._HashedStream.write
     monkeypatch.setattr(digests._HashedStream, "write", fill_disk(real, after_bytes=500_000))
-    with pytest.raises(NotEnoughSpace, match=r"ran full while .*checkpoint-8 was written; free some space\. "):
+    with pytest.raises(NotEnoughSpace, match=r"ran full while .*checkpoint-4 was written; free some space\. "):
         train(config)
-    assert [path.name for path in Path(config.output_dir).glob("*checkpoint*")] == ["checkpoint-4"]
+    assert [path.name for path in Path(config.output_dir).glob("*checkpoint*")] == ["checkpoint-2"]
     monkeypatch.undo()
-    assert history(train(dataclasses.replace(config, resume_from_checkpoint="auto")), "step") == list(range(1, 10))
+    assert history(train(dataclasses.replace(config, resume_from_checkpoint="auto")), "step") == list(range(1, 6))
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_the_model_is_loaded(configure: Configure, monkeypatch):
@@ -396,9 +397,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(configure: Configure, monkeypat
     ],
 )
 def test_another_configuration_is_refused(changed: dict, text: str, configure: Configure):
-    config = configure(save_steps=4, max_steps=-1)
+    config = configure(save_steps=1, max_steps=-1)
     with pytest.raises(Crash, match="on purpose"):
-        train(config, on_step=crash_after(5))
+        train(config, on_step=crash_after(2))
     with pytest.raises(InputError, match=f"belongs to another run: .*{text}"):
         train(dataclasses.replace(config, resume_from_checkpoint="auto", **changed))
 
@@ -411,11 +412,11 @@ def test_a_mean_of_means_needs_its_micro_batches(configure: Configure):
 
 
 def test_other_micro_batches_may_resume(configure: Configure):
-    config = configure(save_steps=4)
+    config = configure(save_steps=2, max_steps=5)
     with pytest.raises(Crash, match="on purpose"):
-        train(config, on_step=crash_after(5))
+        train(config, on_step=crash_after(3))
     folder = train(dataclasses.replace(config, resume_from_checkpoint="auto", per_device_train_batch_size=2))
-    assert history(folder, "step") == list(range(1, 16))
+    assert history(folder, "step") == list(range(1, 6))
 
 
 # The output folder ----------------------------------------------------------------------------------------------

@@ -601,24 +601,33 @@ def test_training_on_inputs_is_transformers_loss_over_everything(configure: Conf
 
 
 @with_bitsandbytes
-def test_two_processes_train_the_adapter_that_one_does(configure, tiny_opt: Path, packable_llama: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("lora", "dora, tied, padded, accumulated", "nf4, recomputed"),
+        pytest.param(("dora, padded, accumulated", "tied", "nf4"), marks=pytest.mark.slow),
+    ],
+    ids=["combined", "one by one"],
+)
+def test_two_processes_train_the_adapter_that_one_does(
+    names: tuple[str, ...], configure, tiny_opt: Path, packable_llama: Path, tmp_path: Path
+):
     opt = shutil.copytree(tiny_opt, tmp_path / "opt")
     settings = json.loads((opt / "config.json").read_text())
     (opt / "config.json").write_text(json.dumps({**settings, "dropout": 0.0}))
-    common = {"learning_rate": 1e-2, "val_set_size": 5, "eval_strategy": "epoch", "max_steps": 4, "save_steps": 3}
+    common = {"learning_rate": 1e-2, "val_set_size": 5, "eval_strategy": "epoch", "max_steps": 3, "save_steps": 2}
+    dora = {**LORA, "use_dora": True, "padding_free": False, "per_device_train_batch_size": 2}
+    tied = {**LORA, "model_name_or_path": str(opt), "fsdp": "shard_grad_op auto_wrap"}
+    nf4 = {**QLORA, "model_name_or_path": str(packable_llama), "lora_target_modules": "all-linear"}
     runs = {
         "lora": {**LORA, "fsdp": "full_shard auto_wrap"},
-        "dora, padded, accumulated": {
-            **LORA,
-            "use_dora": True,
-            "padding_free": False,
-            "per_device_train_batch_size": 1,
-        },
-        "tied": {**LORA, "model_name_or_path": str(opt), "fsdp": "shard_grad_op auto_wrap"},
-        "nf4": {**QLORA, "model_name_or_path": str(packable_llama), "lora_target_modules": "all-linear"},
-        "nf4, recomputed": {**QLORA, "model_name_or_path": str(packable_llama), "gradient_checkpointing": True},
+        "dora, padded, accumulated": dora,
+        "tied": tied,
+        "dora, tied, padded, accumulated": {**dora, **tied},
+        "nf4": nf4,
+        "nf4, recomputed": {**nf4, "gradient_checkpointing": True},
     }
-    many = {name: configure(**{**common, **run}, output_dir=str(tmp_path / "two" / name)) for name, run in runs.items()}
+    many = {name: configure(**{**common, **runs[name]}, output_dir=str(tmp_path / "two" / name)) for name in names}
     for config in many.values():  # what one process saved, two take up
         alone = train(dataclasses.replace(config, output_dir=str(tmp_path / "one" / Path(config.output_dir).name)))
         assert open_adapter(alone)
@@ -626,9 +635,10 @@ def test_two_processes_train_the_adapter_that_one_does(configure, tiny_opt: Path
         name: dataclasses.replace(
             many[name],
             output_dir=str(tmp_path / "resumed" / name),
-            resume_from_checkpoint=str(tmp_path / "one" / name / "checkpoint-3"),
+            resume_from_checkpoint=str(tmp_path / "one" / name / "checkpoint-2"),
         )
-        for name in ("lora", "nf4")
+        for name in names
+        if name in ("lora", "nf4, recomputed")
     }
     finished = train_in_processes(2, [config_json(config) for config in [*many.values(), *resumed.values()]], tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]

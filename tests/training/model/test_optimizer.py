@@ -45,20 +45,20 @@ def neighbours(values: Tensor) -> tuple[Tensor, Tensor]:
     return inner.double(), outer.double()
 
 
-@pytest.mark.parametrize("number", range(3), ids=["weight", "first moment", "second moment"])
-def test_rounding_is_to_a_neighbour_and_right_on_average(number: int):
+def test_rounding_is_to_a_neighbour_and_right_on_average():
     """Over 4,000 steps the mean lies within five standard errors of each value, and these are spread as they should."""
     num_draws, values = 4000, torch.randn(500, generator=torch.Generator().manual_seed(0)) * 0.02
     inner, outer = neighbours(values)
-    draws = (draw_bits(500, 0, make_keys(1, step, 7), device=CPU)[number] for step in range(num_draws))
-    rounded = torch.stack([round_stochastically(values, own) for own in draws]).double()
-    assert ((rounded == inner) | (rounded == outer)).all()
     share = (values.double() - inner) / (outer - inner)
     deviation = (outer - inner).abs() * (share * (1 - share) / num_draws).sqrt()
-    errors = (rounded.mean(0) - values.double()) / deviation
-    assert errors.abs().max() < 5
-    assert errors.std().item() == pytest.approx(1, abs=0.15)
-    assert abs(errors.mean().item()) < 5 / math.sqrt(500)
+    steps = [draw_bits(500, 0, make_keys(1, step, 7), device=CPU) for step in range(num_draws)]
+    for draws in map(torch.stack, zip(*steps, strict=True)):
+        rounded = round_stochastically(values.expand(num_draws, 500), draws).double()
+        assert ((rounded == inner) | (rounded == outer)).all()
+        errors = (rounded.mean(0) - values.double()) / deviation
+        assert errors.abs().max() < 5
+        assert errors.std().item() == pytest.approx(1, abs=0.15)
+        assert abs(errors.mean().item()) < 5 / math.sqrt(500)
 
 
 def test_draws_of_elements_steps_parameters_and_tensors_have_nothing_in_common():
@@ -155,13 +155,13 @@ def test_moments_of_constant_gradients_become_those_of_torch():
     """beta2 of 0.999 moves a second moment by less than half a spacing, which the nearest would never leave."""
     weights, gradient = nn.Parameter(torch.zeros(2000, dtype=LOW)), 1.5e-3
     optimizer = StochasticAdamW([weights], lr=0.0, betas=(0.9, 0.999))
-    for _ in range(2000):
+    for _ in range(1000):
         weights.grad = torch.full_like(weights, gradient)
         optimizer.step()
     square, (state,) = float(torch.tensor(gradient).to(LOW)) ** 2, optimizer.state.values()
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == LOW
     assert state["exp_avg"].double().mean().item() == pytest.approx(math.sqrt(square), rel=0.002)
-    assert state["exp_avg_sq"].double().mean().item() == pytest.approx(square * (1 - 0.999**2000), rel=0.005)
+    assert state["exp_avg_sq"].double().mean().item() == pytest.approx(square * (1 - 0.999**1000), rel=0.005)
     assert (weights == 0).all()
 
 
@@ -372,24 +372,24 @@ def test_everything_is_bfloat16_and_the_losses_are_float32(configure: Configure,
 
 
 def test_a_steps_gradient_is_its_micro_batches_sum_to_float32s_precision(configure: Configure, tmp_path: Path):
-    """Against float64's sum of 64 gradients; added up in bfloat16 it is several times as far off as one rounding."""
+    """Against float64's sum of 40 gradients; added up in bfloat16 it is several times as far off as one rounding."""
     path = tmp_path / "many.json"
-    path.write_text(json.dumps(json.loads(SAMPLE.read_text())[:80]))
+    path.write_text(json.dumps(json.loads(SAMPLE.read_text())[:48]))
     config = configure(
-        data_path=str(path), numerics="fast", global_batch_size=64, per_device_train_batch_size=1, padding_free=False
+        data_path=str(path), numerics="fast", global_batch_size=40, per_device_train_batch_size=1, padding_free=False
     )
     run = run_module.prepare(make_settings(resolve(config, num_processes=1, device=CPU)), join_world())
     parameters = dict(run.trainee.model.named_parameters())
     exact = {name: torch.zeros_like(own, dtype=torch.float64) for name, own in parameters.items()}
     low = {name: torch.zeros_like(own) for name, own in parameters.items()}
-    assert len(run.data) >= 64
-    for index in range(64):
-        (gradients.sum_losses(run, run.data, torch.tensor([index])) / int(run.data.target_counts[:64].sum())).backward()
+    assert len(run.data) >= 40
+    for index in range(40):
+        (gradients.sum_losses(run, run.data, torch.tensor([index])) / int(run.data.target_counts[:40].sum())).backward()
         for name, own in parameters.items():
             exact[name] += own.grad.double()
             low[name] += own.grad.to(LOW)
             own.grad = None
-    gradients.accumulate_gradients(run, torch.arange(64))
+    gradients.accumulate_gradients(run, torch.arange(40))
 
     def error(found: dict[str, Tensor]) -> float:
         difference = sum((found[name].double() - whole).square().sum() for name, whole in exact.items())
@@ -425,7 +425,7 @@ def test_it_learns_what_float32_does_and_rounding_to_the_nearest_does_not(
     def losses(name: str, numerics: str) -> list[float]:
         return history(train(configure(
             output_dir=str(tmp_path / name), data_path=str(SAMPLE), numerics=numerics, learning_rate=1e-4,
-            max_steps=30, warmup_ratio=0.0, lr_scheduler_type="constant", logging_steps=10, global_batch_size=4,
+            max_steps=20, warmup_ratio=0.0, lr_scheduler_type="constant", logging_steps=10, global_batch_size=4,
         )))  # fmt: skip
 
     stanford, fast = losses("stanford", "stanford"), losses("fast", "fast")
@@ -433,39 +433,38 @@ def test_it_learns_what_float32_does_and_rounding_to_the_nearest_does_not(
     nearest = losses("nearest", "fast")
     print(f"stanford {stanford}\nfast {fast}\nnearest {nearest}")
     assert fast == pytest.approx(stanford, abs=0.01)
-    assert nearest[-1] > stanford[-1] + 0.2
+    assert nearest[-1] > stanford[-1] + 0.15
 
 
 @pytest.mark.parametrize("base", ["tiny_llama", "tiny_opt"])
 def test_a_resumed_run_is_the_uninterrupted_one(base: str, configure: Configure, tmp_path: Path, request):
-    values = {"model_name_or_path": str(request.getfixturevalue(base)), "numerics": "fast", "save_steps": 4,
-              "weight_decay": 0.1, "save_dtype": "float32"}  # fmt: skip
+    values = {"model_name_or_path": str(request.getfixturevalue(base)), "numerics": "fast", "save_steps": 2,
+              "weight_decay": 0.1, "save_dtype": "float32", "max_steps": 6}  # fmt: skip
     whole = train(configure(output_dir=str(tmp_path / "whole"), **values))
     config = configure(output_dir=str(tmp_path / "resumed"), **values)
     with pytest.raises(Crash, match="on purpose"):
-        train(config, on_step=crash_after(6))
+        train(config, on_step=crash_after(3))
     assert_same_run(whole, train(dataclasses.replace(config, resume_from_checkpoint="auto")))
-    stanford = dataclasses.replace(config, numerics="stanford", resume_from_checkpoint=str(whole / "checkpoint-12"))
+    stanford = dataclasses.replace(config, numerics="stanford", resume_from_checkpoint=str(whole / "checkpoint-6"))
     with pytest.raises(InputError, match="numerics was 'fast' and is 'stanford'"):
         train(dataclasses.replace(stanford, output_dir=str(tmp_path / "other")))
 
 
-def test_two_processes_train_near_one_and_resume(configure: Configure, tmp_path: Path):
+@pytest.mark.parametrize("sharding", ["full_shard", pytest.param("hybrid_shard", marks=pytest.mark.slow)])
+def test_two_processes_train_near_one_and_resume(configure: Configure, tmp_path: Path, sharding: str):
     """Gradients are added up in float32, but reduced in another order; the draws are the same."""
-    values = {"numerics": "fast", "learning_rate": 2e-4, "max_steps": 6, "save_steps": 4, "save_dtype": "float32",
-              "weight_decay": 0.1, "per_device_train_batch_size": 1}  # fmt: skip
+    values = {"numerics": "fast", "learning_rate": 2e-4, "max_steps": 3, "save_steps": 2, "save_dtype": "float32",
+              "weight_decay": 0.1, "per_device_train_batch_size": 2, "fsdp": f"{sharding} auto_wrap"}  # fmt: skip
     two = configure(output_dir=str(tmp_path / "two"), **values)
     again = configure(
-        output_dir=str(tmp_path / "again"), resume_from_checkpoint=f"{two.output_dir}/checkpoint-4", **values
+        output_dir=str(tmp_path / "again"), resume_from_checkpoint=f"{two.output_dir}/checkpoint-2", **values
     )
-    hybrid = configure(output_dir=str(tmp_path / "hybrid"), fsdp="hybrid_shard auto_wrap", **values)
-    finished = train_in_processes(2, [config_json(config) for config in (two, again, hybrid)], tmp_path)
+    finished = train_in_processes(2, [config_json(config) for config in (two, again)], tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert_same_run(Path(two.output_dir), Path(again.output_dir))
     alone = train(dataclasses.replace(two, output_dir=str(tmp_path / "one")))
-    for folder in (two.output_dir, hybrid.output_dir):
-        assert history(Path(folder)) == pytest.approx(history(alone), abs=5e-3)
-        assert history(Path(folder), "grad_norm") == pytest.approx(history(alone, "grad_norm"), rel=0.02)
+    assert history(Path(two.output_dir)) == pytest.approx(history(alone), abs=5e-3)
+    assert history(Path(two.output_dir), "grad_norm") == pytest.approx(history(alone, "grad_norm"), rel=0.02)
 
 
 @pytest.mark.slow

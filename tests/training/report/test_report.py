@@ -112,7 +112,7 @@ class _Page(html.parser.HTMLParser):
         self.parts.setdefault(self.open[-1] if self.open else "", []).append(data)
 
 
-@pytest.mark.usefixtures("charts")
+@pytest.mark.usefixtures("charts", "short_answers")
 def test_report_page_holds_the_run(configure: Configure):
     folder = train(configure(num_train_epochs=2, eval_fraction=0.1, eval_strategy="epoch", num_samples=3))
     text = (folder / "report.html").read_text()
@@ -138,6 +138,12 @@ def test_report_page_holds_the_run(configure: Configure):
     assert all(sample["prompt"].endswith("### Response:") and sample["reference"] for sample in samples)
 
 
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 16)
+
+
+@pytest.mark.usefixtures("short_answers")
 def test_answers_are_those_of_the_base_and_of_the_trained_model(configure: Configure, tiny_llama: Path):
     folder = train(configure(max_steps=6, learning_rate=1e-2, num_samples=2))
     tokenizer = load_tokenizer(folder)
@@ -145,7 +151,7 @@ def test_answers_are_those_of_the_base_and_of_the_trained_model(configure: Confi
         model = AutoModelForCausalLM.from_pretrained(place)
         for sample in json.loads((folder / "samples.json").read_text())["samples"]:
             ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(sample["prompt"])]])
-            for _ in range(64):
+            for _ in range(answers.MAX_NEW_TOKENS):
                 logits = model(ids).logits[0, -1, :480]
                 if logits.argmax() == tokenizer.eos_id:
                     break
@@ -154,6 +160,7 @@ def test_answers_are_those_of_the_base_and_of_the_trained_model(configure: Confi
             assert sample[key] == tokenizer.decode(ids[0, start:].tolist()).strip()
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_samples_change_nothing(configure: Configure, tmp_path: Path):
     losses = []
     for number in (0, 2):
@@ -162,6 +169,7 @@ def test_samples_change_nothing(configure: Configure, tmp_path: Path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_a_resumed_run_keeps_the_first_answers(configure: Configure):
     steps: list[int] = []
     config = configure(num_samples=2, max_steps=4, save_steps=2, resume_from_checkpoint="auto")
