@@ -194,10 +194,9 @@ def test_a_whole_model_is_uploaded_and_served_by_its_address(folder, llama_folde
     assert prediction["output"] == ["alpaca!"]
 
 
-def train_here(path: Path, **changes) -> dict:
+def train_here(**changes) -> dict:
     """One training by train.py's own function, as the server calls it, in this process."""
-    path.write_text(json.dumps(RECORDS))
-    given = {**training_input(**changes), "data": path}
+    given = training_input(**changes)
     parameters = inspect.signature(train_module.train).parameters.items()
     values = {name: given.get(name, parameter.default.default) for name, parameter in parameters}
     try:
@@ -217,7 +216,7 @@ def test_an_uploaded_model_answers_what_it_learned(folder, llama_folder, uploads
 
     monkeypatch.setenv("ALPACA_BASE_MODELS", environment(folder, llama_folder)["ALPACA_BASE_MODELS"])
     monkeypatch.setenv("ALPACA_UPLOAD_URL", uploads.url)
-    address = check_uploads(functools.partial(train_here, tmp_path / "data.json"), uploads, tmp_path)
+    address = check_uploads(train_here, uploads, tmp_path)
     engine = load_engine(open_weights(address), ServerSettings())
     try:
         inputs = PredictionInputs.from_mapping({"prompt": "Say alpaca.", "temperature": 0})
@@ -336,6 +335,12 @@ def test_bad_input_fails_with_its_reason(server, llama_folder):
     training = train(server, data=f"data:application/json;base64,{broken}")
     assert training["status"] == "failed"
     assert "output" in training["error"]
+    for data in ("/etc/passwd", "../README.md", "http://127.0.0.1:1/d.json"):
+        assert (
+            train(server, data=data)["error"]
+            .partition("data: ")[2]
+            .startswith(("expected the examples", "the operator"))
+        )
     for model in (str(llama_folder), "/etc", "http://127.0.0.1:1/w.tar"):
         training = train(server, model=model)
         assert f"(such names: tiny, big, hollow), found '{model}'" in training["error"]
