@@ -255,15 +255,16 @@ def _beams(
         from alpaca.serving.hugging_face.shared_weights import as_transformers
 
         adapters = {name: open_adapter(place) for name, place in places.items()}
-        twin = as_transformers(runner.model, base)
+        twin = as_transformers(runner.model, base, with_adapters=bool(adapters))
         if twin is not None:
             return TransformersEngine(
                 twin, tokenizer, max_context=max_context, eos_ids=runner.eos_ids, adapters=adapters
             )
-        if runner.model.device.type == "cuda":
+        if settings.beam_search != "copy" or runner.model.device.type == "cuda":
             raise InputError(
-                "beam search on quantized weights or experts needs the model a second time, for which this engine "
-                "leaves no memory: leave num_beams at 1, or start the server with ALPACA_ENGINE=transformers"
+                "beam search with experts, or with adapters on packed or quantized weights, needs the model a second "
+                "time: leave num_beams at 1, or start the server with ALPACA_ENGINE=transformers, or on a CPU with "
+                "ALPACA_BEAM_SEARCH=copy"
             )
         logger.info("beam search: transformers loads the model a second time now")
         return _load_transformers(ServedModel(base=base, adapters=adapters), settings, Phases())

@@ -9,6 +9,7 @@ from typing import Any
 from alpaca.errors import InputError
 from alpaca.formats.precisions import DTYPES, QUANTIZATIONS
 
+BEAM_SEARCHES = ("shared", "copy")
 ENGINES = ("auto", "llama", "transformers")
 _LEAST_CONTEXT = 8  # tokens: a word and an answer
 BARE_BASE = "none"  # in place of an adapter's name: the base model alone
@@ -42,6 +43,12 @@ class ServerSettings:
         "ALPACA_MEMORY_FRACTION", 0.9, "share of what is free after the weights for the cache"
     )
     engine: str = _setting("ALPACA_ENGINE", "auto", "auto: llama for LLaMA models, else transformers", ENGINES)
+    beam_search: str = _setting(
+        "ALPACA_BEAM_SEARCH",
+        "shared",
+        "shared: where the engine's own weights can do it; copy: else with a second copy of them (CPU)",
+        BEAM_SEARCHES,
+    )
     concurrency: int = _setting("COG_MAX_CONCURRENCY", 64, "requests in flight", least=1)
 
     def __post_init__(self) -> None:

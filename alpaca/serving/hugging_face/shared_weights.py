@@ -1,5 +1,6 @@
 """A transformers model over the LLaMA engine's weights, for beam search without a second copy of them in memory."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -8,23 +9,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alpaca.architecture.families import HEAD_NORMS
 from alpaca.architecture.tensors import hf_name
 from alpaca.formats.hf.loading import keep_score_cap
-from alpaca.serving.kernels.linear import PlainLinear
+from alpaca.serving.kernels.linear import Linear, PlainLinear
 from alpaca.serving.llama.network import LlamaLayer, LlamaModel
 
 
-def as_transformers(model: LlamaModel, folder: Path) -> PreTrainedModel | None:
-    """The engine's model as one of transformers that shares its tensors; None if they are packed or quantized.
+def as_transformers(model: LlamaModel, folder: Path, *, with_adapters: bool = False) -> PreTrainedModel | None:
+    """The engine's model as one of transformers that holds no weights of its own; None where that cannot be.
 
-    Nor are those of experts shared, which transformers lays end to end.
+    Linear layers that lie plain are shared as tensors. Packed and quantized ones are asked for their products, which
+    PEFT's adapters cannot change. Nor are experts shared, which transformers lays end to end.
     """
-    tensors = None if model.config.num_experts else _tensors(model)
-    if tensors is None:
+    is_plain = _is_plain(model)
+    if model.config.num_experts or (with_adapters and not is_plain):
         return None
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(config)
     keep_score_cap(twin)
-    twin.load_state_dict(tensors, strict=True, assign=True)
+    if not is_plain:
+        _borrow_linears(twin, model)
+    twin.load_state_dict(_tensors(model, with_linears=is_plain), strict=True, assign=True)
     twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(model.device)  # its tables are in no state dict
     embedding = twin.get_input_embeddings()
     if hasattr(embedding, "embed_scale"):  # nor is Gemma's multiplier
@@ -34,36 +38,85 @@ def as_transformers(model: LlamaModel, folder: Path) -> PreTrainedModel | None:
     return twin.requires_grad_(False).eval()
 
 
-def _tensors(model: LlamaModel) -> dict[str, torch.Tensor] | None:
-    """The model's tensors by their names in a checkpoint; None if a linear layer does not hold its plain weight."""
+def _is_plain(model: LlamaModel) -> bool:
     linears = [model.head, *(linear for layer in model.layers for linear in layer.linears)]
-    if not all(isinstance(linear.product, PlainLinear) for linear in linears):
-        return None
-    tensors = {
-        hf_name("embedding"): model.embedding,
-        hf_name("norm"): _stored_norm(model.norm, model),
-        hf_name("head"): model.head.weight,
-    }
+    return all(isinstance(linear.product, PlainLinear) for linear in linears)
+
+
+class _Product:
+    """An engine's linear layer, whose parts transformers asks for one after the other with the same input."""
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear = linear
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+
+    def columns(self, x: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+        """Columns of the output for x [..., I]. It is computed once for all parts, and let go with the last of them."""
+        if x is not self._input or self._output is None:
+            self._input, self._output = x, self._linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        part = self._output[..., first:stop]
+        if stop == self._linear.out_features:
+            self._input = self._output = None
+        return part
+
+
+class _BorrowedLinear(torch.nn.Module):
+    """Stands for torch.nn.Linear, and has no weights: some columns of an engine's layer."""
+
+    def __init__(self, product: _Product, first: int, stop: int) -> None:
+        super().__init__()
+        self._product, self._first, self._stop = product, first, stop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product.columns(x, self._first, self._stop)
+
+
+def _borrow_linears(twin: PreTrainedModel, model: LlamaModel) -> None:
+    """Put the engine's linear layers in place of the twin's."""
+    family, shapes = model.config.family, model.config.layer_shapes
+    twin.set_submodule(hf_name("head").removesuffix(".weight"), _borrowed(model.head, [model.head.out_features])[0])
+    for index, layer in enumerate(model.layers):
+        for name, modules in family.fused.items():
+            rows = [shapes[f"{module}.weight"][0] for module in modules]
+            for module, borrowed in zip(modules, _borrowed(getattr(layer, name), rows), strict=True):
+                twin.set_submodule(f"{family.prefix}{index}.{module}", borrowed)
+
+
+def _borrowed(linear: Linear, rows: list[int]) -> list[_BorrowedLinear]:
+    product, stops = _Product(linear), list(itertools.accumulate(rows))
+    return [_BorrowedLinear(product, stop - size, stop) for size, stop in zip(rows, stops, strict=True)]
+
+
+def _tensors(model: LlamaModel, *, with_linears: bool) -> dict[str, torch.Tensor]:
+    """The model's tensors by their names in a checkpoint."""
+    tensors = {hf_name("embedding"): model.embedding, hf_name("norm"): _stored_norm(model.norm, model)}
+    if with_linears:
+        tensors[hf_name("head")] = model.head.weight
     for index, layer in enumerate(model.layers):
         prefix = f"{model.config.family.prefix}{index}."
-        tensors |= {f"{prefix}{name}": tensor for name, tensor in _layer_tensors(layer, model).items()}
+        own = _layer_norms(layer, model) | (_layer_linears(layer, model) if with_linears else {})
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in own.items()}
     return tensors
 
 
-def _layer_tensors(layer: LlamaLayer, model: LlamaModel) -> dict[str, torch.Tensor]:
-    """A layer's tensors by their names in it."""
-    family, shapes = model.config.family, model.config.layer_shapes
-    norms = {name: _stored_norm(getattr(layer, place), model) for place, name in family.norms.items()}
-    tensors = {f"{name}.weight": norm for name, norm in norms.items()}
-    for name, modules in family.fused.items():
+def _layer_norms(layer: LlamaLayer, model: LlamaModel) -> dict[str, torch.Tensor]:
+    norms = {name: _stored_norm(getattr(layer, place), model) for place, name in model.config.family.norms.items()}
+    return {f"{name}.weight": norm for name, norm in {**norms, **_head_norms(layer, model)}.items()}
+
+
+def _layer_linears(layer: LlamaLayer, model: LlamaModel) -> dict[str, torch.Tensor]:
+    """A layer's matrices and biases by their names in it."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, modules in model.config.family.fused.items():
         linear = getattr(layer, name)
-        rows = [shapes[f"{module}.weight"][0] for module in modules]
+        rows = [model.config.layer_shapes[f"{module}.weight"][0] for module in modules]
         tensors |= {
             f"{module}.weight": part for module, part in zip(modules, linear.product.weight.split(rows), strict=True)
         }
         if linear.bias is not None:
             tensors |= {f"{m}.bias": part for m, part in zip(modules, linear.bias.split(rows), strict=True)}
-    return tensors | {f"{name}.weight": norm for name, norm in _head_norms(layer, model).items()}
+    return tensors
 
 
 def _head_norms(layer: LlamaLayer, model: LlamaModel) -> dict[str, torch.Tensor]:

@@ -170,9 +170,19 @@ def test_beam_search_with_an_adapter(llama_folder, tmp_path, load, monkeypatch, 
     values = dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
     for seed, name in enumerate(("one", "two")):
         write_adapter(base, tmp_path / name, seed=seed, base_name=str(tmp_path / "base"), **values)
-    engine = load(tmp_path / "one", adapters=f"two={tmp_path / 'two'}")
+    kind = {} if is_shared else {"beam_search": "copy"}
+    engine = load(tmp_path / "one", adapters=f"two={tmp_path / 'two'}", **kind)
     assert isinstance(engine, LlamaEngine)
     for name, adapter in (("default", "one"), (None, None), ("two", "two")):
         found = tokens(engine.submit(request(adapter=name, num_beams=3)))
         assert found == [generate(tmp_path, adapter, num_beams=3)]
         assert tokens(engine.submit(request(adapter=name))) == [generate(tmp_path, adapter)]
+
+
+def test_a_second_copy_of_the_weights_is_the_operators_choice(llama_folder, tmp_path, load):
+    shutil.copytree(llama_folder, tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    write_adapter(base, tmp_path / "one", base_name=str(tmp_path / "base"), r=4, target_modules=["q_proj"])
+    engine = load(tmp_path / "one", quantization="int8")
+    with pytest.raises(InputError, match=r"needs the model a second time: .* ALPACA_BEAM_SEARCH=copy"):
+        engine.submit(request(num_beams=2))

@@ -34,6 +34,7 @@ from alpaca.serving.loading import load_engine
 from alpaca.serving.request import Request
 from alpaca.serving.settings import ServerSettings
 from tests.serving.llama.test_llama import KINDS, load, save_model
+from tests.serving.llama.test_llama import logits as packed_logits
 
 SIZE = 4
 CONTEXT = 120
@@ -484,7 +485,25 @@ def test_beam_search_shares_the_weights_where_they_lie_plain(tmp_path, monkeypat
     )
 
 
-def test_packed_weights_cannot_be_shared(tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_beam_search_asks_packed_and_quantized_weights_for_their_products(tmp_path, quantization):
+    save_model(tmp_path, torch.float32, **KINDS["grouped heads"])
+    model = load(tmp_path, torch.float32, quantization)
+    if quantization == "none" and not isinstance(model.head, PackedLinear):
+        pytest.skip("this CPU packs no weights")
+    shared = as_transformers(model, tmp_path)
+    prompts = [list(range(3, 40)), [7, 8, 9]]
+    for prompt, expected in zip(prompts, packed_logits(model, prompts, chunk=64), strict=True):
+        with torch.inference_mode():
+            torch.testing.assert_close(shared(torch.tensor([prompt])).logits[0], expected, rtol=1e-5, atol=1e-5)
+    names = {name for name, _ in shared.named_parameters()}
+    assert not [name for name in names if "proj" in name or "lm_head" in name], "it holds no matrix of its own"
+    held = [module._product for module in shared.modules() if hasattr(module, "_product")]
+    assert len(held) == 1 + 7 * len(model.layers)
+    assert all(product._output is None for product in held), "nor an output once it is taken"
+
+
+def test_what_beam_search_cannot_share(tmp_path):
     save_model(tmp_path, torch.float32)
-    model = load(tmp_path, torch.float32)
-    assert not isinstance(model.head, PackedLinear) or as_transformers(model, tmp_path) is None
+    model = load(tmp_path, torch.float32, "int8")
+    assert as_transformers(model, tmp_path, with_adapters=True) is None
