@@ -20,17 +20,18 @@ CONTROL = {"prompt": "Name a bird.", "temperature": 0, "max_new_tokens": 12, "mi
 NUMBERS = (0, 1, -1, 2, 0.5, -0.0, 1e308, 1e-308, 2**31, 2**53, 2**64, -(2**63), 10**30, 3.0, True, False)
 TEXTS = (
     "", " ", "a", "{prompt}", "{input}", "{prompt}{input}", "\x00", "\ud800", "🦙" * 50, "</s>", "<s>" * 9, "ก\u0e33",
-    "\u202e", "../../x", "data:,x", "http://127.0.0.1:1/", "null", "x" * 3000, "{prompt}" * 40, "none", "default", "%s%n",
+    "\u202e", "../../x", "data:,x", "http://127.0.0.1:1/", "null", "x" * 3000, "{prompt}" * 40, "none", "default",
+    "%s%n",
 )  # fmt: skip
 FIELDS = (
-    "prompt input prompt_template n max_new_tokens min_new_tokens total_tokens temperature top_p top_k min_p "
-    "repetition_penalty presence_penalty frequency_penalty stop seed num_beams stream replicate_weights max_length "
-    "max_tokens unknown __class__"
-).split()
+    "prompt", "input", "prompt_template", "n", "max_new_tokens", "min_new_tokens", "total_tokens", "temperature",
+    "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "seed",
+    "num_beams", "stream", "replicate_weights", "max_length", "max_tokens", "unknown", "__class__",
+)  # fmt: skip
 PATHS = (
-    "/ /health-check /openapi.json /shutdown /docs /trainings /predictions/ /predictions/a/cancel /predictions//x "
-    "/predictions/../shutdown /predictions/%2e%2e /metrics /predictions/" + "a" * 100
-).split()
+    "/", "/health-check", "/openapi.json", "/shutdown", "/docs", "/trainings", "/predictions/", "/predictions//x",
+    "/predictions/a/cancel", "/predictions/../shutdown", "/predictions/%2e%2e", "/metrics", "/predictions/" + "a" * 99,
+)  # fmt: skip
 
 
 def any_value(rng: random.Random, depth: int = 0) -> object:
