@@ -182,7 +182,7 @@ def test_beam_search_with_an_adapter(llama_folder, tmp_path, load, monkeypatch, 
 def test_a_second_copy_of_the_weights_is_the_operators_choice(llama_folder, tmp_path, load):
     shutil.copytree(llama_folder, tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    write_adapter(base, tmp_path / "one", base_name=str(tmp_path / "base"), r=4, target_modules=["q_proj"])
+    write_adapter(base, tmp_path / "one", seed=0, base_name=str(tmp_path / "base"), r=4, target_modules=["q_proj"])
     engine = load(tmp_path / "one", quantization="int8")
     with pytest.raises(InputError, match=r"needs the model a second time: .* ALPACA_BEAM_SEARCH=copy"):
         engine.submit(request(num_beams=2))
