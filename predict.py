@@ -44,6 +44,7 @@ class Predictor(BaseRunner):
         settings = ServerSettings.from_environment(os.environ)
         self.engine: Engine = load_engine(open_weights(str(weights) if weights else None), settings, phases)
         self.folders = PredictionFolders()
+        self.folders.keep_swept()
         logging.info("ready: %s", phases)
 
     def healthcheck(self) -> bool:

@@ -25,6 +25,8 @@ from alpaca.files.outputs import require_free_space
 from alpaca.files.progress import progress_bar
 
 logger = logging.getLogger(__name__)
+_KEPT_FREE_BYTES = 1 << 30  # by a download that does not say how long it is
+_LOOK_BYTES = 64 << 20  # between two looks at what is free
 _PROGRESS_BYTES = 1 << 20  # a try that brought less than this counts as a failure in a row
 
 
@@ -197,7 +199,12 @@ def _store(
     require_free_space(partial, int((state.size or 0) * space_factor) - have)
     bar.total, bar.n, bar.initial = state.size, have, have
     bar.refresh()
-    _receive(reply, partial, bar)
+    try:
+        _receive(reply, partial, bar, kept_free=_KEPT_FREE_BYTES if state.size is None else 0)
+    except NotEnoughSpace:
+        if state.size is None:  # it may have no end
+            partial.unlink(missing_ok=True)
+        raise
     if state.size is not None and bar.n != state.size:
         raise InterruptedTry(f"the connection ended after {bar.n:,} of {state.size:,} bytes")
     return state
@@ -214,10 +221,17 @@ def _begin(address: Address, reply: httpx.Response, partial: Path) -> _State:
     return state
 
 
-def _receive(reply: httpx.Response, partial: Path, bar: tqdm) -> None:
-    """Append a reply's content to `partial`. Raises InterruptedTry, NotEnoughSpace."""
+def _receive(reply: httpx.Response, partial: Path, bar: tqdm, *, kept_free: int) -> None:
+    """Append a reply's content to `partial`, so that the disk keeps that many bytes free.
+
+    Raises InterruptedTry, NotEnoughSpace.
+    """
+    looked_at = 0
     with open(partial, "ab", buffering=0) as file:
         for piece in iterate_pieces(reply):
+            if kept_free and bar.n >= looked_at:
+                require_free_space(partial, kept_free)
+                looked_at = bar.n + _LOOK_BYTES
             try:
                 write_all(file, piece)
             except OSError as error:

@@ -59,6 +59,16 @@ class PredictionFolders:
         self._started: list[float] = []  # of the predictions that run now, in seconds of time.time()
         self._swept_at = time.time()
 
+    def keep_swept(self, *, every_s: float = _SWEEP_S) -> None:
+        """Sweep now, and from now on regularly, also while no prediction ends."""
+
+        def sweep() -> None:
+            while True:
+                self.sweep()
+                time.sleep(every_s)
+
+        threading.Thread(target=sweep, name="sweeping folders", daemon=True).start()
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """To be held during a prediction. Sweeps at the end of a prediction, about once a minute."""

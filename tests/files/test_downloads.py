@@ -5,6 +5,7 @@ import hashlib
 import logging
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -449,6 +450,26 @@ def test_no_room(server, monkeypatch):
         download(server.url, space_factor=2 * free / len(CONTENT))
     (partial,) = (cache_folder() / "downloads").glob(".*.partial")
     assert partial.stat().st_size == 0
+
+
+def test_what_may_have_no_end_leaves_room_on_the_disk(server, monkeypatch):
+    def send_on(handler: _Handler) -> bool:
+        answer(handler, 200, ETag='"x"')
+        while len(server.requests) < 50:
+            try:
+                handler.wfile.write(CONTENT)
+            except OSError:
+                break
+        return True
+
+    free = shutil.disk_usage(cache_folder()).free
+    monkeypatch.setattr(downloads, "_KEPT_FREE_BYTES", free - 5_000_000)
+    monkeypatch.setattr(downloads, "_LOOK_BYTES", 100_000)
+    server.behave = send_on
+    with pytest.raises(NotEnoughSpace, match="GB free"):
+        download(server.url)
+    assert left_in_cache() == []
+    assert not list((cache_folder() / "downloads").glob(".*.partial"))
 
 
 NO_HOSTS = (

@@ -169,3 +169,42 @@ def test_the_age_of_this_process():
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     age, now = map(float, printed.split())
     assert age == pytest.approx(now - started, abs=0.1)
+
+
+def wait_for(is_so) -> None:
+    deadline = time.monotonic() + 5
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_folders_are_swept_while_nothing_ends(tmp_path):
+    folders = PredictionFolders(tmp_path)
+    for name in ("left by another run", "left later"):
+        folder = make_folder(tmp_path, name, age_s=0)
+        os.utime(folder, (time.time() - HOUR, time.time() - HOUR))
+        if name == "left by another run":
+            folders.keep_swept(every_s=0.02)
+        wait_for(lambda: names(tmp_path) == set())
+
+
+def test_a_worker_ends_when_the_runtime_is_killed():
+    worker = "import time; from alpaca.serving.housekeeping import end_with_parent as end; end(every_s=0.05); "
+    runtime = (
+        "import subprocess, sys, time; "
+        f"child = subprocess.Popen([sys.executable, '-c', {worker + 'print(1, flush=True); time.sleep(60)'!r}], "
+        "stdout=subprocess.PIPE); child.stdout.readline(); print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", runtime], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    assert Path(f"/proc/{pid}").exists()
+    parent.kill()
+    parent.communicate()
+    wait_for(lambda: not is_running(pid))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
