@@ -31,6 +31,7 @@ def test_every_setting_is_a_flag():
             "dtype": "float32",
             "quantization": "nf4",
             "engine": "transformers",
+            "beam_search": "copy",
             "weights": "/w",
             "base_model": "/b",
             "adapters": "name=/a",
