@@ -181,7 +181,7 @@ def test_sixteen_streams_run_at_once_and_each_gets_its_own_answer(server):
     assert max(firsts) < min(ends)
     assert ["".join(chunks(one))[: len(text)] for one, text in zip(events, alone, strict=True)] == alone
     assert len(set(alone)) == 16
-    assert {one[-1][2]["metrics"]["output_tokens"] for one in events} == {200}
+    assert {one[-1][2]["metrics"]["output_tokens"] for one in events} == {400}
 
 
 def test_mixed_loads_get_what_they_get_alone(server):
