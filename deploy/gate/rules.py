@@ -90,7 +90,7 @@ def check_sender(headers: Mapping[str, str], route: Route, rules: Rules) -> None
             f"this server is not known as {quote_name(headers.get('host', ''))}: start it with --allowed_hosts NAME",
         )
     origin = headers.get("origin")
-    if origin is not None and not _is_known(urllib.parse.urlsplit(origin).netloc, rules):
+    if origin is not None and not _is_own_page(origin, headers.get("host", ""), rules):
         raise Refused(
             403, f"a page of {quote_name(origin)} may not use this server: start it with --allowed_hosts NAME"
         )
@@ -100,20 +100,41 @@ def check_sender(headers: Mapping[str, str], route: Route, rules: Rules) -> None
 
 def _is_known(host: str, rules: Rules) -> bool:
     """Whether a Host header names this server. An address in numbers cannot be pointed elsewhere by a name server."""
-    try:
-        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return False
+    name = _host_name(f"//{host}")
     try:
         ipaddress.ip_address(name)
         return True
     except ValueError:
-        return name in (*_LOCAL, *(allowed.lower() for allowed in rules.hosts))
+        return _is_named(name, rules)
+
+
+def _is_own_page(origin: str, host: str, rules: Rules) -> bool:
+    """Whether a page is this server's own, of this machine, or of a host that the operator names.
+
+    An address in numbers alone does not do: any site may be reached by one.
+    """
+    scheme, _, netloc = origin.partition("://")
+    return scheme in ("http", "https") and (
+        netloc.lower() == host.lower() or _is_named(_host_name(f"//{netloc}"), rules)
+    )
+
+
+def _is_named(name: str, rules: Rules) -> bool:
+    return name in (*_LOCAL, *(_host_name(f"//{allowed}") for allowed in rules.hosts))
+
+
+def _host_name(text: str) -> str:
+    """The host of `//host:port` in lower case; "" where there is none."""
+    try:
+        return urllib.parse.urlsplit(text).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _check_key(authorization: str, keys: tuple[str, ...]) -> None:
     scheme, _, given = authorization.partition(" ")
-    is_right = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]  # all, whichever is right
+    key_given = given.strip().encode("latin-1")  # the bytes that came
+    is_right = [hmac.compare_digest(key_given, key.encode()) for key in keys]  # all, whichever is right
     if scheme.lower() != "bearer" or not any(is_right):
         raise Refused(401, "this server asks for a key: send Authorization: Bearer KEY")
 
@@ -130,18 +151,21 @@ def check_body(content: bytes, route: Route, rules: Rules) -> bytes:
     if given is not None and (not isinstance(given, str) or not _ID.fullmatch(given)):
         raise Refused(422, "an id has 1 to 64 letters, digits, _, - and ., and begins with a letter or digit")
     if body.get("webhook") is not None:
-        _check_webhook(body["webhook"], rules)
+        body["webhook"] = _check_webhook(body["webhook"], rules)
     return json.dumps({name: body[name] for name in _PASSED if name in body}).encode()
 
 
-def _check_webhook(webhook: object, rules: Rules) -> None:
-    if not isinstance(webhook, str):
-        raise Refused(422, "webhook must be an address")
+def _check_webhook(webhook: object, rules: Rules) -> str:
+    """The address as the runtime gets it: taken apart and put together here, as it may read the original otherwise."""
+    if not isinstance(webhook, str) or "\\" in webhook or not webhook.isprintable() or " " in webhook:
+        raise Refused(422, "webhook must be an address without backslashes and spaces")
     try:
-        is_listed = parse_address(webhook).is_within(rules.webhooks)
+        address = parse_address(webhook)
+        is_listed = address.is_within(rules.webhooks)
     except InputError as error:
         raise Refused(422, f"webhook: {error}") from None
-    if not is_listed:
+    if not is_listed or address.authorization:
         raise Refused(
             422, "webhook: the operator of this server does not allow this address: start it with --webhooks ADDRESS/"
         )
+    return address.url

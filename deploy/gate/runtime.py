@@ -17,7 +17,7 @@ import httpx
 _POLL_S, _STARTING_POLL_S = 0.5, 0.1
 _HEALTH_S = 15.0  # the runtime itself waits for its worker up to 10 s
 _MOST_DEATHS, _WITHIN_S = 3, 60.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0
 _STOPPED_S = 120.0  # a worker that does not answer for so long is taken for dead; a long step, or a suspended machine
 _ENDING_S = 20.0  # for the runtime to finish what it does after SIGTERM
 _PR_SET_PDEATHSIG = 1
@@ -51,6 +51,7 @@ class Runtime:
         self._command = [*command, "--host", self.host]
         self._environment = {**environment, "PORT": str(self.port)}
         self._process: asyncio.subprocess.Process | None = None
+        self._has_been_up = False
         self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
         self._changed = asyncio.Event()
 
@@ -63,7 +64,7 @@ class Runtime:
         while True:
             was_up = await self._run_once()
             self._set(State.STARTING, {"status": "STARTING"})
-            self._count_death(was_up=was_up)
+            self._count_death()
             pause = _FIRST_PAUSE_S if was_up else min(2 * pause, _LONGEST_PAUSE_S)
             _say(f"the runtime or its worker died; starting it again in {pause:.1f} s")
             await asyncio.sleep(pause)
@@ -109,8 +110,11 @@ class Runtime:
                 status, problem = health.get("status"), str(health.get("user_healthcheck_error", ""))
                 if status in ("READY", "BUSY"):
                     silent_since = None
+                    self._has_been_up = True
                     self._set(State.UP, health)
                 elif status in ("SETUP_FAILED", "DEFUNCT"):
+                    if self._has_been_up:  # what it needs may be held still, by a worker that is about to end
+                        return
                     self._set(State.FAILED, health)
                 elif status == "UNHEALTHY" and "timed out" not in problem:
                     return
@@ -127,11 +131,11 @@ class Runtime:
             self._changed.set()
             self._changed = asyncio.Event()
 
-    def _count_death(self, *, was_up: bool) -> None:
+    def _count_death(self) -> None:
         """Raise GivenUp for the third death within a minute, and for a runtime that ended before it was ever up."""
         assert self._process is not None
         status = self._process.returncode or 0
-        if not was_up and not self.num_restarts:
+        if not self._has_been_up:
             raise GivenUp(f"Cog's runtime could not be started (exit status {status})", abs(status) or 1)
         self._deaths.append(time.monotonic())
         if len(self._deaths) == _MOST_DEATHS and self._deaths[-1] - self._deaths[0] < _WITHIN_S:

@@ -11,38 +11,36 @@ from deploy.gate.rules import Refused
 class Turns:
     """Places for `capacity` requests at once; all others wait in line.
 
-    most_waiting, most_bytes: how many requests may wait, and how much their bodies may take together.
+    most_waiting: how many requests may wait.
     """
 
-    def __init__(self, capacity: int, *, most_waiting: int, most_bytes: int) -> None:
+    def __init__(self, capacity: int, *, most_waiting: int) -> None:
         self.num_running = 0
-        self._capacity, self._most_waiting, self._most_bytes = capacity, most_waiting, most_bytes
+        self._capacity, self._most_waiting = capacity, most_waiting
         self._line: deque[asyncio.Future[None]] = deque()
-        self._num_bytes = 0
 
     @property
     def num_waiting(self) -> int:
         return len(self._line)
 
     @contextlib.asynccontextmanager
-    async def turn(self, num_bytes: int) -> AsyncIterator[None]:
+    async def turn(self) -> AsyncIterator[None]:
         """Wait for a place and hold it. Raises Refused where the line is full."""
         if self.num_running < self._capacity and not self._line:
             self.num_running += 1
         else:
-            await self._wait(num_bytes)
+            await self._wait()
         try:
             yield
         finally:
             self.num_running -= 1
             self._let_in()
 
-    async def _wait(self, num_bytes: int) -> None:
-        if len(self._line) >= self._most_waiting or self._num_bytes + num_bytes > self._most_bytes:
+    async def _wait(self) -> None:
+        if len(self._line) >= self._most_waiting:
             raise Refused(503, f"{len(self._line)} requests wait already; try again later")
         place = asyncio.get_running_loop().create_future()
         self._line.append(place)
-        self._num_bytes += num_bytes
         try:
             await place
         except asyncio.CancelledError:
@@ -52,8 +50,6 @@ class Turns:
             with contextlib.suppress(ValueError):
                 self._line.remove(place)
             raise
-        finally:
-            self._num_bytes -= num_bytes
 
     def _let_in(self) -> None:
         while self._line and self.num_running < self._capacity:

@@ -7,8 +7,8 @@ few classes an index is made of, which do no more than hold values.
 import io
 import pickle
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PosixPath
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata
@@ -25,16 +25,31 @@ _CLASSES = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),  # a look into a table of names
-    ("pathlib", "PosixPath"),
 }  # fmt: skip
+_PATHS = (("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"))  # by the Python that wrote it; 3.13 has the second
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class _IndexUnpickler(pickle._Unpickler):
+    """In Python, since the C unpickler does not let anybody look at the states that objects are given."""
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PATHS:
+            return PosixPath
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _CLASSES:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint's index has")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Give an object its state: an object, never a class, which every later one would share."""
+        built = type(self.stack[-2])
+        if (built.__module__, built.__qualname__) not in _CLASSES:
+            raise pickle.UnpicklingError(f"it gives a state to a {built.__qualname__}, as no checkpoint's index does")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class DataOnlyReader(FileSystemReader):
@@ -53,7 +68,7 @@ class DataOnlyReader(FileSystemReader):
         try:
             metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
             paths = {info.relative_path for info in metadata.storage_data.values()}
-        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except Exception as error:  # whatever a file that is no index makes of the unpickler
             raise InputError(
                 f"{path} is no index of a checkpoint: {error}. Was this folder made by train.py? Nothing in it was run"
             ) from error

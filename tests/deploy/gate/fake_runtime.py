@@ -1,7 +1,8 @@
 """Behaves as Cog's runtime towards the gate, without a model: slots, 409, health, and deaths on demand.
 
 `python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
-`stream N`, `die` (the worker does: UNHEALTHY and 409 for ever), `exit`. Each prediction's id or prompt goes into LOG.
+`stream N`, `die` (the worker does: UNHEALTHY and 409 for ever), `exit`. Each prediction's prompt goes into LOG. Where a
+file LOG.fails is there at the start, the set-up fails.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SLOTS = threading.Semaphore(int(os.environ["SLOTS"]))
-STATE = {"status": "READY"}
+STATE = {"status": "SETUP_FAILED" if os.path.exists(sys.argv[1] + ".fails") else "READY"}  # noqa: PTH110
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -17,13 +17,15 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.gate.app import _Memory
+from deploy.gate.rules import Refused
 from tests.conftest import ROOT
 
 
 class RunningGate:
     """A gate and its runtime; `url` is where clients come, `log` what the runtime was asked."""
 
-    def __init__(self, folder: Path, slots: int, rules: dict) -> None:
+    def __init__(self, folder: Path, slots: int, rules: dict, *, until: str = "READY") -> None:
         self.log = folder / "asked.txt"
         self.log.touch()
         environment = {**os.environ, "SLOTS": str(slots), "COG_MAX_CONCURRENCY": str(slots)}
@@ -36,7 +38,7 @@ class RunningGate:
         self._reader = threading.Thread(target=lambda: self.output.extend(self.process.stdout), daemon=True)
         self._reader.start()
         self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
-        self.wait_for(lambda: self.health()["status"] == "READY")
+        self.wait_for(lambda: self.health()["status"] == until)
 
     def health(self) -> dict:
         return self.client.get("/health-check").json()
@@ -204,6 +206,63 @@ def test_a_dead_worker_comes_back_and_who_waits_is_served(tmp_path):
         assert gate.health()["gate"]["restarts"] == 1
         assert gate.runtimes() != first
         assert gate.asked() == ["sleep 1", "die", "after"]
+
+
+def test_a_killed_runtime_comes_back_and_who_waits_is_served(tmp_path):
+    """All who wait, not only the first, whose place the end of the running one gives away."""
+    with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(4) as pool:
+        running_one = pool.submit(gate.predict, "sleep 20")
+        gate.wait_for(lambda: gate.asked() == ["sleep 20"])
+        waiting = [pool.submit(gate.predict, f"after {number}") for number in range(3)]
+        gate.wait_for(lambda: gate.health()["gate"]["waiting"] == 3)
+        os.kill(gate.runtimes()[0], signal.SIGKILL)
+        assert running_one.result().status_code == 503
+        assert [task.result().status_code for task in waiting] == [200] * 3
+        assert gate.health()["gate"]["restarts"] == 1
+
+
+def test_a_set_up_that_fails_after_a_death_is_tried_again(tmp_path):
+    with running(tmp_path) as gate:
+        fails = Path(f"{gate.log}.fails")
+        fails.touch()
+        with contextlib.suppress(httpx.HTTPError):
+            gate.predict("exit")
+        gate.wait_for(lambda: gate.health()["gate"]["restarts"] == 1)
+        fails.unlink()
+        gate.wait_for(lambda: gate.health()["status"] == "READY")
+        assert gate.predict("x").status_code == 200
+
+
+def test_a_set_up_that_fails_at_first_stays_so_and_says_it(tmp_path):
+    Path(tmp_path / "asked.txt.fails").touch()
+    gate = RunningGate(tmp_path, 1, {}, until="SETUP_FAILED")
+    with contextlib.closing(gate.process.stdout):
+        time.sleep(0.5)
+        assert (gate.health()["status"], gate.health()["gate"]["restarts"]) == ("SETUP_FAILED", 0)
+        assert gate.stop() == 0
+        gate.client.close()
+
+
+def test_an_id_that_was_used_waits_its_turn_as_any_other(tmp_path):
+    with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(2) as pool:
+        path = f"{gate.url}/predictions/mine"
+        assert httpx.put(path, json={"input": {"prompt": "x"}}).status_code == 200
+        task = pool.submit(gate.predict, "sleep 0.5")
+        gate.wait_for(lambda: gate.asked()[-1] == "sleep 0.5")
+        assert httpx.put(path, json={"input": {"prompt": "y"}}).status_code == 200
+        assert task.done()
+
+
+def test_all_requests_share_the_memory_for_their_bodies():
+    memory = _Memory(100)
+    with memory.held() as first, memory.held() as second:
+        first.set(60)
+        second.set(40)
+        with pytest.raises(Refused, match="too many requests"):
+            second.set(41)
+        first.set(10)
+        second.set(90)
+    assert memory.num_bytes == 0
 
 
 def test_a_runtime_that_keeps_dying_is_given_up(tmp_path):

@@ -75,6 +75,8 @@ def test_no_other_route(method, path, status):
 )
 def test_hosts_that_are_this_server(host):
     check_sender({"host": host, "origin": f"http://{host}"}, START, RULES)
+    check_sender({"host": host, "origin": "http://localhost:7860"}, START, RULES)
+    check_sender({"host": host, "origin": "https://models.example.org"}, START, RULES)
     check_sender({"host": host}, START, RULES)
 
 
@@ -87,7 +89,23 @@ def test_a_name_that_somebody_pointed_here_is_refused(host):
         check_sender({"host": host}, START, RULES)
 
 
-@pytest.mark.parametrize("origin", ["http://evil.net", "null", "https://evil.net:5000", "file://"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://evil.net",
+        "null",
+        "https://evil.net:5000",
+        "file://",
+        "http://203.0.113.5",
+        "http://127.0.0.1:81",
+        "http://[",
+        "http://",
+        "",
+        "http://localhost.evil.net",
+        "http://evil.net/localhost",
+        "x",
+    ],
+)
 def test_pages_of_other_sites_are_refused(origin):
     with pytest.raises(Refused, match="may not use this server"):
         check_sender({"host": "127.0.0.1", "origin": origin}, START, RULES)
@@ -105,10 +123,11 @@ def test_pages_of_other_sites_are_refused(origin):
         ("Bearer firs", False),
         ("Basic first", False),
         ("Bearer ü", False),
+        ("Bearer \u00c3\u00bc", True),  # UTF-8, as it comes over HTTP
     ],
 )
 def test_keys(given, passes):
-    rules, headers = Rules(keys=("first", "second")), {"host": "localhost", "authorization": given}
+    rules, headers = Rules(keys=("first", "second", "ü")), {"host": "localhost", "authorization": given}
     if passes:
         check_sender(headers, START, rules)
     else:
@@ -139,6 +158,11 @@ def test_the_runtime_gets_the_fields_it_knows_once_each():
         (b'{"webhook": "https://h.org/one/more"}', 422),
         (b'{"webhook": "https://h.org@evil.net/one"}', 422),
         (b'{"webhook": "file:///etc/passwd"}', 422),
+        (b'{"webhook": "https://evil.net\\\\@h.org/one"}', 422),
+        (b'{"webhook": "http://127.0.0.1:8000/a\\\\..\\\\..\\\\b"}', 422),
+        (b'{"webhook": "http://127.0.0.1:8000/ b"}', 422),
+        (b'{"webhook": "http://127.0.0.1:8000/\\tb"}', 422),
+        (b'{"webhook": "http://me:secret@127.0.0.1:8000/b"}', 422),
         (b'{"webhook": ["http://127.0.0.1:8000/"]}', 422),
     ],
 )

@@ -13,11 +13,11 @@ def test_random_comings_and_goings_keep_the_order():
     """Against a plain list of who waits, with cancels while waiting, while let in, and while running."""
 
     async def history(seed: int) -> None:
-        rng, turns = random.Random(seed), Turns(3, most_waiting=100, most_bytes=10**6)
+        rng, turns = random.Random(seed), Turns(3, most_waiting=100)
         let_in, tasks = [], {}
 
         async def request(number: int, length: int) -> None:
-            async with turns.turn(10):
+            async with turns.turn():
                 let_in.append(number)
                 assert turns.num_running <= 3
                 for _ in range(length):
@@ -33,19 +33,18 @@ def test_random_comings_and_goings_keep_the_order():
         for at, number in enumerate(let_in):  # who has a place may still be on the way to it
             assert sum(later < number for later in let_in[at + 1 :]) < 3, "in the order in which they came"
         assert set(let_in) >= {number for number, task in tasks.items() if not task.cancelled()}
-        assert (turns.num_running, turns.num_waiting, turns._num_bytes) == (0, 0, 0)
+        assert (turns.num_running, turns.num_waiting) == (0, 0)
 
     for seed in range(60):
         asyncio.run(history(seed))
 
 
-@pytest.mark.parametrize(("most_waiting", "most_bytes"), [(2, 1000), (100, 25)])
-def test_a_full_line_refuses(most_waiting, most_bytes):
+def test_a_full_line_refuses():
     async def run() -> None:
-        turns, end = Turns(1, most_waiting=most_waiting, most_bytes=most_bytes), asyncio.Event()
+        turns, end = Turns(1, most_waiting=2), asyncio.Event()
 
         async def request() -> None:
-            async with turns.turn(10):
+            async with turns.turn():
                 await end.wait()
 
         tasks = [asyncio.ensure_future(request()) for _ in range(3)]

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from alpaca.errors import InputError
 from alpaca.training.checkpoints import loading
 from alpaca.training.checkpoints.state import quiet_alone
-from alpaca.training.checkpoints.untrusted import DataOnlyPlanner, DataOnlyReader
+from alpaca.training.checkpoints.untrusted import DataOnlyPlanner, DataOnlyReader, _IndexUnpickler
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool)
 
@@ -99,6 +99,20 @@ def test_an_index_that_would_run_something_is_refused(folder, tmp_path, place):
     ):
         loading._load_in_place(state(), DataOnlyReader(folder, names(folder)))
     assert not ran.exists()
+
+
+def test_an_index_that_would_change_a_class_is_refused(folder):
+    changing = b"cpathlib\nPosixPath\n(N}S'changed'\nI1\nstb."
+    (folder / ".metadata").write_bytes(changing)
+    with pytest.raises(InputError, match="gives a state to a type"):
+        loading._load_in_place(state(), DataOnlyReader(folder, names(folder)))
+    assert not hasattr(type(folder), "changed")
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_path_is_read_whichever_python_wrote_it(folder, module):
+    """3.13 pickles it under the second name, which older ones cannot import."""
+    assert _IndexUnpickler(io.BytesIO(f"c{module}\nPosixPath\n(S'a'\ntR.".encode())).load() == Path("a")
 
 
 def test_a_value_that_would_run_something_is_refused(folder, tmp_path):
