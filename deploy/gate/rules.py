@@ -91,9 +91,7 @@ def check_sender(headers: Mapping[str, str], route: Route, rules: Rules) -> None
         )
     origin = headers.get("origin")
     if origin is not None and not _is_own_page(origin, headers.get("host", ""), rules):
-        raise Refused(
-            403, f"a page of {quote_name(origin)} may not use this server: start it with --allowed_hosts NAME"
-        )
+        raise Refused(403, f"a page of {quote_name(origin)} may not use this server")
     if rules.keys and route.path != "/health-check":
         _check_key(headers.get("authorization", ""), rules.keys)
 
