@@ -11,6 +11,13 @@ import pytest
 Event = tuple[str, str]  # ("fsync", name) or ("rename", the new name); names are relative to the watched folder
 
 
+def is_change(event: str, arguments: tuple) -> bool:
+    """Whether an audit event of Python's is about to change the file system; `arguments[0]` is the path."""
+    if event == "open":
+        return isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    return event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
+
+
 def watch_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """A list that grows with each fsync and rename of what lies in `folder`, and of the folder itself (".")."""
     events: list[Event] = []

@@ -73,6 +73,16 @@ def running_code(code: str, *arguments: str) -> Iterator[Running]:
             process.join()
 
 
+def end_while_writing(partial: Path, signal_number: int, code: str, *arguments: str) -> Finished:
+    """Run `python -c code arguments`, and send it a signal once there is a file `partial`."""
+    with running_code(code, *arguments) as running:
+        deadline = time.monotonic() + 30
+        while not partial.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert partial.exists()
+        return running.end_by(signal_number)
+
+
 def run_command(command: list[str], **environment: str) -> Finished:
     """Run `command`, which is an interpreter and its arguments, with these variables besides."""
     return _run([environment], command[1:], timeout_s=60)

@@ -11,6 +11,7 @@ from tests.processes import run_code
 
 AT_CHANGES = """
 import importlib, json, os, signal, sys
+from tests.disk_events import is_change
 from alpaca.errors import run_command
 
 jobs, folder = json.loads(sys.argv[1]), sys.argv[2]
@@ -18,14 +19,9 @@ modules = {job["module"]: importlib.import_module(job["module"]) for job in jobs
 import safetensors.torch, sentencepiece, tokenizers, alpaca.formats.gguf.export  # what a run imports late
 count, stop_at = 0, 0
 
-def changes(event, args):
-    if event == "open":
-        return isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    return event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
-
 def watch(event, args):
     global count
-    if stop_at and changes(event, args) and str(args[0]).startswith(folder):
+    if stop_at and is_change(event, args) and str(args[0]).startswith(folder):
         count += 1
         if count == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from alpaca.formats.gguf.export import export
 from convert.export_gguf import parse_arguments
 from tests.disk_events import watch_disk
 from tests.formats.gguf_models import change_config, change_tensors, run, tensors_of, value, write_model
-from tests.processes import mistake_of, run_code, run_command, running_code
+from tests.processes import end_while_writing, mistake_of, run_code, run_command
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
 
@@ -331,12 +330,7 @@ command.run_command(command.main)
 )
 def test_interrupted_run_leaves_no_output_and_can_be_repeated(folder, tmp_path, signal_number):
     partial = tmp_path / ".m.gguf.partial"
-    with running_code(SLOW_WRITER, *command(folder, tmp_path / "m.gguf")[2:]) as running:
-        deadline = time.monotonic() + 30
-        while not partial.exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        assert partial.exists()
-        ended = running.end_by(signal_number)
+    ended = end_while_writing(partial, signal_number, SLOW_WRITER, *command(folder, tmp_path / "m.gguf")[2:])
     assert ended.returncode != 0
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "m.gguf").exists()

@@ -16,6 +16,7 @@ from tests.processes import run_code
 
 AT_EVERY_CHANGE = """
 import errno, json, os, signal, sys, traceback
+from tests.disk_events import is_change
 from pathlib import Path
 from alpaca.errors import NotEnoughSpace
 from convert.convert_llama_weights_to_hf import convert, parse_arguments
@@ -25,14 +26,9 @@ os.fsync = lambda descriptor: None  # a killed process needs none, and hundreds 
 out, mode, stride, flags = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 count, stop_at = 0, 0
 
-def changes(event, args):
-    if event == "open":
-        return isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    return event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
-
 def watch(event, args):
     global count
-    if stop_at and changes(event, args) and isinstance(args[0], (str, Path)) and str(args[0]).startswith(out):
+    if stop_at and is_change(event, args) and isinstance(args[0], (str, Path)) and str(args[0]).startswith(out):
         count += 1
         if count == stop_at:
             if mode == "kill":

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from alpaca.formats.hf.folder import WeightsFolder
 from alpaca.formats.meta.to_hf import convert
 from convert.convert_llama_weights_to_hf import parse_arguments
 from tests.conftest import ROOT
-from tests.processes import mistake_of, run_code, running_code
+from tests.processes import end_while_writing, mistake_of, run_code
 from tests.tiny import TinyLlama, split_for_rank, train_tokenizer, write_checklist, write_meta
 
 
@@ -438,12 +437,7 @@ command.run_command(command.main)
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_leaves_nothing_half_written_and_can_be_repeated(tmp_path, tiny, signal_number):
     partial = tmp_path / "out" / ".llama-t.partial" / "model.safetensors"
-    with running_code(SLOW_WRITER, *command(tmp_path)[2:]) as running:
-        deadline = time.monotonic() + 30
-        while not partial.exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        assert partial.exists()
-        ended = running.end_by(signal_number)
+    ended = end_while_writing(partial, signal_number, SLOW_WRITER, *command(tmp_path)[2:])
     assert ended.returncode != 0
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "out" / "llama-t").exists()
