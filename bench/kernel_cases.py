@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional
 
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight, quantize_parts
-from alpaca.serving.kernels import linear, ops
+from alpaca.serving.kernels import cpu_linear, linear, ops
+from alpaca.serving.kernels.linear_base import PlainLinear
 from alpaca.serving.kernels.ops import AttentionBatch
 from alpaca.serving.llama.planning import BLOCK_SIZE
 from bench.random_model import CONTEXT, SHAPES, VOCAB_SIZE, Shape
@@ -198,10 +199,12 @@ def _clone(weight: torch.Tensor | Int8Weight | Nf4Weight) -> torch.Tensor | Int8
 def linear_ways(plan: Plan, kind: str, width: int, dtype: torch.dtype) -> list[LinearWay]:
     """The ways of one format; which of them alpaca/serving/kernels/linear.py takes is told by the numbers of rows."""
     kernels = plan.kernels("triton_linear")
-    plain = LinearWay(name="plain", make=linear.PlainLinear, chosen_up_to=math.inf if kernels else -1)
+    plain = LinearWay(name="plain", make=PlainLinear, chosen_up_to=math.inf if kernels else -1)
     if kind == "none":
-        packed = LinearWay(name="packed", make=_make_packed, chosen_up_to=math.inf)
-        return [plain] if kernels else [plain, packed]
+        native = LinearWay(name="native", make=cpu_linear.NativeLinear, chosen_up_to=math.inf)
+        packed = LinearWay(name="packed", make=cpu_linear.PackedLinear, chosen_up_to=-1)
+        ways = {native: cpu_linear.load() is not None, packed: _onednn_packs(dtype)}
+        return [plain, *([] if kernels else [way for way, is_there in ways.items() if is_there])]
     by_blocks = linear._multiply_by_row_blocks
     if kernels is None:
         few = linear._FEW_ROWS_CPU if kind == "int8" and dtype == torch.bfloat16 else 0
@@ -230,11 +233,14 @@ def linear_ways(plan: Plan, kind: str, width: int, dtype: torch.dtype) -> list[L
     return ways
 
 
-def _make_packed(weight: torch.Tensor) -> linear.Linear:
-    packed = linear.make_packed(weight)
-    if packed is None:
-        raise RuntimeError("torch packs no such weight on this CPU")
-    return packed
+@cache
+def _onednn_packs(dtype: torch.dtype) -> bool:
+    """Not bfloat16 on a CPU without AVX-512."""
+    try:
+        cpu_linear.PackedLinear(torch.zeros(16, 16, dtype=dtype))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _make_fused(weight: Int8Weight) -> Callable[[torch.Tensor], torch.Tensor]:

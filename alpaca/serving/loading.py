@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -181,7 +182,7 @@ def _load_model(
             dtype=dtype,
             quantization=quantization,
             num_positions=config.max_context,
-            ops=choose_ops(device),
+            ops=choose_ops(device, dtype=dtype, head_width=config.head_width),
             progress=bar.update,
         )
 
@@ -194,12 +195,16 @@ def choose_dtype(settings: ServerSettings, device: torch.device) -> torch.dtype:
     return getattr(torch, wanted)
 
 
-def choose_ops(device: torch.device):
-    """The module with the network's fused operations: Triton's kernels on a GPU, torch elsewhere."""
+def choose_ops(device: torch.device, *, dtype: torch.dtype, head_width: int) -> ModuleType:
+    """The module with the network's fused operations: Triton's kernels, our C++ ones, or torch."""
     if device.type == "cuda":
         from alpaca.serving.kernels import triton_ops
 
         return triton_ops
+    from alpaca.serving.kernels.native import ops as native_ops
+
+    if native_ops.fits(head_width=head_width, block_size=BLOCK_SIZE, dtype=dtype):
+        return native_ops
     from alpaca.serving.kernels import ops
 
     return ops

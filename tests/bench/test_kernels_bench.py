@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from alpaca.serving.kernels import linear, ops
+from alpaca.serving.kernels import ops
+from alpaca.serving.kernels.linear_base import PlainLinear
 from bench import kernels, machine
 from bench.kernel_cases import make_plan, small_cases
 from bench.sampling_cases import sampling_cases
@@ -59,7 +60,7 @@ def test_wrong_kernel_is_a_failed_row(run, monkeypatch):
     right = ops.silu_mul
     monkeypatch.setattr(ops, "silu_mul", lambda gate_up: right(gate_up) * 1.1)
     monkeypatch.setattr(ops, "rms_norm", lambda x, weight, eps: torch.full_like(x, float("nan")))
-    monkeypatch.setattr(linear.PlainLinear, "__call__", lambda self, x: x)
+    monkeypatch.setattr(PlainLinear, "__call__", lambda self, x: x)
     result, table = run("--only", "small", "linear")
     for wanted, reason in (
         ({"operation": "silu_mul"}, "WrongResultError: off by 0.1"),

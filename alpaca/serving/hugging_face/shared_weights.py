@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from alpaca.architecture.families import HEAD_NORMS
 from alpaca.architecture.tensors import hf_name
 from alpaca.formats.hf.loading import keep_score_cap
-from alpaca.serving.kernels.linear import Linear, PlainLinear
+from alpaca.serving.kernels.linear_base import Linear, PlainLinear
 from alpaca.serving.llama.network import LlamaLayer, LlamaModel
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from alpaca.serving.kernels.linear import Linear
+from alpaca.serving.kernels.linear_base import Linear
 
 
 @dataclass(frozen=True, kw_only=True)

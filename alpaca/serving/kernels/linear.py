@@ -6,7 +6,6 @@ Legend: N rows (packed tokens), I input width, O output width. A layer may be se
 
 import importlib.util
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -14,76 +13,14 @@ import torch
 
 from alpaca.errors import InputError
 from alpaca.formats.hf.quantization import INT8_STEP, AnyWeight, Int8Weight, Nf4Weight, place_end_to_end, quantize_parts
+from alpaca.serving.kernels.cpu_linear import NativeLinear, held_dtype, make_packed
+from alpaca.serving.kernels.linear_base import Linear, PlainLinear, is_close
+from alpaca.serving.kernels.native.library import load as load_native
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _FEW_ROWS_CUDA = 64  # above, the tensor cores are the limit and not the reading of the weights
 _FEW_ROWS_CPU = 32
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a dequantised block: what stays in a cache; 128 MiB of a GPU
-
-
-class Linear(ABC):
-    """x [N, I] -> x W^T [N, O], plus `bias` [O] where there is one. `num_bytes` is what both occupy on their device."""
-
-    in_features: int
-    out_features: int
-    num_bytes: int
-    bias: torch.Tensor | None = None
-
-    @property
-    def product(self) -> "Linear":
-        """The layer without its bias."""
-        return self
-
-    @abstractmethod
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, I] -> [N, O], in the dtype of x."""
-
-
-class PlainLinear(Linear):
-    """The whole weight [O, I], multiplied by torch: every device and dtype, and the twin of the other kinds."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
-        self.out_features, self.in_features = weight.shape
-        self.num_bytes = weight.nbytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self.weight)
-
-
-class Biased(Linear):
-    """Another layer of any kind, whose outputs get a bias [O] added."""
-
-    def __init__(self, product: Linear, bias: torch.Tensor) -> None:
-        self._product, self.bias = product, bias
-        self.in_features, self.out_features = product.in_features, product.out_features
-        self.num_bytes = product.num_bytes + bias.nbytes
-
-    @property
-    def product(self) -> Linear:
-        return self._product
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(self._product, PlainLinear):  # added before the product is rounded
-            return torch.nn.functional.linear(x, self._product.weight, self.bias)
-        return self._product(x).add_(self.bias)
-
-
-class PackedLinear(Linear):
-    """The weight laid out once the way oneDNN's CPU kernels read it: 2 to 7 times as fast as PlainLinear.
-
-    The operators are private to torch (checked in 2.11 and 2.13), so `make_packed` verifies them on every weight. No
-    batch size is given to the packing: that one layout was the fastest, or as fast, from 1 to 512 rows.
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        """Packs weight [O, I]; raises whatever torch raises where it cannot."""
-        self.out_features, self.in_features = weight.shape
-        self.num_bytes = weight.nbytes  # the packed tensor does not tell its size; at most a few rows of padding more
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
 
 
 class Int8Linear(Linear):
@@ -174,10 +111,12 @@ def make_linear(
     if not all(isinstance(part, torch.Tensor) for part in parts):
         return _keep_quantized(parts, quantization=quantization, device=device, dtype=dtype)
     if quantization == "none":
-        weight = lay_end_to_end(parts, device=device, dtype=dtype)
-        return make_packed(weight) or PlainLinear(weight)
+        is_cpu = device.type == "cpu"
+        held = held_dtype({part.dtype for part in parts}, dtype) if is_cpu else dtype
+        weight = lay_end_to_end(parts, device=device, dtype=held)
+        return make_packed(weight, dtype) or PlainLinear(weight.to(dtype))
     if quantization == "int8":
-        return Int8Linear(quantize_parts(parts, quantization="int8", device=device))
+        return make_int8(quantize_parts(parts, quantization="int8", device=device), dtype)
     if quantization == "nf4":
         return make_nf4(parts, device)
     raise InputError(f"quantization must be none, int8 or nf4; found {quantization!r}")
@@ -191,12 +130,20 @@ def _keep_quantized(
     dtype: torch.dtype,
 ) -> Linear:
     """The layer for parts of which some were saved quantized: one of all where they are of one kind, else one each."""
-    for kind, layer in ((Int8Weight, Int8Linear), (Nf4Weight, Nf4Linear)):
-        ends_fit = kind is Int8Weight or all(math.prod(part.shape) % 64 == 0 for part in parts[:-1])
-        if ends_fit and all(isinstance(part, kind) for part in parts):
-            return layer(place_end_to_end(parts, device))
+    if all(isinstance(part, Int8Weight) for part in parts):
+        return make_int8(place_end_to_end(parts, device), dtype)
+    ends_fit = all(math.prod(part.shape) % 64 == 0 for part in parts[:-1])
+    if ends_fit and all(isinstance(part, Nf4Weight) for part in parts):
+        return Nf4Linear(place_end_to_end(parts, device))
     alone = [make_linear([part], quantization=quantization, device=device, dtype=dtype) for part in parts]
     return SideBySide(alone)
+
+
+def make_int8(weight: Int8Weight, dtype: torch.dtype) -> Linear:
+    """The layer for an int8 weight, for inputs of `dtype`. Our C++ kernel multiplies float32 alone."""
+    if weight.codes.device.type == "cpu" and dtype == torch.float32 and load_native():
+        return NativeLinear(weight.codes, weight.absmax * INT8_STEP)
+    return Int8Linear(weight)
 
 
 def make_nf4(parts: Sequence[torch.Tensor], device: torch.device) -> Linear:
@@ -216,31 +163,6 @@ def lay_end_to_end(parts: Sequence[torch.Tensor], *, device: torch.device, dtype
         whole[row : row + part.shape[0]].copy_(part.detach())
         row += part.shape[0]
     return whole
-
-
-def make_packed(weight: torch.Tensor) -> PackedLinear | None:
-    """Pack a weight [O, I]; None if torch cannot, or if the packed layer's product differs from the plain one."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    try:
-        packed = PackedLinear(weight)
-        return packed if _products_agree(packed, PlainLinear(weight)) else None
-    except (AttributeError, RuntimeError, TypeError):  # no such operator, not on this CPU, other arguments
-        return None
-
-
-def _products_agree(layer: Linear, twin: PlainLinear) -> bool:
-    """Whether two layers agree on 3 random rows, up to rounding. Leaves the global random generator alone."""
-    x = torch.randn(3, twin.in_features, generator=torch.Generator().manual_seed(0)).to(twin.weight.dtype)
-    return _is_close(layer(x), twin(x))
-
-
-def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two products differ by no more than the rounding of `found`'s dtype. False if one is not finite."""
-    if found.shape != expected.shape:
-        return False
-    largest = expected.float().abs().amax().item()
-    return bool((found.float() - expected.float()).abs().amax() <= 64 * torch.finfo(found.dtype).eps * largest)
 
 
 def _load_kernels(device: torch.device) -> ModuleType | None:
@@ -275,4 +197,4 @@ def _fused_int8_agrees(layer: Int8Linear) -> bool:
         found = layer._multiply_fused(x)
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return _is_close(found, _multiply_by_row_blocks(x.float(), layer._weight))
+    return is_close(found, _multiply_by_row_blocks(x.float(), layer._weight))

@@ -12,7 +12,7 @@ import torch
 from alpaca.architecture.description import ModelDescription
 from alpaca.errors import InputError
 from alpaca.formats.hf.adapters import AdapterFolder, LowRank, unsupported_kind
-from alpaca.serving.kernels.linear import Linear
+from alpaca.serving.kernels.linear_base import Linear
 from alpaca.serving.kernels.low_rank import LowRankStack
 from alpaca.serving.llama.network import Adapters, LlamaModel
 

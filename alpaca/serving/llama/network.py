@@ -6,6 +6,7 @@ feed-forward width, V vocabulary, L layers, B blocks of the cache.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 
 import numpy as np
@@ -15,8 +16,10 @@ import torch.nn.functional as F  # noqa: N812
 from alpaca.architecture.description import ModelDescription
 from alpaca.architecture.rope import Rope
 from alpaca.serving.kernels.experts import Experts, mix_experts
-from alpaca.serving.kernels.linear import Linear, PlainLinear
+from alpaca.serving.kernels.linear_base import Linear, PlainLinear
 from alpaca.serving.kernels.low_rank import AdapterRows, LowRankStack
+from alpaca.serving.kernels.native import ops as native_ops
+from alpaca.serving.kernels.native.layers import NativeLayers, whole_layers
 from alpaca.serving.kernels.ops import AttentionBatch
 from alpaca.serving.llama.step import StepFields
 
@@ -142,6 +145,13 @@ class LlamaModel:
     embedding_multiplier: float = 1.0
     adapters: Adapters | None = None
 
+    @cached_property
+    def whole(self) -> NativeLayers | None:
+        """All layers in one call, where the operations are those in C++ and they can do that for this model."""
+        if self.ops is not native_ops:
+            return None
+        return whole_layers(self.layers, self.norm, self.config, activation=ACTIVATIONS[self.config.activation])
+
     @property
     def device(self) -> torch.device:
         return self.embedding.device
@@ -179,6 +189,8 @@ class LlamaModel:
         residual = F.embedding(token_ids, self.embedding)
         if self.embedding_multiplier != 1.0:
             residual = residual * self.embedding_multiplier
+        if self.whole is not None and adapters is None:
+            return self.whole.run(residual, step.positions, step.slot_mapping, attention, cache)
         first_norm = self.layers[0].input_norm
         x = residual if first_norm is None else ops.rms_norm(residual, first_norm, config.norm_eps)
         for index, layer in enumerate(self.layers):

@@ -21,7 +21,8 @@ from alpaca.formats.hf.pickled import Weights, open_model_weights, read_as_store
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
 from alpaca.formats.hf.saved.unpacking import why_unread
 from alpaca.serving.kernels.experts import Experts
-from alpaca.serving.kernels.linear import Biased, Linear, make_linear
+from alpaca.serving.kernels.linear import make_linear
+from alpaca.serving.kernels.linear_base import Biased, Linear
 from alpaca.serving.llama.network import ACTIVATIONS, LlamaLayer, LlamaModel, rotary_table
 
 _READERS = 4
@@ -91,10 +92,14 @@ def load_llama(
     with _ReadAhead(weights, _reading_order(config), pin=device.type == "cuda", progress=progress) as read:
         loader = _Loader(config, read, device=device, dtype=dtype, quantization=quantization)
         tables = _Tables(config, num_positions, dtype, device)
-        embedding = loader.place(hf_name("embedding"))
+        stored = read.take(hf_name("embedding"))
+        embedding = loader.place_tensor(stored)
         layers = [loader.load_layer(index, tables) for index in range(config.num_layers)]
         norm = loader.place_norm(hf_name("norm"))
-        head = embedding if config.ties_embeddings else read.take(hf_name("head"))
+        if not config.ties_embeddings:
+            head = read.take(hf_name("head"))
+        else:  # a GPU shares the embedding; a CPU packs the head in any case, from the narrower form
+            head = stored if device.type == "cpu" and isinstance(stored, torch.Tensor) else embedding
         return LlamaModel(
             config=config,
             embedding=embedding,
@@ -137,7 +142,10 @@ class _Loader:
         )
 
     def place(self, name: str) -> torch.Tensor:
-        stored = self._read.take(name)
+        return self.place_tensor(self._read.take(name))
+
+    def place_tensor(self, stored: torch.Tensor | Int8Weight | Nf4Weight) -> torch.Tensor:
+        """A whole tensor of the model's dtype on its device."""
         if not isinstance(stored, torch.Tensor):  # a router that was saved quantized: here it is whole
             stored = stored.dequantize(self._dtype)
         return stored.to(device=self._device, dtype=self._dtype)

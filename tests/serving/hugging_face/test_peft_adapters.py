@@ -164,7 +164,7 @@ def test_another_tokenizer_is_refused(tmp_path, load, llama_folder):
 @pytest.mark.parametrize("is_shared", [True, False], ids=["its own weights", "loaded again"])
 def test_beam_search_with_an_adapter(llama_folder, tmp_path, load, monkeypatch, is_shared):
     if is_shared:
-        monkeypatch.setattr("alpaca.serving.kernels.linear.make_packed", lambda weight: None)
+        monkeypatch.setattr("alpaca.serving.kernels.linear.make_packed", lambda *weight: None)
     shutil.copytree(llama_folder, tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     values = dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])

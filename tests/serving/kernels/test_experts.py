@@ -5,7 +5,7 @@ import torch
 
 from alpaca.serving.kernels import ops
 from alpaca.serving.kernels.experts import Experts, choose_experts, mix_experts
-from alpaca.serving.kernels.linear import PlainLinear
+from alpaca.serving.kernels.linear_base import PlainLinear
 from tests.serving.kernels.test_ops import TOLERANCES, check, random
 
 WIDTH, INNER = 16, 12

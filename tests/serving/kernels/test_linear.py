@@ -9,17 +9,17 @@ from safetensors.torch import save_file
 
 from alpaca.errors import InputError
 from alpaca.formats.hf.quantization import quantize_parts
-from alpaca.serving.kernels import linear
+from alpaca.serving.kernels import cpu_linear, linear
+from alpaca.serving.kernels.cpu_linear import NativeLinear, PackedLinear
 from alpaca.serving.kernels.linear import (
     Int8Linear,
-    Linear,
     Nf4Linear,
-    PackedLinear,
-    PlainLinear,
     SideBySide,
     lay_end_to_end,
     make_linear,
 )
+from alpaca.serving.kernels.linear_base import Linear, PlainLinear
+from alpaca.serving.kernels.native import library as native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,11 +101,26 @@ def test_nf4_parts_that_share_a_block_stay_apart():
     assert isinstance(make(make_parts((4, 3), 80), "nf4", torch.float32), Nf4Linear)
 
 
+needs_native = pytest.mark.skipif(native.load() is None, reason="our C++ kernels are not built here")
+
+
+@pytest.fixture
+def no_native(monkeypatch):
+    """As where there is no C++ compiler."""
+    for module in (cpu_linear, linear):
+        monkeypatch.setattr(module, "load" if module is cpu_linear else "load_native", lambda: None)
+    cpu_linear._choose.cache_clear()
+    yield
+    cpu_linear._choose.cache_clear()
+
+
+@needs_native
 def test_kinds_and_their_bytes():
     parts = make_parts((64, 32), 64)
     for quantization, dtype, kind, num_bytes in (
         ("none", torch.float64, PlainLinear, 96 * 64 * 8),
-        ("none", torch.float32, PackedLinear, 96 * 64 * 4),
+        ("none", torch.float32, NativeLinear, 96 * 64 * 4),
+        ("int8", torch.float32, NativeLinear, 96 * 64 + 96 * 4),
         ("int8", torch.bfloat16, Int8Linear, 96 * 64 + 96 * 4),
         ("nf4", torch.bfloat16, Nf4Linear, 96 * 64 // 2 + 96 * 4),
     ):
@@ -124,7 +139,7 @@ def give_nothing(x: torch.Tensor, *args: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("broken", ["missing", "refusing", "wrong"])
-def test_without_packing_the_layer_is_plain(monkeypatch, broken, dtype):
+def test_without_packing_the_layer_is_plain(monkeypatch, no_native, broken, dtype):
     class Operators:
         _reorder_linear_weight = staticmethod(refuse if broken == "refusing" else torch.Tensor.clone)
         _linear_pointwise = staticmethod(give_nothing)
@@ -171,13 +186,60 @@ def test_a_single_finished_part_is_not_copied():
     assert lay_end_to_end([weight, weight], device=CPU, dtype=torch.float64).shape == (16, 4)
 
 
+@needs_native
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
+def test_a_cpu_holds_weights_as_they_are_stored(stored):
+    """And multiplies them as float32, which has all their values: the same bits as of the wide weight."""
+    parts = make_parts((64, 33), 96, stored)
+    held, wide = make(parts, "none", torch.float32), make([part.float() for part in parts], "none", torch.float32)
+    assert (held.num_bytes, wide.num_bytes) == (97 * 96 * 2, 97 * 96 * 4)
+    for num_rows in NUMS_ROWS:
+        x = torch.randn(num_rows, 96)
+        assert torch.equal(held(x), wide(x))
+    mixed = make([parts[0], parts[1].float()], "none", torch.float32)
+    assert mixed.num_bytes == 97 * 96 * 4
+
+
+@needs_native
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_row_comes_to_the_same_bits_whatever_is_beside_it(quantization):
+    layer = make(make_parts((70, 30), 1376), quantization, torch.float32)
+    assert isinstance(layer, NativeLinear)
+    x = torch.randn(250, 1376)
+    together = layer(x)
+    for num_rows in (*range(1, 26), 119, 120, 121, 241):
+        assert torch.equal(layer(x[:num_rows]), together[:num_rows]), num_rows
+        assert torch.equal(layer(x[-num_rows:]), together[-num_rows:]), num_rows
+
+
+@pytest.mark.parametrize("faster", ["ours", "theirs"])
+def test_the_faster_kernel_is_taken(monkeypatch, faster):
+    def seconds(layer: Linear, x: torch.Tensor) -> float:
+        return 1.0 if isinstance(layer, NativeLinear) == (faster == "ours") else 3.0
+
+    if native.load() is None:
+        pytest.skip("our C++ kernels are not built here")
+    monkeypatch.setattr(cpu_linear, "_seconds", seconds)
+    cpu_linear._choose.cache_clear()
+    kind = type(make(make_parts((512,), 512), "none", torch.float32))
+    cpu_linear._choose.cache_clear()
+    assert kind is (NativeLinear if faster == "ours" else PackedLinear)
+
+
+def test_packing_without_a_compiler(no_native):
+    parts = make_parts((64, 32), 64, torch.float16)
+    layer = make(parts, "none", torch.float32)
+    assert isinstance(layer, PackedLinear)
+    assert_product(layer, stood_for(parts, "none", torch.float32), torch.randn(3, 64))
+
+
 def test_packing_releases_the_plain_weight():
     def resident_mib() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
     before = resident_mib()
     layer = make([torch.ones(16384, 1024)], "none", torch.float32)  # 64 MiB
-    assert isinstance(layer, PackedLinear)
+    assert not isinstance(layer, PlainLinear)
     assert resident_mib() - before < 100
 
 

@@ -13,6 +13,7 @@ from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.quantization import quantize_parts
 from alpaca.serving.engine import Generation
 from alpaca.serving.hugging_face.shared_weights import as_transformers
+from alpaca.serving.kernels.native import ops as native_ops
 from alpaca.serving.llama.adapters import stacked_bytes, with_adapters
 from alpaca.serving.llama.network import LlamaModel
 from alpaca.serving.llama.weights import TAKEN
@@ -73,6 +74,28 @@ def test_narrower_types(tmp_path, name, dtype, atol):
     assert found.dtype == dtype
     if name not in LONGROPE and not (dtype == torch.bfloat16 and MODELS[name][0] in ("mixtral", "qwen3_moe")):
         torch.testing.assert_close(found.float(), wanted, rtol=0, atol=atol * wanted.std().item())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_in_one_call_of_cpp(tmp_path, name):
+    """The same bits as op by op where every op is in C++, and torch's numbers; experts go op by op."""
+    save(tmp_path, name, torch.float32)
+    model = load(tmp_path, torch.float32, module=native_ops)
+    if not native_ops.fits(head_width=model.config.head_width, block_size=16, dtype=torch.float32):
+        pytest.skip("the C++ kernels are not built here, or do not take such heads")
+    assert (model.whole is None) == bool(model.config.num_experts)
+    found = logits(model, PROMPTS, chunk=19, size=16)
+    by_torch = logits(load(tmp_path, torch.float32), PROMPTS, chunk=19)
+    model.__dict__["whole"] = None
+    one_by_one = logits(model, PROMPTS, chunk=19, size=16)
+    alone = [logits(model, [prompt], chunk=7, size=16)[0] for prompt in PROMPTS]
+    for at in range(len(PROMPTS)):
+        if not model.layers[0].head_norms and model.config.residual_multiplier == 1:
+            assert torch.equal(found[at], one_by_one[at])
+        torch.testing.assert_close(one_by_one[at], by_torch[at], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[at], by_torch[at], rtol=1e-3, atol=1e-3)
+        if not model.config.num_experts:  # the router's product is torch's
+            assert torch.equal(found[at], alone[at]), "in other pieces, beside others: the same bits"
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
@@ -208,7 +231,7 @@ def test_adapters_give_pefts_logits(tmp_path, name, use_dora, one_thread):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name in COVERING[:4] or name in ("gemma3", "qwen2")])
 def test_beam_search_shares_the_weights(tmp_path, monkeypatch: pytest.MonkeyPatch, name):
-    monkeypatch.setattr("alpaca.serving.kernels.linear.make_packed", lambda weight: None)
+    monkeypatch.setattr("alpaca.serving.kernels.linear.make_packed", lambda *weight: None)
     expected = save(tmp_path, name, torch.float32)
     model = load(tmp_path, torch.float32)
     shared = as_transformers(model, tmp_path)

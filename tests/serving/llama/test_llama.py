@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -51,17 +52,19 @@ def save_model(folder: Path, dtype: torch.dtype = torch.float64, **changes) -> L
     return model
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float64, quantization: str = "none") -> LlamaModel:
+def load(
+    folder: Path, dtype: torch.dtype = torch.float64, quantization: str = "none", *, module: ModuleType = ops
+) -> LlamaModel:
     config = read_llama(folder)
     return load_llama(
         WeightsFolder(folder), config, device=CPU, dtype=dtype, quantization=quantization,
-        num_positions=config.max_context, ops=ops,
+        num_positions=config.max_context, ops=module,
     )  # fmt: skip
 
 
-def logits(model: LlamaModel, prompts: list[list[int]], *, chunk: int) -> list[torch.Tensor]:
-    """Each prompt's logits [T, V], computed `chunk` tokens of every prompt a step, in scattered blocks of 4."""
-    size, per_sequence = 4, 64
+def logits(model: LlamaModel, prompts: list[list[int]], *, chunk: int, size: int = 4) -> list[torch.Tensor]:
+    """Each prompt's logits [T, V], computed `chunk` tokens of every prompt a step, in scattered blocks of `size`."""
+    per_sequence = 64
     cache = KeyValueCache(model.config, num_blocks=200, block_size=size, dtype=model.dtype, device=model.device)
     tables = torch.randperm(199, generator=torch.Generator().manual_seed(0))[: len(prompts) * per_sequence] + 1
     tables = tables.view(len(prompts), per_sequence)[:, :64].int()
