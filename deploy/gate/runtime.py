@@ -19,6 +19,7 @@ _HEALTH_S = 15.0  # the runtime itself waits for its worker up to 10 s
 _MOST_DEATHS, _WITHIN_S = 3, 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0
 _STOPPED_S = 120.0  # a worker that does not answer for so long is taken for dead; a long step, or a suspended machine
+_NOTICED_S = 5.0  # from a connection that broke until the death behind it is known
 _ENDING_S = 20.0  # for the runtime to finish what it does after SIGTERM
 _PR_SET_PDEATHSIG = 1
 
@@ -48,6 +49,7 @@ class Runtime:
         self.state = State.STARTING
         self.health: dict[str, object] = {"status": "STARTING"}
         self.num_restarts = 0
+        self.num_lives = 0
         self._command = [*command, "--host", self.host]
         self._environment = {**environment, "PORT": str(self.port)}
         self._process: asyncio.subprocess.Process | None = None
@@ -63,6 +65,7 @@ class Runtime:
         pause = _FIRST_PAUSE_S
         while True:
             was_up = await self._run_once()
+            self.num_lives += 1
             self._set(State.STARTING, {"status": "STARTING"})
             self._count_death()
             pause = _FIRST_PAUSE_S if was_up else min(2 * pause, _LONGEST_PAUSE_S)
@@ -74,6 +77,13 @@ class Runtime:
         """Wait until the runtime takes requests, or has failed for good."""
         while self.state is State.STARTING:
             await self._changed.wait()
+
+    async def ends(self, life: int) -> bool:
+        """Whether the runtime's life of that number (`num_lives` during it) is over, or is within a moment."""
+        deadline = time.monotonic() + _NOTICED_S
+        while self.num_lives == life and time.monotonic() < deadline:
+            await asyncio.sleep(_STARTING_POLL_S)
+        return self.num_lives != life
 
     async def _run_once(self) -> bool:
         """Run the runtime until it has died; whether it was up before."""

@@ -1,8 +1,8 @@
 """Behaves as Cog's runtime towards the gate, without a model: slots, 409, health, and deaths on demand.
 
 `python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
-`stream N`, `die` (the worker does: UNHEALTHY and 409 for ever), `exit`. Each prediction's prompt goes into LOG. Where a
-file LOG.fails is there at the start, the set-up fails.
+`stream N`, `die` (the worker does: UNHEALTHY and 409 for ever), `exit`, `exit-once`, `half` (an answer that breaks off).
+Each prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails.
 """
 
 import json
@@ -49,7 +49,13 @@ class Handler(BaseHTTPRequestHandler):
             self.reply_while_connected(float(value.split()[0]), body)
         elif what == "stream":
             self.stream(int(value))
-        elif what == "exit":
+        elif what == "exit" or (what == "exit-once" and open(sys.argv[1]).read().splitlines().count(prompt) == 1):
+            os._exit(9)
+        elif what == "half":
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"x" * 50)
             os._exit(9)
         else:
             if what == "die":
@@ -75,12 +81,15 @@ class Handler(BaseHTTPRequestHandler):
     def stream(self, count: int) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for number in range(count):
-            self.wfile.write(f"event: output\ndata: {number}\n\n".encode())
+            self.send_chunk(f"event: output\ndata: {number}\n\n".encode())
             time.sleep(0.05)
-        self.close_connection = True
+        self.send_chunk(b"")
+
+    def send_chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
     def reply(self, status: int, content: object) -> None:
         data = json.dumps(content).encode()
