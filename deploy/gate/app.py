@@ -1,10 +1,11 @@
 """The server that clients see: checks each request, waits for its turn, and passes it to the runtime and back."""
 
 import asyncio
+import contextlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from deploy.gate.asking import Asker, Request, has_no_slot
@@ -13,23 +14,26 @@ from deploy.gate.exchange import BrokenOff, Reply
 from deploy.gate.rules import Refused, Route, Rules, check_body, check_sender, find_route
 from deploy.gate.runtime import Runtime, State
 from deploy.gate.turns import Turns
+from deploy.gate.webhooks import Webhooks
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 _MOST_WAITING, _MOST_BYTES = 2048, 256 << 20
-_READING_S = 60.0  # for a client to take a piece of its answer
 _RETRY_AFTER_S = 5
 _KNOWN_IDS = 4096
-_ANSWERED = ("content-type", "cache-control", "preference-applied", "allow")
+_CANCEL_TRIES, _CANCEL_PAUSE_S = 10, 0.02
+_ANSWERED = ("content-type", "cache-control", "content-length", "preference-applied", "allow")
 _BROKEN_OFF = "The server was interrupted before the answer was complete."
 
 
 class Gate:
     """An ASGI application in front of one runtime."""
 
-    def __init__(self, runtime: Runtime, rules: Rules, *, concurrency: int) -> None:
+    def __init__(self, runtime: Runtime, rules: Rules, *, concurrency: int, webhook_token: str | None = None) -> None:
         self._runtime, self._rules, self._asker = runtime, rules, Asker(runtime)
         self._turns = Turns(concurrency, most_waiting=_MOST_WAITING)
+        self._webhooks = Webhooks(webhook_token)
+        self._known: dict[str, Request] = {}  # those with ids that wait or run
         self._memory = Memory(_MOST_BYTES)
         self._parsing = asyncio.Semaphore(2)  # Python objects take many times a body's size
         self._started: deque[str] = deque(maxlen=_KNOWN_IDS)  # paths of predictions that were not waited for
@@ -58,6 +62,8 @@ class Gate:
     async def _look(self, route: Route, headers: Mapping[str, str], send: Send) -> None:
         if route.path == "/health-check":
             await _send_json(send, 200, self._health())
+        elif route.kind == "cancel":
+            await self._cancel(route, headers, send)
         else:
             await _pass_on(await self._asker.once(route, headers), send)
 
@@ -74,19 +80,93 @@ class Gate:
 
     async def _start(self, request: Request, send: Send) -> None:
         """A prediction or a training: in its turn. Who comes while the runtime is down is asked to come again."""
+        first = self._known.get(request.route.id or "")
+        if first is not None and not await self._has_been_taken(first, request, send):
+            return
         if self._runtime.state is State.STARTING:
             raise Refused(503, "the model is being loaded; try again")
-        if request.route.path in self._started:  # asks for the state of what runs already: no slot is needed
+        if first is not None or request.route.path in self._started:  # the runtime shows what runs: no slot is needed
             reply = await self._asker.once(request.route, request.headers, request.body.content)
             if not has_no_slot(reply):
                 await _pass_on(reply, send)
                 return
             reply.close()
+        with self._findable(request):
+            try:
+                await self._answer_in_turn(request, send)
+            except asyncio.CancelledError:
+                if not request.is_canceled:
+                    raise
+                if request.body.webhook and request.body.webhook_at_end:
+                    self._webhooks.post(request.body.webhook, _canceled(request))
+                await _send_canceled(request, send)
+
+    async def _answer_in_turn(self, request: Request, send: Send) -> None:
         async with self._turns.turn():
             reply = await self._asker.until_taken(request)
             if reply.status == 202 and request.route.id:
                 self._started.append(request.route.path)
             await _pass_on(reply, send)
+
+    @contextlib.contextmanager
+    def _findable(self, request: Request) -> Iterator[None]:
+        """By its id, while it waits and runs."""
+        request.task = asyncio.current_task()
+        is_first = request.id is not None and self._known.setdefault(request.id, request) is request
+        try:
+            yield
+        finally:
+            request.taken.set()
+            if is_first:
+                del self._known[request.id]
+
+    async def _has_been_taken(self, first: Request, second: Request, send: Send) -> bool:
+        """Whether the runtime has the first of two PUTs of one id, so that it answers the second; else that is done.
+
+        As the runtime does: who wants events gets the first one's, anybody else is told its state at once.
+        """
+        if second.wants_events:
+            await first.taken.wait()
+        if first.is_canceled:
+            await _send_canceled(second, send)
+            return False
+        if first.taken.is_set():
+            return True
+        async with self._parsing:
+            given = await asyncio.to_thread(json.loads, first.body.content)
+        state = {"id": first.id, "input": given.get("input"), "logs": "", "metrics": {}, "status": "starting"}
+        await _send_json(send, 202, state)
+        return False
+
+    async def _cancel(self, route: Route, headers: Mapping[str, str], send: Send) -> None:
+        """Of one that waits here; else by the runtime, which may not know yet of what was just sent to it."""
+        for _ in range(_CANCEL_TRIES):
+            request = self._known.get(route.id or "")
+            if request is not None and not request.is_asked:
+                request.cancel()
+                await _send_json(send, 200, {})
+                return
+            reply = await self._asker.once(route, headers)
+            if reply.status != 404 or request is None:
+                await _pass_on(reply, send)
+                return
+            reply.close()
+            await asyncio.sleep(_CANCEL_PAUSE_S)
+        await _send_json(send, 404, {})
+
+
+def _canceled(request: Request) -> dict[str, object]:
+    """What the runtime says of a prediction that was canceled before it put anything out."""
+    return {"id": request.id, "logs": "", "metrics": {}, "status": "canceled"}
+
+
+async def _send_canceled(request: Request, send: Send) -> None:
+    if request.wants_events:
+        head = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": _event("completed", _canceled(request))})
+    else:
+        await _send_json(send, 202 if request.wants_async else 200, _canceled(request))
 
 
 async def _pass_on(reply: Reply, send: Send) -> None:
@@ -96,9 +176,9 @@ async def _pass_on(reply: Reply, send: Send) -> None:
     """
     has_ended_event = True
     try:
-        headers = [(name.encode(), reply.headers[name].encode("latin-1")) for name in _ANSWERED if name in reply.headers]
-        if length := reply.headers.get("content-length"):
-            headers.append((b"content-length", length.encode()))
+        headers = [
+            (name.encode(), reply.headers[name].encode("latin-1")) for name in _ANSWERED if name in reply.headers
+        ]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         async for piece in reply.pieces():
             has_ended_event = piece.endswith(b"\n\n")
@@ -106,10 +186,14 @@ async def _pass_on(reply: Reply, send: Send) -> None:
         await send({"type": "http.response.body", "body": b""})
     except BrokenOff:
         if has_ended_event and reply.headers.get("content-type", "").startswith("text/event-stream"):
-            event = f"event: error\ndata: {json.dumps({'error': _BROKEN_OFF})}\n\n".encode()
+            event = _event("error", {"error": _BROKEN_OFF})
             await send({"type": "http.response.body", "body": event, "more_body": True})
     finally:
         reply.close()
+
+
+def _event(name: str, content: object) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(content)}\n\n".encode()
 
 
 async def _unless_client_leaves(work: Awaitable[None], receive: Receive) -> None:

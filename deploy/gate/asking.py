@@ -1,4 +1,4 @@
-"""Asks the runtime for what clients want, until it takes it: while it has no slot, while it starts, after it has died."""
+"""Asks the runtime for what clients want, until it takes it: while it has no slot or starts, after it has died."""
 
 import asyncio
 from collections.abc import Mapping
@@ -13,16 +13,26 @@ _PASSED = ("accept", "prefer", "traceparent", "tracestate")  # headers that go o
 
 
 class Request:
-    """A prediction or a training on its way to its answer."""
+    """A prediction or a training on its way to its answer.
+
+    is_asked: the runtime may know of it. taken: the runtime has it, or it is over.
+    """
 
     def __init__(self, route: Route, headers: Mapping[str, str], body: Body) -> None:
         self.route, self.headers, self.body = route, headers, body
         self.id = route.id or body.id
-        self.is_asked = False  # the runtime may know of it
-        self.taken = asyncio.Event()  # the runtime has taken it, or it is over
+        self.is_asked = self.is_canceled = False
+        self.taken = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None  # that waits with it
         self.wants_async = "respond-async" in headers.get("prefer", "")
         self.wants_events = "text/event-stream" in headers.get("accept", "")
         self.may_repeat = not (self.wants_async or body.webhook or route.path.startswith("/trainings"))
+
+    def cancel(self) -> None:
+        """Take it out of the line: by a CancelledError in its task. Not while it is asked: that the runtime cancels."""
+        if self.task is not None and not self.is_canceled:
+            self.is_canceled = True
+            self.task.cancel()
 
 
 class Asker:

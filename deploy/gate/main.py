@@ -26,7 +26,8 @@ def serve(command: Sequence[str], environment: dict[str, str], rules: Rules, *, 
 
 
 async def _serve(runtime: Runtime, rules: Rules, listener: socket.socket, environment: dict[str, str]) -> int:
-    gate = Gate(runtime, rules, concurrency=int(environment["COG_MAX_CONCURRENCY"]))
+    concurrency, token = int(environment["COG_MAX_CONCURRENCY"]), environment.get("WEBHOOK_AUTH_TOKEN")
+    gate = Gate(runtime, rules, concurrency=concurrency, webhook_token=token)
     config = uvicorn.Config(gate, lifespan="off", access_log=False, log_level="warning", server_header=False, ws="none")
     server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]

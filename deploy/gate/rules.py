@@ -62,7 +62,10 @@ class Route:
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """What a client asks to have done. content: as the runtime gets it; webhook_at_end: whether it wants `completed`."""
+    """What a client asks to have done.
+
+    content: as the runtime gets it. webhook_at_end: whether the webhook, if there is one, is to hear of the end.
+    """
 
     content: bytes
     id: str | None = None

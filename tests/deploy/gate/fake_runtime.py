@@ -1,7 +1,7 @@
 """Behaves as Cog's runtime towards the gate, without a model: slots, 409, health, and deaths on demand.
 
 `python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
-`stream N`, `die` (the worker does: UNHEALTHY and 409 for ever), `exit`, `exit-once`, `half` (an answer that breaks off).
+`stream N`, `die` (the worker does: UNHEALTHY and 409 for ever), `exit`, `exit-once`, `half` (its answer breaks off).
 Each prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails.
 """
 
@@ -13,6 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SLOTS = threading.Semaphore(int(os.environ["SLOTS"]))
+RUNNING: set[str] = set()
 STATE = {"status": "SETUP_FAILED" if os.path.exists(sys.argv[1] + ".fails") else "READY"}  # noqa: PTH110
 
 
@@ -26,7 +27,10 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, STATE if self.path == "/health-check" else {"path": self.path})
 
     def do_PUT(self) -> None:
-        self.do_POST()
+        if self.path in RUNNING:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            return self.reply(202, {"id": self.path.rpartition("/")[2], "status": "processing"})
+        return self.do_POST()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
@@ -35,9 +39,11 @@ class Handler(BaseHTTPRequestHandler):
         elif STATE["status"] != "READY" or not SLOTS.acquire(blocking=False):
             self.reply(409, {"error": "At capacity"})
         else:
+            RUNNING.add(self.path)
             try:
                 self.predict(body)
             finally:
+                RUNNING.discard(self.path)
                 SLOTS.release()
 
     def predict(self, body: dict) -> None:
@@ -49,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply_while_connected(float(value.split()[0]), body)
         elif what == "stream":
             self.stream(int(value))
-        elif what == "exit" or (what == "exit-once" and open(sys.argv[1]).read().splitlines().count(prompt) == 1):
+        elif what == "exit" or (what == "exit-once" and asked().count(prompt) == 1):
             os._exit(9)
         elif what == "half":
             self.send_response(200)
@@ -98,6 +104,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+
+def asked() -> list[str]:
+    with open(sys.argv[1]) as log:
+        return log.read().splitlines()
 
 
 class Server(ThreadingHTTPServer):

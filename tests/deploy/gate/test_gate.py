@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -249,23 +250,21 @@ def test_what_may_have_begun_elsewhere_is_not_asked_again(tmp_path, given):
 
 
 def test_a_streamed_answer_that_breaks_off_says_so(tmp_path):
-    with running(tmp_path) as gate:
-        got = b""
-        with pytest.raises(httpx.RemoteProtocolError, match="without sending complete message body"):  # noqa: SIM117
-            with gate.client.stream("POST", "/predictions", json={"input": {"prompt": "stream 200"}}) as reply:
-                for piece in reply.iter_raw():
-                    if not got:
-                        os.kill(gate.runtimes()[0], signal.SIGKILL)
-                    got += piece
-        *_, last = got.decode().split("\n\n")[:-1]
-        assert got.startswith(b"event: output\ndata: 0\n\n")
+    asked = {"json": {"input": {"prompt": "stream 200"}}}
+    with running(tmp_path) as gate, gate.client.stream("POST", "/predictions", **asked) as reply:
+        pieces = reply.iter_raw()
+        got = [next(pieces)]
+        os.kill(gate.runtimes()[0], signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError, match="without sending complete message body"):
+            got.extend(pieces)
+        first, *_, last, rest = b"".join(got).decode().split("\n\n")
+        assert (first, rest) == ("event: output\ndata: 0", "")
         assert last.startswith('event: error\ndata: {"error": "The server was interrupted')
 
 
 def test_an_answer_that_breaks_off_is_no_whole_one(tmp_path):
-    with running(tmp_path) as gate:
-        with pytest.raises(httpx.RemoteProtocolError, match="received 50 bytes, expected 100"):
-            gate.predict("half")
+    with running(tmp_path) as gate, pytest.raises(httpx.RemoteProtocolError, match="received 50 bytes, expected 100"):
+        gate.predict("half")
 
 
 def test_a_set_up_that_fails_after_a_death_is_tried_again(tmp_path):
@@ -298,6 +297,92 @@ def test_an_id_that_was_used_waits_its_turn_as_any_other(tmp_path):
         gate.wait_for(lambda: gate.asked()[-1] == "sleep 0.5")
         assert httpx.put(path, json={"input": {"prompt": "y"}}).status_code == 200
         assert task.done()
+
+
+@contextlib.contextmanager
+def waiting_in_line(gate: RunningGate, pool: ThreadPoolExecutor, id: str, **options) -> Iterator[Future]:
+    """A prediction with this id behind one that runs, which has its answer at the end of the block."""
+    running_one = pool.submit(gate.predict, "sleep 1 first")
+    gate.wait_for(lambda: gate.asked()[-1:] == ["sleep 1 first"])
+    body = {"input": {"prompt": f"waiting {id}"}, **options.pop("body", {})}
+    waiting = pool.submit(httpx.put, f"{gate.url}/predictions/{id}", json=body, **options)
+    gate.wait_for(lambda: gate.health()["gate"]["waiting"] == 1)
+    yield waiting
+    assert running_one.result().status_code == 200
+
+
+EVENTS = {"accept": "text/event-stream"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "form"),
+    [({}, 200, "{}"), ({"prefer": "respond-async"}, 202, "{}"), (EVENTS, 200, "event: completed\ndata: {}\n\n")],
+)
+def test_what_waits_can_be_canceled(tmp_path, headers, status, form):
+    canceled = {"id": "c", "logs": "", "metrics": {}, "status": "canceled"}
+    with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(2) as pool:
+        with waiting_in_line(gate, pool, "c", headers=headers) as waiting:
+            reply = httpx.post(f"{gate.url}/predictions/c/cancel")
+            assert (reply.status_code, reply.json()) == (200, {})
+            answer = waiting.result()
+            assert (answer.status_code, answer.text) == (status, form.format(json.dumps(canceled)))
+            assert gate.health()["gate"]["waiting"] == 0
+        assert gate.predict("next").status_code == 200
+        assert gate.asked() == ["sleep 1 first", "next"]
+
+
+def test_what_waits_for_a_runtime_that_died_can_be_canceled(tmp_path):
+    with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(httpx.put, f"{gate.url}/predictions/c", json={"input": {"prompt": "sleep 20"}}, timeout=9)
+        gate.wait_for(lambda: gate.asked() == ["sleep 20"])
+        os.kill(gate.runtimes()[0], signal.SIGKILL)
+        gate.wait_for(lambda: gate.health()["status"] == "STARTING")
+        assert httpx.post(f"{gate.url}/predictions/c/cancel").status_code == 200
+        assert asking.result().json()["status"] == "canceled"
+
+
+@pytest.mark.parametrize(("events", "tells"), [(None, True), (["start", "completed"], True), (["start"], False)])
+def test_the_webhook_of_what_was_canceled_in_line_hears_of_it(tmp_path, events, tells):
+    told = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200 if len(told) > 1 else 500)  # asked again
+            self.end_headers()
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as hook, ThreadPoolExecutor(2) as pool:
+        threading.Thread(target=hook.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{hook.server_port}/"
+        body = {"webhook": address, **({} if events is None else {"webhook_events_filter": events})}
+        with running(tmp_path, slots=1, webhooks=[address]) as gate:
+            with waiting_in_line(gate, pool, "c", body=body) as waiting:
+                assert httpx.post(f"{gate.url}/predictions/c/cancel").status_code == 200
+                assert waiting.result().json()["status"] == "canceled"
+            if tells:
+                gate.wait_for(lambda: len(told) == 2)
+    assert told == [{"id": "c", "logs": "", "metrics": {}, "status": "canceled"}] * (2 if tells else 0)
+
+
+def test_a_second_put_is_the_same_prediction(tmp_path):
+    """While it waits by the gate's word, while it runs by the runtime's; who wants its events waits for them."""
+    given = {"prompt": "sleep 0.6 c"}
+    with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(3) as pool:
+        path = f"{gate.url}/predictions/c"
+        with waiting_in_line(gate, pool, "c", body={"input": given}) as waiting:
+            state = httpx.put(path, json={"input": {"prompt": "other"}})
+            assert state.status_code == 202
+            assert state.json() == {"id": "c", "input": given, "logs": "", "metrics": {}, "status": "starting"}
+            following = pool.submit(httpx.put, path, json={"input": {"prompt": "other"}}, headers=EVENTS)
+            time.sleep(0.1)
+            assert not following.done()
+        assert following.result().json() == {"id": "c", "status": "processing"}
+        assert httpx.put(path, json={"input": {"prompt": "other"}}).json() == {"id": "c", "status": "processing"}
+        assert waiting.result().json()["got"] == {"input": given}
+        assert gate.asked() == ["sleep 1 first", "sleep 0.6 c"]
 
 
 def test_all_requests_share_the_memory_for_their_bodies():
