@@ -54,6 +54,7 @@ class Runtime:
         self._environment = {**environment, "PORT": str(self.port)}
         self._process: asyncio.subprocess.Process | None = None
         self._has_been_up = False
+        self._silent_since: float | None = None
         self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
         self._changed = asyncio.Event()
 
@@ -112,27 +113,34 @@ class Runtime:
                 self._process.send_signal(number)
 
     async def _watch(self) -> None:
-        """Follow the runtime's health; returns when its worker is dead."""
-        silent_since: float | None = None
+        """Follow the runtime's health; returns when its worker is dead. A fault in looking is no death."""
+        self._silent_since = None
         async with httpx.AsyncClient(base_url=self.url, timeout=_HEALTH_S, trust_env=False) as client:
             while True:
-                health = await _ask_health(client)
-                status, problem = health.get("status"), str(health.get("user_healthcheck_error", ""))
-                if status in ("READY", "BUSY"):
-                    silent_since = None
-                    self._has_been_up = True
-                    self._set(State.UP, health)
-                elif status in ("SETUP_FAILED", "DEFUNCT"):
-                    if self._has_been_up:  # what it needs may be held still, by a worker that is about to end
+                try:
+                    if self._is_dead(await _ask_health(client)):
                         return
-                    self._set(State.FAILED, health)
-                elif status == "UNHEALTHY" and "timed out" not in problem:
-                    return
-                elif self.state is State.UP:
-                    silent_since = silent_since or time.monotonic()
-                    if time.monotonic() - silent_since > _STOPPED_S:
-                        return
+                except Exception as error:  # the runtime may be well, and what it does would be lost
+                    _say(f"the runtime's health could not be read: {type(error).__name__}: {error}")
                 await asyncio.sleep(_STARTING_POLL_S if self.state is State.STARTING else _POLL_S)
+
+    def _is_dead(self, health: dict[str, object]) -> bool:
+        """What a report says of the worker; keeps the state that follows from it."""
+        status, problem = health.get("status"), str(health.get("user_healthcheck_error", ""))
+        if status in ("READY", "BUSY"):
+            self._silent_since = None
+            self._has_been_up = True
+            self._set(State.UP, health)
+        elif status in ("SETUP_FAILED", "DEFUNCT"):
+            if self._has_been_up:  # what it needs may be held still, by a worker that is about to end
+                return True
+            self._set(State.FAILED, health)
+        elif status == "UNHEALTHY" and "timed out" not in problem:
+            return True
+        elif self.state is State.UP:
+            self._silent_since = self._silent_since or time.monotonic()
+            return time.monotonic() - self._silent_since > _STOPPED_S
+        return False
 
     def _set(self, state: State, health: dict[str, object]) -> None:
         self.health = health

@@ -2,7 +2,8 @@
 
 `python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
 `stream N`, `die` (the worker does: UNHEALTHY and 409 for ever), `exit`, `exit-once`, `half` (its answer breaks off).
-Each prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails.
+Each prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails; while a file
+LOG.garbled is there, the health report is no text.
 """
 
 import json
@@ -24,6 +25,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if os.path.exists(sys.argv[1] + ".garbled"):  # noqa: PTH110
+            self.send_response(200)
+            self.send_header("Content-Length", "1")
+            self.end_headers()
+            self.wfile.write(b"\xff")
+            return
         self.reply(200, STATE if self.path == "/health-check" else {"path": self.path})
 
     def do_PUT(self) -> None:

@@ -267,6 +267,16 @@ def test_an_answer_that_breaks_off_is_no_whole_one(tmp_path):
         gate.predict("half")
 
 
+def test_a_report_that_cannot_be_read_is_no_death(tmp_path):
+    with running(tmp_path) as gate:
+        Path(f"{gate.log}.garbled").touch()
+        gate.wait_for(lambda: any("health could not be read: UnicodeDecodeError" in line for line in gate.output))
+        assert gate.predict("x").status_code == 200
+        Path(f"{gate.log}.garbled").unlink()
+        time.sleep(0.6)
+        assert (gate.health()["status"], gate.health()["gate"]["restarts"]) == ("READY", 0)
+
+
 def test_a_set_up_that_fails_after_a_death_is_tried_again(tmp_path):
     with running(tmp_path) as gate:
         fails = Path(f"{gate.log}.fails")
