@@ -1,9 +1,9 @@
 """Behaves as Cog's runtime towards the gate, without a model: slots, 409, health, and deaths on demand.
 
 `python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
-`stream N`, `die` (the worker does: UNHEALTHY and 409 for ever), `exit`, `exit-once`, `half` (its answer breaks off).
-Each prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails; while a file
-LOG.garbled is there, the health report is no text.
+`stream N`, `flood N` (pieces of 1 KiB without a pause), `die` (the worker does: UNHEALTHY and 409 for ever), `exit`,
+`exit-once`, `half` (its answer breaks off). Each prediction's prompt goes into LOG. Where a file LOG.fails is there at
+the start, the set-up fails; while a file LOG.garbled is there, the health report is no text.
 """
 
 import json
@@ -62,6 +62,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply_while_connected(float(value.split()[0]), body)
         elif what == "stream":
             self.stream(int(value))
+        elif what == "flood":
+            self.stream(int(value), b"x" * 1024, pause_s=0)
         elif what == "exit" or (what == "exit-once" and asked().count(prompt) == 1):
             os._exit(9)
         elif what == "half":
@@ -91,14 +93,14 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.settimeout(None)
         self.reply(200, {"status": "succeeded", "got": body})
 
-    def stream(self, count: int) -> None:
+    def stream(self, count: int, padding: bytes = b"", *, pause_s: float = 0.05) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for number in range(count):
-            self.send_chunk(f"event: output\ndata: {number}\n\n".encode())
-            time.sleep(0.05)
+            self.send_chunk(f"event: output\ndata: {number}".encode() + padding + b"\n\n")
+            time.sleep(pause_s)
         self.send_chunk(b"")
 
     def send_chunk(self, data: bytes) -> None:

@@ -26,11 +26,12 @@ from tests.conftest import ROOT
 class RunningGate:
     """A gate and its runtime; `url` is where clients come, `log` what the runtime was asked."""
 
-    def __init__(self, folder: Path, slots: int, rules: dict, *, until: str = "READY") -> None:
+    def __init__(self, folder: Path, slots: int, rules: dict, bounds: dict, *, until: str = "READY") -> None:
         self.log = folder / "asked.txt"
         self.log.touch()
         environment = {**os.environ, "SLOTS": str(slots), "COG_MAX_CONCURRENCY": str(slots)}
-        command = [sys.executable, "-m", "tests.deploy.gate.run_gate", str(self.log), json.dumps(rules)]
+        command = [sys.executable, "-m", "tests.deploy.gate.run_gate", str(self.log)]
+        command += [json.dumps(rules), json.dumps(bounds)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -69,8 +70,8 @@ class RunningGate:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, slots: int = 2, **rules) -> Iterator[RunningGate]:
-    gate = RunningGate(folder, slots, rules)
+def running(folder: Path, *, slots: int = 2, bounds: dict | None = None, **rules) -> Iterator[RunningGate]:
+    gate = RunningGate(folder, slots, rules, bounds or {})
     try:
         yield gate
     finally:
@@ -182,6 +183,14 @@ def test_a_client_that_leaves_is_told_to_the_runtime(gate):
     assert gate.health()["gate"]["running"] == 0
 
 
+def test_every_client_that_leaves_a_stream_is_told_to_the_runtime(gate):
+    """Whatever the gate does at that moment: it sends a piece at most of them."""
+    for _ in range(10):
+        with gate.client.stream("POST", "/predictions", json={"input": {"prompt": "flood 100000"}}) as reply:
+            next(reply.iter_raw())
+        gate.wait_for(lambda: gate.health()["gate"]["running"] == 0, seconds=2)
+
+
 def test_keys_are_asked_for(tmp_path):
     with running(tmp_path, keys=["k1"]) as gate:
         assert gate.predict("x").status_code == 401
@@ -291,7 +300,7 @@ def test_a_set_up_that_fails_after_a_death_is_tried_again(tmp_path):
 
 def test_a_set_up_that_fails_at_first_stays_so_and_says_it(tmp_path):
     Path(tmp_path / "asked.txt.fails").touch()
-    gate = RunningGate(tmp_path, 1, {}, until="SETUP_FAILED")
+    gate = RunningGate(tmp_path, 1, {}, {}, until="SETUP_FAILED")
     with contextlib.closing(gate.process.stdout):
         time.sleep(0.5)
         assert (gate.health()["status"], gate.health()["gate"]["restarts"]) == ("SETUP_FAILED", 0)
@@ -312,10 +321,10 @@ def test_an_id_that_was_used_waits_its_turn_as_any_other(tmp_path):
 @contextlib.contextmanager
 def waiting_in_line(gate: RunningGate, pool: ThreadPoolExecutor, id: str, **options) -> Iterator[Future]:
     """A prediction with this id behind one that runs, which has its answer at the end of the block."""
-    running_one = pool.submit(gate.predict, "sleep 1 first")
-    gate.wait_for(lambda: gate.asked()[-1:] == ["sleep 1 first"])
+    running_one = pool.submit(gate.predict, "sleep 2 first")
+    gate.wait_for(lambda: gate.asked()[-1:] == ["sleep 2 first"])
     body = {"input": {"prompt": f"waiting {id}"}, **options.pop("body", {})}
-    waiting = pool.submit(httpx.put, f"{gate.url}/predictions/{id}", json=body, **options)
+    waiting = pool.submit(gate.client.put, f"/predictions/{id}", json=body, **options)
     gate.wait_for(lambda: gate.health()["gate"]["waiting"] == 1)
     yield waiting
     assert running_one.result().status_code == 200
@@ -332,22 +341,22 @@ def test_what_waits_can_be_canceled(tmp_path, headers, status, form):
     canceled = {"id": "c", "logs": "", "metrics": {}, "status": "canceled"}
     with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(2) as pool:
         with waiting_in_line(gate, pool, "c", headers=headers) as waiting:
-            reply = httpx.post(f"{gate.url}/predictions/c/cancel")
+            reply = gate.client.post("/predictions/c/cancel")
             assert (reply.status_code, reply.json()) == (200, {})
             answer = waiting.result()
             assert (answer.status_code, answer.text) == (status, form.format(json.dumps(canceled)))
             assert gate.health()["gate"]["waiting"] == 0
         assert gate.predict("next").status_code == 200
-        assert gate.asked() == ["sleep 1 first", "next"]
+        assert gate.asked() == ["sleep 2 first", "next"]
 
 
 def test_what_waits_for_a_runtime_that_died_can_be_canceled(tmp_path):
     with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(httpx.put, f"{gate.url}/predictions/c", json={"input": {"prompt": "sleep 20"}}, timeout=9)
+        asking = pool.submit(gate.client.put, "/predictions/c", json={"input": {"prompt": "sleep 20"}}, timeout=9)
         gate.wait_for(lambda: gate.asked() == ["sleep 20"])
         os.kill(gate.runtimes()[0], signal.SIGKILL)
         gate.wait_for(lambda: gate.health()["status"] == "STARTING")
-        assert httpx.post(f"{gate.url}/predictions/c/cancel").status_code == 200
+        assert gate.client.post("/predictions/c/cancel").status_code == 200
         assert asking.result().json()["status"] == "canceled"
 
 
@@ -370,7 +379,7 @@ def test_the_webhook_of_what_was_canceled_in_line_hears_of_it(tmp_path, events, 
         body = {"webhook": address, **({} if events is None else {"webhook_events_filter": events})}
         with running(tmp_path, slots=1, webhooks=[address]) as gate:
             with waiting_in_line(gate, pool, "c", body=body) as waiting:
-                assert httpx.post(f"{gate.url}/predictions/c/cancel").status_code == 200
+                assert gate.client.post("/predictions/c/cancel").status_code == 200
                 assert waiting.result().json()["status"] == "canceled"
             if tells:
                 gate.wait_for(lambda: len(told) == 2)
@@ -381,18 +390,18 @@ def test_a_second_put_is_the_same_prediction(tmp_path):
     """While it waits by the gate's word, while it runs by the runtime's; who wants its events waits for them."""
     given = {"prompt": "sleep 0.6 c"}
     with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(3) as pool:
-        path = f"{gate.url}/predictions/c"
+        path = "/predictions/c"
         with waiting_in_line(gate, pool, "c", body={"input": given}) as waiting:
-            state = httpx.put(path, json={"input": {"prompt": "other"}})
+            state = gate.client.put(path, json={"input": {"prompt": "other"}})
             assert state.status_code == 202
             assert state.json() == {"id": "c", "input": given, "logs": "", "metrics": {}, "status": "starting"}
-            following = pool.submit(httpx.put, path, json={"input": {"prompt": "other"}}, headers=EVENTS)
+            following = pool.submit(gate.client.put, path, json={"input": {"prompt": "other"}}, headers=EVENTS)
             time.sleep(0.1)
             assert not following.done()
         assert following.result().json() == {"id": "c", "status": "processing"}
-        assert httpx.put(path, json={"input": {"prompt": "other"}}).json() == {"id": "c", "status": "processing"}
+        assert gate.client.put(path, json={"input": {"prompt": "other"}}).json() == {"id": "c", "status": "processing"}
         assert waiting.result().json()["got"] == {"input": given}
-        assert gate.asked() == ["sleep 1 first", "sleep 0.6 c"]
+        assert gate.asked() == ["sleep 2 first", "sleep 0.6 c"]
 
 
 def test_all_requests_share_the_memory_for_their_bodies():
