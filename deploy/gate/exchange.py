@@ -36,7 +36,8 @@ class Reply:
         """Raises OSError, EOFError, ValueError, asyncio.LimitOverrunError."""
         head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         first, *lines = head.strip().split("\r\n")
-        self.status = int(first.split()[1])
+        _, status, *_ = first.split()
+        self.status = int(status)
         fields = (line.partition(":") for line in lines)
         self.headers = {name.strip().lower(): value.strip() for name, _, value in fields}
 
@@ -48,7 +49,7 @@ class Reply:
             while left > 0:
                 data = await self._reader.read(_PART_BYTES)
                 if not data and (is_chunked or left < math.inf):
-                    raise BrokenOff
+                    raise BrokenOff("the connection ended within an answer")
                 if is_chunked:
                     data, waiting, has_ended = take_chunks(waiting + data)
                     left = 0 if has_ended else left
@@ -58,7 +59,7 @@ class Reply:
                 if data:
                     yield data
         except (OSError, ValueError):
-            raise BrokenOff from None
+            raise BrokenOff("the connection broke, or what came is no HTTP") from None
 
     def close(self) -> None:
         """Done with it. Where the answer is not complete the runtime ends what it does for it."""
@@ -88,7 +89,7 @@ async def exchange(host: str, port: int, method: str, path: str, headers: Mappin
     try:
         reader, writer = await asyncio.open_connection(host, port)
     except OSError:
-        raise NotReached from None
+        raise NotReached(f"nobody listens at {host}:{port}") from None
     reply = Reply(reader, writer)
     sent = {"host": f"{host}:{port}", "connection": "close", "content-length": str(len(body)), **headers}
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in sent.items()), "", ""]
@@ -98,7 +99,7 @@ async def exchange(host: str, port: int, method: str, path: str, headers: Mappin
         await reply.read_head()
     except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):
         reply.close()
-        raise Unanswered from None
+        raise Unanswered("the connection ended before an answer began") from None
     except BaseException:
         reply.close()
         raise
