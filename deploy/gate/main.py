@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import uvicorn
 
 from deploy.gate.app import Gate
+from deploy.gate.connections import Connection, allow_files
 from deploy.gate.rules import Rules
 from deploy.gate.runtime import GivenUp, Runtime
 
@@ -21,13 +22,17 @@ def serve(command: Sequence[str], environment: dict[str, str], rules: Rules, *, 
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn heeds them first, and then raises them again
         signal.signal(number, lambda number, frame: None)
+    allow_files()
     with _listen(host, port) as listener:
         return asyncio.run(_serve(Runtime(command, environment), rules, listener, environment))
 
 
 async def _serve(runtime: Runtime, rules: Rules, listener: socket.socket, environment: dict[str, str]) -> int:
-    gate = Gate(runtime, rules, concurrency=int(environment["COG_MAX_CONCURRENCY"]))
-    config = uvicorn.Config(gate, lifespan="off", access_log=False, log_level="warning", server_header=False, ws="none")
+    concurrency, token = int(environment["COG_MAX_CONCURRENCY"]), environment.get("WEBHOOK_AUTH_TOKEN")
+    gate = Gate(runtime, rules, concurrency=concurrency, webhook_token=token)
+    config = uvicorn.Config(
+        gate, http=Connection, ws="none", lifespan="off", access_log=False, log_level="warning", server_header=False
+    )
     server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]
     print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

@@ -60,6 +60,19 @@ class Route:
     id: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """What a client asks to have done.
+
+    content: as the runtime gets it. webhook_at_end: whether the webhook, if there is one, is to hear of the end.
+    """
+
+    content: bytes
+    id: str | None = None
+    webhook: str | None = None
+    webhook_at_end: bool = False
+
+
 def find_route(method: str, path: str, rules: Rules) -> Route:
     """The route of a request, where it is one that clients are meant to have. Raises Refused."""
     looks = ("/", "/health-check", "/openapi.json")
@@ -137,7 +150,7 @@ def _check_key(authorization: str, keys: tuple[str, ...]) -> None:
         raise Refused(401, "this server asks for a key: send Authorization: Bearer KEY")
 
 
-def check_body(content: bytes, route: Route, rules: Rules) -> bytes:
+def check_body(content: bytes, rules: Rules) -> Body:
     """The body that the runtime gets: the fields it knows, once each. Raises Refused."""
     try:
         body = json.loads(content)
@@ -150,7 +163,13 @@ def check_body(content: bytes, route: Route, rules: Rules) -> bytes:
         raise Refused(422, "an id has 1 to 64 letters, digits, _, - and ., and begins with a letter or digit")
     if body.get("webhook") is not None:
         body["webhook"] = _check_webhook(body["webhook"], rules)
-    return json.dumps({name: body[name] for name in _PASSED if name in body}).encode()
+    events = body.get("webhook_events_filter")
+    return Body(
+        content=json.dumps({name: body[name] for name in _PASSED if name in body}).encode(),
+        id=given,
+        webhook=body.get("webhook"),
+        webhook_at_end=events is None or (isinstance(events, list) and "completed" in events),
+    )
 
 
 def _check_webhook(webhook: object, rules: Rules) -> str:

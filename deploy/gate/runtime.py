@@ -19,6 +19,7 @@ _HEALTH_S = 15.0  # the runtime itself waits for its worker up to 10 s
 _MOST_DEATHS, _WITHIN_S = 3, 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0
 _STOPPED_S = 120.0  # a worker that does not answer for so long is taken for dead; a long step, or a suspended machine
+_NOTICED_S = 5.0  # from a connection that broke until the death behind it is known
 _ENDING_S = 20.0  # for the runtime to finish what it does after SIGTERM
 _PR_SET_PDEATHSIG = 1
 
@@ -48,10 +49,12 @@ class Runtime:
         self.state = State.STARTING
         self.health: dict[str, object] = {"status": "STARTING"}
         self.num_restarts = 0
+        self.num_lives = 0
         self._command = [*command, "--host", self.host]
         self._environment = {**environment, "PORT": str(self.port)}
         self._process: asyncio.subprocess.Process | None = None
         self._has_been_up = False
+        self._silent_since: float | None = None
         self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
         self._changed = asyncio.Event()
 
@@ -63,6 +66,7 @@ class Runtime:
         pause = _FIRST_PAUSE_S
         while True:
             was_up = await self._run_once()
+            self.num_lives += 1
             self._set(State.STARTING, {"status": "STARTING"})
             self._count_death()
             pause = _FIRST_PAUSE_S if was_up else min(2 * pause, _LONGEST_PAUSE_S)
@@ -74,6 +78,13 @@ class Runtime:
         """Wait until the runtime takes requests, or has failed for good."""
         while self.state is State.STARTING:
             await self._changed.wait()
+
+    async def ends(self, life: int) -> bool:
+        """Whether the runtime's life of that number (`num_lives` during it) is over, or is within a moment."""
+        deadline = time.monotonic() + _NOTICED_S
+        while self.num_lives == life and time.monotonic() < deadline:
+            await asyncio.sleep(_STARTING_POLL_S)
+        return self.num_lives != life
 
     async def _run_once(self) -> bool:
         """Run the runtime until it has died; whether it was up before."""
@@ -102,27 +113,34 @@ class Runtime:
                 self._process.send_signal(number)
 
     async def _watch(self) -> None:
-        """Follow the runtime's health; returns when its worker is dead."""
-        silent_since: float | None = None
+        """Follow the runtime's health; returns when its worker is dead. A fault in looking is no death."""
+        self._silent_since = None
         async with httpx.AsyncClient(base_url=self.url, timeout=_HEALTH_S, trust_env=False) as client:
             while True:
-                health = await _ask_health(client)
-                status, problem = health.get("status"), str(health.get("user_healthcheck_error", ""))
-                if status in ("READY", "BUSY"):
-                    silent_since = None
-                    self._has_been_up = True
-                    self._set(State.UP, health)
-                elif status in ("SETUP_FAILED", "DEFUNCT"):
-                    if self._has_been_up:  # what it needs may be held still, by a worker that is about to end
+                try:
+                    if self._is_dead(await _ask_health(client)):
                         return
-                    self._set(State.FAILED, health)
-                elif status == "UNHEALTHY" and "timed out" not in problem:
-                    return
-                elif self.state is State.UP:
-                    silent_since = silent_since or time.monotonic()
-                    if time.monotonic() - silent_since > _STOPPED_S:
-                        return
+                except Exception as error:  # the runtime may be well, and what it does would be lost
+                    _say(f"the runtime's health could not be read: {type(error).__name__}: {error}")
                 await asyncio.sleep(_STARTING_POLL_S if self.state is State.STARTING else _POLL_S)
+
+    def _is_dead(self, health: dict[str, object]) -> bool:
+        """What a report says of the worker; keeps the state that follows from it."""
+        status, problem = health.get("status"), str(health.get("user_healthcheck_error", ""))
+        if status in ("READY", "BUSY"):
+            self._silent_since = None
+            self._has_been_up = True
+            self._set(State.UP, health)
+        elif status in ("SETUP_FAILED", "DEFUNCT"):
+            if self._has_been_up:  # what it needs may be held still, by a worker that is about to end
+                return True
+            self._set(State.FAILED, health)
+        elif status == "UNHEALTHY" and "timed out" not in problem:
+            return True
+        elif self.state is State.UP:
+            self._silent_since = self._silent_since or time.monotonic()
+            return time.monotonic() - self._silent_since > _STOPPED_S
+        return False
 
     def _set(self, state: State, health: dict[str, object]) -> None:
         self.health = health

@@ -1,8 +1,9 @@
 """Behaves as Cog's runtime towards the gate, without a model: slots, 409, health, and deaths on demand.
 
 `python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
-`stream N`, `die` (the worker does: UNHEALTHY and 409 for ever), `exit`. Each prediction's prompt goes into LOG. Where a
-file LOG.fails is there at the start, the set-up fails.
+`stream N`, `flood N` (pieces of 1 KiB without a pause), `die` (the worker does: UNHEALTHY and 409 for ever), `exit`,
+`exit-once`, `half` (its answer breaks off). Each prediction's prompt goes into LOG. Where a file LOG.fails is there at
+the start, the set-up fails; while a file LOG.garbled is there, the health report is no text.
 """
 
 import json
@@ -13,6 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SLOTS = threading.Semaphore(int(os.environ["SLOTS"]))
+RUNNING: set[str] = set()
 STATE = {"status": "SETUP_FAILED" if os.path.exists(sys.argv[1] + ".fails") else "READY"}  # noqa: PTH110
 
 
@@ -23,10 +25,19 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if os.path.exists(sys.argv[1] + ".garbled"):  # noqa: PTH110
+            self.send_response(200)
+            self.send_header("Content-Length", "1")
+            self.end_headers()
+            self.wfile.write(b"\xff")
+            return
         self.reply(200, STATE if self.path == "/health-check" else {"path": self.path})
 
     def do_PUT(self) -> None:
-        self.do_POST()
+        if self.path in RUNNING:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            return self.reply(202, {"id": self.path.rpartition("/")[2], "status": "processing"})
+        return self.do_POST()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
@@ -35,9 +46,11 @@ class Handler(BaseHTTPRequestHandler):
         elif STATE["status"] != "READY" or not SLOTS.acquire(blocking=False):
             self.reply(409, {"error": "At capacity"})
         else:
+            RUNNING.add(self.path)
             try:
                 self.predict(body)
             finally:
+                RUNNING.discard(self.path)
                 SLOTS.release()
 
     def predict(self, body: dict) -> None:
@@ -49,7 +62,15 @@ class Handler(BaseHTTPRequestHandler):
             self.reply_while_connected(float(value.split()[0]), body)
         elif what == "stream":
             self.stream(int(value))
-        elif what == "exit":
+        elif what == "flood":
+            self.stream(int(value), b"x" * 1024, pause_s=0)
+        elif what == "exit" or (what == "exit-once" and asked().count(prompt) == 1):
+            os._exit(9)
+        elif what == "half":
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"x" * 50)
             os._exit(9)
         else:
             if what == "die":
@@ -72,15 +93,18 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.settimeout(None)
         self.reply(200, {"status": "succeeded", "got": body})
 
-    def stream(self, count: int) -> None:
+    def stream(self, count: int, padding: bytes = b"", *, pause_s: float = 0.05) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for number in range(count):
-            self.wfile.write(f"event: output\ndata: {number}\n\n".encode())
-            time.sleep(0.05)
-        self.close_connection = True
+            self.send_chunk(f"event: output\ndata: {number}".encode() + padding + b"\n\n")
+            time.sleep(pause_s)
+        self.send_chunk(b"")
+
+    def send_chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
     def reply(self, status: int, content: object) -> None:
         data = json.dumps(content).encode()
@@ -89,6 +113,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+
+def asked() -> list[str]:
+    with open(sys.argv[1]) as log:
+        return log.read().splitlines()
 
 
 class Server(ThreadingHTTPServer):

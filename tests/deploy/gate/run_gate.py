@@ -1,10 +1,14 @@
-"""Runs the gate in front of fake_runtime.py: `python -m tests.deploy.gate.run_gate LOG RULES` (JSON)."""
+"""Runs the gate in front of fake_runtime.py: `python -m tests.deploy.gate.run_gate LOG RULES BOUNDS` (JSON).
+
+BOUNDS: other values for constants of `bodies` and `connections`, so that a test need not wait for a minute.
+"""
 
 import json
 import os
 import sys
 from pathlib import Path
 
+from deploy.gate import bodies, connections
 from deploy.gate.main import serve
 from deploy.gate.rules import Rules
 
@@ -13,4 +17,8 @@ if __name__ == "__main__":
     given = {
         name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(sys.argv[2]).items()
     }
+    for name, value in json.loads(sys.argv[3]).items():
+        module = bodies if hasattr(bodies, name) else connections
+        assert hasattr(module, name)
+        setattr(module, name, value)
     sys.exit(serve(command, dict(os.environ), Rules(**given), host="127.0.0.1", port=0))

@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 
-from deploy.gate.app import _Memory
+from deploy.gate.bodies import Memory
 from deploy.gate.rules import Refused
 from tests.conftest import ROOT
 
@@ -25,11 +26,12 @@ from tests.conftest import ROOT
 class RunningGate:
     """A gate and its runtime; `url` is where clients come, `log` what the runtime was asked."""
 
-    def __init__(self, folder: Path, slots: int, rules: dict, *, until: str = "READY") -> None:
+    def __init__(self, folder: Path, slots: int, rules: dict, bounds: dict, *, until: str = "READY") -> None:
         self.log = folder / "asked.txt"
         self.log.touch()
         environment = {**os.environ, "SLOTS": str(slots), "COG_MAX_CONCURRENCY": str(slots)}
-        command = [sys.executable, "-m", "tests.deploy.gate.run_gate", str(self.log), json.dumps(rules)]
+        command = [sys.executable, "-m", "tests.deploy.gate.run_gate", str(self.log)]
+        command += [json.dumps(rules), json.dumps(bounds)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -68,8 +70,8 @@ class RunningGate:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, slots: int = 2, **rules) -> Iterator[RunningGate]:
-    gate = RunningGate(folder, slots, rules)
+def running(folder: Path, *, slots: int = 2, bounds: dict | None = None, **rules) -> Iterator[RunningGate]:
+    gate = RunningGate(folder, slots, rules, bounds or {})
     try:
         yield gate
     finally:
@@ -181,6 +183,14 @@ def test_a_client_that_leaves_is_told_to_the_runtime(gate):
     assert gate.health()["gate"]["running"] == 0
 
 
+def test_every_client_that_leaves_a_stream_is_told_to_the_runtime(gate):
+    """Whatever the gate does at that moment: it sends a piece at most of them."""
+    for _ in range(10):
+        with gate.client.stream("POST", "/predictions", json={"input": {"prompt": "flood 100000"}}) as reply:
+            next(reply.iter_raw())
+        gate.wait_for(lambda: gate.health()["gate"]["running"] == 0, seconds=2)
+
+
 def test_keys_are_asked_for(tmp_path):
     with running(tmp_path, keys=["k1"]) as gate:
         assert gate.predict("x").status_code == 401
@@ -209,19 +219,71 @@ def test_a_dead_worker_comes_back_and_who_waits_is_served(tmp_path):
 
 
 def test_a_killed_runtime_comes_back_and_who_waits_is_served(tmp_path):
-    """All who wait, not only the first, whose place the end of the running one gives away."""
+    """All who wait, and who ran without having been answered, too: that is asked again."""
     with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(4) as pool:
-        running_one = pool.submit(gate.predict, "sleep 20")
-        gate.wait_for(lambda: gate.asked() == ["sleep 20"])
+        running_one = pool.submit(gate.predict, "sleep 1")
+        gate.wait_for(lambda: gate.asked() == ["sleep 1"])
         waiting = [pool.submit(gate.predict, f"after {number}") for number in range(3)]
         gate.wait_for(lambda: gate.health()["gate"]["waiting"] == 3)
         os.kill(gate.runtimes()[0], signal.SIGKILL)
-        assert running_one.result().status_code == 503
-        # Whose turn comes at that very moment may be on a connection that breaks: it is told to come again.
-        statuses = [task.result().status_code for task in waiting]
-        assert statuses.count(200) >= 2
-        assert set(statuses) <= {200, 503}
+        assert [task.result().status_code for task in (running_one, *waiting)] == [200] * 4
+        assert gate.asked().count("sleep 1") == 2
         assert gate.health()["gate"]["restarts"] == 1
+
+
+def test_a_prediction_whose_runtime_dies_is_asked_again_once(tmp_path):
+    with running(tmp_path) as gate:
+        assert gate.predict("exit-once").json()["status"] == "succeeded"
+        assert (gate.asked(), gate.health()["gate"]["restarts"]) == (["exit-once"] * 2, 1)
+
+
+def test_what_the_runtime_dies_of_is_not_asked_a_third_time(tmp_path):
+    """By its third death the server would be given up."""
+    with running(tmp_path) as gate:
+        reply = gate.predict("exit")
+        assert (reply.status_code, reply.json()["detail"]) == (503, "the server was interrupted; try again")
+        gate.wait_for(lambda: gate.health()["status"] == "READY")
+        assert (gate.asked(), gate.health()["gate"]["restarts"]) == (["exit"] * 2, 2)
+
+
+@pytest.mark.parametrize("given", [{"webhook": "http://127.0.0.1:9/"}, {"prefer": "respond-async"}])
+def test_what_may_have_begun_elsewhere_is_not_asked_again(tmp_path, given):
+    """A webhook may have been sent, and a client that does not wait may ask by itself."""
+    with running(tmp_path, webhooks=["http://127.0.0.1:9/"]) as gate:
+        body = {"input": {"prompt": "exit"}, **({"webhook": given["webhook"]} if "webhook" in given else {})}
+        headers = {"prefer": given["prefer"]} if "prefer" in given else {}
+        assert gate.client.post("/predictions", json=body, headers=headers).status_code == 503
+        gate.wait_for(lambda: gate.health()["gate"]["restarts"] == 1)
+        gate.wait_for(lambda: gate.health()["status"] == "READY")
+        assert gate.asked() == ["exit"]
+
+
+def test_a_streamed_answer_that_breaks_off_says_so(tmp_path):
+    asked = {"json": {"input": {"prompt": "stream 200"}}}
+    with running(tmp_path) as gate, gate.client.stream("POST", "/predictions", **asked) as reply:
+        pieces = reply.iter_raw()
+        got = [next(pieces)]
+        os.kill(gate.runtimes()[0], signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError, match="without sending complete message body"):
+            got.extend(pieces)
+        first, *_, last, rest = b"".join(got).decode().split("\n\n")
+        assert (first, rest) == ("event: output\ndata: 0", "")
+        assert last.startswith('event: error\ndata: {"error": "The server was interrupted')
+
+
+def test_an_answer_that_breaks_off_is_no_whole_one(tmp_path):
+    with running(tmp_path) as gate, pytest.raises(httpx.RemoteProtocolError, match="received 50 bytes, expected 100"):
+        gate.predict("half")
+
+
+def test_a_report_that_cannot_be_read_is_no_death(tmp_path):
+    with running(tmp_path) as gate:
+        Path(f"{gate.log}.garbled").touch()
+        gate.wait_for(lambda: any("health could not be read: UnicodeDecodeError" in line for line in gate.output))
+        assert gate.predict("x").status_code == 200
+        Path(f"{gate.log}.garbled").unlink()
+        time.sleep(0.6)
+        assert (gate.health()["status"], gate.health()["gate"]["restarts"]) == ("READY", 0)
 
 
 def test_a_set_up_that_fails_after_a_death_is_tried_again(tmp_path):
@@ -229,7 +291,7 @@ def test_a_set_up_that_fails_after_a_death_is_tried_again(tmp_path):
         fails = Path(f"{gate.log}.fails")
         fails.touch()
         with contextlib.suppress(httpx.HTTPError):
-            gate.predict("exit")
+            gate.predict("exit", headers={"prefer": "respond-async"})
         gate.wait_for(lambda: gate.health()["gate"]["restarts"] == 1)
         fails.unlink()
         gate.wait_for(lambda: gate.health()["status"] == "READY")
@@ -238,7 +300,7 @@ def test_a_set_up_that_fails_after_a_death_is_tried_again(tmp_path):
 
 def test_a_set_up_that_fails_at_first_stays_so_and_says_it(tmp_path):
     Path(tmp_path / "asked.txt.fails").touch()
-    gate = RunningGate(tmp_path, 1, {}, until="SETUP_FAILED")
+    gate = RunningGate(tmp_path, 1, {}, {}, until="SETUP_FAILED")
     with contextlib.closing(gate.process.stdout):
         time.sleep(0.5)
         assert (gate.health()["status"], gate.health()["gate"]["restarts"]) == ("SETUP_FAILED", 0)
@@ -256,8 +318,94 @@ def test_an_id_that_was_used_waits_its_turn_as_any_other(tmp_path):
         assert task.done()
 
 
+@contextlib.contextmanager
+def waiting_in_line(gate: RunningGate, pool: ThreadPoolExecutor, id: str, **options) -> Iterator[Future]:
+    """A prediction with this id behind one that runs, which has its answer at the end of the block."""
+    running_one = pool.submit(gate.predict, "sleep 2 first")
+    gate.wait_for(lambda: gate.asked()[-1:] == ["sleep 2 first"])
+    body = {"input": {"prompt": f"waiting {id}"}, **options.pop("body", {})}
+    waiting = pool.submit(gate.client.put, f"/predictions/{id}", json=body, **options)
+    gate.wait_for(lambda: gate.health()["gate"]["waiting"] == 1)
+    yield waiting
+    assert running_one.result().status_code == 200
+
+
+EVENTS = {"accept": "text/event-stream"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "form"),
+    [({}, 200, "{}"), ({"prefer": "respond-async"}, 202, "{}"), (EVENTS, 200, "event: completed\ndata: {}\n\n")],
+)
+def test_what_waits_can_be_canceled(tmp_path, headers, status, form):
+    canceled = {"id": "c", "logs": "", "metrics": {}, "status": "canceled"}
+    with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(2) as pool:
+        with waiting_in_line(gate, pool, "c", headers=headers) as waiting:
+            reply = gate.client.post("/predictions/c/cancel")
+            assert (reply.status_code, reply.json()) == (200, {})
+            answer = waiting.result()
+            assert (answer.status_code, answer.text) == (status, form.format(json.dumps(canceled)))
+            assert gate.health()["gate"]["waiting"] == 0
+        assert gate.predict("next").status_code == 200
+        assert gate.asked() == ["sleep 2 first", "next"]
+
+
+def test_what_waits_for_a_runtime_that_died_can_be_canceled(tmp_path):
+    with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(gate.client.put, "/predictions/c", json={"input": {"prompt": "sleep 20"}}, timeout=9)
+        gate.wait_for(lambda: gate.asked() == ["sleep 20"])
+        os.kill(gate.runtimes()[0], signal.SIGKILL)
+        gate.wait_for(lambda: gate.health()["status"] == "STARTING")
+        assert gate.client.post("/predictions/c/cancel").status_code == 200
+        assert asking.result().json()["status"] == "canceled"
+
+
+@pytest.mark.parametrize(("events", "tells"), [(None, True), (["start", "completed"], True), (["start"], False)])
+def test_the_webhook_of_what_was_canceled_in_line_hears_of_it(tmp_path, events, tells):
+    told = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200 if len(told) > 1 else 500)  # asked again
+            self.end_headers()
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as hook, ThreadPoolExecutor(2) as pool:
+        threading.Thread(target=hook.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{hook.server_port}/"
+        body = {"webhook": address, **({} if events is None else {"webhook_events_filter": events})}
+        with running(tmp_path, slots=1, webhooks=[address]) as gate:
+            with waiting_in_line(gate, pool, "c", body=body) as waiting:
+                assert gate.client.post("/predictions/c/cancel").status_code == 200
+                assert waiting.result().json()["status"] == "canceled"
+            if tells:
+                gate.wait_for(lambda: len(told) == 2)
+    assert told == [{"id": "c", "logs": "", "metrics": {}, "status": "canceled"}] * (2 if tells else 0)
+
+
+def test_a_second_put_is_the_same_prediction(tmp_path):
+    """While it waits by the gate's word, while it runs by the runtime's; who wants its events waits for them."""
+    given = {"prompt": "sleep 0.6 c"}
+    with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(3) as pool:
+        path = "/predictions/c"
+        with waiting_in_line(gate, pool, "c", body={"input": given}) as waiting:
+            state = gate.client.put(path, json={"input": {"prompt": "other"}})
+            assert state.status_code == 202
+            assert state.json() == {"id": "c", "input": given, "logs": "", "metrics": {}, "status": "starting"}
+            following = pool.submit(gate.client.put, path, json={"input": {"prompt": "other"}}, headers=EVENTS)
+            time.sleep(0.1)
+            assert not following.done()
+        assert following.result().json() == {"id": "c", "status": "processing"}
+        assert gate.client.put(path, json={"input": {"prompt": "other"}}).json() == {"id": "c", "status": "processing"}
+        assert waiting.result().json()["got"] == {"input": given}
+        assert gate.asked() == ["sleep 2 first", "sleep 0.6 c"]
+
+
 def test_all_requests_share_the_memory_for_their_bodies():
-    memory = _Memory(100)
+    memory = Memory(100)
     with memory.held() as first, memory.held() as second:
         first.set(60)
         second.set(40)
@@ -274,7 +422,7 @@ def test_a_runtime_that_keeps_dying_is_given_up(tmp_path):
             gate.wait_for(lambda death=death: gate.health()["gate"]["restarts"] == death)
             gate.wait_for(lambda: gate.health()["status"] == "READY")
             with contextlib.suppress(httpx.HTTPError):
-                gate.predict("exit")
+                gate.predict("exit", headers={"prefer": "respond-async"})  # else it is asked twice
         assert gate.process.wait(timeout=15) == 1
         gate._reader.join()
         assert "error: the runtime died 3 times within 60 s; its log is above\n" in gate.output

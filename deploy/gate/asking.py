@@ -1,0 +1,130 @@
+"""Asks the runtime for what clients want, until it takes it: while it has no slot or starts, after it has died."""
+
+import asyncio
+from collections.abc import Mapping
+
+from deploy.gate.exchange import NotReached, Reply, Unanswered, exchange
+from deploy.gate.rules import Body, Refused, Route
+from deploy.gate.runtime import Runtime
+
+_TAKEN_S = 0.2  # a request that the runtime has not refused by then has its slot
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
+_PASSED = ("accept", "prefer", "traceparent", "tracestate")  # headers that go on to the runtime
+
+
+class Request:
+    """A prediction or a training on its way to its answer.
+
+    is_asked: the runtime may know of it. taken: the runtime has it, or it is over.
+    """
+
+    def __init__(self, route: Route, headers: Mapping[str, str], body: Body) -> None:
+        self.route, self.headers, self.body = route, headers, body
+        self.id = route.id or body.id
+        self.is_asked = self.is_canceled = False
+        self.taken = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None  # that waits with it
+        self.wants_async = "respond-async" in headers.get("prefer", "")
+        self.wants_events = "text/event-stream" in headers.get("accept", "")
+        self.may_repeat = not (self.wants_async or body.webhook or route.path.startswith("/trainings"))
+
+    def cancel(self) -> None:
+        """Take it out of the line: by a CancelledError in its task. Not while it is asked: that the runtime cancels."""
+        if self.task is not None and not self.is_canceled:
+            self.is_canceled = True
+            self.task.cancel()
+
+
+class Asker:
+    """Puts requests to the runtime, across its deaths."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._door = asyncio.Lock()  # one at a time tries again where the runtime has no slot
+
+    async def until_taken(self, request: Request) -> Reply:
+        """The answer to a request, asked again as long as there is no slot or no runtime. Raises Refused."""
+        reply = await self._when_up(request)
+        while has_no_slot(reply):
+            reply.close()
+            async with self._door:
+                asking = await self._try_again(request)
+            reply = await asking
+        return reply
+
+    async def once(self, route: Route, headers: Mapping[str, str], content: bytes = b"") -> Reply:
+        """The runtime's answer, its content not read yet. Raises Refused where there is none."""
+        try:
+            return await self._send(route, headers, content)
+        except NotReached:
+            raise Refused(503, "the server is being started; try again") from None
+        except Unanswered:
+            raise _interrupted() from None
+
+    async def _try_again(self, request: Request) -> asyncio.Future[Reply]:
+        """Ask until the runtime takes the request; the request may still be on its way to an answer."""
+        pause = _FIRST_PAUSE_S
+        while True:
+            await asyncio.sleep(pause)
+            asking = asyncio.ensure_future(self._when_up(request))
+            try:
+                await asyncio.wait({asking}, timeout=_TAKEN_S)
+            except asyncio.CancelledError:
+                asking.cancel()
+                raise
+            if not asking.done() or not has_no_slot(asking.result()):
+                return asking
+            asking.result().close()
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    async def _when_up(self, request: Request) -> Reply:
+        """Ask once there is a runtime, and once more where it died before it answered.
+
+        What was sent may be what it died of. And a runtime may have begun, by its webhooks or in the background, what
+        must not be done twice; any other prediction is nothing but its answer.
+        """
+        while True:
+            await self._runtime.until_up()
+            life = self._runtime.num_lives
+            try:
+                return await self._ask(request)
+            except NotReached:
+                await asyncio.sleep(_LONGEST_PAUSE_S)  # that it has died is noticed in a moment
+            except Unanswered:
+                if not request.may_repeat or not await self._runtime.ends(life):
+                    raise _interrupted() from None
+                request.may_repeat = False
+
+    async def _ask(self, request: Request) -> Reply:
+        """Ask, and keep in the request what the runtime may know of it. Raises NotReached, Unanswered."""
+        request.is_asked = True
+        taken = asyncio.get_running_loop().call_later(_TAKEN_S, request.taken.set)
+        try:
+            reply = await self._send(request.route, request.headers, request.body.content)
+        except BaseException:
+            request.is_asked = False
+            request.taken.clear()
+            raise
+        finally:
+            taken.cancel()
+        if has_no_slot(reply):
+            request.is_asked = False
+            request.taken.clear()
+        else:
+            request.taken.set()
+        return reply
+
+    async def _send(self, route: Route, headers: Mapping[str, str], content: bytes) -> Reply:
+        passed = {name: headers[name] for name in _PASSED if name in headers}
+        if content:
+            passed["content-type"] = "application/json"
+        method = {"look": "GET", "cancel": "POST"}.get(route.kind, "PUT" if route.id else "POST")
+        return await exchange(self._runtime.host, self._runtime.port, method, route.path, passed, content)
+
+
+def has_no_slot(reply: Reply) -> bool:
+    return reply.status == 409
+
+
+def _interrupted() -> Refused:
+    return Refused(503, "the server was interrupted; try again")

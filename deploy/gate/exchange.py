@@ -1,0 +1,106 @@
+"""One request to the runtime and its answer, over a connection of its own.
+
+A connection that is kept for the next request may be dead by then, which cannot be told from a runtime that took the
+request and died. Only what Cog's runtime sends is understood: an HTTP client's layers cost more than all else that the
+gate does with a streamed piece.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping
+
+_PART_BYTES = 1 << 16
+
+
+class NotReached(Exception):
+    """Nobody listens at the runtime's address: nothing was sent."""
+
+
+class Unanswered(Exception):
+    """The request was sent, and the connection broke before the head of an answer came."""
+
+
+class BrokenOff(Exception):
+    """An answer ended in the middle."""
+
+
+class Reply:
+    """The runtime's answer: `status`, `headers` with names in lower case, and its content, which is read but once."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self._reader, self._writer = reader, writer
+
+    async def read_head(self) -> None:
+        """Raises OSError, EOFError, ValueError, asyncio.LimitOverrunError."""
+        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        first, *lines = head.strip().split("\r\n")
+        _, status, *_ = first.split()
+        self.status = int(status)
+        fields = (line.partition(":") for line in lines)
+        self.headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The content, whole chunks of it, as they come. Raises BrokenOff."""
+        is_chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+        left, waiting = float(self.headers.get("content-length", math.inf)), b""
+        try:
+            while left > 0:
+                data = await self._reader.read(_PART_BYTES)
+                if not data and (is_chunked or left < math.inf):
+                    raise BrokenOff("the connection ended within an answer")
+                if is_chunked:
+                    data, waiting, has_ended = take_chunks(waiting + data)
+                    left = 0 if has_ended else left
+                elif not data:
+                    return
+                left -= len(data)
+                if data:
+                    yield data
+        except (OSError, ValueError):
+            raise BrokenOff("the connection broke, or what came is no HTTP") from None
+
+    def close(self) -> None:
+        """Done with it. Where the answer is not complete the runtime ends what it does for it."""
+        self._writer.close()
+
+
+def take_chunks(coded: bytes) -> tuple[bytes, bytes, bool]:
+    """Of bytes in HTTP's chunked coding: the content of all whole chunks, what follows them, whether the end was there.
+
+    Raises ValueError for what is not in that coding.
+    """
+    parts, at = [], 0
+    while (line_end := coded.find(b"\r\n", at)) >= 0:
+        size = int(coded[at:line_end], 16)
+        end = line_end + 2 + size
+        if size == 0:
+            return b"".join(parts), b"", True
+        if len(coded) < end + 2:
+            break
+        parts.append(coded[line_end + 2 : end])
+        at = end + 2
+    return b"".join(parts), coded[at:], False
+
+
+async def exchange(host: str, port: int, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Reply:
+    """Send a request; returns once the answer's head is there. Raises NotReached, Unanswered."""
+    try:
+        reader, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        raise NotReached(f"nobody listens at {host}:{port}") from None
+    reply = Reply(reader, writer)
+    sent = {"host": f"{host}:{port}", "connection": "close", "content-length": str(len(body)), **headers}
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in sent.items()), "", ""]
+    try:
+        writer.write("\r\n".join(lines).encode("latin-1"))
+        writer.write(body)
+        await reply.read_head()
+    except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):
+        reply.close()
+        raise Unanswered("the connection ended before an answer began") from None
+    except BaseException:
+        reply.close()
+        raise
+    return reply
