@@ -55,7 +55,8 @@ class Predictor(BaseRunner):
     @streaming
     async def run(
         self,
-        prompt: str = Input(description="The instruction, or the whole text where prompt_template is {prompt}"),
+        prompt: str = Input(default="", description="The instruction, or the whole text where prompt_template is {prompt}; give this or messages"),
+        messages: list[dict] = Input(default=[], description="A conversation in place of a prompt: objects with a role (system, user, assistant) and a content, for the model's own chat template"),
         input: str = Input(default="", description="Context for the instruction; not empty selects the template with an input"),
         prompt_template: str = Input(default="alpaca", description="alpaca, or a text that holds {prompt} and optionally {input}; {prompt} alone sends the text as it is"),
         n: int = Input(default=1, ge=1, le=5, description="Number of completions"),
