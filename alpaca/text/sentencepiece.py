@@ -16,6 +16,7 @@ from alpaca.errors import InputError
 from alpaca.files.atomic import write_json, write_text
 from alpaca.files.reading import read_json
 from alpaca.text.added_tokens import AddedToken, SpecialNames, read_added_tokens, read_special_names
+from alpaca.text.chat.files import TEMPLATE_FILE
 from alpaca.text.markers import MarkedEncoder
 from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer, tokenizer_summary
 from alpaca.text.written import add_listed, read_written
@@ -151,6 +152,8 @@ class SentencePieceTokenizer(Tokenizer):
             adds_space=self._adds_space,
             max_length=max_length,
         )
+        if self.chat_template is not None:
+            write_text(folder / TEMPLATE_FILE, self.chat_template.source)
 
     def _set_special_tokens(self, names: SpecialNames) -> None:
         """Sets the ids of the special tokens. What `names` says is not followed where it is a known mistake."""

@@ -119,6 +119,6 @@ def _refuse_suspicious(messages: Sequence[Message], tokens: Sequence[str]) -> No
 def _has_part(content: str, token: str) -> bool:
     """Whether a token, or a part of one that something beside it could complete, stands in a content."""
     bare = content.strip()
-    if token in content or (bare and bare in token):
+    if token in content or (bare in token and bare and not bare.isalnum()):
         return True
     return any(bare.endswith(token[:cut]) or bare.startswith(token[cut:]) for cut in range(1, len(token)))

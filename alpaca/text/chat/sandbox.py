@@ -19,7 +19,7 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_SECONDS = 2.0  # of processor time, for one text
-MOST_BYTES = 1 << 30  # of address space, the interpreter's own included
+MOST_BYTES = 1 << 29  # of address space, the interpreter's own included
 MOST_CHARACTERS = 1 << 23  # of one text
 _SIZE_BYTES = 8  # a message begins with its length
 
