@@ -34,8 +34,8 @@ def parse_arguments(arguments: list[str] | None = None) -> ConvertConfig:
     add(
         "--instruct",
         action="store_true",
-        help="an Instruct or Chat release: with its chat template, and Llama 3's end of a turn ends an answer (default: "
-        "by the folder's name)",
+        help="an Instruct or Chat release: with its chat template, and the end of a turn ends an answer "
+        "(default: by the folder's name)",
     )
     add("--num_shards", type=positive, help="checked against the files")
     add("--dtype", choices=["auto", *FLOAT_DTYPES], default="auto", help="auto: as in the checkpoint")

@@ -31,7 +31,9 @@ class MarkedEncoder:
 
         self._backend = backend
         listed = {token.content: (token_id, token) for token_id, token in backend.get_added_tokens_decoder().items()}
-        names = sorted(listed.keys() & set(control_tokens), key=len, reverse=True)  # of two that begin alike, the longer
+        names = sorted(
+            listed.keys() & set(control_tokens), key=len, reverse=True
+        )  # of two that begin alike, the longer
         self.control_tokens = tuple(names)
         self._keys = dict(zip(names, _draw_keys(), strict=False))
         backend.encode_special_tokens = True
@@ -56,7 +58,9 @@ class MarkedEncoder:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text made by `with_keys`; nothing is put before or after it."""
-        return [self._ids.get(token_id, token_id) for token_id in self._backend.encode(text, add_special_tokens=False).ids]
+        return [
+            self._ids.get(token_id, token_id) for token_id in self._backend.encode(text, add_special_tokens=False).ids
+        ]
 
     def _parts(self, marked: MarkedText) -> Iterator[str]:
         done = 0

@@ -13,9 +13,7 @@ from alpaca.text.prompts import alpaca_prompt
 from alpaca.text.tokenizer import Tokenizer
 
 
-def encode_chat(
-    messages: Sequence[Message], tokenizer: Tokenizer, most_tokens: int
-) -> list[int]:
+def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer, most_tokens: int) -> list[int]:
     """The ids of a conversation, up to where its answer begins; the template alone says whether BOS stands first.
 
     Without a template one message of a user is the instruction of an Alpaca prompt. Raises InputError, and

@@ -1,15 +1,15 @@
 """Whose control tokens are those in a rendered conversation: the template's, or written in a client's contents?
 
-A template may trim contents, cut them, join them, or show them as JSON, so where they are is not known beforehand. It is
-found by rendering a second time, with characters of the contents exchanged, one for one, for characters that nobody else
-uses. If the result is the first text once they are changed back, then each of them stands where a content's character
-stands in it, and a control token without any of them is the template's own.
+A template may trim contents, cut them, join them, or show them as JSON, so where they are is not known beforehand. It
+is found by rendering a second time, with characters of the contents exchanged, one for one, for characters that nobody
+else uses. If the result is the first text once they are changed back, then each of them stands where a content's
+character stands in it, and a control token without any of them is the template's own.
 
 1. All characters that occur in the control tokens are exchanged: then no content has a part in what is found.
 2. Where a template looks into contents (it cuts off what comes before `</think>`), the text comes out another one. Then
    the words that stand in its own expressions stay as they are, unless they have to do with a control token.
-3. Where a template changes contents in yet another way (upper case), all control tokens are the template's if no content
-   has one or the beginning or the end of one, in whatever case. Otherwise the messages are refused.
+3. Where a template changes contents in yet another way (upper case), all control tokens are the template's if no
+   content has one or the beginning or the end of one, in whatever case. Otherwise the messages are refused.
 """
 
 import re
@@ -80,9 +80,7 @@ def _undo(text: str, exchange: dict[int, str]) -> str:
 
 def _words_to_keep(words: Collection[str], tokens: Sequence[str]) -> re.Pattern[str] | None:
     """The template's words of more than one letter that hold no token and are no part of one, the longest first."""
-    harmless = [
-        word for word in words if len(word) > 1 and not any(word in token or token in word for token in tokens)
-    ]
+    harmless = [word for word in words if len(word) > 1 and not any(word in token or token in word for token in tokens)]
     return re.compile("|".join(map(re.escape, sorted(harmless, key=len, reverse=True)))) if harmless else None
 
 

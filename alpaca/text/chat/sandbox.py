@@ -38,7 +38,7 @@ class _GenerationBlocks(jinja2.ext.Extension):
     The content is a block called, not statements put in its place, since a variable set in it is not seen after it.
     """
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})
 
     def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -14,7 +14,7 @@ FLAGS_OF_2 = ("--llama_version", "2")
 
 
 def llama_2_chat(messages: list[dict], bos: list[int], eos: list[int], encode) -> list[int]:
-    """As Meta's llama/generation.py has it: each exchange is tokenized by itself, BOS before it, EOS after the answer."""
+    """As Meta's llama/generation.py has it: each exchange is tokenized by itself, between BOS and EOS."""
     messages = [dict(message) for message in messages]
     if messages[0]["role"] == "system":
         system = messages.pop(0)["content"]

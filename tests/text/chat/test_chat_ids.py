@@ -24,7 +24,7 @@ LONG = 1 << 20
 
 
 def sentencepiece(folder: Path, model: Path, **config: object) -> None:
-    """LLaMA's tokenizer with the templates' tokens added, as this project writes it, or under a class of transformers."""
+    """LLaMA's tokenizer with the templates' tokens added, as this project writes it, or under another class."""
     start = SentencePieceProcessor(model_file=str(model)).get_piece_size()
     added = {token: start + number for number, token in enumerate(CONTROL_TOKENS)}
     write_llama_tokenizer(model, folder, added=added)
@@ -208,7 +208,9 @@ def test_parts_that_make_a_token_together_are_text(ours):
 def test_contents_changed_beyond_recognition_are_refused_where_they_hold_a_token(ours):
     tokenizer, source = ours["byte-level"], TEMPLATES["upper case"]
     for content in ("x <|us ", "er|> x", "<|user|>"):
-        with pytest.raises(InputError, match=r"messages\[0\]: the content holds '<\|user\|>', or a part of it at an end"):
+        with pytest.raises(
+            InputError, match=r"messages\[0\]: the content holds '<\|user\|>', or a part of it at an end"
+        ):
             chat(tokenizer, source, [{"role": "user", "content": content}])
     for content in ("a < b | c", "<|USER|>", "</S>"):  # the last two are as they were, so that it is known where
         ids = chat(tokenizer, source, [{"role": "user", "content": content}])

@@ -99,7 +99,9 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", HUGE)
 def test_a_template_that_makes_too_much_is_stopped(renderer, name):
-    stopped = r"makes more than 8,388,608 characters .* or needs too much memory|takes more than 2 s"  # whichever is first
+    stopped = (
+        r"makes more than 8,388,608 characters .* or needs too much memory|takes more than 2 s"  # whichever is first
+    )
     with pytest.raises(InputError, match=stopped):
         render(renderer, HUGE[name], HELLO)
     assert render(renderer, "{{ messages[0].content }}", HELLO) == "hello"
