@@ -9,6 +9,7 @@ from typing import Any
 from alpaca.errors import InputError, PromptTooLong
 from alpaca.files.names import quote_name, quote_value
 from alpaca.serving.settings import BARE_BASE, DEFAULT_ADAPTER
+from alpaca.text.chat.files import ChatTemplate
 from alpaca.text.chat.messages import Message
 from alpaca.text.chat.prompt import encode_chat
 from alpaca.text.fitting import encode_within
@@ -137,10 +138,12 @@ class AdapterNames:
     """The adapters a request may ask for, by the names that the operator gave them. A request never names a path.
 
     default: the adapter of requests that name none; None: the base model alone.
+    templates: the chat templates of those that bring one; for all others the base model's holds.
     """
 
     named: tuple[str, ...] = ()
     default: str | None = None
+    templates: Mapping[str, ChatTemplate] = field(default_factory=dict)
 
     def resolve(self, asked: str | None) -> str | None:
         """The adapter that `replicate_weights` means; None for the base model. Raises InputError for another name."""
@@ -174,7 +177,8 @@ def make_request(
     """
     inputs.check()
     adapter = adapters.resolve(inputs.replicate_weights)
-    prompt_ids = tuple(_encode(inputs, tokenizer, max_context))
+    template = adapters.templates.get(adapter or "", tokenizer.chat_template)
+    prompt_ids = tuple(_encode(inputs, tokenizer, template, max_context))
     if not prompt_ids:
         raise InputError("the prompt is empty and this model's tokenizer has no BOS token: give at least one character")
     return Request(
@@ -187,9 +191,11 @@ def make_request(
     )
 
 
-def _encode(inputs: PredictionInputs, tokenizer: Tokenizer, max_context: int) -> list[int]:
+def _encode(
+    inputs: PredictionInputs, tokenizer: Tokenizer, template: ChatTemplate | None, max_context: int
+) -> list[int]:
     if inputs.messages:
-        return encode_chat(inputs.messages, tokenizer, max_context)
+        return encode_chat(inputs.messages, tokenizer, template, max_context)
     text = format_prompt(inputs.prompt, inputs.input, inputs.prompt_template)
     return [*tokenizer.prefix_ids, *encode_within(tokenizer, text, max_context)]
 

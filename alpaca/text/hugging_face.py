@@ -61,10 +61,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def marked_encoder(self) -> MarkedEncoder:
         from tokenizers import Tokenizer as Backend
 
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if not isinstance(backend, Backend):
+        try:
+            copy = Backend.from_str(self._tokenizer.backend_tokenizer.to_str())
+        except Exception:  # no such backend, or one with steps in Python: the library has no class for that error
             return super().marked_encoder
-        copy = Backend.from_str(backend.to_str())
         listed = (token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special)
         return MarkedEncoder(copy, [*self._tokenizer.all_special_tokens, *listed])
 

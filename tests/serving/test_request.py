@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 
 from alpaca.errors import InputError, PromptTooLong
 from alpaca.serving.request import PredictionInputs, make_request, strips_leading_space
+from alpaca.serving.served_model import adapter_names
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import alpaca_prompt
 
@@ -51,6 +53,21 @@ def test_messages_are_a_prompt(tokenizer):
     made = request(tokenizer, prompt="", messages=CHAT)
     assert made.prompt_ids == request(tokenizer, prompt="hi").prompt_ids  # this folder has no template
     assert strips_leading_space(PredictionInputs.from_mapping({"messages": CHAT}))
+
+
+def test_an_adapters_own_chat_template_holds(tokenizer, tmp_path):
+    for name, source in {"a": "A{{ messages[0].content }}", "b": None}.items():
+        (tmp_path / name).mkdir()
+        if source:
+            (tmp_path / name / "chat_template.jinja").write_text(source)
+    folders = {name: SimpleNamespace(path=tmp_path / name) for name in ("a", "b")}
+    inputs = {name: PredictionInputs.from_mapping({"messages": CHAT, "replicate_weights": name}) for name in folders}
+    made = {
+        name: make_request(asked, tokenizer, max_context=512, adapters=adapter_names(folders)).prompt_ids
+        for name, asked in inputs.items()
+    }
+    assert made["a"] == tuple(tokenizer.encode("Ahi"))
+    assert made["b"] == request(tokenizer, prompt="hi").prompt_ids  # the base has no template
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from alpaca.errors import InputError
 from alpaca.files.names import quote_name
+from alpaca.text.chat.files import ChatTemplate
 from alpaca.text.chat.messages import Message, check_messages, joined, texts_of
 from alpaca.text.chat.provenance import check_roles, mark_own
 from alpaca.text.chat.renderer import RENDERER, TemplateFailed
@@ -13,7 +14,9 @@ from alpaca.text.prompts import alpaca_prompt
 from alpaca.text.tokenizer import Tokenizer
 
 
-def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer, most_tokens: int) -> list[int]:
+def encode_chat(
+    messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate | None, most_tokens: int
+) -> list[int]:
     """The ids of a conversation, up to where its answer begins; the template alone says whether BOS stands first.
 
     Without a template one message of a user is the instruction of an Alpaca prompt. Raises InputError, and
@@ -21,11 +24,14 @@ def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer, most_tokens: 
     """
     check_messages(messages)
     refuse_by_characters(tokenizer, sum(len(text) for message in messages for text in texts_of(message)), most_tokens)
-    template = tokenizer.chat_template
     if template is None:
         return [*tokenizer.prefix_ids, *encode_within(tokenizer, _alpaca_text(messages), most_tokens)]
+
+    def read_words() -> frozenset[str]:
+        return RENDERER.read_words(template)
+
     encoder = tokenizer.marked_encoder
-    check_roles(messages, encoder.control_tokens)
+    check_roles(messages, encoder.control_tokens, read_words=read_words)
     now, values = time.time(), tokenizer.named_tokens  # one moment, so that the same messages give the same text
 
     def render(messages: Sequence[Message]) -> str:
@@ -36,7 +42,7 @@ def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer, most_tokens: 
         text,
         messages,
         render=render,
-        read_words=lambda: RENDERER.read_words(template),
+        read_words=read_words,
         encoder=encoder,
     )
     return encode_within(tokenizer, encoder.with_keys(marked), most_tokens, encode=encoder.encode)

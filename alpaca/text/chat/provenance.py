@@ -49,11 +49,16 @@ def mark_own(
     return MarkedText(text, written)
 
 
-def check_roles(messages: Sequence[Message], control_tokens: Iterable[str]) -> None:
-    """Raise InputError for a role that could complete a control token: templates write some as `<|` + role + `|>`."""
+def check_roles(
+    messages: Sequence[Message], control_tokens: Iterable[str], *, read_words: Callable[[], Collection[str]]
+) -> None:
+    """Raise InputError for a role that could complete a control token: templates write some as `<|` + role + `|>`.
+
+    The roles that everybody knows, and those that the template asks for by name, are meant to.
+    """
     folded = [token.casefold() for token in control_tokens]
-    for role in {message["role"] for message in messages} - set(STANDARD_ROLES):
-        if any(role.casefold() in token for token in folded):
+    for role in sorted({message["role"] for message in messages} - set(STANDARD_ROLES)):
+        if any(role.casefold() in token for token in folded) and role not in read_words():
             raise InputError(
                 f"messages: the role {quote_name(role)} is part of a control token of this model; roles are "
                 f"{', '.join(STANDARD_ROLES[:4])}, or other names"

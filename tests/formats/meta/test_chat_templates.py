@@ -50,11 +50,11 @@ def test_llama_2_chats_format(tmp_path, tokenizers, folder, flags):
     tokenizer = load_tokenizer(model)
     for messages in conversations(60, seed="llama 2", further=("</s>", "<s>", "[/INST]", "<<SYS>>")):
         expected = llama_2_chat(messages, [tokenizer.bos_id], [tokenizer.eos_id], tokenizer.encode)
-        assert encode_chat(messages, tokenizer, 10_000) == expected
+        assert encode_chat(messages, tokenizer, tokenizer.chat_template, 10_000) == expected
     user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
     for wrong in ([assistant], [user, user], [user, assistant, assistant], [user, {**user, "role": "system"}]):
         with pytest.raises(InputError, match="roles must alternate: user, assistant, user and so on"):
-            encode_chat(wrong, tokenizer, 10_000)
+            encode_chat(wrong, tokenizer, tokenizer.chat_template, 10_000)
     copied = (tmp_path / "out" / "tokenizer" / "chat_template.jinja").read_bytes()
     assert copied == (model / "chat_template.jinja").read_bytes()
 
@@ -65,7 +65,7 @@ def test_llama_3_instructs_format(tmp_path, tokenizers, name):
     tokenizer = load_tokenizer(model)
     for messages in conversations(60, seed=name, further=("<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>")):
         expected = llama_3_instruct(messages, tokenizer.special_id, tokenizer.encode)
-        assert encode_chat(messages, tokenizer, 10_000) == expected
+        assert encode_chat(messages, tokenizer, tokenizer.chat_template, 10_000) == expected
     ends = json.loads((model / "generation_config.json").read_text())["eos_token_id"]
     assert tokenizer.special_id("<|eot_id|>") in ends
 
@@ -78,7 +78,7 @@ def test_transformers_renders_them_alike(tmp_path, tokenizers):
         ours, theirs = load_tokenizer(model), AutoTokenizer.from_pretrained(model)
         for messages in conversations(20, seed=name):
             expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-            assert encode_chat(messages, ours, 10_000) == expected
+            assert encode_chat(messages, ours, ours.chat_template, 10_000) == expected
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,7 @@ def theirs(folders) -> dict:
 
 
 def chat(tokenizer: Tokenizer, source: str, messages: list[dict], most_tokens: int = LONG) -> list[int]:
-    tokenizer.chat_template = ChatTemplate(source, Path("chat_template.jinja"))
-    return encode_chat(messages, tokenizer, most_tokens)
+    return encode_chat(messages, tokenizer, ChatTemplate(source, Path("chat_template.jinja")), most_tokens)
 
 
 def their_ids(tokenizer, source: str, messages: list[dict]) -> list[int]:
@@ -226,6 +225,14 @@ def test_a_role_that_would_complete_a_token_is_refused(ours, role):
         chat(ours["byte-level"], TEMPLATES["markers made of roles"], [{"role": role, "content": "x"}])
 
 
+def test_a_role_that_the_template_knows_may_complete_a_token(ours):
+    tokenizer = ours["byte-level"]
+    source = TEMPLATES["markers made of roles"] + "{% if messages[0].role == 'end' %}!{% endif %}"
+    ids = chat(tokenizer, source, [{"role": "end", "content": "x"}])
+    names = ("<s>", "<|end|>", "<|end|>", "<|assistant|>")
+    assert special(tokenizer, ids) == [tokenizer.special_id(name) for name in names]
+
+
 def test_bos_stands_there_once(ours):
     for tokenizer in ours.values():
         for name in ("header tokens", "system merged into the first user's turn"):
@@ -268,16 +275,15 @@ def test_the_tokenizer_keeps_its_template(sentencepiece_model, tmp_path):
 
 def test_without_a_template_one_user_gets_the_alpaca_prompt(ours):
     tokenizer = ours["SentencePiece"]
-    tokenizer.chat_template = None
     expected = [tokenizer.bos_id, *tokenizer.encode(alpaca_prompt("Name three."))]
-    assert encode_chat([{"role": "user", "content": "Name three."}], tokenizer, LONG) == expected
+    assert encode_chat([{"role": "user", "content": "Name three."}], tokenizer, None, LONG) == expected
     parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "three."}]
-    assert encode_chat([{"role": "user", "content": parts}], tokenizer, LONG) == expected
+    assert encode_chat([{"role": "user", "content": parts}], tokenizer, None, LONG) == expected
     user, system = {"role": "user", "content": "x"}, {"role": "system", "content": "y"}
     with pytest.raises(InputError, match="room for one message of a user; found a system message"):
-        encode_chat([system, user], tokenizer, LONG)
+        encode_chat([system, user], tokenizer, None, LONG)
     with pytest.raises(InputError, match="room for one message of a user; found 3 messages, the first by 'user'"):
-        encode_chat([user, {**user, "role": "assistant"}, user], tokenizer, LONG)
+        encode_chat([user, {**user, "role": "assistant"}, user], tokenizer, None, LONG)
 
 
 @pytest.mark.parametrize(
