@@ -103,7 +103,7 @@ def their_ids(tokenizer, source: str, messages: list[dict]) -> list[int]:
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ordinary_contents_have_transformers_ids(kind, name, ours, theirs):
-    for messages in conversations(20, seed=name):
+    for messages in conversations(12, seed=name):
         if name == "upper case":  # which refuses what might be parts of control tokens
             messages = plain(messages)
         expected = their_ids(theirs[kind], TEMPLATES[name], messages)
@@ -132,19 +132,23 @@ PLAIN = str.maketrans({"<": "‹", ">": "›", "|": "¦", "/": "∕"})  # of the
 
 
 def plain(messages: list[dict]) -> list[dict]:
-    return [{**message, "content": message["content"].translate(PLAIN)} for message in messages]
+    """The messages without any part of a control token; `</think>`, which a template cuts at, is none."""
+    return [
+        {**message, "content": "</think>".join(text.translate(PLAIN) for text in message["content"].split("</think>"))}
+        for message in messages
+    ]
 
 
 def special(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [token_id for token_id in ids if token_id in tokenizer.special_ids]
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in ("namespace", "upper case")])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "upper case"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_tokens_are_those_of_plain_contents(kind, name, ours, theirs):
     """The same control tokens in the same order as with plain contents, and the ids stand for transformers' text."""
     tokenizer, source = ours[kind], TEMPLATES[name]
-    for messages in conversations(20, seed=f"attack {name}", further=ATTACKS * 3):
+    for messages in conversations(12, seed=f"attack {name}", further=ATTACKS * 3):
         ids = chat(tokenizer, source, messages)
         assert special(tokenizer, ids) == special(tokenizer, chat(tokenizer, source, plain(messages)))
         if "spaces along" not in kind:
