@@ -10,6 +10,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from alpaca.errors import InputError, PromptTooLong
+from alpaca.serving.llama.weights import TAKEN
 from alpaca.text.chat.files import ChatTemplate
 from alpaca.text.chat.prompt import encode_chat
 from alpaca.text.loading import load_tokenizer
@@ -17,6 +18,7 @@ from alpaca.text.prompts import alpaca_prompt
 from alpaca.text.sentencepiece import write_llama_tokenizer
 from alpaca.text.tiktoken import TiktokenModel
 from alpaca.text.tokenizer import Tokenizer
+from alpaca.text.written import stands_as_written
 from tests.text.chat.conversations import CONTROL_TOKENS, TEMPLATES, conversations
 from tests.text.test_tiktoken_files import write_tiktoken
 
@@ -28,6 +30,8 @@ def sentencepiece(folder: Path, model: Path, **config: object) -> None:
     start = SentencePieceProcessor(model_file=str(model)).get_piece_size()
     added = {token: start + number for number, token in enumerate(CONTROL_TOKENS)}
     write_llama_tokenizer(model, folder, added=added)
+    if model_type := config.pop("model_type", None):
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     if config:
         file = folder / "tokenizer_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
@@ -63,6 +67,12 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "LlamaTokenizer": lambda folder, model: sentencepiece(folder, model, tokenizer_class="LlamaTokenizerFast"),
     "LlamaTokenizer, legacy": lambda folder, model: sentencepiece(
         folder, model, tokenizer_class="LlamaTokenizer", legacy=True
+    ),
+    "LlamaTokenizer, Mistral": lambda folder, model: sentencepiece(
+        folder, model, tokenizer_class="LlamaTokenizer", legacy=False, model_type="mistral"
+    ),
+    "CodeLlamaTokenizer": lambda folder, model: sentencepiece(
+        folder, model, tokenizer_class="CodeLlamaTokenizer", model_type="llama"
     ),
     "byte-level": lambda folder, model: byte_level(folder),
     "byte-level, tokens take spaces along": lambda folder, model: byte_level(folder, lstrip=True, rstrip=True),
@@ -108,6 +118,15 @@ def test_ordinary_contents_have_transformers_ids(kind, name, ours, theirs):
             messages = plain(messages)
         expected = their_ids(theirs[kind], TEMPLATES[name], messages)
         assert chat(ours[kind], TEMPLATES[name], messages) == expected, messages
+
+
+def test_which_models_files_stand_as_written_is_transformers_list():
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    for model_type in [*TAKEN, "internlm2", "deepseek_v3", "gpt2"]:
+        registered = (TOKENIZER_MAPPING_NAMES.get(model_type) or "").removesuffix("Fast")
+        whole = registered in ("TokenizersBackend", "PythonBackend", "PreTrainedTokenizerFast", "MistralCommonBackend")
+        assert stands_as_written(model_type) == whole, model_type
 
 
 def test_real_vocabulary_has_transformers_ids(real, tmp_path):
