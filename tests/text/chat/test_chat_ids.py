@@ -207,6 +207,18 @@ def test_a_template_that_cuts_contents_still_leaves_their_tokens_text(ours):
     assert backend.decode(ids) == "<s><|user|><|assistant|>a</s><|assistant|>b<|user|></s></s><|user|>c!<|assistant|>"
 
 
+def test_parts_of_tokens_in_a_templates_words_are_exchanged(ours):
+    """The template writes `<|` and `|>` itself, and cuts contents, so that its words are left in them."""
+    tokenizer = ours["byte-level"]
+    source = (
+        "{% for message in messages %}{{ '<|' + ('user' if message.role == 'user' else 'assistant') + '|>' }}"
+        "{{ message.content.split('</think>')[-1] }}{% endfor %}<|assistant|>"
+    )
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b</think>c<|user|>d"}]
+    names = [tokenizer.special_id(name) for name in ("<|user|>", "<|assistant|>", "<|assistant|>")]
+    assert special(tokenizer, chat(tokenizer, source, messages)) == names
+
+
 def test_a_template_that_takes_something_out_of_contents_makes_no_token_of_the_rest(ours):
     tokenizer = ours["byte-level"]
     source = "<|user|>{{ messages[0].content | replace('</think>', '') }}<|end|>"
