@@ -85,7 +85,9 @@ def _undo(text: str, exchange: dict[int, str]) -> str:
 
 def _words_to_keep(words: Collection[str], tokens: Sequence[str]) -> re.Pattern[str] | None:
     """The template's words of more than one letter that hold no token and are no part of one, the longest first."""
-    harmless = [word for word in words if len(word) > 1 and not any(word in token or token in word for token in tokens)]
+    harmless = [
+        word for word in words if len(word) > 1 and not any(word in token or _has_part(word, token) for token in tokens)
+    ]
     return re.compile("|".join(map(re.escape, sorted(harmless, key=len, reverse=True)))) if harmless else None
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.errors import InputError, ServiceFailed
-from alpaca.text.chat import sandbox
+from alpaca.text.chat import wire
 from alpaca.text.chat.files import ChatTemplate
 
 _ROOT = Path(__file__).resolve().parents[3]
+_SANDBOX = "alpaca.text.chat.sandbox"
 _MOST_WAITING_S = 60.0  # of wall-clock time: far more than the process's own limit, on the busiest machine
 _SHOWN_CHARACTERS = 500
 
@@ -55,7 +56,7 @@ class Renderer:
             raise InputError(f"this model's chat template refuses the messages: {_shorten(reply['refused'])}")
         if "too_long" in reply:
             raise InputError(
-                f"this model's chat template makes more than {sandbox.MOST_CHARACTERS:,} characters of the messages, "
+                f"this model's chat template makes more than {wire.MOST_CHARACTERS:,} characters of the messages, "
                 "or needs too much memory for it: send fewer or shorter ones"
             )
         if "broken" in reply:
@@ -74,10 +75,10 @@ class Renderer:
         assert process.stdout is not None
         reply = None
         try:
-            sandbox.write_message(process.stdin, request)
+            wire.write_message(process.stdin, request)
             with selectors.DefaultSelector() as selector:
                 selector.register(process.stdout, selectors.EVENT_READ)
-                reply = sandbox.read_message(process.stdout) if selector.select(_MOST_WAITING_S) else None
+                reply = wire.read_message(process.stdout) if selector.select(_MOST_WAITING_S) else None
         except OSError:  # it has ended; the line below says how
             pass
         if reply is None:
@@ -91,7 +92,7 @@ class Renderer:
         self._end()
         if status in (None, -signal.SIGPROF):
             return InputError(
-                f"this model's chat template takes more than {sandbox.MOST_SECONDS:g} s of processor time for the "
+                f"this model's chat template takes more than {wire.MOST_SECONDS:g} s of processor time for the "
                 "messages: send fewer or shorter ones"
             )
         return ServiceFailed(f"the process that renders chat templates ended with status {status}; try again")
@@ -99,7 +100,7 @@ class Renderer:
     def _start(self) -> subprocess.Popen[bytes]:
         self._end()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", sandbox.__name__], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", _SANDBOX], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         return self._process
 

@@ -18,10 +18,7 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MOST_SECONDS = 2.0  # of processor time, for one text
-MOST_BYTES = 1 << 29  # of address space, the interpreter's own included
-MOST_CHARACTERS = 1 << 23  # of one text
-_SIZE_BYTES = 8  # a message begins with its length
+from alpaca.text.chat.wire import MOST_BYTES, MOST_CHARACTERS, MOST_SECONDS, read_message, write_message
 
 
 class TemplateRefusal(jinja2.TemplateError):
@@ -104,22 +101,6 @@ def _raise(message: object) -> None:
 
 
 # The process ---------------------------------------------------------------------------------------------------------
-
-
-def read_message(stream: BinaryIO) -> dict[str, Any] | None:
-    """The next message, or None at the stream's end."""
-    head = stream.read(_SIZE_BYTES)
-    if len(head) < _SIZE_BYTES:
-        return None
-    body = stream.read(size := int.from_bytes(head, "big"))
-    return json.loads(body) if len(body) == size else None
-
-
-def write_message(stream: BinaryIO, message: Mapping[str, Any]) -> None:
-    """Send a message. Raises OSError where nobody reads."""
-    body = json.dumps(message).encode()
-    stream.write(len(body).to_bytes(_SIZE_BYTES, "big") + body)
-    stream.flush()
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
