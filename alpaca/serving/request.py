@@ -36,9 +36,9 @@ class PredictionInputs:
     """The Predictor's inputs: names, defaults and bounds. predict.py repeats them as literals; a test compares."""
 
     prompt: str = ""
-    messages: tuple[Message, ...] = ()
     input: str = ""
     prompt_template: str = _DEFAULT_TEMPLATE
+    messages: tuple[Message, ...] = ()
     n: int = _bounded(1, ge=1, le=5)
     max_new_tokens: int = _bounded(256, ge=1)
     min_new_tokens: int = _bounded(0, ge=0)
