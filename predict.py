@@ -55,9 +55,10 @@ class Predictor(BaseRunner):
     @streaming
     async def run(
         self,
-        prompt: str = Input(description="The instruction, or the whole text where prompt_template is {prompt}"),
+        prompt: str = Input(default="", description="The instruction, or the whole text where prompt_template is {prompt}; give this or messages"),
         input: str = Input(default="", description="Context for the instruction; not empty selects the template with an input"),
         prompt_template: str = Input(default="alpaca", description="alpaca, or a text that holds {prompt} and optionally {input}; {prompt} alone sends the text as it is"),
+        messages: list[dict] = Input(default=[], description="A conversation in place of a prompt: objects with a role (system, user, assistant) and a content, for the model's own chat template"),
         n: int = Input(default=1, ge=1, le=5, description="Number of completions"),
         max_new_tokens: int = Input(default=256, ge=1, description="Most tokens to generate, cut to the context that is left"),
         min_new_tokens: int = Input(default=0, ge=0, description="The answer does not end before this many tokens"),

@@ -31,7 +31,12 @@ def parse_arguments(arguments: list[str] | None = None) -> ConvertConfig:
     add("--model_size", help="its folder's name in input_dir, or the size in it: 7B (default: the only one there is)")
     add("--output_dir", type=Path, default=Path("weights"), help="gets llama-SIZE/ and tokenizer/")
     add("--llama_version", choices=releases.VERSIONS, help="the release, where the files do not say it")
-    add("--instruct", action="store_true", help="Llama 3: a turn's end ends an answer (default: by the folder's name)")
+    add(
+        "--instruct",
+        action="store_true",
+        help="an Instruct or Chat release: with its chat template, and the end of a turn ends an answer "
+        "(default: by the folder's name)",
+    )
     add("--num_shards", type=positive, help="checked against the files")
     add("--dtype", choices=["auto", *FLOAT_DTYPES], default="auto", help="auto: as in the checkpoint")
     add("--max_shard_size", default="5GB", help="largest safetensors file")

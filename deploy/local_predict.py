@@ -2,7 +2,8 @@
 
     script/predict -i prompt="tell me something about รามาเกียรติ์" -i temperature=0
 
-A list is given by repeating its name (-i stop=a -i stop=b), a text from a file as name=@file. Logs go to stderr.
+A list is given by repeating its name (-i stop=a -i stop=b), a list of objects as JSON
+(-i messages='[{"role": "user", "content": "hi"}]'), a text from a file as name=@file. Logs go to stderr.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def parse_inputs(pairs: list[str], properties: dict[str, Any]) -> dict[str, Any]
             raise InputError(f"no input is named {name!r}{hint}")
         value = _typed(name, _text(text), properties[name])
         if properties[name]["type"] == "array":
-            inputs.setdefault(name, []).append(value)
+            inputs.setdefault(name, []).extend(value if isinstance(value, list) else [value])
         else:
             inputs[name] = value
     return inputs
@@ -53,12 +54,25 @@ def _text(text: str) -> str:
 
 def _typed(name: str, text: str, entry: dict[str, Any]) -> Any:
     kind = entry["type"] if entry["type"] != "array" else entry["items"]["type"]
+    if kind == "object":
+        return _json(name, text, entry["type"])
     try:
         if kind == "boolean":
             return _TRUTH[text.lower()]
         return {"integer": int, "number": float, "string": str}[kind](text)
     except (ValueError, KeyError):
         raise InputError(f"{name} must be of type {kind}; found {text!r}") from None
+
+
+def _json(name: str, text: str, kind: str) -> Any:
+    """An object, or where a list of them is meant, the list or one of it."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name} must be JSON: {error}; found {text!r}") from None
+    if not isinstance(value, (dict, list) if kind == "array" else dict):
+        raise InputError(f"{name} must be {'a list of objects' if kind == 'array' else 'an object'}; found {text!r}")
+    return value
 
 
 def main() -> None:

@@ -196,6 +196,27 @@ MUTATIONS = [
         why="total_tokens does not count the prompt",
     ),
     Mutation(
+        path="alpaca/text/chat/provenance.py",
+        old="return MarkedText(text, encoder.find(disguised))",
+        new="return MarkedText(text, encoder.find(text))",
+        killed_by="tests/text/chat/test_chat_ids.py::test_control_tokens_are_those_of_plain_contents",
+        why="whoever writes <|im_end|> into a message ends a turn and begins another one in somebody else's name",
+    ),
+    Mutation(
+        path="alpaca/text/chat/provenance.py",
+        old="word in token or _has_part(word, token)",
+        new="token in word",
+        killed_by="tests/text/chat/test_chat_ids.py::test_parts_of_tokens_in_a_templates_words_are_exchanged",
+        why="a template that writes '<|' + role + '|>' and looks for </think> takes a content's tokens for its own",
+    ),
+    Mutation(
+        path="alpaca/text/markers.py",
+        old="backend.encode_special_tokens = True",
+        new="backend.encode_special_tokens = False",
+        killed_by="tests/text/chat/test_chat_ids.py::test_bos_stands_there_once",
+        why="control tokens in a message's content become ids",
+    ),
+    Mutation(
         path="alpaca/text/prompts.py",
         old='if input == "":',
         new="if not input.strip():",

@@ -135,6 +135,13 @@ def test_the_deciding_side_of_serving_needs_no_torch():
         assert not [n for n in imported(MODULES[f"alpaca.serving.{name}"]) if n.split(".")[0] == "torch"]
 
 
+def test_the_server_starts_without_the_template_language():
+    """Chat templates are rendered in another process."""
+    code = "import sys, alpaca.serving.request, alpaca.text.loading; print('jinja2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_commands_for_data_start_without_torch():
     """Its import would take most of their time."""
     code = "import sys, alpaca.data.generate_instruction, alpaca.data.report; print('torch' in sys.modules)"

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -124,6 +125,47 @@ def test_published_text_over_http(tmp_path, real):
         assert prediction["output"] == [expected]
         events = sse_events(server.url, {**RAW, "temperature": 0, "max_new_tokens": 256, "stream": True})
         assert "".join(chunks(events)) == expected
+
+
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{%- if message.role not in ('user', 'assistant') %}{{ raise_exception('no ' + message.role + ' here') }}{% endif %}
+{{- message.role }}: {{ message.content | trim }}
+{% endfor %}assistant:"""
+
+
+def test_a_conversation_over_http(llama_folder, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(llama_folder, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    said = [("user", " Name </s> one. "), ("assistant", "Alpaca"), ("user", "<s>More?")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    options = {"temperature": 0, "max_new_tokens": 20, "min_new_tokens": 20}
+    asked = {**options, "messages": messages}
+    text = "user: Name </s> one.\nassistant: Alpaca\nuser: <s>More?\nassistant:"
+    with running_server(["--weights", str(folder)], on_failure=print) as server:
+        by_prompt = server.predict({**RAW, **options, "prompt": text})  # where control tokens are text
+        whole = server.predict(asked)
+        assert whole["status"] == "succeeded", whole
+        assert [item.lstrip() for item in by_prompt["output"]] == whole["output"]
+        assert whole["metrics"]["prompt_tokens"] == by_prompt["metrics"]["prompt_tokens"]
+        assert "".join(chunks(sse_events(server.url, {**asked, "stream": True}))) == whole["output"][0]
+        in_turn = [server.predict({**asked, "n": 2})["output"], server.predict({**asked, "num_beams": 2})["status"]]
+        assert in_turn == [whole["output"] * 2, "succeeded"]
+        for wrong, message in [
+            ({**asked, "prompt": "x"}, "messages are the whole conversation: leave prompt out beside them"),
+            ({"messages": [{"role": "system", "content": "x"}]}, "template refuses the messages: no system here"),
+            ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "part of type 'image'"),
+            ({}, "give prompt, a text, or messages"),
+        ]:
+            prediction = server.predict(wrong)
+            assert (prediction["status"], message in prediction["error"]) == ("failed", True), prediction
+        for wrong in ("x", ["x"], {"role": "user"}):
+            assert httpx.post(f"{server.url}/predictions", json={"input": {"messages": wrong}}).status_code == 422
+        monkeypatch.setattr(local_predict, "running_server", lambda flags: contextlib.nullcontext(server))
+        monkeypatch.setattr(local_predict, "stop_children_on_sigterm", lambda: None)
+        given = [f"messages={json.dumps(messages)}", *(f"{name}={value}" for name, value in options.items())]
+        monkeypatch.setattr(sys, "argv", ["script/predict", *(part for pair in given for part in ("-i", pair))])
+        local_predict.main()
+        assert json.loads(capsys.readouterr().out) == whole["output"]
 
 
 def test_one_item_per_completion_and_metrics(server):
@@ -421,7 +463,7 @@ def test_too_long_a_prompt_fails_naming_both_lengths(server):
 
 @pytest.mark.parametrize(
     "input",
-    [{}, {"prompt": "x", "n": 6}, {"prompt": "x", "temperature": "hot"}, {"prompt": "x", "stop": "a"}, {"prompt": 3},
+    [{"prompt": "x", "n": 6}, {"prompt": "x", "temperature": "hot"}, {"prompt": "x", "stop": "a"}, {"prompt": 3},
      {"prompt": "x", "seed": -1}],
 )  # fmt: skip
 def test_the_schema_refuses_bad_inputs(server, input):

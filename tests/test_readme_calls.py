@@ -28,7 +28,13 @@ def free_port() -> int:
 
 
 WEBHOOK_PORT = free_port()
-WAYS = {"sync": "One answer", "stream": "A stream", "webhook": "A webhook", "cancel": "Cancelling"}
+WAYS = {
+    "sync": "One answer",
+    "stream": "A stream",
+    "chat": "A conversation",
+    "webhook": "A webhook",
+    "cancel": "Cancelling",
+}
 CALLING = ROOT / "docs" / "calling.md"
 
 
@@ -62,8 +68,17 @@ def adapter(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def server(llama_folder: Path, adapter: Path) -> Iterator[LocalServer]:
-    flags = ["--weights", str(llama_folder), "--adapters", f"legal={adapter}", "--concurrency", "8"]
+def chat_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a chat template."""
+    folder = shutil.copytree(llama_folder, tmp_path_factory.mktemp("chat") / "model")
+    template = "{% for message in messages %}{{ bos_token }}{{ message.role }}: {{ message.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(chat_folder: Path, adapter: Path) -> Iterator[LocalServer]:
+    flags = ["--weights", str(chat_folder), "--adapters", f"legal={adapter}", "--concurrency", "8"]
     flags += ["--webhooks", f"http://127.0.0.1:{WEBHOOK_PORT}/"]
     with running_server(flags, on_failure=print) as server:
         yield server
@@ -101,6 +116,13 @@ def test_curl_gets_a_stream(server: LocalServer):
 
 
 @needs_curl
+def test_curl_has_a_conversation(server: LocalServer):
+    prediction = json.loads(run(CURL["chat"], "sh", server))
+    assert prediction["status"] == "succeeded"
+    assert prediction["metrics"]["prompt_tokens"] > 20
+
+
+@needs_curl
 def test_curl_asks_for_a_webhook(server: LocalServer):
     with receiver() as received:
         assert json.loads(run(CURL["webhook"], "sh", server))["status"] == "starting"
@@ -130,6 +152,10 @@ def test_python_gets_an_answer(server: LocalServer):
 
 def test_python_gets_a_stream(server: LocalServer):
     assert len(run(PYTHON["stream"], "python", server)) > 5
+
+
+def test_python_has_a_conversation(server: LocalServer):
+    assert len(run(PYTHON["chat"], "python", server)) > 20
 
 
 def test_python_receives_a_webhook(server: LocalServer):

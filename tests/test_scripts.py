@@ -1,6 +1,7 @@
 """What a person types: flags mirror settings, inputs are typed by the schema, the pages list them."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -74,6 +75,30 @@ def test_inputs_are_typed_by_the_schema(tmp_path):
         "prompt": "from a file", "n": 2, "top_p": 0.5, "stream": True, "stop": ["a=b", ""],
     }  # fmt: skip
     assert local_predict.parse_inputs(["just text"], PROPERTIES) == {"prompt": "just text"}
+
+
+OBJECTS = {
+    "messages": {"type": "array", "items": {"type": "object"}},
+    "schema": {"type": "object"},
+}
+
+
+def test_objects_are_given_as_json(tmp_path):
+    user, system = {"role": "user", "content": "ก"}, {"role": "system", "content": "x"}
+    (tmp_path / "chat.json").write_text(json.dumps([system, user]), encoding="utf-8")
+    for pairs, expected in [
+        ([f"messages={json.dumps([user])}"], {"messages": [user]}),
+        ([f"messages={json.dumps(system)}", f"messages={json.dumps([user])}"], {"messages": [system, user]}),
+        ([f"messages=@{tmp_path / 'chat.json'}", 'schema={"a": 1}'], {"messages": [system, user], "schema": {"a": 1}}),
+    ]:
+        assert local_predict.parse_inputs(pairs, OBJECTS) == expected
+    for pair, message in [
+        ("messages=hi", "messages must be JSON: Expecting value.*found 'hi'"),
+        ("messages=3", "messages must be a list of objects; found '3'"),
+        ("schema=[]", r"schema must be an object; found '\[\]'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            local_predict.parse_inputs([pair], OBJECTS)
 
 
 @pytest.mark.parametrize(

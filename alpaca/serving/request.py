@@ -9,6 +9,9 @@ from typing import Any
 from alpaca.errors import InputError, PromptTooLong
 from alpaca.files.names import quote_name, quote_value
 from alpaca.serving.settings import BARE_BASE, DEFAULT_ADAPTER
+from alpaca.text.chat.files import ChatTemplate
+from alpaca.text.chat.messages import Message
+from alpaca.text.chat.prompt import encode_chat
 from alpaca.text.fitting import encode_within
 from alpaca.text.prompts import RAW_TEMPLATE, format_prompt
 from alpaca.text.tokenizer import Tokenizer
@@ -18,6 +21,7 @@ _OTHER_NAMES = {
     "max_length": "max_new_tokens, or total_tokens, which counts the prompt, too",
     "max_tokens": "max_new_tokens",
 }
+_DEFAULT_TEMPLATE = "alpaca"
 MOST_STOPS = 64
 MOST_STOP_CHARACTERS = 256  # of one stop text
 _LARGEST_SEED = 2**53  # the largest whole number that survives as a JSON number everywhere
@@ -31,9 +35,10 @@ def _bounded(default: Any, *, ge: float | None = None, le: float | None = None) 
 class PredictionInputs:
     """The Predictor's inputs: names, defaults and bounds. predict.py repeats them as literals; a test compares."""
 
-    prompt: str
+    prompt: str = ""
     input: str = ""
-    prompt_template: str = "alpaca"
+    prompt_template: str = _DEFAULT_TEMPLATE
+    messages: tuple[Message, ...] = ()
     n: int = _bounded(1, ge=1, le=5)
     max_new_tokens: int = _bounded(256, ge=1)
     min_new_tokens: int = _bounded(0, ge=0)
@@ -58,7 +63,8 @@ class PredictionInputs:
         """Take inputs as they come over HTTP, where an integer may be 3.0 and `stop` is a list. Raises InputError."""
         integers = {item.name for item in dataclasses.fields(cls) if item.type in (int, int | None)}
         cleaned = {name: _whole(name, value) if name in integers else value for name, value in values.items()}
-        cleaned["stop"] = tuple(cleaned.get("stop") or ())
+        for name in ("messages", "stop"):
+            cleaned[name] = tuple(cleaned.get(name) or ())
         _check_stop(cleaned["stop"])
         return cls(**cleaned)
 
@@ -71,6 +77,7 @@ class PredictionInputs:
             # `not >=` rather than `<`, so that NaN fails
             if (ge is not None and not value >= ge) or (le is not None and not value <= le):
                 raise InputError(f"{item.name} must be {_bounds_text(ge, le)}; found {quote_value(value)}")
+        self._check_one_prompt()
         if self.seed is not None and self.seed > _LARGEST_SEED:
             raise InputError(f"seed must be at most 2**53; found {self.seed}")
         if self.num_beams > 1 and (self.presence_penalty or self.frequency_penalty):
@@ -79,6 +86,19 @@ class PredictionInputs:
             raise InputError("stream sends the pieces of one completion: use it with n = 1 and num_beams = 1")
         if self.num_beams > 1 and self.n > self.num_beams:
             raise InputError(f"beam search with num_beams {self.num_beams} cannot give n = {self.n} completions")
+
+    def _check_one_prompt(self) -> None:
+        if self.messages:
+            beside = {"prompt": self.prompt, "input": self.input}
+            if self.prompt_template != _DEFAULT_TEMPLATE:
+                beside["prompt_template"] = self.prompt_template
+            if given := [name for name, value in beside.items() if value]:
+                raise InputError(f"messages are the whole conversation: leave {' and '.join(given)} out beside them")
+        elif not self.prompt and self.prompt_template != RAW_TEMPLATE:
+            raise InputError(
+                "give prompt, a text, or messages, a list of objects with `role` and `content`; an empty prompt goes "
+                f"with prompt_template {RAW_TEMPLATE} alone"
+            )
 
 
 def describe_unused(inputs: PredictionInputs) -> Iterator[str]:
@@ -118,10 +138,12 @@ class AdapterNames:
     """The adapters a request may ask for, by the names that the operator gave them. A request never names a path.
 
     default: the adapter of requests that name none; None: the base model alone.
+    templates: the chat templates of those that bring one; for all others the base model's holds.
     """
 
     named: tuple[str, ...] = ()
     default: str | None = None
+    templates: Mapping[str, ChatTemplate] = field(default_factory=dict)
 
     def resolve(self, asked: str | None) -> str | None:
         """The adapter that `replicate_weights` means; None for the base model. Raises InputError for another name."""
@@ -150,13 +172,13 @@ def make_request(
 ) -> Request:
     """Fill the template, tokenize, and cut `max_new_tokens` to what fits. Raises InputError, PromptTooLong.
 
-    What a request may cost is bounded by its size: each field of a template stands there once, and of a text that
-    cannot fit no more is tokenized than shows it.
+    What a request may cost is bounded by its size: each field of a template stands there once, a chat template has
+    bounds of its own, and of a text that cannot fit no more is tokenized than shows it.
     """
     inputs.check()
     adapter = adapters.resolve(inputs.replicate_weights)
-    text = format_prompt(inputs.prompt, inputs.input, inputs.prompt_template)
-    prompt_ids = (*tokenizer.prefix_ids, *encode_within(tokenizer, text, max_context))
+    template = adapters.templates.get(adapter or "", tokenizer.chat_template)
+    prompt_ids = tuple(_encode(inputs, tokenizer, template, max_context))
     if not prompt_ids:
         raise InputError("the prompt is empty and this model's tokenizer has no BOS token: give at least one character")
     return Request(
@@ -167,6 +189,15 @@ def make_request(
         reads_along=inputs.stream or inputs.n > 1 or bool(inputs.stop),
         **{name: getattr(inputs, name) for name in _SAME_IN_BOTH},
     )
+
+
+def _encode(
+    inputs: PredictionInputs, tokenizer: Tokenizer, template: ChatTemplate | None, max_context: int
+) -> list[int]:
+    if inputs.messages:
+        return encode_chat(inputs.messages, tokenizer, template, max_context)
+    text = format_prompt(inputs.prompt, inputs.input, inputs.prompt_template)
+    return [*tokenizer.prefix_ids, *encode_within(tokenizer, text, max_context)]
 
 
 def strips_leading_space(inputs: PredictionInputs) -> bool:

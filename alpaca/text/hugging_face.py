@@ -11,6 +11,7 @@ from alpaca.errors import InputError, MissingInput
 from alpaca.files.reading import list_folder
 from alpaca.text.added_tokens import read_added_tokens, read_special_names
 from alpaca.text.eos import first_eos_id
+from alpaca.text.markers import MarkedEncoder
 from alpaca.text.tiktoken import TIKTOKEN_FILE
 from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer
 
@@ -30,6 +31,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.base_size = self._tokenizer.vocab_size
         listed = (i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special)
         self.special_ids = frozenset([*self._tokenizer.all_special_ids, *listed, self.eos_id])
+        self.named_tokens = dict(self._tokenizer.special_tokens_map)
         self.prefix_ids = _find_prefix(self._tokenizer)
         if names.adds_bos is False and self.prefix_ids == [self.bos_id]:
             self.prefix_ids = []
@@ -54,6 +56,17 @@ class HuggingFaceTokenizer(Tokenizer):
         if factor is None or any(token.lstrip or token.rstrip for token in added):
             return None
         return factor * max(map(len, self._tokenizer.get_vocab()))
+
+    @cached_property
+    def marked_encoder(self) -> MarkedEncoder:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            copy = Backend.from_str(self._tokenizer.backend_tokenizer.to_str())
+        except Exception:  # no such backend, or one with steps in Python: the library has no class for that error
+            return super().marked_encoder
+        listed = (token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special)
+        return MarkedEncoder(copy, [*self._tokenizer.all_special_tokens, *listed])
 
     def decode(self, ids: Sequence[int]) -> str:
         shown = [token_id for token_id in ids if token_id not in self.special_ids]

@@ -6,6 +6,7 @@ from pathlib import Path
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.reading import read_json
 from alpaca.text.added_tokens import read_added_tokens
+from alpaca.text.chat.files import read_chat_template
 from alpaca.text.hugging_face import HuggingFaceTokenizer
 from alpaca.text.sentencepiece import describe_other_vocabulary, is_sentencepiece, load_sentencepiece
 from alpaca.text.tiktoken import is_tiktoken
@@ -24,6 +25,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingInput(f"no tokenizer folder {folder}")
+    tokenizer = _load(folder)
+    tokenizer.chat_template = read_chat_template(folder)
+    return tokenizer
+
+
+def _load(folder: Path) -> Tokenizer:
     model_file = folder / "tokenizer.model"
     if model_file.is_file() and is_sentencepiece(model_file):
         return HuggingFaceTokenizer(folder) if _is_outdated(folder) else load_sentencepiece(folder, model_file)

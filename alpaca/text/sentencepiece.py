@@ -16,7 +16,10 @@ from alpaca.errors import InputError
 from alpaca.files.atomic import write_json, write_text
 from alpaca.files.reading import read_json
 from alpaca.text.added_tokens import AddedToken, SpecialNames, read_added_tokens, read_special_names
+from alpaca.text.chat.files import TEMPLATE_FILE
+from alpaca.text.markers import MarkedEncoder
 from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer, tokenizer_summary
+from alpaca.text.written import add_listed, read_written
 
 logger = logging.getLogger(__name__)
 LLAMA_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -39,6 +42,7 @@ class SentencePieceTokenizer(Tokenizer):
         names: SpecialNames | None = None,
         prefixes_all: bool = False,
         adds_space: bool = True,
+        written: Path | None = None,
     ) -> None:
         """Opens the model. Raises InputError for a damaged file or one without EOS.
 
@@ -46,6 +50,7 @@ class SentencePieceTokenizer(Tokenizer):
         names: the special tokens the folder names; what cannot be right is not followed.
         prefixes_all: text after an added token gets the space in front, too, not only the beginning.
         adds_space: False: no text gets a space in front, whatever the model says.
+        written: the tokenizer.json beside the model, which says how a conversation is cut around control tokens.
         """
         from sentencepiece import SentencePieceProcessor
 
@@ -60,7 +65,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.base_size = self._processor.get_piece_size()
         special = (AddedToken(token_id=i, content=token) for token, i in (added or {}).items() if i >= self.base_size)
         self._listed = {token.content: self._renumber(token) for token in [*special, *listed]}
-        self._prefixes_all, self._adds_space = prefixes_all, adds_space
+        self._prefixes_all, self._adds_space, self._written = prefixes_all, adds_space, written
         self._set_special_tokens(names or SpecialNames(roles={}))
         self._backend = self._make_backend() if any(not token.special for token in self._listed.values()) else None
 
@@ -90,6 +95,18 @@ class SentencePieceTokenizer(Tokenizer):
         if self._backend is None:
             return self._processor.encode(list(texts), num_threads=-1)
         return [encoded.ids for encoded in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def marked_encoder(self) -> MarkedEncoder:
+        listed = list(self._listed.values())
+        if self._written is not None:
+            backend = read_written(self._written, listed)
+        else:
+            backend = _build_backend(self._proto, self.model_file, listed, prefixes_all=self._prefixes_all)
+            backend.normalizer = None
+            _find_spaces_as_auto_tokenizer(backend, self._proto.normalizer_spec, prefixes_all=self._prefixes_all)
+        own = (token.content for token in backend.get_added_tokens_decoder().values() if token.special)
+        return MarkedEncoder(backend, [*own, *(token.content for token in listed if token.special)])
 
     def decode(self, ids: Sequence[int]) -> str:
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
@@ -135,6 +152,8 @@ class SentencePieceTokenizer(Tokenizer):
             adds_space=self._adds_space,
             max_length=max_length,
         )
+        if self.chat_template is not None:
+            write_text(folder / TEMPLATE_FILE, self.chat_template.source)
 
     def _set_special_tokens(self, names: SpecialNames) -> None:
         """Sets the ids of the special tokens. What `names` says is not followed where it is a known mistake."""
@@ -155,10 +174,18 @@ class SentencePieceTokenizer(Tokenizer):
         named = {self.id_of(token) for token in names.roles.values()} - {self._processor.unk_id(), None}
         ordinary = {token.token_id for token in listed if not token.special}
         special = {token.token_id for token in listed if token.special and not self.is_unknown(token.token_id)}
+        self.named_tokens = self._name_tokens(names)
         self.special_ids = frozenset((controls - ordinary) | special | named | {eos_id})
         own = {i: self._piece_bytes(i) for i in range(self.base_size)}
         shown = {**own, **{token.token_id: token.content.encode() for token in listed if not token.special}}
         self._bytes = [b"" if i in self.special_ids else shown.get(i, b"") for i in range(self.size)]
+
+    def _name_tokens(self, names: SpecialNames) -> dict[str, str]:
+        """The special tokens by role: the folder's, but BOS and EOS as they are believed."""
+        texts = {token.token_id: token.content for token in self._listed.values()}
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self._processor.unk_id()}
+        found = {role: texts.get(i) or self._processor.id_to_piece(i) for role, i in ids.items() if i is not None}
+        return {**names.roles, **found}
 
     def _renumber(self, token: AddedToken) -> AddedToken:
         """The token under the id of the model's own piece of that name: AutoTokenizer adds no second one."""
@@ -231,6 +258,7 @@ def load_sentencepiece(folder: Path, model_file: Path) -> SentencePieceTokenizer
         names=names,
         prefixes_all=config.get("legacy") is True,
         adds_space=config.get("add_prefix_space") is not False,
+        written=folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else None,
     )
     right = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     wrong = {
@@ -366,19 +394,7 @@ def _add_tokens(backend, proto, added: Sequence[AddedToken]) -> None:
     own = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
     listed = {token.content for token in added}
     backend.add_special_tokens([Added(token, normalized=False, special=True) for token in own if token not in listed])
-    for token in added:
-        backend.add_tokens(
-            [
-                Added(
-                    token.content,
-                    special=token.special,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    single_word=token.single_word,
-                    normalized=token.normalized,
-                )
-            ]
-        )
+    add_listed(backend, added)
 
 
 def _set_prefix(backend, bos: str | None) -> None:

@@ -6,10 +6,12 @@ In user text a special token is text; BOS and EOS are added by id.
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from alpaca.errors import InputError
+from alpaca.errors import InputError, UnsupportedModel
+from alpaca.text.chat.files import ChatTemplate
+from alpaca.text.markers import MarkedEncoder
 
 logger = logging.getLogger(__name__)
 PAD_TOKEN = "[PAD]"  # what the original recipe adds when a tokenizer has no padding token
@@ -20,6 +22,8 @@ class Tokenizer(ABC):
 
     prefix_ids: what stands before every text (BOS, for most).   size: number of ids, added tokens included.
     special_ids: ids that stand for no text.                      base_size: without the added tokens.
+    named_tokens: special tokens by role (bos_token, eos_token …), as a chat template may ask for them.
+    chat_template: the one in the tokenizer's folder, if there is one.
     pad_id, bos_id: None where there is none.                     eos_id: the one that training puts after an answer.
     """
 
@@ -30,6 +34,8 @@ class Tokenizer(ABC):
     base_size: int
     prefix_ids: list[int]
     special_ids: frozenset[int]
+    named_tokens: Mapping[str, str]
+    chat_template: ChatTemplate | None = None
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -71,6 +77,11 @@ class Tokenizer(ABC):
     def is_unknown(self, token_id: int) -> bool:
         """Whether an id is that of <unk>, which stands for no token and ends nothing."""
         return False
+
+    @property
+    def marked_encoder(self) -> MarkedEncoder:
+        """Tokenizes a conversation, whose template has control tokens while its contents have none."""
+        raise UnsupportedModel("this model's kind of tokenizer takes no messages: give prompt")
 
     @property
     def drops_first_space(self) -> bool:

@@ -41,7 +41,8 @@ def test_literals_equal_the_dataclass():
 def test_schema_has_bounds_defaults_order_and_streaming():
     made = schema.build_schema()
     properties = made["components"]["schemas"]["Input"]["properties"]
-    assert made["components"]["schemas"]["Input"]["required"] == ["prompt"]
+    assert "required" not in made["components"]["schemas"]["Input"]  # prompt or messages
+    assert properties["messages"]["items"] == {"type": "object"}
     assert [entry["x-order"] for entry in properties.values()] == list(range(len(properties)))
     for item in dataclasses.fields(PredictionInputs):
         entry = properties[item.name]

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 
 from alpaca.errors import InputError, PromptTooLong
 from alpaca.serving.request import PredictionInputs, make_request, strips_leading_space
+from alpaca.serving.served_model import adapter_names
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import alpaca_prompt
 
@@ -42,6 +44,50 @@ def test_special_tokens_in_user_text_are_text(tokenizer):
 def test_template_without_prompt(tokenizer, template):
     with pytest.raises(InputError, match=r'must be "alpaca" or a text that contains \{prompt\}'):
         request(tokenizer, prompt_template=template)
+
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+def test_messages_are_a_prompt(tokenizer):
+    made = request(tokenizer, prompt="", messages=CHAT)
+    assert made.prompt_ids == request(tokenizer, prompt="hi").prompt_ids  # this folder has no template
+    assert strips_leading_space(PredictionInputs.from_mapping({"messages": CHAT}))
+
+
+def test_an_adapters_own_chat_template_holds(tokenizer, tmp_path):
+    for name, source in {"a": "A{{ messages[0].content }}", "b": None}.items():
+        (tmp_path / name).mkdir()
+        if source:
+            (tmp_path / name / "chat_template.jinja").write_text(source)
+    folders = {name: SimpleNamespace(path=tmp_path / name) for name in ("a", "b")}
+    inputs = {name: PredictionInputs.from_mapping({"messages": CHAT, "replicate_weights": name}) for name in folders}
+    made = {
+        name: make_request(asked, tokenizer, max_context=512, adapters=adapter_names(folders)).prompt_ids
+        for name, asked in inputs.items()
+    }
+    assert made["a"] == tuple(tokenizer.encode("Ahi"))
+    assert made["b"] == request(tokenizer, prompt="hi").prompt_ids  # the base has no template
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"prompt": "x"}, "prompt"),
+        ({"prompt": "", "input": "x"}, "input"),
+        ({"prompt": "", "prompt_template": "{prompt}"}, "prompt_template"),
+        ({"prompt": "x", "input": "y", "prompt_template": "z"}, "prompt and input and prompt_template"),
+    ],
+)
+def test_what_goes_beside_no_messages_is_named(tokenizer, values, names):
+    with pytest.raises(InputError, match=f"messages are the whole conversation: leave {names} out beside them"):
+        request(tokenizer, messages=CHAT, **values)
+
+
+@pytest.mark.parametrize("values", [{"prompt": ""}, {"prompt": "", "input": "x"}, {"prompt": "", "messages": []}])
+def test_nothing_asked(tokenizer, values):
+    with pytest.raises(InputError, match="give prompt, a text, or messages, a list of objects with `role` and"):
+        request(tokenizer, **values)
 
 
 def test_input_without_a_place(tokenizer):
@@ -113,16 +159,19 @@ def test_every_bound_is_checked():
         for bound, outside in (("ge", -1), ("le", 1)):
             if (edge := item.metadata.get(bound)) is not None:
                 PredictionInputs(
-                    prompt="", **{item.name: edge} | ({"num_beams": 1} if item.name == "n" else {})
+                    prompt="x", **{item.name: edge} | ({"num_beams": 1} if item.name == "n" else {})
                 ).check()
                 with pytest.raises(InputError, match=f"{item.name} must be"):
-                    PredictionInputs(prompt="", **{item.name: edge + outside}).check()
+                    PredictionInputs(prompt="x", **{item.name: edge + outside}).check()
 
 
 def hostile(size: int) -> dict[str, dict[str, object]]:
     """Requests of about `size` characters, each large in another place."""
     return {
         "prompt": {"prompt": "word " * (size // 5)},
+        "messages": {"prompt": "", "messages": [{"role": "user", "content": "x"}] * (size // 32)},
+        "one message": {"prompt": "", "messages": [{"role": "user", "content": "x" * size}]},
+        "role": {"prompt": "", "messages": [{"role": "r" * size, "content": ""}]},
         "one word": {"prompt": "x" * size},
         "spaces": {"prompt": " " * size},
         "emoji": {"prompt": "🦙" * size},

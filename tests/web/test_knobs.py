@@ -80,7 +80,8 @@ def test_an_emptied_field_is_left_out(knobs):
     assert knobs["temperature"].sent(None) is OMITTED
     assert knobs["seed"].sent("  ") is OMITTED
     assert knobs["prompt_template"].sent("") is OMITTED
-    assert knobs["prompt"].sent("") == ""  # an empty instruction is one, too
+    assert knobs["prompt"].sent("") is OMITTED
+    assert Knob(name="text", kind="string", required=True).sent("") == ""
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, WeightsFolder
 from alpaca.formats.hf.writing import write_weights
 from alpaca.formats.meta import checkpoint as meta_files
 from alpaca.formats.meta import layout, releases, sharding
+from alpaca.text.chat.files import TEMPLATE_FILE
 from alpaca.text.sentencepiece import LLAMA_TOKENIZER_FILES, SentencePieceTokenizer, is_sentencepiece
 from alpaca.text.tiktoken import TIKTOKEN_FILE, TIKTOKEN_TOKENIZER_FILES, TiktokenModel, is_tiktoken
 
+_CHAT_TEMPLATES = {"2": "chat_llama_2.jinja", **dict.fromkeys(("3", "3.1", "3.2"), "chat_llama_3.jinja")}
 _SPARE_BYTES = 16 << 20  # configs, tokenizer, file system
 
 
@@ -45,7 +47,10 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened checkpoint: every shard's tensors (memory-mapped), its shape and release, and what goes where."""
+    """An opened checkpoint: every shard's tensors (memory-mapped), its shape and release, and what goes where.
+
+    chat_template: the one of an Instruct or Chat release; None for base models.
+    """
 
     shards: list[dict[str, torch.Tensor]]
     params: dict[str, object]
@@ -53,6 +58,7 @@ class Source:
     release: releases.Release
     placements: list[layout.Placement]
     tokenizer: SentencePieceTokenizer | TiktokenModel
+    chat_template: Path | None = None
 
     @property
     def eos_ids(self) -> int | list[int]:
@@ -114,14 +120,22 @@ def open_source(folder: Path, shard_files: list[Path], tokenizer_file: Path, con
         has_tiktoken=is_tiktoken(tokenizer_file),
         is_tied=shape.ties_embeddings,
     )
-    is_instruct = config.instruct or "instruct" in _own_name(folder).lower()
+    is_instruct = config.instruct or any(word in _own_name(folder).lower() for word in ("instruct", "chat"))
     tokenizer = _open_tokenizer(tokenizer_file, release, is_instruct=is_instruct)
     if tokenizer.size != shape.vocab_size:
         raise InputError(
             f"{tokenizer_file} has {tokenizer.size} tokens, the checkpoint's embedding {shape.vocab_size} rows: "
             "this is another model's tokenizer"
         )
-    return Source(shards, params, shape, release, layout.placements(shape, embedding_axis=axis), tokenizer)
+    placements = layout.placements(shape, embedding_axis=axis)
+    template = _find_chat_template(release) if is_instruct else None
+    return Source(shards, params, shape, release, placements, tokenizer, template)
+
+
+def _find_chat_template(release: releases.Release) -> Path | None:
+    """The format of conversations that the Chat and Instruct models of a release were trained on."""
+    name = _CHAT_TEMPLATES.get(release.version)
+    return None if name is None else Path(__file__).with_name(name)
 
 
 def _open_tokenizer(
@@ -177,7 +191,8 @@ def check_tokenizer_folder(config: ConvertConfig, source: Source) -> None:
 
 
 def _tokenizer_files(source: Source) -> tuple[str, ...]:
-    return TIKTOKEN_TOKENIZER_FILES if isinstance(source.tokenizer, TiktokenModel) else LLAMA_TOKENIZER_FILES
+    names = TIKTOKEN_TOKENIZER_FILES if isinstance(source.tokenizer, TiktokenModel) else LLAMA_TOKENIZER_FILES
+    return names if source.chat_template is None else (*names, TEMPLATE_FILE)
 
 
 def _verify_checksums(folder: Path, tokenizer_file: Path) -> None:
@@ -207,6 +222,8 @@ def _write_model(folder: Path, source: Source, specs: list[TensorSpec], config: 
     ends = {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": source.eos_ids}
     write_json(folder / "generation_config.json", ends)
     source.tokenizer.save(folder, max_length=context)
+    if source.chat_template is not None:
+        shutil.copyfile(source.chat_template, folder / TEMPLATE_FILE)
     written = {spec.name: spec for spec in WeightsFolder(folder).specs()}
     assert written == {spec.name: spec for spec in specs}
 

@@ -1,0 +1,29 @@
+"""What the server and the process that renders chat templates have in common: messages through a pipe, and bounds.
+
+The template language is not imported here, nor therefore by the server.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+MOST_SECONDS = 2.0  # of processor time, for one text
+MOST_BYTES = 1 << 29  # of address space, the interpreter's own included
+MOST_CHARACTERS = 1 << 23  # of one text
+_SIZE_BYTES = 8  # a message begins with its length
+
+
+def read_message(stream: BinaryIO) -> dict[str, Any] | None:
+    """The next message, or None at the stream's end."""
+    head = stream.read(_SIZE_BYTES)
+    if len(head) < _SIZE_BYTES:
+        return None
+    body = stream.read(size := int.from_bytes(head, "big"))
+    return json.loads(body) if len(body) == size else None
+
+
+def write_message(stream: BinaryIO, message: Mapping[str, Any]) -> None:
+    """Send a message. Raises OSError where nobody reads."""
+    body = json.dumps(message).encode()
+    stream.write(len(body).to_bytes(_SIZE_BYTES, "big") + body)
+    stream.flush()
