@@ -3,6 +3,7 @@
     AlpacaError
     ├── InputError(ValueError)             a bad argument, file or record
     │   ├── PromptTooLong                  does not fit the model's context
+    │   ├── BadExamples                    training data that cannot be read
     │   └── UnsupportedModel               a kind of model that this part of the program does not know
     ├── MissingInput(FileNotFoundError)    something that should be there is not
     ├── OutputExists(FileExistsError)      would overwrite; a flag allows it
@@ -33,6 +34,10 @@ class InputError(AlpacaError, ValueError):
 
 class PromptTooLong(InputError):
     """The prompt leaves no room for an answer."""
+
+
+class BadExamples(InputError):
+    """A file or data set holds no examples that can be read. Its message may quote what is in it."""
 
 
 class UnsupportedModel(InputError):

@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 import train as train_module
+from alpaca.data import records
 from alpaca.errors import InputError
 from alpaca.files.model_folders import is_weights
 from alpaca.files.places import open_weights
@@ -216,7 +217,10 @@ def test_an_uploaded_model_answers_what_it_learned(folder, llama_folder, uploads
 
     monkeypatch.setenv("ALPACA_BASE_MODELS", environment(folder, llama_folder)["ALPACA_BASE_MODELS"])
     monkeypatch.setenv("ALPACA_UPLOAD_URL", uploads.url)
+    read, original = [], records._read_text
+    monkeypatch.setattr(records, "_read_text", lambda path: read.append(path) or original(path))
     address = check_uploads(train_here, uploads, tmp_path)
+    assert len(read) == len(set(read)) == 4, "each training reads its data once"
     engine = load_engine(open_weights(address), ServerSettings())
     try:
         inputs = PredictionInputs.from_mapping({"prompt": "Say alpaca.", "temperature": 0})

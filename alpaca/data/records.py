@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from alpaca.errors import InputError, MissingInput, MissingPackage
+from alpaca.errors import BadExamples, InputError, MissingInput, MissingPackage
 from alpaca.files.reading import list_folder
 
 _FIELDS = ("instruction", "input", "output")
@@ -31,11 +31,14 @@ def read_examples(data_path: str | Path) -> list[Example]:
 
     A path that exists is read as a file, and the file's content decides of which kind it is. A record needs the texts
     `instruction` and `output`; `input` may be missing or null, which counts as ""; further fields are ignored. Raises
-    MissingInput, MissingPackage, and InputError that names the record and the field.
+    MissingInput, MissingPackage, and BadExamples that names the record and the field.
     """
-    examples = [check_record(record, where) for where, record in read_records(data_path)]
+    try:
+        examples = [check_record(record, where) for where, record in read_records(data_path)]
+    except InputError as error:
+        raise BadExamples(str(error)) from error
     if not examples:
-        raise InputError(f"{data_path} holds no examples; expected at least one record with {', '.join(_FIELDS)}")
+        raise BadExamples(f"{data_path} holds no examples; expected at least one record with {', '.join(_FIELDS)}")
     return examples
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alpaca.errors import AlpacaError, InputError
+from alpaca.errors import AlpacaError, BadExamples, InputError
 from alpaca.files.archives import pack
 from alpaca.files.network.addresses import parse_address, split_list
 from alpaca.files.outputs import require_free_space
@@ -100,11 +100,11 @@ def _train_to_archive(
     folder = Path(_last_output.name)
     allowed = split_list(os.environ.get("ALPACA_DATA_ADDRESSES", ""))
     data = receive_data(str(values["data"]), folder, allowed=allowed, stop=stop)
-    _check_examples(data)
     config = _make_config(values, base=base, data_path=data.path, output_dir=folder / "alpaca_out")
     _check_size(config, folder)
     report = _Report(record)
-    trained = run_training(config, on_step=report.step, should_stop=stop.is_set)
+    with _hides_what_was_not_sent(data):
+        trained = run_training(config, on_step=report.step, should_stop=stop.is_set)
     data.path.unlink()
     report.end(read_json(trained / "trainer_state.json")["log_history"])
     # An upload's address ends in the file's name, so each training needs a name of its own.
@@ -122,13 +122,12 @@ def _open_base(model: str) -> Path:
     return base
 
 
-def _check_examples(data: ReceivedData) -> None:
-    """Raise InputError where the file holds no examples, without its path, and without its content if not uploaded."""
-    from alpaca.data.records import read_examples
-
+@contextlib.contextmanager
+def _hides_what_was_not_sent(data: ReceivedData) -> Iterator[None]:
+    """Errors of examples that cannot be read name no path of this server, and quote only what the client sent."""
     try:
-        read_examples(data.path)
-    except InputError as error:
+        yield
+    except BadExamples as error:
         if data.is_upload:
             raise InputError(str(error).replace(str(data.path), data.shown)) from None
         raise InputError(

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from alpaca.data.records import read_examples
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.network.addresses import split_list
 from alpaca.training import received, service
@@ -177,9 +178,12 @@ def test_a_download_has_its_time(server, tmp_path, monkeypatch):
 
 def test_errors_quote_an_upload_and_nothing_else(server, tmp_path):
     mine = receive("data:," + urllib.parse.quote('[{"instruction": "mine"}]'), tmp_path)
-    with pytest.raises(InputError, match=r"^data, record 0 .*'output' is missing"):
-        service._check_examples(mine)
+    with pytest.raises(InputError, match=r"^data, record 0 .*'output' is missing"), service._hides_what_was_not_sent(mine):
+        read_examples(mine.path)
     other = receive(f"{server}/other", tmp_path, allowed=server + "/")
-    with pytest.raises(InputError, match="holds no examples that can be read") as caught:
-        service._check_examples(other)
+    with (
+        pytest.raises(InputError, match="holds no examples that can be read") as caught,
+        service._hides_what_was_not_sent(other),
+    ):
+        read_examples(other.path)
     assert "secret" not in str(caught.value)
