@@ -223,6 +223,20 @@ MUTATIONS = [
         killed_by="tests/text/test_prompts.py::test_only_an_empty_input_is_none",
         why="prompts differ from those the model was trained on",
     ),
+    Mutation(
+        path="predict.py",
+        old="return _in_context(self._answer(values, call))",
+        new="self.engine.tokenizer.encode(prompt_template); return _in_context(self._answer(values, call))",
+        killed_by="tests/serving/test_shared_threads.py",
+        why="a long prompt stops the streams of all others while it is tokenized",
+    ),
+    Mutation(
+        path="alpaca/serving/llama/engine.py",
+        old="self._sequences[generation] = []",
+        new="self._sequences[generation] = self.tokenizer.encode('ab ' * 10**6)[:0]",
+        killed_by="tests/serving/test_shared_threads.py",
+        why="a long prompt stops the streams of all others while it is tokenized",
+    ),
     # Serving: kernels and their twins
     Mutation(
         path="alpaca/serving/kernels/ops.py",

@@ -178,7 +178,10 @@ def test_a_download_has_its_time(server, tmp_path, monkeypatch):
 
 def test_errors_quote_an_upload_and_nothing_else(server, tmp_path):
     mine = receive("data:," + urllib.parse.quote('[{"instruction": "mine"}]'), tmp_path)
-    with pytest.raises(InputError, match=r"^data, record 0 .*'output' is missing"), service._hides_what_was_not_sent(mine):
+    with (
+        pytest.raises(InputError, match=r"^data, record 0 .*'output' is missing"),
+        service._hides_what_was_not_sent(mine),
+    ):
         read_examples(mine.path)
     other = receive(f"{server}/other", tmp_path, allowed=server + "/")
     with (
