@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -105,23 +105,27 @@ def worst_waits(engine: LlamaEngine, inputs: PredictionInputs, folder: Path, mon
     predictor.record_metric = lambda name, value: None
     short = PredictionInputs(prompt="a", max_new_tokens=10**6, min_new_tokens=10**6, stream=True)
     other = engine.submit(make_request(short, engine.tokenizer, max_context=CONTEXT))
+    wait_until(lambda: len(engine._sequences) == 1)
     with running_loop() as (loop, gaps), timed(engine, monkeypatch) as seconds:
         future: Future = asyncio.run_coroutine_threadsafe(
             predictor.run(**{**vars(inputs), "stop": list(inputs.stop)}), loop
         )
         reader = threading.Thread(target=read_until_cancelled, args=(future,))
         reader.start()
-        deadline = time.monotonic() + 30
-        while len(engine._sequences) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda: len(engine._sequences) == 2)
         time.sleep(0.05)
         future.cancel()
         reader.join()
     other.cancel()
-    while engine._sequences:
-        time.sleep(0.005)
+    wait_until(lambda: not engine._sequences)
     return max(gaps), max(seconds)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def read_until_cancelled(future: Future) -> None:
