@@ -233,7 +233,7 @@ MUTATIONS = [
     Mutation(
         path="alpaca/serving/llama/engine.py",
         old="self._sequences[generation] = []",
-        new="self._sequences[generation] = self.tokenizer.encode('ab ' * 10**5)[:0]",
+        new="self._sequences[generation] = self.tokenizer.encode('ab ' * 300_000)[:0]",
         killed_by="tests/serving/test_shared_threads.py",
         why="a long prompt stops the streams of all others while it is tokenized",
     ),
