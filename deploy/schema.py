@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PREDICTOR = "predict.py:Predictor"
 TRAINER = "train.py:train"
+_DONE = {"responses": {"200": {"description": "Successful Response"}}}
 SCHEMA_FILE = ROOT / ".cog" / "openapi_schema.json"
 
 
@@ -38,7 +39,7 @@ def build_schema(predictor: str = PREDICTOR, trainer: str | None = TRAINER) -> d
     return {
         "openapi": "3.0.2",
         "info": {"title": "Cog", "version": "0.1.0"},
-        "paths": paths | {"/health-check": {"get": {"summary": "Healthcheck", "operationId": "healthcheck"}}},
+        "paths": paths | {"/health-check": {"get": {"summary": "Healthcheck", "operationId": "healthcheck", **_DONE}}},
         "components": {"schemas": schemas},
     }
 
@@ -95,11 +96,12 @@ def _paths(route: str, prefix: str, *, streams: bool) -> dict[str, Any]:
     post: dict[str, Any] = {
         "operationId": route.removesuffix("s"),
         "requestBody": body,
-        "responses": {"200": {"description": "Successful Response", **reply}},
+        "responses": {"200": {**_DONE["responses"]["200"], **reply}},
     }
     if streams:
         post["x-cog-streaming"] = True
-    cancel = {"operationId": f"cancel_{route}", "responses": {"200": {"description": "Successful Response"}}}
+    name_of_one = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    cancel = {"operationId": f"cancel_{route}", "parameters": [name_of_one], **_DONE}
     return {f"/{route}": {"post": post}, f"/{route}/{{id}}/cancel": {"post": cancel}}
 
 

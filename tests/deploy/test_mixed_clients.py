@@ -98,7 +98,11 @@ def test_two_hundred_clients_get_the_answers_they_would_get_alone():
         health = server.request("/health-check")
         assert (health["status"], health["gate"]["restarts"]) == ("READY", 0)
         assert (health["gate"]["running"], health["gate"]["waiting"]) == (0, 0), "who left holds no place"
-        assert {name: value - before[name] for name, value in after.items() if value > before[name] + 100} == {}
+        # Of matrix products oneDNN keeps a kernel for each number of rows it met lately, and their coming and going in
+        # the allocator levels off: in the second half hardly anything may be added.
+        middle = seen[len(seen) // 2]
+        assert {name: value for name, value in after.items() if value > before[name] + 300} == {}
+        assert {name: value for name, value in after.items() if value > middle[name] + 60} == {}
 
 
 # Kills ------------------------------------------------------------------------------------------------------------

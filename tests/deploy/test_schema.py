@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 
 import pytest
 import yaml
@@ -57,6 +58,15 @@ def test_schema_has_bounds_defaults_order_and_streaming():
     assert made["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
     assert "x-cog-streaming" not in made["paths"]["/trainings"]["post"]
     json.dumps(made)
+
+
+def test_the_schema_is_whole_openapi():
+    """Each operation says how it answers, and each part of a path what it is."""
+    for path, operations in schema.build_schema()["paths"].items():
+        for operation in operations.values():
+            assert operation["responses"]
+            declared = [entry["name"] for entry in operation.get("parameters", ()) if entry["in"] == "path"]
+            assert declared == re.findall(r"{(\w+)}", path)
 
 
 # cog.yaml: what script/check does not look at ------------------------------------------------------------------------
