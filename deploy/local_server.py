@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ class ServerFailedError(RuntimeError):
 
 
 class LocalServer:
-    """A running server; `url` is its address, `logs` what it has printed so far."""
+    """A running server; `url` is its address, `logs` what it has printed so far.
 
-    def __init__(self, flags: list[str], *, env: dict[str, str] | None = None) -> None:
+    within: a command that ends by running the command that is put behind it, such as `nice -n 5`.
+    """
+
+    def __init__(self, flags: list[str], *, env: dict[str, str] | None = None, within: Sequence[str] = ()) -> None:
         self.logs: list[str] = []
         self.url = ""
         self._address = _BARE_ADDRESS if "--bare" in flags else _ADDRESS
-        command = [sys.executable, "-m", "deploy.serve", "--port", "0", *flags]
+        command = [*within, sys.executable, "-m", "deploy.serve", "--port", "0", *flags]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
@@ -131,13 +134,17 @@ def stop_children_on_sigterm() -> None:
 
 @contextlib.contextmanager
 def running_server(
-    flags: list[str], *, env: dict[str, str] | None = None, on_failure: Callable[[str], object] = lambda logs: None
+    flags: list[str],
+    *,
+    env: dict[str, str] | None = None,
+    within: Sequence[str] = (),
+    on_failure: Callable[[str], object] = lambda logs: None,
 ) -> Iterator[LocalServer]:
     """A server that is ready, stopped at the end of the block."""
     server: LocalServer | None = None
     try:
         with _sigterm_deferred():
-            server = LocalServer(flags, env=env)
+            server = LocalServer(flags, env=env, within=within)
         server.wait_until("READY")
         yield server
     except BaseException:
