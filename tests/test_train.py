@@ -357,6 +357,9 @@ def test_bad_input_fails_with_its_reason(server, llama_folder):
     training = train(server, data=f"data:application/json;base64,{nested}")
     assert "found invalid JSON: maximum recursion depth" in training["error"]
     assert "Traceback" not in training["logs"]
+    none_left = train(server, eval_fraction=0.99)
+    assert "--eval_fraction 0.99 holds out 4 of 4 examples of data, and leaves none" in none_left["error"]
+    assert "/alpaca-training-" not in json.dumps(none_left), "clients learn no paths"
     body = {"input": training_input(recipe="other")}
     assert httpx.post(f"{server.url}/trainings", json=body).status_code == 422
 

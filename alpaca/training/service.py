@@ -124,7 +124,7 @@ def _open_base(model: str) -> Path:
 
 @contextlib.contextmanager
 def _hides_what_was_not_sent(data: ReceivedData) -> Iterator[None]:
-    """Errors of examples that cannot be read name no path of this server, and quote only what the client sent."""
+    """Errors name no path of the data; those of examples that cannot be read quote only what the client sent."""
     try:
         yield
     except BadExamples as error:
@@ -134,6 +134,10 @@ def _hides_what_was_not_sent(data: ReceivedData) -> Iterator[None]:
             f"{data.shown} holds no examples that can be read. What is in it is not shown, since it was not uploaded; "
             "`python -m alpaca.data.report` says what is amiss"
         ) from None
+    except InputError as error:
+        if str(data.path) not in str(error):
+            raise
+        raise InputError(str(error).replace(str(data.path), data.shown)) from None
 
 
 def _make_config(values: Mapping[str, object], *, base: Path, data_path: Path, output_dir: Path) -> "TrainConfig":

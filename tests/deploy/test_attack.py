@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from deploy.gate.rules import MOST_PREDICTION_BYTES
 from deploy.local_server import LocalServer, running_server
 
 NUM_REQUESTS = int(os.environ.get("ALPACA_ATTACK_REQUESTS", "20000"))
@@ -127,3 +128,67 @@ def test_the_server_stays_as_it_was(server):
     assert statuses.total() == NUM_REQUESTS
     assert statuses[200] > NUM_REQUESTS / 10, "many are answered, so that the inputs themselves were tried"
     assert grown < 300e6
+
+
+MIB = 1 << 20
+NUM_PLACES = 2
+
+
+def body(prompt: str, context_bytes: int, **others: object) -> bytes:
+    """A request whose context has so many bytes as JSON."""
+    context = {"x": "y" * (context_bytes - len('{"x":""}'))}
+    return json.dumps({"input": {"prompt": prompt}, "context": context, **others}).encode()
+
+
+# The runtime hands an input to its worker in a message up to 6 MiB, and by a file above: sizes on both sides of that.
+AT_THE_BOUNDS = {
+    "context": body("a", 64 << 10),
+    "context and input in one message": body("x" * (6 * MIB - 20), 64 << 10),
+    "input by file": body("x" * (6 * MIB + 1), 64 << 10),
+    "all": body("x" * (MOST_PREDICTION_BYTES - (66 << 10)), 64 << 10, id="i" * 64),
+    "letters that JSON writes with six": body("\x01" * MIB, 64 << 10),
+    "letters of three bytes": ('{"input": {"prompt": "' + "ก" * (2 * MIB - 9) + '"}}').encode(),
+    "input alone": b'{"input": {"prompt": "' + b"x" * (MOST_PREDICTION_BYTES - 25) + b'"}}',
+}
+BEYOND = {
+    "context": (body("a", (64 << 10) + 1), 413),
+    "another field": (json.dumps({"input": {}, "x": "y" * MOST_PREDICTION_BYTES}).encode(), 413),
+    "input": (body("x" * MOST_PREDICTION_BYTES, 10), 413),
+    "id": (json.dumps({"input": {}, "id": "i" * 65}).encode(), 422),
+    "webhook": (json.dumps({"input": {}, "webhook": "http://127.0.0.1/" + "x" * 2048}).encode(), 422),
+    "events": (json.dumps({"input": {}, "webhook_events_filter": ["x" * 999]}).encode(), 422),
+}
+
+
+@pytest.mark.slow
+def test_no_size_of_a_request_takes_a_place_for_ever(llama_folder: Path):
+    """The largest that the gate takes, in each field that is passed on, more often than there are places."""
+    flags = ["--weights", str(llama_folder), "--concurrency", str(NUM_PLACES)]
+    with running_server(flags, on_failure=print) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        expected = server.predict(CONTROL)["output"]
+
+        def send(content: bytes) -> httpx.Response:
+            return client.post("/predictions", content=content, headers={"Content-Type": "application/json"})
+
+        for content in AT_THE_BOUNDS.values():
+            assert len(content) <= MOST_PREDICTION_BYTES
+            replies = [send(content) for _ in range(NUM_PLACES + 1)]
+            assert [reply.status_code for reply in replies] == [200] * len(replies)
+            assert all("send" not in reply.json().get("error", "") for reply in replies)
+        for content, status in BEYOND.values():
+            assert [send(content).status_code for _ in range(NUM_PLACES + 1)] == [status] * (NUM_PLACES + 1)
+        assert send(json.dumps({"input": CONTROL}).encode()).json()["output"] == expected
+        assert all_places_are_used(client)
+        assert client.get("/health-check").json()["gate"]["restarts"] == 0
+
+
+def all_places_are_used(client: httpx.Client) -> bool:
+    """Whether as many predictions as there are places are with the worker at once."""
+    long = {"input": {"prompt": "", "prompt_template": "{prompt}", "max_new_tokens": 1900, "min_new_tokens": 1900}}
+    paths = [f"/predictions/long-{number}" for number in range(NUM_PLACES)]
+    for path in paths:
+        assert client.put(path, json=long, headers={"Prefer": "respond-async"}).status_code == 202
+    states = [client.put(path, json=long).json()["status"] for path in paths]
+    for path in paths:
+        client.post(f"{path}/cancel")
+    return states == ["processing"] * NUM_PLACES
