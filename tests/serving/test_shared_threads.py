@@ -129,9 +129,9 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def read_until_cancelled(future: Future) -> None:
-    from cog import CancelationException
+    import predict
 
-    with contextlib.suppress(CancelationException):
+    with contextlib.suppress(predict.CancelationException):
         for _ in future.result(timeout=30):
             pass
 
