@@ -214,7 +214,7 @@ def test_a_first_request_that_fails_fails_the_start(load, monkeypatch):
 
 def model_logits(engine: LlamaEngine) -> torch.Tensor:
     prompts = [list(range(1, 100)), [1, 399, 5, 77]]
-    return torch.cat([rows.flatten().float() for rows in logits(engine._runner.model, prompts, chunk=30)])
+    return torch.cat([rows.flatten().float() for rows in logits(engine._runner.model, prompts, chunk=30, size=16)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

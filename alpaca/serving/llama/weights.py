@@ -20,6 +20,7 @@ from alpaca.formats.hf.folder import read_description
 from alpaca.formats.hf.pickled import Weights, open_model_weights, read_as_stored
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
 from alpaca.formats.hf.saved.unpacking import why_unread
+from alpaca.serving.kernels.cpu_linear import held_dtype
 from alpaca.serving.kernels.experts import Experts
 from alpaca.serving.kernels.linear import make_linear
 from alpaca.serving.kernels.linear_base import Biased, Linear
@@ -98,8 +99,8 @@ def load_llama(
         norm = loader.place_norm(hf_name("norm"))
         if not config.ties_embeddings:
             head = read.take(hf_name("head"))
-        else:  # a GPU shares the embedding; a CPU packs the head in any case, from the narrower form
-            head = stored if device.type == "cpu" and isinstance(stored, torch.Tensor) else embedding
+        else:  # shared, unless it is held narrower than the embedding
+            head = stored if is_held_narrower(stored, dtype, device) else embedding
         return LlamaModel(
             config=config,
             embedding=embedding,
@@ -110,6 +111,11 @@ def load_llama(
             ops=ops,
             embedding_multiplier=_embedding_multiplier(config, dtype),
         )
+
+
+def is_held_narrower(stored: torch.Tensor | Int8Weight | Nf4Weight, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a matrix is held in the dtype it is stored in, while `dtype` is computed in."""
+    return isinstance(stored, torch.Tensor) and device.type == "cpu" and held_dtype({stored.dtype}, dtype) != dtype
 
 
 class _Loader:

@@ -86,9 +86,9 @@ def test_layers_in_one_call_of_cpp(tmp_path, name):
     assert (model.whole is None) == bool(model.config.num_experts)
     found = logits(model, PROMPTS, chunk=19, size=16)
     by_torch = logits(load(tmp_path, torch.float32), PROMPTS, chunk=19)
+    alone = [logits(model, [prompt], chunk=7, size=16)[0] for prompt in PROMPTS]
     model.__dict__["whole"] = None
     one_by_one = logits(model, PROMPTS, chunk=19, size=16)
-    alone = [logits(model, [prompt], chunk=7, size=16)[0] for prompt in PROMPTS]
     for at in range(len(PROMPTS)):
         if not model.layers[0].head_norms and model.config.residual_multiplier == 1:
             assert torch.equal(found[at], one_by_one[at])

@@ -9,7 +9,7 @@ import torch
 from alpaca.serving.kernels.cpu_linear import NativeLinear
 from alpaca.serving.kernels.linear_base import Linear
 from alpaca.serving.kernels.native.library import load
-from alpaca.serving.kernels.native.ops import ACTIVATIONS
+from alpaca.serving.kernels.native.ops import ACTIVATIONS, require_blocks
 from alpaca.serving.kernels.native.structures import (
     HeadNormFields,
     LayerFields,
@@ -83,6 +83,7 @@ class NativeLayers:
     ) -> torch.Tensor:
         """Hidden states [N, D] after the last norm, of embeddings [N, D], which are changed."""
         if cache is not self._cache:
+            require_blocks(cache.keys[0])
             self._cache = cache
             self._keys, self._values = _addresses(cache.keys), _addresses(cache.values)
         tables, out = attention.block_tables.contiguous(), torch.empty(stream.shape)

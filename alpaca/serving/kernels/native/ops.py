@@ -22,6 +22,12 @@ def fits(*, head_width: int, block_size: int, dtype: torch.dtype) -> bool:
     return library is not None and head_width % library.lanes() == 0
 
 
+def require_blocks(cache: torch.Tensor) -> None:
+    """Raises ValueError for a cache [B, block_size, K, d] that the kernels would read as another."""
+    if cache.shape[1] != BLOCK_SIZE:
+        raise ValueError(f"the C++ kernels read blocks of {BLOCK_SIZE} tokens; found {cache.shape[1]}")
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Divide each row by its root mean square, then scale. x [N, D], weight [D] -> [N, D]."""
     if x.shape[1] % load().lanes():
@@ -70,6 +76,7 @@ def rotate_and_store(
     value_cache: torch.Tensor,
 ) -> torch.Tensor:
     """Rotate queries and keys; write keys and values into the cache. As `ops.rotate_and_store`."""
+    require_blocks(key_cache)
     num_kv_heads, width = key_cache.shape[2:]
     num_rows, num_heads = qkv.shape[0], qkv.shape[1] // width - 2 * num_kv_heads
     qkv, queries = qkv.contiguous(), torch.empty(num_rows, num_heads, width)
@@ -90,6 +97,7 @@ def paged_attention(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """Causal attention of packed queries over paged keys and values. As `ops.paged_attention`."""
+    require_blocks(key_cache)
     q, attended = q.contiguous(), torch.zeros(q.shape)
     tables = batch.block_tables.contiguous()
     tensors = (q, key_cache, value_cache, tables, batch.seq_lens, batch.query_starts, attended)
