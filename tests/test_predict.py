@@ -213,7 +213,12 @@ def test_first_event_comes_before_half_of_the_time(server):
 
 def test_sixteen_streams_run_at_once_and_each_gets_its_own_answer(server):
     """Greedy: float32 leaves a sampled token to chance where batches differ; tests/serving has it exact in float64."""
-    long = {**LONG, "temperature": 0, "max_new_tokens": 1500, "min_new_tokens": 1500}  # they meet on a busy machine, too
+    long = {
+        **LONG,
+        "temperature": 0,
+        "max_new_tokens": 1500,
+        "min_new_tokens": 1500,
+    }  # they meet on a busy machine, too
     asked = [{**long, "prompt": f"{i} alpacas"} for i in range(16)]
     begun = {"max_new_tokens": 40, "min_new_tokens": 40}
     alone = ["".join(server.predict({**one, **begun})["output"]).rstrip("\ufffd") for one in asked]

@@ -18,6 +18,8 @@ from alpaca.memory import free_memory
 from alpaca.serving.detokenize import CompletionText
 from alpaca.serving.engine import Engine, complete_texts
 from alpaca.serving.housekeeping import Phases
+from alpaca.serving.kernels.cpu_linear import cpu_multiplies
+from alpaca.serving.kernels.native.library import load as load_native
 from alpaca.serving.llama.adapters import check_for_llama, largest_ranks, with_adapters
 from alpaca.serving.llama.cache import BlockPool
 from alpaca.serving.llama.engine import LlamaEngine
@@ -112,14 +114,16 @@ def _load_llama(served: ServedModel, config: ModelDescription, settings: ServerS
     """Start a LLaMA engine on the GPU, or on the CPU if there is none."""
     check_for_llama(served.adapters, config)  # before the weights are read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = choose_dtype(settings, device)
+    dtype, held = choose_dtypes(settings, device)
     if settings.max_context is not None and settings.max_context > config.max_context:
         logger.warning(
             "ALPACA_MAX_CONTEXT %d is cut to the model's context of %d tokens", settings.max_context, config.max_context
         )
     tokenizer = _load_tokenizer(served, config)
     phases.end("tokenizer")
-    model = with_adapters(_load_model(served.base, config, settings, device=device, dtype=dtype), served.adapters)
+    model = with_adapters(
+        _load_model(served.base, config, settings, device=device, dtype=dtype, held=held), served.adapters
+    )
     phases.end("weights")
     plan = plan_memory(
         config, settings, free_bytes=free_memory(device), device=device.type, dtype=dtype,
@@ -131,7 +135,7 @@ def _load_llama(served: ServedModel, config: ModelDescription, settings: ServerS
     phases.end("cache")
     _warm_up(runner, plan)
     phases.end("kernels and graphs")
-    _log_loaded(served, settings, runner, plan)
+    _log_loaded(served, settings, runner, plan, held=held)
     return LlamaEngine(
         runner,
         scheduler,
@@ -151,14 +155,17 @@ def _load_tokenizer(served: ServedModel, config: ModelDescription) -> Tokenizer:
     return tokenizer
 
 
-def _log_loaded(served: ServedModel, settings: ServerSettings, runner: Runner, plan: MemoryPlan) -> None:
+def _log_loaded(
+    served: ServedModel, settings: ServerSettings, runner: Runner, plan: MemoryPlan, *, held: torch.dtype | None
+) -> None:
     """Log one line: what is served, in which precision, and what the memory is used for."""
     model, config = runner.model, runner.model.config
+    precision = (f"{model.dtype} of {held} weights" if held else str(model.dtype)).replace("torch.", "")
     logger.info(
         "%s: %.1f M weights, %s on %s, quantization %s, %.2f GB; context %d tokens, %d blocks of %d tokens (%.2f GB), "
         "up to %d sequences a step; %s%s",
         served.base, config.num_parameters / 1e6,
-        str(model.dtype).removeprefix("torch."), model.device, settings.quantization, model.num_bytes / 1e9,
+        precision, model.device, settings.quantization, model.num_bytes / 1e9,
         plan.max_context, plan.num_blocks, BLOCK_SIZE, plan.kv_bytes / 1e9, plan.max_running,
         f"graphs for {runner.graphs.buckets} sequences" if runner.graphs else "no graphs",
         f"; {len(served.adapters)} adapters, {plan.adapter_bytes / 1e9:.2f} GB" if served.adapters else "",
@@ -166,7 +173,13 @@ def _log_loaded(served: ServedModel, settings: ServerSettings, runner: Runner, p
 
 
 def _load_model(
-    folder: Path, config: ModelDescription, settings: ServerSettings, *, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: ModelDescription,
+    settings: ServerSettings,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    held: torch.dtype | None,
 ) -> LlamaModel:
     from tqdm import tqdm
 
@@ -183,16 +196,28 @@ def _load_model(
             quantization=quantization,
             num_positions=config.max_context,
             ops=choose_ops(device, dtype=dtype, head_width=config.head_width),
+            held=held,
             progress=bar.update,
         )
 
 
-def choose_dtype(settings: ServerSettings, device: torch.device) -> torch.dtype:
-    """The dtype of ALPACA_DTYPE, else bfloat16 on a GPU and float32 on a CPU. Raises InputError if the GPU lacks it."""
+def choose_dtypes(settings: ServerSettings, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype that is computed in, and the one that weights are held in where that is another one that was asked for.
+
+    Without ALPACA_DTYPE, bfloat16 on a GPU and float32 on a CPU. A CPU without units for bfloat16 or float16 takes
+    several times as long with them as with float32, so there they are but held.
+    Raises InputError if the GPU lacks bfloat16.
+    """
     wanted = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if wanted == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError("this GPU has no bfloat16 (Ampere and later have): set ALPACA_DTYPE to float16")
-    return getattr(torch, wanted)
+    dtype = getattr(torch, wanted)
+    if device.type == "cuda":
+        if wanted == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise InputError("this GPU has no bfloat16 (Ampere and later have): set ALPACA_DTYPE to float16")
+        return dtype, None
+    if dtype == torch.float32 or cpu_multiplies(dtype) or load_native() is None:
+        return dtype, None
+    logger.info("this CPU has no units for %s: weights are held so, and multiplied in float32", wanted)
+    return torch.float32, dtype
 
 
 def choose_ops(device: torch.device, *, dtype: torch.dtype, head_width: int) -> ModuleType:

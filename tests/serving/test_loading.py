@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from alpaca.errors import (
@@ -27,6 +28,8 @@ from alpaca.serving.engine import Engine
 from alpaca.serving.housekeeping import Phases
 from alpaca.serving.hugging_face import engine as transformers_engine
 from alpaca.serving.hugging_face.engine import TransformersEngine
+from alpaca.serving.kernels.cpu_linear import cpu_multiplies
+from alpaca.serving.kernels.native import library as native
 from alpaca.serving.llama.engine import LlamaEngine
 from alpaca.serving.llama.planning import BLOCK_SIZE, max_running, working_bytes
 from alpaca.serving.loading import load_engine
@@ -153,12 +156,12 @@ def test_llamas_it_does_not_know_are_transformers(copy, monkeypatch, caplog, cha
 def test_the_log_names_model_precision_pages_buckets(load, llama_folder, caplog):
     caplog.set_level(logging.INFO)
     phases = Phases()
-    engine = load(phases=phases, dtype="bfloat16", quantization="int8", max_context=512, concurrency=4)
+    engine = load(phases=phases, dtype="float32", quantization="int8", max_context=512, concurrency=4)
     line = next(message for message in caplog.messages if "blocks of" in message)
     num_blocks = 1 + 20 * 512 // BLOCK_SIZE
-    kv_gb = num_blocks * BLOCK_SIZE * 2 * 2 * 4 * 8 * 2 / 1e9  # keys and values, 2 layers, 4 heads of 8, 2 bytes
+    kv_gb = num_blocks * BLOCK_SIZE * 2 * 2 * 4 * 8 * 4 / 1e9  # keys and values, 2 layers, 4 heads of 8, 4 bytes
     assert line == (
-        f"{llama_folder}: 0.1 M weights, bfloat16 on cpu, quantization int8, "
+        f"{llama_folder}: 0.1 M weights, float32 on cpu, quantization int8, "
         f"{engine._runner.model.num_bytes / 1e9:.2f} GB; context 512 tokens, {num_blocks} blocks of 16 tokens "
         f"({kv_gb:.2f} GB), up to 20 sequences a step; no graphs"
     )
@@ -228,11 +231,39 @@ def test_quantized_models_answer_much_as_the_whole_one(load, dtype, quantization
     assert len(tokens(small.submit(request(min_new_tokens=20)))[0]) == 20
 
 
+def is_only_held(dtype: str) -> bool:
+    return dtype != "float32" and not cpu_multiplies(getattr(torch, dtype)) and native.load() is not None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_cpu_without_units_for_a_dtype_holds_weights_in_it(load, llama_folder, tmp_path, caplog, dtype):
+    """And answers as a model in float32 whose weights were rounded to it."""
+    if not is_only_held(dtype):
+        pytest.skip(f"this CPU has units for {dtype}, or no C++ kernels")
+    with caplog.at_level(logging.INFO):
+        engine = load(dtype=dtype)
+    assert f"this CPU has no units for {dtype}: weights are held so, and multiplied in float32" in caplog.messages
+    assert f"float32 of {dtype} weights on cpu" in caplog.text
+    shutil.copytree(llama_folder, tmp_path / "rounded")
+    rounded = {
+        name: tensor.to(getattr(torch, dtype)).float()
+        for name, tensor in load_file(llama_folder / "model.safetensors").items()
+    }
+    save_file(rounded, tmp_path / "rounded" / "model.safetensors")
+    expected = load_engine(tmp_path / "rounded", ServerSettings(dtype="float32"))
+    try:
+        assert torch.equal(model_logits(engine), model_logits(expected))
+        assert engine._runner.model.num_bytes < 0.8 * expected._runner.model.num_bytes
+    finally:
+        expected.close()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_model_has_the_precision_asked_for(load, dtype):
     engine = load(dtype=dtype)
-    assert str(engine._runner.model.dtype) == f"torch.{dtype}"
-    assert {str(keys.dtype) for keys in engine._runner.cache.keys} == {f"torch.{dtype}"}
+    computed = "float32" if is_only_held(dtype) else dtype
+    assert str(engine._runner.model.dtype) == f"torch.{computed}"
+    assert {str(keys.dtype) for keys in engine._runner.cache.keys} == {f"torch.{computed}"}
     assert torch.corrcoef(torch.stack([model_logits(load()), model_logits(engine)]))[0, 1] > 0.999
     assert load()._runner.model.dtype == torch.float32  # a CPU's default
 

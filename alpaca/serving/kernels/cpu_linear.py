@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from alpaca.serving.kernels.linear_base import Linear, PlainLinear, products_agree
-from alpaca.serving.kernels.native.library import load
+from alpaca.serving.kernels.native.library import cpu_flags, load
 from alpaca.serving.kernels.native.structures import KINDS, WeightFields, address
 
 _TRIED_ROWS = (1, 8, 64)
@@ -79,6 +79,13 @@ def held_dtype(stored: set[torch.dtype], dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.float32 and len(stored) == 1 and stored < {torch.float16, torch.bfloat16} and load():
         return next(iter(stored))
     return dtype
+
+
+@cache
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has units for products of bfloat16 or float16, by its own list of what it can do."""
+    units = {torch.bfloat16: {"avx512_bf16", "amx_bf16"}, torch.float16: {"avx512_fp16", "amx_fp16"}}.get(dtype, set())
+    return bool(units & cpu_flags())
 
 
 def make_packed(weight: torch.Tensor, dtype: torch.dtype) -> Linear | None:

@@ -96,12 +96,14 @@ def make_linear(
     quantization: str,
     device: torch.device,
     dtype: torch.dtype,
+    held: torch.dtype | None = None,
 ) -> Linear:
     """The layer for the matrices `parts`, each [O_i, I] on any device and of any float dtype, laid end to end by rows.
 
     Parts may be memory-mapped; they are read one after the other and not kept, except that a single part already of
     `device` and `dtype` is used as it is. Each part is quantised by itself, on `device`, from the dtype it has: as
     bitsandbytes would. Packing holds the layer twice for a moment. Parts that were saved as int8 or nf4 stay so.
+    held: the dtype of the weight that is not quantized, on a CPU; None: of its parts where that loses nothing.
     Raises InputError for another quantization, and for parts that do not fit together.
     """
     widths = {part.shape[1] for part in parts if len(part.shape) == 2}
@@ -111,8 +113,8 @@ def make_linear(
     if not all(isinstance(part, torch.Tensor) for part in parts):
         return _keep_quantized(parts, quantization=quantization, device=device, dtype=dtype)
     if quantization == "none":
-        is_cpu = device.type == "cpu"
-        held = held_dtype({part.dtype for part in parts}, dtype) if is_cpu else dtype
+        if held is None:
+            held = held_dtype({part.dtype for part in parts}, dtype) if device.type == "cpu" else dtype
         weight = lay_end_to_end(parts, device=device, dtype=held)
         return make_packed(weight, dtype) or PlainLinear(weight.to(dtype))
     if quantization == "int8":

@@ -82,16 +82,18 @@ def load_llama(
     quantization: str,
     num_positions: int,
     ops: ModuleType,
+    held: torch.dtype | None = None,
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> LlamaModel:
     """The model on `device`, its layers' projections quantized if asked (embedding and head never are).
 
+    held: what weights are rounded to, and matrices held in, while `dtype` is computed in. None: nothing is rounded.
     `progress(n)` hears of each n bytes of the files that were read. Raises InputError unless the folder
     holds exactly the tensors that its config.json calls for.
     """
     require_tensors(weights, config)
     with _ReadAhead(weights, _reading_order(config), pin=device.type == "cuda", progress=progress) as read:
-        loader = _Loader(config, read, device=device, dtype=dtype, quantization=quantization)
+        loader = _Loader(config, read, device=device, dtype=dtype, held=held, quantization=quantization)
         tables = _Tables(config, num_positions, dtype, device)
         stored = read.take(hf_name("embedding"))
         embedding = loader.place_tensor(stored)
@@ -100,13 +102,13 @@ def load_llama(
         if not config.ties_embeddings:
             head = read.take(hf_name("head"))
         else:  # shared, unless it is held narrower than the embedding
-            head = stored if is_held_narrower(stored, dtype, device) else embedding
+            head = stored if held or is_held_narrower(stored, dtype, device) else embedding
         return LlamaModel(
             config=config,
             embedding=embedding,
             layers=layers,
             norm=norm,
-            head=make_linear([head], quantization="none", device=device, dtype=dtype),
+            head=make_linear([head], quantization="none", device=device, dtype=dtype, held=held),
             rotary=tables.of(config.rope),
             ops=ops,
             embedding_multiplier=_embedding_multiplier(config, dtype),
@@ -128,10 +130,11 @@ class _Loader:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        held: torch.dtype | None,
         quantization: str,
     ) -> None:
         self._config, self._read, self._quantization = config, read, quantization
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._held = device, dtype, held
 
     def load_layer(self, index: int, tables: "_Tables") -> LlamaLayer:
         config, family = self._config, self._config.family
@@ -154,7 +157,7 @@ class _Loader:
         """A whole tensor of the model's dtype on its device."""
         if not isinstance(stored, torch.Tensor):  # a router that was saved quantized: here it is whole
             stored = stored.dequantize(self._dtype)
-        return stored.to(device=self._device, dtype=self._dtype)
+        return stored.to(self._held or stored.dtype).to(device=self._device, dtype=self._dtype)
 
     def place_norm(self, name: str) -> torch.Tensor:
         """A norm's weights as the engine multiplies by them. Those that scale before they round stay wide."""
@@ -166,7 +169,9 @@ class _Loader:
     def _project(self, prefix: str, modules: Sequence[str]) -> Linear:
         """The layer of modules of one input, by their names in the model's layer."""
         parts = [self._read.take(f"{prefix}{module}.weight") for module in modules]
-        linear = make_linear(parts, quantization=self._quantization, device=self._device, dtype=self._dtype)
+        linear = make_linear(
+            parts, quantization=self._quantization, device=self._device, dtype=self._dtype, held=self._held
+        )
         has_bias = f"{modules[0]}.bias" in self._config.layer_shapes
         return Biased(linear, torch.cat([self.place(f"{prefix}{m}.bias") for m in modules])) if has_bias else linear
 

@@ -102,14 +102,20 @@ def _openmp() -> list[str]:
     return found[:1] or ["-lgomp"]
 
 
+def cpu_flags() -> frozenset[str]:
+    """What this CPU can do, by Linux's names; empty elsewhere."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
+
+
 def _fingerprint(compiler: str) -> str:
     """Changes with all that a build depends on: sources, flags, compiler, CPU, OpenMP."""
     digest = hashlib.sha256()
     for source in [*sorted(_SOURCES.glob("*.h")), _SOURCES / "kernels.cpp"]:
         digest.update(source.read_bytes())
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=10.0).stdout
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    digest.update(repr((_FLAGS, compiler, version, cpu, _openmp())).encode())
+    digest.update(repr((_FLAGS, compiler, version, sorted(cpu_flags()), _openmp())).encode())
     return digest.hexdigest()[:16]
 
 
