@@ -25,7 +25,9 @@ from alpaca.files.places import open_weights
 from alpaca.serving.housekeeping import Phases, PredictionFolders, end_with_parent, process_age_s
 
 if TYPE_CHECKING:
+    from alpaca.serving.detokenize import CompletionText
     from alpaca.serving.engine import Generation
+    from alpaca.serving.request import PredictionInputs
 
 
 class Predictor(BaseRunner):
@@ -60,7 +62,7 @@ class Predictor(BaseRunner):
         prompt_template: str = Input(default="alpaca", description="alpaca, or a text that holds {prompt} and optionally {input}; {prompt} alone sends the text as it is"),
         messages: list[dict] = Input(default=[], description="A conversation in place of a prompt: objects with a role (system, user, assistant) and a content, for the model's own chat template"),
         n: int = Input(default=1, ge=1, le=5, description="Number of completions"),
-        max_new_tokens: int = Input(default=256, ge=1, description="Most tokens to generate, cut to the context that is left"),
+        max_new_tokens: int = Input(default=256, ge=0, description="Most tokens to generate, cut to the context that is left; 0 goes with echo alone"),
         min_new_tokens: int = Input(default=0, ge=0, description="The answer does not end before this many tokens"),
         total_tokens: int | None = Input(default=None, ge=1, description="Most tokens of prompt and answer together; when given, the smaller limit of the two holds"),
         temperature: float = Input(default=0.75, ge=0, le=5, description="Randomness of the sampling; 0 always takes the most likely token"),
@@ -74,6 +76,9 @@ class Predictor(BaseRunner):
         seed: int | None = Input(default=None, ge=0, description="Repeats a random answer; drawn and reported in the metrics when absent"),
         num_beams: int = Input(default=1, ge=1, le=8, description="Above 1: beam search, without sampling"),
         stream: bool = Input(default=False, description="Send the pieces of one completion as they come; needs n = 1 and num_beams = 1"),
+        details: bool = Input(default=False, description="Each item of the output is a JSON document: the text, why it ended, counts and the seed"),
+        logprobs: int | None = Input(default=None, ge=0, le=20, description="Log-probability of each token, and of this many most likely ones in its place; needs details"),
+        echo: bool = Input(default=False, description="Log-probabilities of the prompt's tokens; needs details"),
         replicate_weights: str | None = Input(default=None, description="Name of an adapter that the server was started with; none is the base model without any; absent is the server's default"),
         max_length: int | None = Input(default=None, deprecated=True, description="No input of this model and not used: give max_new_tokens, or total_tokens for prompt and answer together"),
         max_tokens: int | None = Input(default=None, deprecated=True, description="No input of this model and not used: give max_new_tokens"),
@@ -98,7 +103,7 @@ class Predictor(BaseRunner):
 
     def _generate(self, values: dict[str, object], call: "_Call") -> Generator[str, None, None]:
         from alpaca.serving.detokenize import CompletionText
-        from alpaca.serving.engine import GenerationCancelledError, complete_texts, stream_text
+        from alpaca.serving.engine import GenerationCancelledError
         from alpaca.serving.request import PredictionInputs, describe_unused, make_request, strips_leading_space
 
         inputs = PredictionInputs.from_mapping(values)
@@ -119,7 +124,7 @@ class Predictor(BaseRunner):
         generation = self.engine.submit(request)
         call.when_cancelled(generation.cancel)
         try:
-            yield from stream_text(generation, texts[0]) if inputs.stream else complete_texts(generation, texts)
+            yield from self._items(inputs, generation, texts)
         except GenerationCancelledError:
             self._record(generation)  # what was computed until then is paid for, too
             raise CancelationException from None
@@ -129,7 +134,21 @@ class Predictor(BaseRunner):
         line = "{output_tokens} tokens after {prompt_tokens}, {tokens_per_second:.1f} tokens/s, seed {seed}"
         print(line.format(**metrics) + (f", adapter {request.adapter}" if request.adapter else ""))
 
-    def _record(self, generation: "Generation") -> dict[str, int | float]:
+    def _items(
+        self, inputs: "PredictionInputs", generation: "Generation", texts: list["CompletionText"]
+    ) -> Iterator[str]:
+        """The items of the output: texts or documents, of whole completions or of the pieces of one."""
+        from alpaca.serving.details import complete_details, stream_details
+        from alpaca.serving.engine import complete_texts, stream_text
+
+        if inputs.details:
+            tokenizer = self.engine.tokenizer
+            if inputs.stream:
+                return stream_details(generation, texts[0], tokenizer)
+            return complete_details(generation, texts, tokenizer)
+        return stream_text(generation, texts[0]) if inputs.stream else complete_texts(generation, texts)
+
+    def _record(self, generation: "Generation") -> dict[str, int | float | str | list[str]]:
         """Give the runtime the prediction's figures; returns them."""
         metrics = generation.metrics()
         for name, value in metrics.items():

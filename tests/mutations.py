@@ -43,10 +43,24 @@ MUTATIONS = [
     ),
     Mutation(
         path="alpaca/serving/llama/scheduler.py",
-        old="find_prefix(sequence.token_ids[:-1],",
-        new="find_prefix(sequence.token_ids,",
+        old="else len(sequence.token_ids) - 1",
+        new="else len(sequence.token_ids)",
         killed_by="tests/serving/llama/test_scheduler.py::test_a_known_prefix_is_not_computed_again_but_its_last_token_is",
         why="a prompt that is cached whole has no logits, and its request hangs",
+    ),
+    Mutation(
+        path="alpaca/serving/llama/scheduler.py",
+        old="max(sequence.unscored.start, sequence.num_computed)",
+        new="sequence.num_computed",
+        killed_by="tests/serving/llama/test_scores.py::test_a_long_prompt_beside_others_is_scored_once_however_often_it_is_preempted",
+        why="an echoed prompt that was preempted has the scores of some tokens twice",
+    ),
+    Mutation(
+        path="alpaca/serving/llama/runner.py",
+        old="logits.clone() if is_kept else logits",
+        new="logits",
+        killed_by="tests/serving/llama/test_scores.py::test_scores_of_any_mixture_are_transformers_and_change_no_answer",
+        why="log-probabilities are those after the temperature and the penalties, not the model's",
     ),
     Mutation(
         path="alpaca/serving/llama/cache.py",
@@ -190,8 +204,8 @@ MUTATIONS = [
     ),
     Mutation(
         path="alpaca/serving/request.py",
-        old="(inputs.total_tokens or max_context) - prompt_length",
-        new="(inputs.total_tokens or max_context)",
+        old="min(asked, inputs.total_tokens - prompt_length)",
+        new="min(asked, inputs.total_tokens)",
         killed_by="tests/serving/test_request.py::test_limits",
         why="total_tokens does not count the prompt",
     ),

@@ -23,20 +23,34 @@ class CompletionText:
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, stop: Sequence[str] = (), strip_leading: bool = False
     ) -> None:
-        self.stopped = False
+        self.stopped_by: str | None = None  # the stop text that ended it
+        self.is_cut = False  # whether a stop text was found among its characters, which ends it before them
+        self.num_given = 0  # characters of the text that were returned
         self._decoder = _decoder(tokenizer, prompt_ids)
         self._stops, self._state = StopTexts(stop), 0
-        self._stop_ids = {tokenizer.special_id(text) for text in stop} - {None}
+        special_ids = ((tokenizer.special_id(text), text) for text in stop)
+        self._stop_ids = {token_id: text for token_id, text in special_ids if token_id is not None}
         self._at_start = strip_leading
         self._waiting = ""
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has ended it."""
+        return self.stopped_by is not None
+
+    @property
+    def num_read(self) -> int:
+        """Number of characters read so far, those held back included."""
+        return self.num_given + len(self._waiting)
+
     def push(self, token_id: int) -> str:
-        """The further text that is certain after one more token. Sets `stopped` when it meets a stop text."""
+        """The further text that is certain after one more token."""
         if self.stopped:
             return ""
         if token_id not in self._stop_ids:
             return self._release(self._decoder.push(token_id), last=False)
-        piece, self.stopped = self._release(self._decoder.finish(), last=True), True
+        piece = self._release(self._decoder.finish(), last=True)
+        self.stopped_by = self.stopped_by or self._stop_ids[token_id]
         return piece
 
     def finish(self) -> str:
@@ -50,11 +64,16 @@ class CompletionText:
         for num_read, character in enumerate(text, start=1):
             self._state = self._stops.step(self._state, character)
             if length := self._stops.matches[self._state]:
-                self.stopped = True
-                return (self._waiting + text[:num_read])[:-length]
+                read = self._waiting + text[:num_read]
+                self.stopped_by, self.is_cut, self._waiting = read[-length:], True, ""
+                return self._give(read[:-length])
         self._waiting += text
         end = len(self._waiting) - (0 if last else self._stops.lengths[self._state])
         piece, self._waiting = self._waiting[:end], self._waiting[end:]
+        return self._give(piece)
+
+    def _give(self, piece: str) -> str:
+        self.num_given += len(piece)
         return piece
 
 

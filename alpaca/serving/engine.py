@@ -21,18 +21,31 @@ class GenerationCancelledError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token's log-probability, and the most likely tokens in its place: (id, log-probability) in falling order."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One more token of a completion."""
+    """One more token of a completion.    score: where the request asked for it."""
 
     completion: int
     token_id: int
+    score: TokenScore | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvent:
-    """No more tokens of a completion will come: it reached EOS or its length, or its reader stopped it."""
+    """No more tokens of a completion will come.
+
+    reason: "stop" for EOS, or where its reader stopped it; else what limits the request, "length" or "context".
+    """
 
     completion: int
+    reason: str
 
 
 Event = TokenEvent | FinishedEvent
@@ -47,6 +60,8 @@ class Generation:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.cached_tokens = 0  # prompt tokens whose keys and values an engine did not compute again
+        self.prompt_scores: list[TokenScore] = []  # of each prompt token but the first; there before any event
+        self.finish_reasons: list[str | None] = [None] * request.n  # of the completions whose end the reader has met
         self._unsent: list[Event] = []
         self._sent: SimpleQueue[list[Event] | BaseException] = SimpleQueue()
         self._cancelled = threading.Event()
@@ -63,15 +78,16 @@ class Generation:
         """Note that the request has left the queue."""
         self._started_at = time.monotonic()
 
-    def put_token(self, completion: int, token_id: int) -> None:
+    def put_token(self, completion: int, token_id: int, score: TokenScore | None = None) -> None:
         self._last_token_at = time.monotonic()
         self._first_token_at = self._first_token_at or self._last_token_at
         self._num_tokens += 1
-        self._unsent.append(TokenEvent(completion, token_id))
+        self._unsent.append(TokenEvent(completion, token_id, score))
 
-    def finish(self, completion: int) -> None:
+    def finish(self, completion: int, *, at_limit: bool) -> None:
+        """End a completion: at the request's limit, or by EOS or because its reader stopped it."""
         self._num_finished += 1
-        self._unsent.append(FinishedEvent(completion))
+        self._unsent.append(FinishedEvent(completion, self.request.limit if at_limit else "stop"))
 
     def flush(self, *, interval_s: float = 0.0) -> None:
         """Send the reader what was written, unless that can wait.
@@ -135,11 +151,16 @@ class Generation:
         self._cancelled.set()
         self._sent.put(GenerationCancelledError())
 
-    def metrics(self) -> dict[str, int | float]:
-        """Counts, seconds and the seed, under the names of the Predictor's metrics. May be called at any time."""
+    def metrics(self) -> dict[str, int | float | str | list[str]]:
+        """Counts, seconds, the seed and why it ended, under the names of the Predictor's metrics.
+
+        May be called at any time; before all completions have ended, there is no `finish_reason`.
+        """
         end = self._last_token_at or time.monotonic()
         started = self._started_at or end
         seconds = max(end - started, 1e-9)
+        reasons = [reason for reason in self.finish_reasons if reason is not None]
+        has_ended = len(reasons) == self.request.n
         return {
             "prompt_tokens": len(self.request.prompt_ids),
             "cached_tokens": self.cached_tokens,
@@ -148,6 +169,7 @@ class Generation:
             "time_to_first_token_s": (self._first_token_at or end) - self._submitted_at,
             "tokens_per_second": self._num_tokens / seconds,
             "seed": self.request.seed,
+            **({"finish_reason": reasons[0] if self.request.n == 1 else reasons} if has_ended else {}),
         }
 
 
@@ -182,7 +204,7 @@ class Engine(ABC):
 def stream_text(generation: Generation, text: CompletionText) -> Iterator[str]:
     """The text of a single completion in pieces, each as soon as it is certain. Waiting tokens make one piece."""
     for batch in generation.batches():
-        piece = "".join(_advance(generation, text, event) for event in batch)
+        piece = "".join(advance(generation, text, event) for event in batch)
         if piece:
             yield piece
 
@@ -193,16 +215,19 @@ def complete_texts(generation: Generation, texts: list[CompletionText]) -> Itera
     ended = [False] * len(texts)
     next_one = 0
     for event in generation.events():
-        written[event.completion].append(_advance(generation, texts[event.completion], event))
+        written[event.completion].append(advance(generation, texts[event.completion], event))
         ended[event.completion] |= isinstance(event, FinishedEvent)
         while next_one < len(texts) and ended[next_one]:
             yield "".join(written[next_one])
             next_one += 1
 
 
-def _advance(generation: Generation, text: CompletionText, event: Event) -> str:
+def advance(generation: Generation, text: CompletionText, event: Event) -> str:
+    """The further text of a completion that is certain after one event. A stop text ends the completion."""
     if isinstance(event, FinishedEvent):
-        return text.finish()
+        piece = text.finish()
+        generation.finish_reasons[event.completion] = "stop" if text.stopped else event.reason
+        return piece
     if text.stopped:
         generation.leave_out()
         return ""

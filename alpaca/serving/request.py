@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from alpaca.errors import InputError, PromptTooLong
 from alpaca.files.names import quote_name, quote_value
@@ -40,7 +40,7 @@ class PredictionInputs:
     prompt_template: str = _DEFAULT_TEMPLATE
     messages: tuple[Message, ...] = ()
     n: int = _bounded(1, ge=1, le=5)
-    max_new_tokens: int = _bounded(256, ge=1)
+    max_new_tokens: int = _bounded(256, ge=0)
     min_new_tokens: int = _bounded(0, ge=0)
     total_tokens: int | None = _bounded(None, ge=1)
     temperature: float = _bounded(0.75, ge=0, le=5)
@@ -54,6 +54,9 @@ class PredictionInputs:
     seed: int | None = _bounded(None, ge=0)
     num_beams: int = _bounded(1, ge=1, le=8)
     stream: bool = False
+    details: bool = False
+    logprobs: int | None = _bounded(None, ge=0, le=20)
+    echo: bool = False
     replicate_weights: str | None = None
     max_length: int | None = None  # these two are other programs' names, and do nothing but be spoken of: see below
     max_tokens: int | None = None
@@ -86,6 +89,19 @@ class PredictionInputs:
             raise InputError("stream sends the pieces of one completion: use it with n = 1 and num_beams = 1")
         if self.num_beams > 1 and self.n > self.num_beams:
             raise InputError(f"beam search with num_beams {self.num_beams} cannot give n = {self.n} completions")
+        self._check_details()
+
+    def _check_details(self) -> None:
+        asked = [name for name, is_asked in self._scores_asked().items() if is_asked]
+        if asked and not self.details:
+            raise InputError(f"{' and '.join(asked)} need details: only a JSON document has room for them")
+        if asked and self.num_beams > 1:
+            raise InputError(f"{' and '.join(asked)} do not go with num_beams above 1; details alone does")
+        if not self.max_new_tokens and not self.echo:
+            raise InputError("max_new_tokens 0 needs echo: without it there would be nothing to answer")
+
+    def _scores_asked(self) -> dict[str, bool]:
+        return {"logprobs": self.logprobs is not None, "echo": self.echo}
 
     def _check_one_prompt(self) -> None:
         if self.messages:
@@ -114,7 +130,12 @@ def describe_unused(inputs: PredictionInputs) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What an engine computes: `n` completions of `prompt_ids`, each of at most `max_new_tokens` tokens."""
+    """What an engine computes: `n` completions of `prompt_ids`, each of at most `max_new_tokens` tokens.
+
+    max_new_tokens: 0 where only the prompt's scores are wanted.   limit: why an answer of that many tokens ends there.
+    logprobs: each token is scored, and so many of the most likely ones with it; None: no token is.
+    echo: the prompt's tokens are scored, too.
+    """
 
     prompt_ids: tuple[int, ...]
     n: int
@@ -129,6 +150,9 @@ class Request:
     frequency_penalty: float
     seed: int
     num_beams: int
+    logprobs: int | None = None
+    echo: bool = False
+    limit: Literal["length", "context"] = "length"
     adapter: str | None = None  # its name in the server's settings; None: the base model alone
     reads_along: bool = True  # the reader wants tokens as they come, not all at the end
 
@@ -181,10 +205,12 @@ def make_request(
     prompt_ids = tuple(_encode(inputs, tokenizer, template, max_context))
     if not prompt_ids:
         raise InputError("the prompt is empty and this model's tokenizer has no BOS token: give at least one character")
+    max_new_tokens, limit = _room(inputs, len(prompt_ids), max_context)
     return Request(
         prompt_ids=prompt_ids,
         adapter=adapter,
-        max_new_tokens=_room(inputs, len(prompt_ids), max_context),
+        max_new_tokens=max_new_tokens,
+        limit=limit,
         seed=random.SystemRandom().randint(0, _LARGEST_DRAWN_SEED) if inputs.seed is None else inputs.seed,
         reads_along=inputs.stream or inputs.n > 1 or bool(inputs.stop),
         **{name: getattr(inputs, name) for name in _SAME_IN_BOTH},
@@ -205,19 +231,26 @@ def strips_leading_space(inputs: PredictionInputs) -> bool:
     return inputs.prompt_template != RAW_TEMPLATE
 
 
-def _room(inputs: PredictionInputs, prompt_length: int, max_context: int) -> int:
-    """Number of tokens that may be generated: those asked for, as far as they fit. Raises PromptTooLong if none do."""
-    if prompt_length >= max_context:
+def _room(inputs: PredictionInputs, prompt_length: int, max_context: int) -> tuple[int, Literal["length", "context"]]:
+    """Number of tokens that may be generated, and what limits it: those asked for, as far as they fit.
+
+    Raises PromptTooLong where none do, though some are asked for.
+    """
+    longest_prompt = max_context - min(inputs.max_new_tokens, 1)
+    if prompt_length > longest_prompt:
         raise PromptTooLong(
             f"the prompt is {prompt_length} tokens long and the model's context is {max_context}: "
             "shorten the prompt so that room for an answer is left"
         )
-    if inputs.total_tokens is not None and prompt_length >= inputs.total_tokens:
+    if inputs.total_tokens is not None and prompt_length > inputs.total_tokens - min(inputs.max_new_tokens, 1):
         raise PromptTooLong(
             f"the prompt is {prompt_length} tokens long and total_tokens, which includes it, is "
             f"{inputs.total_tokens}: raise total_tokens or leave it out"
         )
-    return min(inputs.max_new_tokens, (inputs.total_tokens or max_context) - prompt_length, max_context - prompt_length)
+    asked, room = inputs.max_new_tokens, max_context - prompt_length
+    if inputs.total_tokens is not None:
+        asked = min(asked, inputs.total_tokens - prompt_length)
+    return min(asked, room), "length" if asked <= room else "context"
 
 
 def _whole(name: str, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Tokenizers of transformers, for folders without a SentencePiece model: Llama 3, OPT, BLOOM and others."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -12,10 +13,11 @@ from alpaca.files.reading import list_folder
 from alpaca.text.added_tokens import read_added_tokens, read_special_names
 from alpaca.text.eos import first_eos_id
 from alpaca.text.markers import MarkedEncoder
-from alpaca.text.tiktoken import TIKTOKEN_FILE
+from alpaca.text.tiktoken import BYTE_OF, TIKTOKEN_FILE
 from alpaca.text.tokenizer import PAD_TOKEN, Tokenizer
 
 _PROBE = "Name two alpacas, please: one is 7."
+_ONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # the token of a byte, in vocabularies that fall back to them
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -72,6 +74,37 @@ class HuggingFaceTokenizer(Tokenizer):
         shown = [token_id for token_id in ids if token_id not in self.special_ids]
         return self._tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def bytes_inside(self, token_id: int) -> bytes:
+        if token_id in self.special_ids:
+            return b""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:  # a vocabulary may leave ids out
+            return b""
+        if token_id not in self._added_ids:
+            if self._is_byte_level and all(character in BYTE_OF for character in token):
+                return bytes(map(BYTE_OF.__getitem__, token))
+            if byte := _ONE_BYTE.fullmatch(token):
+                return bytes([int(byte[1], 16)])
+        before = self._any_text
+        return self.decode([*before, token_id])[len(self.decode(before)) :].encode()
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        """Tokens that are written as they read, whatever the others are."""
+        return frozenset(self._tokenizer.added_tokens_decoder)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether each character of a token stands for a byte."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        steps = [] if backend is None else [*_steps(backend.pre_tokenizer), *_steps(backend.decoder)]
+        return any(step["type"] == "ByteLevel" for step in steps)
+
+    @cached_property
+    def _any_text(self) -> list[int]:
+        """Ids of a text, after which a token shows all of its own."""
+        return self.encode("a")
+
     def add_pad_token(self) -> bool:
         if self.pad_id is not None:
             return False
@@ -118,9 +151,9 @@ def _most_composed(backend) -> int | None:
 
 
 def _steps(part) -> Iterator[dict[str, Any]]:
-    """What a normalizer or pre-tokenizer of `tokenizers` does, step by step, as tokenizer.json has it."""
+    """What a normalizer, pre-tokenizer or decoder of `tokenizers` does, step by step, as tokenizer.json has it."""
     step = json.loads(part.__getstate__()) if part is not None else {"type": "Sequence"}
-    inner = step.get("normalizers") or step.get("pretokenizers") or []
+    inner = step.get("normalizers") or step.get("pretokenizers") or step.get("decoders") or []
     yield from inner if step["type"] == "Sequence" else [step]
 
 

@@ -157,6 +157,7 @@ def _byte_characters() -> list[str]:
 
 
 _CHARACTERS = _byte_characters()
+BYTE_OF = {character: byte for byte, character in enumerate(_CHARACTERS)}
 
 
 def _visible(token: bytes) -> str:

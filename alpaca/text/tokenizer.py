@@ -104,6 +104,10 @@ class Tokenizer(ABC):
         """The UTF-8 bytes one id stands for, or None where that depends on its neighbours."""
         return None
 
+    def bytes_inside(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that one id adds to a text that has begun; none for a special token."""
+        return self.token_bytes(token_id) or b""
+
 
 def tokenizer_summary(tokenizer: Tokenizer) -> str:
     """Describe a tokenizer in one line of a log."""

@@ -104,6 +104,34 @@ def test_limits(tokenizer):
     assert request(tokenizer, total_tokens=2000, max_context=50, **raw).max_new_tokens == 49
 
 
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        ({}, "length"),
+        ({"max_context": 258}, "length"),
+        ({"max_context": 257}, "length"),  # exactly what was asked for
+        ({"max_context": 256}, "context"),
+        ({"total_tokens": 50, "max_context": 50}, "length"),
+        ({"total_tokens": 51, "max_context": 50}, "context"),
+        ({"total_tokens": 51, "max_new_tokens": 49, "max_context": 50}, "length"),
+    ],
+)
+def test_what_limits_an_answer(tokenizer, values, limit):
+    assert request(tokenizer, prompt_template="{prompt}", prompt="", **values).limit == limit
+
+
+def test_where_only_the_prompts_scores_are_wanted_it_may_fill_the_context(tokenizer):
+    asked = {"details": True, "echo": True, "max_new_tokens": 0}
+    length = len(request(tokenizer).prompt_ids)
+    for limits in ({"max_context": length}, {"total_tokens": length}):
+        made = request(tokenizer, **asked, **limits)
+        assert (made.max_new_tokens, made.limit, made.echo) == (0, "length", True)
+    with pytest.raises(PromptTooLong, match=f"prompt is {length} tokens long and the model's context is {length - 1}"):
+        request(tokenizer, **asked, max_context=length - 1)
+    with pytest.raises(PromptTooLong, match=f"prompt is {length} tokens long and total_tokens"):
+        request(tokenizer, **asked, total_tokens=length - 1)
+
+
 def test_too_long_prompts_name_both_lengths(tokenizer):
     length = len(request(tokenizer).prompt_ids)
     with pytest.raises(PromptTooLong, match=f"prompt is {length} tokens long and the model's context is {length}"):
@@ -121,7 +149,13 @@ def test_too_long_prompts_name_both_lengths(tokenizer):
         ({"n": 6}, "n must be from 1 to 5; found 6"),
         ({"temperature": float("nan")}, "temperature must be from 0 to 5; found nan"),
         ({"top_p": 0.0}, "top_p must be from 0.01 to 1; found 0.0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; found 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0; found -1"),
+        ({"max_new_tokens": 0, "details": True}, "max_new_tokens 0 needs echo"),
+        ({"details": True, "logprobs": 21}, "logprobs must be from 0 to 20; found 21"),
+        ({"logprobs": 0}, "logprobs need details"),
+        ({"logprobs": 2, "echo": True}, "logprobs and echo need details"),
+        ({"details": True, "num_beams": 2, "logprobs": 0}, "logprobs do not go with num_beams above 1"),
+        ({"details": True, "num_beams": 2, "echo": True}, "echo do not go with num_beams above 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"n": 1.5}, "n must be a whole number; found 1.5"),
         ({"stop": [""]}, "stop must be a list of texts that are not empty"),
@@ -158,9 +192,8 @@ def test_every_bound_is_checked():
     for item in dataclasses.fields(PredictionInputs):
         for bound, outside in (("ge", -1), ("le", 1)):
             if (edge := item.metadata.get(bound)) is not None:
-                PredictionInputs(
-                    prompt="x", **{item.name: edge} | ({"num_beams": 1} if item.name == "n" else {})
-                ).check()
+                beside = {"details": item.name == "logprobs"} | ({"echo": True, "details": True} if edge == 0 else {})
+                PredictionInputs(prompt="x", **{item.name: edge} | beside).check()
                 with pytest.raises(InputError, match=f"{item.name} must be"):
                     PredictionInputs(prompt="x", **{item.name: edge + outside}).check()
 

@@ -6,7 +6,7 @@ Legend: R rows (completions of one prompt), T tokens, V vocabulary.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 PREFILL_TOKENS = 512  # a long prompt is read in pieces, so that a cancelled request ends between them
+SCORED_TOKENS = 64  # of a prompt whose logits are all wanted: so many of them are in memory at once
 _STATES = ("past_key_values", "cache_params", "state", "past_buckets_states", "mems")
 
 
@@ -200,19 +201,55 @@ class Forward:
         without = {"use_cache": False} if self._has_use_cache else {}
         return self._model(input_ids=text, **without, **self._only_last).logits[:, -1]
 
+    def whole(self, text: torch.Tensor) -> torch.Tensor:
+        """Logits [R, T, V] of all tokens of a text [R, T], without any memory."""
+        without = {"use_cache": False} if self._has_use_cache else {}
+        return self._model(input_ids=text, **without).logits
+
     def next(self, ids: torch.Tensor, memory: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Logits [R, V] after the ids [R, T], and the memory that then holds them, too.
 
         Raises ValueError where the model gives none, or takes none back.
         """
+        logits, given = self.next_whole(ids, memory, **self._only_last)
+        return logits[:, -1], given
+
+    def next_whole(
+        self, ids: torch.Tensor, memory: dict[str, Any], **only_last: int
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """As `next`, with the logits [R, T, V] of all the ids."""
         if any(name not in self._known for name in memory):
             raise ValueError(f"its forward takes no {', '.join(memory)}")
         with_cache = {"use_cache": True} if self._has_use_cache else {}
-        output = self._model(input_ids=ids, **memory, **with_cache, **self._only_last)
+        output = self._model(input_ids=ids, **memory, **with_cache, **only_last)
         given = {name: output.get(name) for name in _STATES if name in self._known and output.get(name) is not None}
         if not given:
             raise ValueError("it returns no memory of what it read")
-        return output.logits[:, -1], given
+        return output.logits, given
+
+
+def read_logits(model: PreTrainedModel, way: Way, prompt: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The logits of all tokens of a prompt [1, T], some [t, V] at a time. Only for prompts that `can_score` takes."""
+    if find_rope_kind(model.config) == "dynamic":
+        _forget_lengths(model)
+    forward, num_tokens = Forward(model), prompt.shape[1]
+    if num_tokens <= SCORED_TOKENS or not _reads_in_pieces(model, way, num_tokens):
+        yield forward.whole(prompt)[0]
+        return
+    memory: dict[str, Any] = {"past_key_values": DynamicCache(config=model.config)}
+    for piece in prompt.split(SCORED_TOKENS, dim=1):
+        logits, memory = forward.next_whole(piece, memory)
+        yield logits[0]
+
+
+def can_score(model: PreTrainedModel, way: Way, num_tokens: int) -> bool:
+    """Whether `read_logits` takes so long a prompt: where it must be computed whole, its logits must not be many."""
+    return num_tokens <= PREFILL_TOKENS or _reads_in_pieces(model, way, num_tokens)
+
+
+def _reads_in_pieces(model: PreTrainedModel, way: Way, num_tokens: int) -> bool:
+    border = find_border(model.config)
+    return way.in_pieces and (border is None or num_tokens <= border)
 
 
 def find_rope_kind(config: PretrainedConfig) -> str | None:

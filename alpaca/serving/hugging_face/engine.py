@@ -5,6 +5,7 @@ Beam search is transformers' own.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -27,12 +28,13 @@ from alpaca.formats.hf.adapters import AdapterFolder
 from alpaca.formats.hf.folder import require_all_weights
 from alpaca.formats.hf.loading import load_causal_lm
 from alpaca.formats.hf.quantization import allow_any_width_on_cpu
-from alpaca.serving.engine import Engine, Generation, is_device_lost
-from alpaca.serving.hugging_face.decoding import QUICKEST, Decoder, Way
+from alpaca.serving.engine import Engine, Generation, TokenScore, is_device_lost
+from alpaca.serving.hugging_face.decoding import PREFILL_TOKENS, QUICKEST, Decoder, Way, can_score, read_logits
 from alpaca.serving.hugging_face.fitness import check_config, choose_context, count_rows, naming_the_folder
 from alpaca.serving.hugging_face.proof import find_way
-from alpaca.serving.llama.sampling import SamplingState, commit_tokens, require_finite, sample_tokens
+from alpaca.serving.llama.sampling import SamplingState, commit_tokens, not_finite, require_finite, sample_tokens
 from alpaca.serving.request import Request
+from alpaca.serving.scoring import score_tokens
 from alpaca.serving.served_model import adapter_names, check_tokenizers
 from alpaca.serving.settings import ServerSettings
 from alpaca.text.eos import read_eos_ids
@@ -75,6 +77,11 @@ class TransformersEngine(Engine):
     def submit(self, request: Request) -> Generation:
         if request.adapter is not None and request.adapter not in self.adapters.named:
             raise InputError(f"this engine has no adapter {request.adapter!r}")
+        if request.echo and not can_score(self._model, self.way, len(request.prompt_ids)):
+            raise InputError(
+                f"this model's prompts are computed whole, so echo takes prompts of up to {PREFILL_TOKENS} tokens; "
+                f"found {len(request.prompt_ids)}"
+            )
         generation = Generation(request)
         with self._changed:
             if self._closed or self._lost is not None:
@@ -129,28 +136,63 @@ class TransformersEngine(Engine):
         if generation.request.num_beams > 1:
             self._beam_search(generation)
             return
-        decoder, request = self.way.make(self._model), generation.request
+        request = generation.request
         prompt = torch.tensor([request.prompt_ids], device=self._model.device)
+        if request.echo:
+            self._score_prompt(generation, prompt)
+        if not request.max_new_tokens:
+            for completion in range(request.n):
+                generation.finish(completion, at_limit=True)
+            generation.flush()
+            return
+        decoder = self.way.make(self._model)
         logits = decoder.begin(prompt, request.n, lambda: generation.is_cancelled)
         if logits is not None:
             self._decode(generation, decoder, logits)
 
+    def _score_prompt(self, generation: Generation, prompt: torch.Tensor) -> None:
+        """Score a prompt [1, T] in a pass of its own, before the one that its answer goes on from."""
+        following, num_top = prompt[0, 1:], generation.request.logprobs or 0
+        for piece in read_logits(self._model, self.way, prompt):
+            if generation.is_cancelled:
+                return
+            rows = torch.arange(min(len(piece), len(following)), device=piece.device)
+            logits = piece[:, : self._count_ids(piece)]
+            targets, num_tops = following[: len(rows)], [num_top] * len(rows)
+            scores = score_tokens(rows, targets, logits.__getitem__, num_top=num_tops).read()
+            if any(math.isnan(score.logprob) for score in scores):
+                raise not_finite()
+            generation.prompt_scores += scores
+            following = following[len(rows) :]
+
+    def _count_ids(self, logits: torch.Tensor) -> int:
+        """How many of the logits [.., V] are of tokens that can be sampled.
+
+        An embedding may be padded beyond the tokenizer, and a config may name EOS ids that the tokenizer has not.
+        """
+        return min(logits.shape[-1], max([self.tokenizer.size, *(token_id + 1 for token_id in self._eos_ids)]))
+
     def _decode(self, generation: Generation, decoder: Decoder, logits: torch.Tensor) -> None:
         """Generate token after token for the completions still running, as one batch."""
         request = generation.request
-        # An embedding may be padded beyond the tokenizer, and a config may name EOS ids that the tokenizer has not.
-        vocab_size = min(logits.shape[-1], max([self.tokenizer.size, *(token_id + 1 for token_id in self._eos_ids)]))
+        vocab_size = self._count_ids(logits)
         states = [SamplingState(request, i, eos_ids=self._eos_ids) for i in range(request.n)]
         running = list(range(request.n))
         for num_generated in range(1, request.max_new_tokens + 1):
             rows = [states[i] for i in running]
-            ids = sample_tokens(logits[:, :vocab_size], rows)
+            logits = logits[:, :vocab_size]
+            ids = sample_tokens(logits if request.logprobs is None else logits.clone(), rows)
             commit_tokens(rows, ids)
             chosen = ids.tolist()
             for token_id in chosen:
                 require_finite(token_id)
+            scores = _score(logits, ids, request)
             is_last = num_generated == request.max_new_tokens
-            kept = [row for row in range(len(running)) if self._publish(generation, running[row], chosen[row], is_last)]
+            kept = [
+                row
+                for row in range(len(running))
+                if self._publish(generation, running[row], chosen[row], scores[row], is_last)
+            ]
             generation.flush()
             if generation.is_cancelled or self._closed or not kept:
                 return
@@ -159,17 +201,16 @@ class TransformersEngine(Engine):
                 running, chosen = [running[row] for row in kept], [chosen[row] for row in kept]
             logits = decoder.step(torch.tensor(chosen, device=logits.device))
 
-    def _publish(self, generation: Generation, completion: int, token_id: int, is_last: bool) -> bool:
+    def _publish(
+        self, generation: Generation, completion: int, token_id: int, score: TokenScore | None, is_last: bool
+    ) -> bool:
         """Hand on one token. Returns whether its completion goes on."""
-        if generation.is_stopped(completion):
-            generation.finish(completion)
-            return False
-        is_eos = token_id in self._eos_ids
-        if not is_eos:
-            generation.put_token(completion, token_id)
-        if is_eos or is_last:
-            generation.finish(completion)
-        return not (is_eos or is_last)
+        has_ended = token_id in self._eos_ids or generation.is_stopped(completion)
+        if not has_ended:
+            generation.put_token(completion, token_id, score)
+        if has_ended or is_last:
+            generation.finish(completion, at_limit=not has_ended)
+        return not (has_ended or is_last)
 
     def _beam_search(self, generation: Generation) -> None:
         request = generation.request
@@ -185,8 +226,16 @@ class TransformersEngine(Engine):
             ends = [at for at, token_id in enumerate(sequence) if token_id in self._eos_ids]
             for token_id in sequence[: ends[0] if ends else None]:
                 generation.put_token(completion, token_id)
-            generation.finish(completion)
+            generation.finish(completion, at_limit=not ends)
         generation.flush()
+
+
+def _score(logits: torch.Tensor, ids: torch.Tensor, request: Request) -> list[TokenScore | None]:
+    """The scores of new tokens [R] by the model's logits [R, V]; None for each where the request wants none."""
+    if request.logprobs is None:
+        return [None] * len(ids)
+    rows = torch.arange(len(ids), device=logits.device)
+    return score_tokens(rows, ids, logits.__getitem__, num_top=[request.logprobs] * len(ids)).read()
 
 
 def _make_switch(model: PreTrainedModel, adapters: Mapping[str, AdapterFolder]) -> Callable[[str | None], None]:

@@ -8,6 +8,7 @@ On a GPU step n + 1 is scheduled and launched while the device still computes st
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +18,11 @@ from queue import Empty, SimpleQueue
 import torch
 
 from alpaca.errors import EngineClosed, InputError, NumbersOverflow, PromptTooLong
-from alpaca.serving.engine import Engine, Generation, is_device_lost
+from alpaca.serving.engine import Engine, Generation, TokenScore, is_device_lost
 from alpaca.serving.llama.runner import Runner
-from alpaca.serving.llama.sampling import SamplingState, require_finite
+from alpaca.serving.llama.sampling import SamplingState, not_finite, require_finite
 from alpaca.serving.llama.scheduler import ScheduledSequence, Scheduler, Sequence
-from alpaca.serving.llama.step import PendingStep
+from alpaca.serving.llama.step import PendingStep, StepScores
 from alpaca.serving.request import NO_ADAPTERS, AdapterNames, Request
 from alpaca.text.tokenizer import Tokenizer
 
@@ -110,12 +111,12 @@ class LlamaEngine(Engine):
         """Refuse a request that could never run. Raises InputError, PromptTooLong."""
         if request.adapter not in self._adapter_indices:
             raise InputError(f"this engine has no adapter {request.adapter!r}")
-        num_rows = self._runner.model.config.vocab_size
+        num_rows = self._runner.vocab_size if request.echo else self._runner.model.config.vocab_size
         outside = [token_id for token_id in request.prompt_ids if not 0 <= token_id < num_rows]
         if outside:
             raise InputError(f"token id {outside[0]} is outside of the model's {num_rows} rows")
         length = len(request.prompt_ids) + request.max_new_tokens
-        if length > self.max_context or not self._scheduler.fits(length):
+        if length > self.max_context or not self._scheduler.fits(_num_positions(request)):
             raise PromptTooLong(
                 f"prompt ({len(request.prompt_ids)} tokens) and answer (up to {request.max_new_tokens}) need {length} "
                 f"tokens; this server has room for {self.max_context}: shorten them or give the server more memory"
@@ -162,10 +163,11 @@ class LlamaEngine(Engine):
             sampling = SamplingState(request, index, eos_ids=self._runner.eos_ids)
             sequence = Sequence(
                 request.prompt_ids,
-                max_new_tokens=request.max_new_tokens,
+                max_new_tokens=_num_positions(request) - len(request.prompt_ids),
                 adapter_index=self._adapter_indices[request.adapter],
                 long_from=self._runner.model.config.rope.long_from,
                 shares_prompt_with=sequences[0] if sequences else None,
+                scores_prompt=request.echo and index == 0,
                 completion=RunningCompletion(generation, index, sampling),
             )
             sequences.append(sequence)
@@ -251,16 +253,26 @@ class LlamaEngine(Engine):
             for item in pending.scheduled:
                 self._fail(item.sequence.completion.generation, error)
             return
-        for item, token_id in zip(pending.sampled, ids, strict=True):
+        scores = pending.scores.read_rows() if pending.scores else {}
+        if pending.scores:
+            self._hand_on_prompt_scores(pending.scores)
+        for row, (item, token_id) in enumerate(zip(pending.sampled, ids, strict=True)):
             if not item.sequence.is_finished:
                 self._scheduler.append_token(item.sequence, token_id)
-                self._advance(item.sequence, token_id)
+                self._advance(item.sequence, token_id, scores.get(row))
         self._throughput.num_tokens += len(ids)
         interval_s = _PIECE_INTERVAL_S * len(self._scheduler.running)
         for generation in list(self._sequences):
             generation.flush(interval_s=interval_s)
 
-    def _advance(self, sequence: Sequence, token_id: int) -> None:
+    def _hand_on_prompt_scores(self, scores: StepScores) -> None:
+        for item, found in scores.read_prompts():
+            generation = item.sequence.completion.generation
+            if any(math.isnan(score.logprob) for score in found):
+                self._fail(generation, not_finite())
+            generation.prompt_scores += found
+
+    def _advance(self, sequence: Sequence, token_id: int, score: TokenScore | None) -> None:
         """Give a completion its next token, and end it if that was the last."""
         completion: RunningCompletion = sequence.completion
         generation = completion.generation
@@ -269,11 +281,12 @@ class LlamaEngine(Engine):
         except NumbersOverflow as error:
             self._fail(generation, error)
             return
-        is_eos, is_stopped = token_id in self._runner.eos_ids, generation.is_stopped(completion.index)
-        if not (is_eos or is_stopped):
-            generation.put_token(completion.index, token_id)
-        if is_eos or is_stopped or len(sequence.token_ids) - sequence.num_prompt_tokens == sequence.max_new_tokens:
-            generation.finish(completion.index)
+        is_wanted = generation.request.max_new_tokens > 0
+        has_ended = is_wanted and (token_id in self._runner.eos_ids or generation.is_stopped(completion.index))
+        if is_wanted and not has_ended:
+            generation.put_token(completion.index, token_id, score)
+        if has_ended or len(sequence.token_ids) - sequence.num_prompt_tokens == sequence.max_new_tokens:
+            generation.finish(completion.index, at_limit=not has_ended)
             self._end(sequence, generation)
 
     def _end(self, sequence: Sequence, generation: Generation) -> None:
@@ -282,6 +295,11 @@ class LlamaEngine(Engine):
         if not self._sequences[generation]:
             del self._sequences[generation]
             generation.flush()
+
+
+def _num_positions(request: Request) -> int:
+    """Tokens that a sequence of the request may come to. Where none is wanted it makes one, that nobody gets."""
+    return len(request.prompt_ids) + max(request.max_new_tokens, 1)
 
 
 class _LazyEngine:

@@ -8,6 +8,7 @@ Legend: N packed tokens of a step, S sequences, R sequences that get a new token
 D model width.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -19,7 +20,8 @@ from alpaca.serving.llama.graphs import DecodeGraphs, Replayer
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.sampling import SamplingState, commit_tokens, sample_tokens
 from alpaca.serving.llama.scheduler import ScheduledSequence
-from alpaca.serving.llama.step import UNKNOWN, PendingStep, StepFields, to_device, to_tensor
+from alpaca.serving.llama.step import UNKNOWN, PendingStep, StepFields, StepScores, to_device, to_tensor
+from alpaca.serving.scoring import score_tokens
 
 
 class Runner:
@@ -75,23 +77,27 @@ class Runner:
         step, block_tables = self._lay_out(scheduled), self._gather_block_tables(scheduled)
         states = [item.sequence.completion.sampling for item in scheduled if item.samples_token]
         if self.graphs is not None and len(step.token_ids) == len(scheduled) == len(states):
-            ids = self._run_graph(step, block_tables, states)
+            ids, scores = self._run_graph(step, block_tables, states)
         else:
             hidden = self._run_network(step, block_tables)
-            ids = self._sample(hidden, scheduled, states)
-        pending = self._start_copy(scheduled, ids)
+            ids, scores = self._sample(hidden, scheduled, states)
+            scores = self._score_prompts(hidden, scheduled, scores)
+        pending = self._start_copy(scheduled, ids, scores)
         commit_tokens(states, ids)  # last, so that a step that failed above can be launched again
         return pending
 
-    def _run_graph(self, step: StepFields[list], block_tables: np.ndarray, states: list[SamplingState]) -> torch.Tensor:
+    def _run_graph(
+        self, step: StepFields[list], block_tables: np.ndarray, states: list[SamplingState]
+    ) -> tuple[torch.Tensor, StepScores | None]:
         """A step that decodes only. Penalties differ from row to row in ways that no graph holds."""
         is_penalised = any(state.is_penalised for state in states)
         logits = self.graphs.launch(step, block_tables, [] if is_penalised else states)
         if not is_penalised:
-            return self.graphs.sample(len(states))
-        ids = sample_tokens(logits.clone(), states)
-        self._keep_last(step.state_rows, ids)
-        return ids
+            ids = self.graphs.sample(len(states))  # it leaves the logits as they are
+        else:
+            ids = sample_tokens(logits.clone(), states)
+            self._keep_last(step.state_rows, ids)
+        return ids, _score_rows(logits, ids, states)
 
     def _run_network(self, step: StepFields[list], block_tables: np.ndarray) -> torch.Tensor:
         """Hidden states [N, D] of a step's tokens."""
@@ -121,17 +127,47 @@ class Runner:
 
     def _sample(
         self, hidden: torch.Tensor, scheduled: list[ScheduledSequence], states: list[SamplingState]
-    ) -> torch.Tensor:
-        """The new token [R] of each sequence whose last known token is in the step, from hidden states [N, D]."""
+    ) -> tuple[torch.Tensor, StepScores | None]:
+        """The new token [R] of each sequence whose last known token is in the step, from hidden states [N, D].
+
+        With the scores of those that are to be scored.
+        """
         if not states:
-            return torch.empty(0, dtype=torch.int64, device=hidden.device)
-        ends = itertools.accumulate(item.num_tokens for item in scheduled)
-        last_tokens = [end - 1 for item, end in zip(scheduled, ends, strict=True) if item.samples_token]
+            return torch.empty(0, dtype=torch.int64, device=hidden.device), None
+        starts = zip(scheduled, _starts(scheduled), strict=True)
+        last_tokens = [start + item.num_tokens - 1 for item, start in starts if item.samples_token]
         if len(last_tokens) < len(hidden):
             hidden = hidden.index_select(0, self._tensor(last_tokens))
-        ids = sample_tokens(self.model.logits(hidden)[:, : self.vocab_size], states)
+        logits = self.model.logits(hidden)[:, : self.vocab_size]
+        # Sampling changes wide logits in place, and scores are those of the model.
+        is_kept = logits.dtype.itemsize >= 4 and any(state.request.logprobs is not None for state in states)
+        ids = sample_tokens(logits.clone() if is_kept else logits, states)
         self._keep_last([item.sequence.state_row for item in scheduled if item.samples_token], ids)
-        return ids
+        return ids, _score_rows(logits, ids, states)
+
+    def _score_prompts(
+        self, hidden: torch.Tensor, scheduled: list[ScheduledSequence], scores: StepScores | None
+    ) -> StepScores | None:
+        """Score the prompt tokens that follow those in the step, where they are to be scored; beside other scores."""
+        rows: list[int] = []
+        token_ids: list[int] = []
+        num_top: list[int] = []
+        prompts: list[tuple[ScheduledSequence, int]] = []
+        for item, first_row in zip(scheduled, _starts(scheduled), strict=True):
+            if item.sequence.unscored and (scored := item.scored):
+                rows.extend(first_row + at - item.start for at in scored)
+                token_ids.extend(item.sequence.token_ids[at + 1] for at in scored)
+                num_top.extend([item.sequence.completion.sampling.request.logprobs or 0] * len(scored))
+                prompts.append((item, len(scored)))
+        if not prompts:
+            return scores
+        found = score_tokens(
+            self._tensor(rows),
+            self._tensor(token_ids),
+            lambda some: self.model.logits(hidden.index_select(0, some))[:, : self.vocab_size],
+            num_top=num_top,
+        )
+        return dataclasses.replace(scores or StepScores(), prompts=prompts, prompt_scores=found)
 
     def _keep_last(self, state_rows: list[int], ids: torch.Tensor) -> None:
         """Keep the new tokens for the next step, which may start before the host knows them.
@@ -140,15 +176,18 @@ class Runner:
         """
         self.last_ids[self._tensor(state_rows)] = ids.clamp(min=0)
 
-    def _start_copy(self, scheduled: list[ScheduledSequence], ids: torch.Tensor) -> PendingStep:
-        """Begin to copy the new tokens to the host."""
+    def _start_copy(
+        self, scheduled: list[ScheduledSequence], ids: torch.Tensor, scores: StepScores | None
+    ) -> PendingStep:
+        """Begin to copy the new tokens and their scores to the host."""
+        scores = scores and scores.to_host()
         if ids.device.type == "cpu":
-            return PendingStep(scheduled, ids.clone())  # the next replay of a graph overwrites `ids`
+            return PendingStep(scheduled, ids.clone(), scores=scores)  # the next replay of a graph overwrites `ids`
         on_host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
         on_host.copy_(ids, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return PendingStep(scheduled, on_host, ready)
+        return PendingStep(scheduled, on_host, ready, scores)
 
     @torch.inference_mode()
     def compile_prefill(self) -> None:
@@ -208,3 +247,23 @@ class Runner:
 
     def _tensor(self, values: list[int] | np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return to_tensor(values, dtype, self.model.device)
+
+
+def _starts(scheduled: list[ScheduledSequence]) -> list[int]:
+    """The row of each sequence's first token in the step."""
+    return [0, *itertools.accumulate(item.num_tokens for item in scheduled[:-1])]
+
+
+def _score_rows(logits: torch.Tensor, ids: torch.Tensor, states: list[SamplingState]) -> StepScores | None:
+    """The scores of new tokens [R] by the model's logits [R, V], for the rows that want them."""
+    rows = [row for row, state in enumerate(states) if state.request.logprobs is not None]
+    if not rows:
+        return None
+    where = to_tensor(rows, torch.int64, logits.device)
+    scores = score_tokens(
+        where,
+        ids.index_select(0, where),
+        lambda some: logits.index_select(0, some),
+        num_top=[states[row].request.logprobs for row in rows],
+    )
+    return StepScores(rows=rows, row_scores=scores)

@@ -98,10 +98,15 @@ def commit_tokens(states: Sequence[SamplingState], ids: torch.Tensor) -> None:
 def require_finite(token_id: int) -> None:
     """Raise NumbersOverflow for NOT_FINITE, which `sample_tokens` gives where the logits are not finite."""
     if token_id == NOT_FINITE:
-        raise NumbersOverflow(
-            "the model's logits are not finite numbers: its weights are damaged or too large for the precision; "
-            "set ALPACA_DTYPE to bfloat16 or float32"
-        )
+        raise not_finite()
+
+
+def not_finite() -> NumbersOverflow:
+    """The error of logits that are no numbers."""
+    return NumbersOverflow(
+        "the model's logits are not finite numbers: its weights are damaged or too large for the precision; "
+        "set ALPACA_DTYPE to bfloat16 or float32"
+    )
 
 
 # All rows at once. On a GPU no value is read on the host, so that a CUDA graph can hold it ----------------------------

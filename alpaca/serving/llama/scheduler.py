@@ -24,6 +24,7 @@ class Sequence:
     long_from: from so many tokens on, all its positions turn as those of long sequences do (longrope); 0: never.
     shares_prompt_with: the first completion of the same prompt. This sequence waits until that one has computed the
     prompt, then shares its blocks.
+    scores_prompt: whether the logits of all prompt tokens are wanted. They are computed even if they are cached.
     completion: the caller's own record of the completion. The scheduler never looks into it.
     """
 
@@ -35,6 +36,7 @@ class Sequence:
         adapter_index: int = 0,
         long_from: int = 0,
         shares_prompt_with: "Sequence | None" = None,
+        scores_prompt: bool = False,
         completion: Any = None,
     ) -> None:
         self.token_ids = list(prompt_ids)  # the prompt, then the tokens of the answer whose ids are known
@@ -44,6 +46,8 @@ class Sequence:
         self.long_from = long_from
         self.is_long = False  # whether its blocks hold keys that turn as those of long sequences
         self.shares_prompt_with = shares_prompt_with
+        # Prompt tokens whose logits are wanted still, and the first of them; none after the last.
+        self.unscored = range(self.num_prompt_tokens - 1 if scores_prompt else 0)
         self.completion = completion
         self.arrival = -1  # the sequence's number in order of arrival
         self.state_row: int | None = None  # its row of the runner's state, while it runs
@@ -126,6 +130,12 @@ class ScheduledSequence:
     num_tokens: int
     samples_token: bool
 
+    @property
+    def scored(self) -> range:
+        """The prompt tokens among them whose logits are wanted, to score the tokens after them. Before the launch."""
+        wanted = self.sequence.unscored
+        return range(max(wanted.start, self.start), min(wanted.stop, self.start + self.num_tokens))
+
 
 def most_blocks(window: int, max_step_tokens: int, block_size: int) -> int:
     """The most blocks that a sequence holds at once where every layer sees `window` tokens at most.
@@ -193,6 +203,8 @@ class Scheduler:
         for item in scheduled:
             sequence = item.sequence
             sequence.num_computed += item.num_tokens
+            if sequence.unscored:
+                sequence.unscored = range(max(sequence.unscored.start, sequence.num_computed), sequence.unscored.stop)
             sequence.num_in_flight += item.samples_token
             sequence.remember_full_blocks(self.pool)
             if self._window:
@@ -305,10 +317,11 @@ class Scheduler:
     def _allocate(self, sequence: Sequence) -> bool:
         """Give the sequence the cached blocks of its beginning and new ones for the rest; False if too few are free.
 
-        Its last token is computed even if it is cached, as its logits are needed.
+        Its last token is computed even if it is cached, as its logits are needed, and so are those still to be scored.
         """
         sequence.is_long = sequence.must_be_long
-        found, prefix = self.pool.find_prefix(sequence.token_ids[:-1], sequence.root_prefix)
+        most_found = sequence.unscored.start if sequence.unscored else len(sequence.token_ids) - 1
+        found, prefix = self.pool.find_prefix(sequence.token_ids[:most_found], sequence.root_prefix)
         num_found, size = len(found), self.pool.block_size
         num_unseen = max(num_found * size - self._window + 1, 0) // size if self._window else 0
         found = found[num_unseen:]

@@ -7,14 +7,17 @@ Legend: N packed tokens of a step, S sequences, R sequences that get a new token
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
+from alpaca.serving.engine import TokenScore
 from alpaca.serving.llama.scheduler import ScheduledSequence
+from alpaca.serving.scoring import Scores
 
 UNKNOWN = -1  # stands for a token id that the step before sampled and the host does not know yet
 
@@ -124,17 +127,55 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // 16) * 16
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepScores:
+    """Scores of a step's tokens, on the host once the step is done.
+
+    prompts: each sequence whose prompt tokens were scored, with their number; their scores lie one after the other.
+    rows: the sequences whose new tokens were scored, by their places among those sampled, with the scores.
+    """
+
+    prompts: Sequence[tuple[ScheduledSequence, int]] = ()
+    prompt_scores: Scores | None = None
+    rows: Sequence[int] = ()
+    row_scores: Scores | None = None
+
+    def read_prompts(self) -> Iterator[tuple[ScheduledSequence, list[TokenScore]]]:
+        """Each sequence's scores of its prompt tokens."""
+        scores = iter(self.prompt_scores.read() if self.prompt_scores else ())
+        for item, count in self.prompts:
+            yield item, list(itertools.islice(scores, count))
+
+    def read_rows(self) -> dict[int, TokenScore]:
+        """The scores of new tokens, by their sequences' places among those sampled."""
+        return dict(zip(self.rows, self.row_scores.read(), strict=True)) if self.row_scores else {}
+
+    def to_host(self) -> "StepScores":
+        """Begin to copy them to the host."""
+        return dataclasses.replace(
+            self,
+            prompt_scores=self.prompt_scores and self.prompt_scores.to_host(),
+            row_scores=self.row_scores and self.row_scores.to_host(),
+        )
+
+
 class PendingStep:
     """A launched step, whose new tokens the device may still be computing.
 
     scheduled: the step's sequences, in the order of its rows; sampled: those of them that get a token, [R].
+    scores: of the tokens that were to be scored, if any were.
     """
 
     def __init__(
-        self, scheduled: list[ScheduledSequence], token_ids: torch.Tensor, ready: "torch.cuda.Event | None" = None
+        self,
+        scheduled: list[ScheduledSequence],
+        token_ids: torch.Tensor,
+        ready: "torch.cuda.Event | None" = None,
+        scores: StepScores | None = None,
     ) -> None:
         self.scheduled = scheduled
         self.sampled = [item for item in scheduled if item.samples_token]
+        self.scores = scores
         self._token_ids = token_ids
         self._ready = ready
 

@@ -345,11 +345,11 @@ def test_a_step_that_failed_and_is_tried_again_changes_no_answer(models, caplog,
         if is_third and fails == "before":
             raise ValueError("now and then")
         if is_third:
-            deliver, engine._runner._deliver = engine._runner._deliver, None
+            start_copy, engine._runner._start_copy = engine._runner._start_copy, None
             try:
                 return launch(scheduled)
             finally:
-                engine._runner._deliver = deliver
+                engine._runner._start_copy = start_copy
         return launch(scheduled)
 
     engine._runner.launch = fail_now_and_then
