@@ -284,6 +284,79 @@ def test_beam_search_says_which_engine_it_is(server, llama_folder):
     assert server.predict({**asked, "n": 4})["status"] == "failed"
 
 
+# Details -------------------------------------------------------------------------------------------------------------
+
+
+def test_details_over_http(server, llama_folder):
+    """Documents, log-probabilities and reasons, against transformers and the plain answers."""
+    from transformers import LlamaForCausalLM
+
+    from alpaca.text.loading import load_tokenizer
+
+    tokenizer, model = (
+        load_tokenizer(llama_folder),
+        LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32),
+    )
+
+    def expected(ids: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+        return logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+    text = "The capital of Peru is Lima. " * 8
+    prompt = [*tokenizer.prefix_ids, *tokenizer.encode(text)]
+    asked = {**RAW, "prompt": text, "max_new_tokens": 12, "min_new_tokens": 12, "seed": 4}
+    plain = server.predict({**asked, "n": 3})
+    assert plain["metrics"]["finish_reason"] == ["length"] * 3
+    assert server.predict(asked)["metrics"]["finish_reason"] == "length"
+
+    scored = {**asked, "details": True, "logprobs": 2, "echo": True}
+    whole = server.predict({**scored, "n": 3})
+    documents = [json.loads(item) for item in whole["output"]]
+    assert [document["text"] for document in documents] == plain["output"]
+    assert [document["index"] for document in documents] == [0, 1, 2]
+    assert whole["metrics"]["cached_tokens"] == 0
+    for document in documents:
+        assert (document["finish_reason"], document["stop"]) == ("length", None)
+        assert (document["prompt_tokens"], document["output_tokens"], document["seed"]) == (len(prompt), 12, 4)
+        entries = document["prompt_logprobs"] + document["logprobs"]
+        ids = [entry["id"] for entry in entries]
+        assert ids[: len(prompt)] == prompt
+        assert (entries[0]["logprob"], entries[0]["top"]) == (None, [])
+        found = torch.tensor([entry["logprob"] for entry in entries[1:]])
+        torch.testing.assert_close(found, expected(ids), rtol=0, atol=1e-3)
+        assert {len(entry["top"]) for entry in entries[1:]} == {2}
+
+    pieces = [json.loads(chunk) for chunk in chunks(sse_events(server.url, {**scored, "stream": True}))]
+    assert len(pieces) > 2
+    assert "".join(piece["text"] for piece in pieces) == documents[0]["text"]
+    listed = [entry["id"] for piece in pieces for entry in piece["logprobs"]]
+    assert listed == [entry["id"] for entry in documents[0]["logprobs"]]
+    assert pieces[-1]["finish_reason"] == "length"
+
+    likelihood = server.predict({**RAW, "prompt": text, "details": True, "echo": True, "max_new_tokens": 0})
+    (document,) = map(json.loads, likelihood["output"])
+    assert (document["text"], document["output_tokens"], "logprobs" in document) == ("", 0, False)
+    total = sum(entry["logprob"] for entry in document["prompt_logprobs"][1:])
+    assert total == pytest.approx(expected(prompt).sum().item(), abs=0.05)
+
+    stop = plain["output"][0][5:7]
+    (document,) = map(json.loads, server.predict({**asked, "details": True, "stop": [stop]})["output"])
+    assert (document["finish_reason"], document["stop"]) == ("stop", stop)
+    beams = server.predict({**asked, "details": True, "num_beams": 2, "n": 2})
+    assert [json.loads(item)["index"] for item in beams["output"]] == [0, 1]
+    assert beams["metrics"]["finish_reason"] == ["length"] * 2
+    full = server.predict({**RAW, "prompt": "x" * 2040, "max_new_tokens": 50, "min_new_tokens": 50})
+    assert full["metrics"]["finish_reason"] == "context"
+    for wrong, message in [
+        ({"logprobs": 1}, "logprobs need details"),
+        ({"echo": True, "details": True, "num_beams": 2}, "do not go with num_beams above 1"),
+        ({"max_new_tokens": 0, "min_new_tokens": 0}, "max_new_tokens 0 needs echo"),
+    ]:
+        prediction = server.predict({**asked, **wrong})
+        assert (prediction["status"], message in prediction["error"]) == ("failed", True), prediction
+
+
 # Cancel and disconnect free the slot and the blocks ------------------------------------------------------------------
 
 

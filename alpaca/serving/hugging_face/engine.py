@@ -154,7 +154,7 @@ class TransformersEngine(Engine):
         """Score a prompt [1, T] in a pass of its own, before the one that its answer goes on from."""
         following, num_top = prompt[0, 1:], generation.request.logprobs or 0
         for piece in read_logits(self._model, self.way, prompt):
-            if generation.is_cancelled:
+            if generation.is_cancelled or not len(following):
                 return
             rows = torch.arange(min(len(piece), len(following)), device=piece.device)
             logits = piece[:, : self._count_ids(piece)]
