@@ -32,6 +32,7 @@ WAYS = {
     "sync": "One answer",
     "stream": "A stream",
     "chat": "A conversation",
+    "details": "Details",
     "webhook": "A webhook",
     "cancel": "Cancelling",
 }
@@ -123,6 +124,16 @@ def test_curl_has_a_conversation(server: LocalServer):
 
 
 @needs_curl
+def test_curl_gets_details(server: LocalServer):
+    prediction = json.loads(run(CURL["details"], "sh", server))
+    (document,) = map(json.loads, prediction["output"])
+    assert len(document["logprobs"]) == document["output_tokens"] > 0
+    assert {len(entry["top"]) for entry in document["logprobs"]} == {2}
+    shown = next(b.text for b in read_blocks(CALLING) if b.heading == "Details" and b.language == "text")
+    assert re.findall(r'"(\w+)":', shown)[:9] == [*list(document)[:8], "id"]
+
+
+@needs_curl
 def test_curl_asks_for_a_webhook(server: LocalServer):
     with receiver() as received:
         assert json.loads(run(CURL["webhook"], "sh", server))["status"] == "starting"
@@ -156,6 +167,11 @@ def test_python_gets_a_stream(server: LocalServer):
 
 def test_python_has_a_conversation(server: LocalServer):
     assert len(run(PYTHON["chat"], "python", server)) > 20
+
+
+def test_python_scores_texts(server: LocalServer):
+    lines = run(PYTHON["details"], "python", server).splitlines()
+    assert [float(line.split()[-1]) < 0 for line in lines] == [True, True]
 
 
 def test_python_receives_a_webhook(server: LocalServer):
