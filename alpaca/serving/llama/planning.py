@@ -10,6 +10,7 @@ import torch
 from alpaca.architecture.description import ModelDescription
 from alpaca.errors import NotEnoughSpace
 from alpaca.serving.llama.scheduler import most_blocks
+from alpaca.serving.scoring import ROWS_AT_ONCE
 from alpaca.serving.settings import ServerSettings
 
 BLOCK_SIZE = 16  # tokens; small, so that the Alpaca preamble (about 35) is shared
@@ -97,7 +98,9 @@ def working_bytes(
     # Logits, their float32, probabilities, and for top_p scores and ids in order, and cumulative sums.
     per_score = dtype.itemsize + 4 * 4 + 8 + 8
     ranks = num_tokens * num_ranks * _RANK_PARTS * 4
-    return num_tokens * widths * dtype.itemsize + num_sampled * config.vocab_size * per_score + ranks
+    # Of tokens whose log-probabilities are asked for, a few at a time: logits, widened, and their log-softmax.
+    scored = min(num_tokens, ROWS_AT_ONCE) * config.vocab_size * (dtype.itemsize + 2 * 4)
+    return num_tokens * widths * dtype.itemsize + num_sampled * config.vocab_size * per_score + ranks + scored
 
 
 def plan_memory(

@@ -81,7 +81,8 @@ class Runner:
         else:
             hidden = self._run_network(step, block_tables)
             ids, scores = self._sample(hidden, scheduled, states)
-            scores = self._score_prompts(hidden, scheduled, scores)
+            if any(item.sequence.unscored for item in scheduled):
+                scores = self._score_prompts(hidden, scheduled, scores)
         pending = self._start_copy(scheduled, ids, scores)
         commit_tokens(states, ids)  # last, so that a step that failed above can be launched again
         return pending
@@ -154,7 +155,7 @@ class Runner:
         num_top: list[int] = []
         prompts: list[tuple[ScheduledSequence, int]] = []
         for item, first_row in zip(scheduled, _starts(scheduled), strict=True):
-            if item.sequence.unscored and (scored := item.scored):
+            if scored := item.scored:
                 rows.extend(first_row + at - item.start for at in scored)
                 token_ids.extend(item.sequence.token_ids[at + 1] for at in scored)
                 num_top.extend([item.sequence.completion.sampling.request.logprobs or 0] * len(scored))

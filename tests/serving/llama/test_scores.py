@@ -14,7 +14,9 @@ from alpaca.serving.engine import Generation, TokenEvent, TokenScore
 from alpaca.serving.llama.adapters import with_adapters
 from alpaca.serving.llama.network import KeyValueCache, LlamaModel
 from alpaca.serving.llama.runner import Runner
+from alpaca.serving.loading import load_engine
 from alpaca.serving.request import Request
+from alpaca.serving.settings import ServerSettings
 from tests.serving.llama.test_llama import load, save_model
 from tests.serving.llama.test_llama_engine import (
     CONTEXT,
@@ -59,29 +61,31 @@ def scored(generation: Generation) -> tuple[list[list[int]], list[list[TokenScor
     return ids, scores
 
 
-def check_scores(found: Sequence[TokenScore], ids: list[int], num_before: int, model: Model, num_top: int) -> None:
-    """`found` are the scores of ids[num_before:]."""
+def check_scores(
+    found: Sequence[TokenScore], ids: list[int], num_before: int, model: Model, num_top: int, *, atol: float = 2e-5
+) -> None:
+    """`found` are the scores of ids[num_before:]. Also in float64 transformers norms in float32."""
     logprobs = torch.log_softmax(model(ids), dim=-1)[num_before - 1 : -1]
     assert len(found) == len(ids) - num_before
     for score, token_id, row in zip(found, ids[num_before:], logprobs, strict=True):
-        assert score.logprob == pytest.approx(row[token_id].item(), abs=2e-5)
+        assert score.logprob == pytest.approx(row[token_id].item(), abs=atol)
         best = row.topk(num_top)
         ids_found = [other for other, _ in score.top]
         assert len(set(ids_found)) == num_top  # which of two that are alike comes first is left to chance
-        assert row[ids_found].tolist() == pytest.approx(best.values.tolist(), abs=2e-5)
-        assert [logprob for _, logprob in score.top] == pytest.approx(best.values.tolist(), abs=2e-5)
+        assert row[ids_found].tolist() == pytest.approx(best.values.tolist(), abs=atol)
+        assert [logprob for _, logprob in score.top] == pytest.approx(best.values.tolist(), abs=atol)
 
 
-def check(generation: Generation, model: Model) -> None:
+def check(generation: Generation, model: Model, *, atol: float = 2e-5) -> None:
     """All that a generation says of its tokens, against the model."""
     asked = generation.request
     for ids, scores in zip(*scored(generation), strict=True):
         if asked.logprobs is None:
             assert scores == [None] * len(ids)
         elif ids:
-            check_scores(scores, [*asked.prompt_ids, *ids], len(asked.prompt_ids), model, asked.logprobs)
+            check_scores(scores, [*asked.prompt_ids, *ids], len(asked.prompt_ids), model, asked.logprobs, atol=atol)
     if asked.echo:
-        check_scores(generation.prompt_scores, list(asked.prompt_ids), 1, model, asked.logprobs or 0)
+        check_scores(generation.prompt_scores, list(asked.prompt_ids), 1, model, asked.logprobs or 0, atol=atol)
     else:
         assert generation.prompt_scores == []
 
@@ -250,6 +254,33 @@ def test_a_prompt_whose_logits_are_no_numbers_fails_alone(models, oracle):
         model.embedding.copy_(embedding)
     assert 55 not in outcome[0][0]
     check_scores(healthy.prompt_scores, list(LONG[:4]), 1, oracle, 1)
+    engine.close()
+
+
+def test_a_real_models_scores_are_transformers(tmp_path, real):
+    """In float32, by the operations that a server uses on this machine."""
+    from alpaca.formats.meta.to_hf import convert
+    from convert.convert_llama_weights_to_hf import parse_arguments
+
+    flags = ["--input_dir", str(real / "unconverted-weights"), "--model_size", "260K", "--output_dir", str(tmp_path)]
+    folder = convert(parse_arguments(flags))
+    engine = load_engine(folder, ServerSettings(engine="llama"))
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def logits(ids: list[int]) -> torch.Tensor:
+        return reference(torch.tensor([ids]), use_cache=False).logits[0]
+
+    story = (1, *engine.tokenizer.encode("Once upon a time, there was a little girl who had a red ball. " * 9))
+    assert len(story) > 150
+    asked = [
+        request(prompt_ids=story, echo=True, logprobs=3, max_new_tokens=60),
+        request(prompt_ids=story, echo=True, max_new_tokens=0),
+        request(prompt_ids=story[:9], logprobs=20, n=3, temperature=1.0, max_new_tokens=60),
+        request(prompt_ids=story[:5], max_new_tokens=60),
+    ]
+    for generation in [engine.submit(one) for one in asked]:
+        check(generation, logits, atol=1e-3)
     engine.close()
 
 
