@@ -4,6 +4,10 @@
 
 A list is given by repeating its name (-i stop=a -i stop=b), a list of objects as JSON
 (-i messages='[{"role": "user", "content": "hi"}]'), a text from a file as name=@file. Logs go to stderr.
+
+    script/predict --input prompts.jsonl --output answers.jsonl
+
+answers a file of predictions, a JSON object of inputs a line (`batch`); the same command goes on after a stop.
 """
 
 import argparse
@@ -16,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.errors import InputError, MissingInput, run_command
-from deploy.local_server import ServerFailedError, running_server, stop_children_on_sigterm
+from deploy.batch import answer_file, refusal
+from deploy.local_server import LocalServer, ServerFailedError, running_server, stop_children_on_sigterm
+from deploy.serve import parse_arguments, runtime_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
+_LONGEST_S = 24 * 3600.0  # that one prediction of a file may take
 _TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -75,14 +82,36 @@ def _json(name: str, text: str, kind: str) -> Any:
     return value
 
 
+def _answer_file(source: list[str], target: str, server: LocalServer, serve_flags: list[str]) -> None:
+    def predict(inputs: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return server.predict(inputs, timeout_s=_LONGEST_S)
+        except urllib.error.HTTPError as error:
+            return refusal(error)
+
+    environment = runtime_environment(parse_arguments(serve_flags), dict(os.environ))
+    concurrency = int(environment["COG_MAX_CONCURRENCY"])  # more would only wait in line
+    here = Path(os.environ.get("ALPACA_CALLER", "."))
+    num_all, num_failed = answer_file(here / source[0], here / target, predict, concurrency=concurrency)
+    print(f"{num_all:,} predictions in {target}, {num_failed:,} of them failed", file=sys.stderr)
+
+
 def main() -> None:
     stop_children_on_sigterm()
     parser = argparse.ArgumentParser(prog="script/predict", description="One prediction, without Docker.")
     parser.add_argument("-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input")
+    parser.add_argument(
+        "--output", metavar="FILE", help="answer the lines of the file that --input names, into this one"
+    )
     parser.add_argument("--json", action="store_true", help="print the whole prediction, metrics and logs included")
     options, serve_flags = parser.parse_known_args()
+    if options.output and (len(options.input) != 1 or options.json):
+        parser.error("--output goes with one --input, the file of the predictions to make, and without --json")
     try:
         with running_server(serve_flags) as server:
+            if options.output:
+                _answer_file(options.input, options.output, server, serve_flags)
+                return
             schema = server.request("/openapi.json")["components"]["schemas"]["Input"]
             prediction = server.predict(parse_inputs(options.input, schema["properties"]))
     except ServerFailedError as error:

@@ -33,7 +33,7 @@ class FakeEngine(Engine):
             time.sleep(self.pause_s)
             generation.put_token(0, token_id)
         if not self.hangs:
-            generation.finish(0)
+            generation.finish(0, at_limit=True)
             generation.flush()
 
     def is_healthy(self) -> bool:
