@@ -70,13 +70,10 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
-        self._wait_for_request()
         if len(self.connections) > _MOST_CONNECTIONS:
             transport.abort()
-        elif len(self.unfinished) > _MOST_UNFINISHED:
-            oldest = next(iter(self.unfinished))
-            del self.unfinished[oldest]  # it is lost a moment later, and the next newcomer closes another
-            oldest.transport.abort()
+        else:
+            self._wait_for_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.unfinished.pop(self, None)
@@ -138,6 +135,10 @@ class Connection(H11Protocol):
         """
         self.unfinished.pop(self, None)
         self.unfinished[self] = None
+        if len(self.unfinished) > _MOST_UNFINISHED:
+            oldest = next(iter(self.unfinished))
+            del self.unfinished[oldest]  # it is lost a moment later, and the next one closes another
+            oldest.transport.abort()
         self._stop_head_timer()
         if self.transport.get_write_buffer_size():
             self._head_timer = self.loop.call_later(_READING_S, self.transport.abort)

@@ -112,7 +112,7 @@ def test_an_idle_connection_is_closed_in_time(tmp_path):
 def test_of_too_many_idle_connections_the_oldest_are_closed(tmp_path):
     with running(tmp_path, bounds={"_MOST_UNFINISHED": 5}) as gate:
         connections = [socket.create_connection(address(gate), timeout=5) for _ in range(5)]
-        for connection in connections:
+        for connection in connections:  # the oldest is that of the fixture's client, which goes for one of these
             connection.sendall(FIRST + b"\r\n")
             assert read_answer(connection)[0] == 200
         others = [socket.create_connection(address(gate), timeout=5) for _ in range(3)]
