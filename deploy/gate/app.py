@@ -91,7 +91,8 @@ class Gate:
             return
         if self._runtime.state is State.STARTING:
             raise Refused(503, "the model is being loaded; try again")
-        if first is not None or self._places.may_run(request.route.path):  # the runtime shows what runs: no slot is needed
+        # The runtime shows what runs: no slot is needed.
+        if first is not None or self._places.may_run(request.route.path):
             reply = await self._asker.once(request.route, request.headers, request.body.content)
             if not has_no_slot(reply):
                 await _pass_on(reply, send)

@@ -16,7 +16,7 @@ from deploy.gate.runtime import GivenUp, Runtime
 
 
 def serve(command: Sequence[str], environment: dict[str, str], rules: Rules, *, host: str, port: int) -> int:
-    """Serve until SIGTERM, SIGINT, SIGHUP or the runtime's end; open requests are finished first. Returns the exit status.
+    """Serve until SIGTERM, SIGINT, SIGHUP or the runtime's end; open requests are finished first. Returns the status.
 
     command: starts the runtime, but for its address. Prints `serving on http://HOST:PORT` once clients may come.
     """

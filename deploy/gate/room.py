@@ -1,7 +1,7 @@
 """Whether there is room for what the runtime writes for a prediction.
 
-It makes a folder for each, and writes a large input into it. Where that fails Cog's runtime (0.23.1) never gives back the
-place that the prediction had, so that a prediction goes to it only where that cannot fail.
+It makes a folder for each, and writes a large input into it. Where that fails Cog's runtime (0.23.1) never gives back
+the place that the prediction had, so that a prediction goes to it only where that cannot fail.
 """
 
 import contextlib

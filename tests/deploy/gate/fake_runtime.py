@@ -3,8 +3,8 @@
 `python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
 `stream N`, `flood N` (pieces of 1 KiB without a pause), `die` (the worker does: UNHEALTHY and 409 for ever), `exit`,
 `exit-once`, `half` (its answer breaks off), `background S` (answered at once), `lose` (its slot is never free again),
-`lose quietly` (and the health report does not show it). Each prediction's prompt goes into LOG. Where a file LOG.fails is
-there at the start, the set-up fails; while a file LOG.garbled is there, the health report is no text.
+`lose quietly` (and the health report does not show it). Each prediction's prompt goes into LOG. Where a file LOG.fails
+is there at the start, the set-up fails; while a file LOG.garbled is there, the health report is no text.
 """
 
 import json

@@ -3,13 +3,20 @@
 import json
 import socket
 import time
+from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.gate.test_gate import RunningGate, gate, running  # noqa: F401
+from tests.deploy.gate.test_gate import RunningGate, running
 from tests.deploy.gate.test_slow_clients import address, closed
 
 FIRST = b"GET /health-check HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory) -> Iterator[RunningGate]:
+    with running(tmp_path_factory.mktemp("gate")) as gate:
+        yield gate
 
 
 def ask(gate: RunningGate, *parts: bytes) -> tuple[int, dict]:
@@ -40,23 +47,23 @@ def read_answer(connection: socket.socket) -> tuple[int, dict]:
         (b"X: y\r\n" * 100, 431),
     ],
 )
-def test_a_head_has_16_kib_and_100_headers(gate, rest, status):  # noqa: F811
+def test_a_head_has_16_kib_and_100_headers(gate, rest, status):
     said = ask(gate, FIRST + rest + b"\r\n")
     assert said[0] == status
     if status == 431:
         assert said[1] == {"detail": "a request's head may have 16 KiB and 100 headers"}
 
 
-def test_a_long_address_counts(gate):  # noqa: F811
+def test_a_long_address_counts(gate):
     line = b"GET /health-check?" + b"x" * (17 << 10) + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
     assert ask(gate, line)[0] == 431
 
 
-def test_a_head_that_never_ends_is_refused(gate):  # noqa: F811
+def test_a_head_that_never_ends_is_refused(gate):
     assert ask(gate, FIRST, b"X: " + b"x" * (40 << 10))[0] == 431
 
 
-def test_a_body_has_one_length(gate):  # noqa: F811
+def test_a_body_has_one_length(gate):
     before = gate.asked()
     head = b"POST /predictions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
     status, said = ask(gate, head + b"2\r\n{}\r\n0\r\n\r\n")
@@ -64,13 +71,13 @@ def test_a_body_has_one_length(gate):  # noqa: F811
     assert gate.asked() == before
 
 
-def test_a_body_that_is_not_in_chunks_is_refused(gate):  # noqa: F811
+def test_a_body_that_is_not_in_chunks_is_refused(gate):
     head = b"POST /predictions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert ask(gate, head, b"this is no size\r\n")[0] == 400
     assert gate.health()["gate"]["running"] == 0
 
 
-def test_a_refused_connection_is_closed(gate):  # noqa: F811
+def test_a_refused_connection_is_closed(gate):
     with socket.create_connection(address(gate), timeout=5) as connection:
         connection.sendall(FIRST + b"X: y\r\n" * 101 + b"\r\n")
         assert read_answer(connection)[0] == 431
@@ -91,7 +98,7 @@ def test_between_requests_a_connection_is_kept_longer_than_a_head_may_take(tmp_p
 
 
 @pytest.mark.slow
-def test_a_connection_is_kept_longer_than_httpx_keeps_it(gate):  # noqa: F811
+def test_a_connection_is_kept_longer_than_httpx_keeps_it(gate):
     with socket.create_connection(address(gate), timeout=5) as connection:
         for pause in (6, 0):
             connection.sendall(FIRST + b"\r\n")

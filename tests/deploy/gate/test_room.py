@@ -45,12 +45,12 @@ def test_there_is_room_otherwise(tmp_path):
 def test_inputs_that_go_by_files_have_room_for_all_of_them(monkeypatch):
     monkeypatch.setattr(room, "free_room", lambda: Free(num_bytes=24 * MIB, files=None, is_writable=True))
     room_of_two = Room(2)
-    with room_of_two.held(8 * MIB):
-        with room_of_two.held(8 * MIB), room_of_two.held(6 * MIB), room_of_two.held(1):
-            with pytest.raises(Refused, match="too little room; try again later"), room_of_two.held(7 * MIB):
-                pass
-        with room_of_two.held(8 * MIB):
+    with room_of_two.held(8 * MIB), room_of_two.held(8 * MIB), room_of_two.held(6 * MIB), room_of_two.held(1):
+        assert room_of_two.problem(6 * MIB) is None
+        with pytest.raises(Refused, match="too little room; try again later"), room_of_two.held(7 * MIB):
             pass
+    with room_of_two.held(16 * MIB):  # all was given back
+        pass
 
 
 @pytest.mark.parametrize(("concurrency", "has_room"), [(1, True), (16, True), (17, False)])
