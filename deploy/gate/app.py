@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import json
-import shutil
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from deploy.gate.asking import Asker, Request, has_no_slot
 from deploy.gate.bodies import Memory, Receive, read_body
 from deploy.gate.exchange import BrokenOff, Reply
+from deploy.gate.places import Places
+from deploy.gate.room import Room, free_room
 from deploy.gate.rules import Refused, Route, Rules, check_body, check_sender, find_route
 from deploy.gate.runtime import Runtime, State
 from deploy.gate.turns import Turns
@@ -20,7 +20,6 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 _MOST_WAITING, _MOST_BYTES = 2048, 256 << 20
 _RETRY_AFTER_S = 5
-_KNOWN_IDS = 4096
 _CANCEL_TRIES, _CANCEL_PAUSE_S = 10, 0.02
 _ANSWERED = ("content-type", "cache-control", "content-length", "preference-applied", "allow")
 _BROKEN_OFF = "The server was interrupted before the answer was complete."
@@ -30,13 +29,18 @@ class Gate:
     """An ASGI application in front of one runtime."""
 
     def __init__(self, runtime: Runtime, rules: Rules, *, concurrency: int, webhook_token: str | None = None) -> None:
-        self._runtime, self._rules, self._asker = runtime, rules, Asker(runtime)
+        self._runtime, self._rules, self._room = runtime, rules, Room(concurrency)
+        self._asker = Asker(runtime, self._room)
+        self._places = Places(runtime, self._asker)
         self._turns = Turns(concurrency, most_waiting=_MOST_WAITING)
         self._webhooks = Webhooks(webhook_token)
         self._known: dict[str, Request] = {}  # those with ids that wait or run
         self._memory = Memory(_MOST_BYTES)
         self._parsing = asyncio.Semaphore(2)  # Python objects take many times a body's size
-        self._started: deque[str] = deque(maxlen=_KNOWN_IDS)  # paths of predictions that were not waited for
+
+    async def watch(self) -> None:
+        """Keep the runtime's places. Ends only when cancelled."""
+        await self._places.watch()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,12 +73,14 @@ class Gate:
 
     def _health(self) -> dict[str, object]:
         """The runtime's last report, and what only this program knows."""
-        free = shutil.disk_usage("/tmp").free
+        free = free_room()
         gate = {
             "running": self._turns.num_running,
             "waiting": self._turns.num_waiting,
             "restarts": self._runtime.num_restarts,
-            "temporary_folder_free_bytes": free,
+            "temporary_folder_free_bytes": free.num_bytes,
+            "temporary_folder_free_files": free.files,
+            "problem": self._room.problem(),
         }
         return {**self._runtime.health, "gate": gate}
 
@@ -85,7 +91,8 @@ class Gate:
             return
         if self._runtime.state is State.STARTING:
             raise Refused(503, "the model is being loaded; try again")
-        if first is not None or request.route.path in self._started:  # the runtime shows what runs: no slot is needed
+        # The runtime shows what runs: no slot is needed.
+        if first is not None or self._places.may_run(request.route.path):
             reply = await self._asker.once(request.route, request.headers, request.body.content)
             if not has_no_slot(reply):
                 await _pass_on(reply, send)
@@ -103,10 +110,11 @@ class Gate:
 
     async def _answer_in_turn(self, request: Request, send: Send) -> None:
         async with self._turns.turn():
-            reply = await self._asker.until_taken(request)
-            if reply.status == 202 and request.route.id:
-                self._started.append(request.route.path)
-            await _pass_on(reply, send)
+            with self._places.used_by(request):
+                reply = await self._asker.until_taken(request)
+                if reply.status == 202 and request.id:
+                    self._places.keep_in_mind(request.path)
+                await _pass_on(reply, send)
 
     @contextlib.contextmanager
     def _findable(self, request: Request) -> Iterator[None]:
@@ -219,6 +227,8 @@ async def _send_refusal(send: Send, refused: Refused) -> None:
     headers = [(b"retry-after", str(_RETRY_AFTER_S).encode())] if refused.status == 503 else []
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if refused.allow:
+        headers.append((b"allow", refused.allow.encode()))
     await _send_json(send, refused.status, {"detail": str(refused)}, headers)
 
 

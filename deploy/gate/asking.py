@@ -1,9 +1,14 @@
 """Asks the runtime for what clients want, until it takes it: while it has no slot or starts, after it has died."""
 
 import asyncio
+import contextlib
+import math
+import time
+import uuid
 from collections.abc import Mapping
 
 from deploy.gate.exchange import NotReached, Reply, Unanswered, exchange
+from deploy.gate.room import Room
 from deploy.gate.rules import Body, Refused, Route
 from deploy.gate.runtime import Runtime
 
@@ -20,13 +25,21 @@ class Request:
 
     def __init__(self, route: Route, headers: Mapping[str, str], body: Body) -> None:
         self.route, self.headers, self.body = route, headers, body
+        self.wants_async = "respond-async" in headers.get("prefer", "")
+        self.wants_events = "text/event-stream" in headers.get("accept", "")
         self.id = route.id or body.id
+        if self.wants_async and self.id is None:  # so that the runtime can be asked for it
+            self.id = uuid.uuid4().hex
+            self.route = Route(kind="start", path=f"{route.path}/{self.id}", id=self.id)
         self.is_asked = self.is_canceled = False
         self.taken = asyncio.Event()
         self.task: asyncio.Task[None] | None = None  # that waits with it
-        self.wants_async = "respond-async" in headers.get("prefer", "")
-        self.wants_events = "text/event-stream" in headers.get("accept", "")
         self.may_repeat = not (self.wants_async or body.webhook or route.path.startswith("/trainings"))
+
+    @property
+    def path(self) -> str:
+        """Of the prediction itself: where it is found by its id."""
+        return self.route.path if self.route.id else f"{self.route.path}/{self.id}"
 
     def cancel(self) -> None:
         """Take it out of the line: by a CancelledError in its task. Not while it is asked: that the runtime cancels."""
@@ -36,10 +49,11 @@ class Request:
 
 
 class Asker:
-    """Puts requests to the runtime, across its deaths."""
+    """Puts requests to the runtime, across its deaths. `refused_at`: when it last had no slot, in time.monotonic()."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, room: Room) -> None:
+        self.refused_at = -math.inf
+        self._runtime, self._room = runtime, room
         self._door = asyncio.Lock()  # one at a time tries again where the runtime has no slot
 
     async def until_taken(self, request: Request) -> Reply:
@@ -108,6 +122,7 @@ class Asker:
         finally:
             taken.cancel()
         if has_no_slot(reply):
+            self.refused_at = time.monotonic()
             request.is_asked = False
             request.taken.clear()
         else:
@@ -115,11 +130,13 @@ class Asker:
         return reply
 
     async def _send(self, route: Route, headers: Mapping[str, str], content: bytes) -> Reply:
+        """Raises NotReached, Unanswered, and Refused where there is no room for a prediction."""
         passed = {name: headers[name] for name in _PASSED if name in headers}
         if content:
             passed["content-type"] = "application/json"
         method = {"look": "GET", "cancel": "POST"}.get(route.kind, "PUT" if route.id else "POST")
-        return await exchange(self._runtime.host, self._runtime.port, method, route.path, passed, content)
+        with self._room.held(len(content)) if route.kind == "start" else contextlib.nullcontext():
+            return await exchange(self._runtime.host, self._runtime.port, method, route.path, passed, content)
 
 
 def has_no_slot(reply: Reply) -> bool:

@@ -2,17 +2,53 @@
 
 import asyncio
 import contextlib
+import json
 import resource
 import socket
+from http import HTTPStatus
+from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _MOST_CONNECTIONS = 4096
 _MOST_UNFINISHED = 1024  # of them, whose next request is not there whole
-_HEAD_S = 20.0  # for a request's head to arrive; without a byte of it the server beneath closes 5 s after an answer
+_MOST_HEAD_BYTES, _MOST_HEADERS = 16 << 10, 100
+_HEAD_S = 20.0  # for a request's head to arrive, or the first one's first byte
+_IDLE_S = 65.0  # after an answer: longer than clients keep a connection, so that none meets one that is being closed
+_LEFT_S = 1.0  # for a refused client to read why
 _READING_S = 60.0  # for a client to take what is ready for it, about twice the next
 _SEND_BYTES = 1 << 17  # the kernel would take megabytes, and who reads slowly be taken for one who does not read
 _FILES = 2 * _MOST_CONNECTIONS + 512  # each may have one to the runtime, too
+
+
+class Requests(h11.Connection):
+    """What comes over a connection; `refused` is what was wrong with it.
+
+    The server beneath bounds a head only while it is incomplete.
+    """
+
+    refused: h11.RemoteProtocolError | None = None
+
+    def next_event(self) -> Any:
+        """The next event, as h11 gives it. Raises h11.RemoteProtocolError."""
+        try:
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                _check_head(event)
+            return event
+        except h11.RemoteProtocolError as error:
+            self.refused = error
+            raise
+
+
+def _check_head(request: h11.Request) -> None:
+    size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
+    names = [name for name, _ in request.headers]
+    if size > _MOST_HEAD_BYTES or len(names) > _MOST_HEADERS:
+        raise h11.RemoteProtocolError("large", error_status_hint=431)
+    if b"content-length" in names and b"transfer-encoding" in names:  # others may go by the one or the other
+        raise h11.RemoteProtocolError("a request has a Content-Length or a Transfer-Encoding, not both")
 
 
 class Connection(H11Protocol):
@@ -26,16 +62,18 @@ class Connection(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
     _reading_timer: asyncio.TimerHandle | None = None
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.conn = Requests(h11.SERVER, _MOST_HEAD_BYTES)
+        self.timeout_keep_alive = _IDLE_S
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
-        self._wait_for_request()
         if len(self.connections) > _MOST_CONNECTIONS:
             transport.abort()
-        elif len(self.unfinished) > _MOST_UNFINISHED:
-            oldest = next(iter(self.unfinished))
-            del self.unfinished[oldest]  # it is lost a moment later, and the next newcomer closes another
-            oldest.transport.abort()
+        else:
+            self._wait_for_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.unfinished.pop(self, None)
@@ -43,16 +81,44 @@ class Connection(H11Protocol):
         _stop(self._reading_timer)
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        if self.conn.refused is not None:
+            return
+        if self._head_timer is None and self in self.unfinished and self._has_answered():
+            self._head_timer = self.loop.call_later(_HEAD_S, self.transport.abort)
+        super().data_received(data)
+
     def handle_events(self) -> None:
         super().handle_events()
-        if self.cycle is not None and not self.cycle.response_complete:
-            _stop(self._head_timer)
+        if self.conn.refused is None and self.cycle is not None and not self.cycle.response_complete:
+            self._stop_head_timer()
             if not self.cycle.more_body:
                 self.unfinished.pop(self, None)
 
     def on_response_complete(self) -> None:
         self._wait_for_request()
         super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what came, and take nothing more. The client may still be sending: it reads this first."""
+        if self.cycle is not None and not self.cycle.response_complete:  # its body is what was wrong
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # within an answer
+            self.transport.abort()
+            return
+        refused = self.conn.refused
+        status, text = (refused.error_status_hint, str(refused)) if refused else (400, msg)
+        if status == 431:
+            text = f"a request's head may have {_MOST_HEAD_BYTES >> 10} KiB and {_MOST_HEADERS} headers"
+        content = json.dumps({"detail": text}).encode()
+        head = [("content-type", "application/json"), ("content-length", str(len(content))), ("connection", "close")]
+        response = h11.Response(status_code=status, headers=head, reason=HTTPStatus(status).phrase.encode())
+        for event in (response, h11.Data(data=content), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.write_eof()
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(_LEFT_S, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -63,12 +129,28 @@ class Connection(H11Protocol):
         _stop(self._reading_timer)
 
     def _wait_for_request(self) -> None:
-        """Until its head is there, and the answer before it, if any, is taken."""
+        """Until its head is there, and the answer before it, if any, is taken.
+
+        Between two requests the server beneath closes the connection, after `_IDLE_S`.
+        """
         self.unfinished.pop(self, None)
         self.unfinished[self] = None
+        if len(self.unfinished) > _MOST_UNFINISHED:
+            oldest = next(iter(self.unfinished))
+            del self.unfinished[oldest]  # it is lost a moment later, and the next one closes another
+            oldest.transport.abort()
+        self._stop_head_timer()
+        if self.transport.get_write_buffer_size():
+            self._head_timer = self.loop.call_later(_READING_S, self.transport.abort)
+        elif not self._has_answered() or self.conn.their_state is not h11.DONE or self.conn.trailing_data[0]:
+            self._head_timer = self.loop.call_later(_HEAD_S, self.transport.abort)
+
+    def _has_answered(self) -> bool:
+        return self.cycle is not None and self.cycle.response_complete
+
+    def _stop_head_timer(self) -> None:
         _stop(self._head_timer)
-        is_read = self.transport.get_write_buffer_size() == 0
-        self._head_timer = self.loop.call_later(_HEAD_S if is_read else _READING_S, self.transport.abort)
+        self._head_timer = None
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> None:

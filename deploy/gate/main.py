@@ -16,7 +16,7 @@ from deploy.gate.runtime import GivenUp, Runtime
 
 
 def serve(command: Sequence[str], environment: dict[str, str], rules: Rules, *, host: str, port: int) -> int:
-    """Serve until SIGTERM, SIGINT or the runtime's end; open requests are finished first. Returns the exit status.
+    """Serve until SIGTERM, SIGINT, SIGHUP or the runtime's end; open requests are finished first. Returns the status.
 
     command: starts the runtime, but for its address. Prints `serving on http://HOST:PORT` once clients may come.
     """
@@ -34,11 +34,15 @@ async def _serve(runtime: Runtime, rules: Rules, listener: socket.socket, enviro
         gate, http=Connection, ws="none", lifespan="off", access_log=False, log_level="warning", server_header=False
     )
     server = uvicorn.Server(config)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, setattr, server, "should_exit", True)
     host, port = listener.getsockname()[:2]
     print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     keeping = asyncio.ensure_future(runtime.keep_running())
+    watching = asyncio.ensure_future(gate.watch())
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     await asyncio.wait({keeping, serving}, return_when=asyncio.FIRST_COMPLETED)
+    watching.cancel()
     if keeping.done():
         server.force_exit = server.should_exit = True
         await serving

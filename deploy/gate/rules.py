@@ -14,6 +14,9 @@ from alpaca.files.network.addresses import parse_address
 
 MOST_PREDICTION_BYTES = 8 << 20
 MOST_TRAINING_BYTES = 100 << 20  # the runtime's own limit
+_MOST_CONTEXT_BYTES = 64 << 10  # beside an input it goes to the worker in one message, which has a bound
+_MOST_WEBHOOK_CHARACTERS = 2048
+_EVENTS = ("start", "output", "logs", "completed")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _PASSED = ("id", "input", "context", "webhook", "webhook_events_filter")  # of a body; the rest has no meaning here
 _LOCAL = ("localhost", "localhost.localdomain", "ip6-localhost")
@@ -44,11 +47,11 @@ class Rules:
 
 
 class Refused(Exception):
-    """A request that does not pass. status: of HTTP."""
+    """A request that does not pass. status: of HTTP. allow: with 405, the methods that the path has."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, *, allow: str = "") -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.allow = status, allow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +81,10 @@ def find_route(method: str, path: str, rules: Rules) -> Route:
     looks = ("/", "/health-check", "/openapi.json")
     if path in looks:
         if method not in ("GET", "HEAD"):
-            raise Refused(405, f"{path} is read with GET")
+            raise Refused(405, f"{path} is read with GET", allow="GET, HEAD")
         return Route(kind="look", path=path)
     name, _, rest = path.removeprefix("/").partition("/")
-    if name != rules.resource:
+    if name != rules.resource or path.endswith("/"):
         raise Refused(404, f"no such route; there are {', '.join(looks)} and /{rules.resource}")
     given, _, action = rest.partition("/")
     if rest and not _ID.fullmatch(given):
@@ -92,7 +95,10 @@ def find_route(method: str, path: str, rules: Rules) -> Route:
         return Route(kind="start", path=path, id=given)
     if action == "cancel" and method == "POST":
         return Route(kind="cancel", path=path, id=given)
-    raise Refused(405, f"expected POST /{name}, PUT /{name}/ID or POST /{name}/ID/cancel")
+    expected = f"POST /{name}, PUT /{name}/ID or POST /{name}/ID/cancel"
+    if action not in ("", "cancel"):
+        raise Refused(404, f"no such route; expected {expected}")
+    raise Refused(405, f"expected {expected}", allow="PUT" if rest and not action else "POST")
 
 
 def check_sender(headers: Mapping[str, str], route: Route, rules: Rules) -> None:
@@ -164,16 +170,40 @@ def check_body(content: bytes, rules: Rules) -> Body:
     if body.get("webhook") is not None:
         body["webhook"] = _check_webhook(body["webhook"], rules)
     events = body.get("webhook_events_filter")
+    if events is not None:
+        body["webhook_events_filter"] = events = _check_events(events)
+    if "context" in body:
+        _check_context(body["context"])
     return Body(
         content=json.dumps({name: body[name] for name in _PASSED if name in body}).encode(),
         id=given,
         webhook=body.get("webhook"),
-        webhook_at_end=events is None or (isinstance(events, list) and "completed" in events),
+        webhook_at_end=events is None or "completed" in events,
     )
+
+
+def _check_events(events: object) -> list[str]:
+    """Those that the webhook gets, once each."""
+    if not isinstance(events, list) or any(event not in _EVENTS for event in events):
+        raise Refused(422, f"webhook_events_filter: expected a list of {', '.join(_EVENTS)}")
+    return [event for event in _EVENTS if event in events]
+
+
+def _check_context(context: object) -> None:
+    """What goes to the model's code beside the input. The runtime itself has no bound to it."""
+    if not isinstance(context, dict) or not all(isinstance(value, str) for value in context.values()):
+        raise Refused(422, "context: expected an object whose values are texts")
+    text = json.dumps(context, ensure_ascii=False, separators=(",", ":"))
+    if len(text.encode("utf-8", errors="surrogatepass")) > _MOST_CONTEXT_BYTES:
+        raise Refused(
+            413, f"context may have {_MOST_CONTEXT_BYTES >> 10} KiB as JSON; what the model is to read goes into input"
+        )
 
 
 def _check_webhook(webhook: object, rules: Rules) -> str:
     """The address as the runtime gets it: taken apart and put together here, as it may read the original otherwise."""
+    if isinstance(webhook, str) and len(webhook) > _MOST_WEBHOOK_CHARACTERS:
+        raise Refused(422, f"webhook: an address may have {_MOST_WEBHOOK_CHARACTERS:,} characters")
     if not isinstance(webhook, str) or "\\" in webhook or not webhook.isprintable() or " " in webhook:
         raise Refused(422, "webhook must be an address without backslashes and spaces")
     try:

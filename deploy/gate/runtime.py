@@ -57,6 +57,7 @@ class Runtime:
         self._silent_since: float | None = None
         self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
         self._changed = asyncio.Event()
+        self._ending = asyncio.Event()  # this life of the runtime is to end
 
     async def keep_running(self) -> None:
         """Start the runtime, and start it again whenever it dies. Raises GivenUp; ends only so, or when cancelled.
@@ -68,11 +69,19 @@ class Runtime:
             was_up = await self._run_once()
             self.num_lives += 1
             self._set(State.STARTING, {"status": "STARTING"})
-            self._count_death()
-            pause = _FIRST_PAUSE_S if was_up else min(2 * pause, _LONGEST_PAUSE_S)
-            _say(f"the runtime or its worker died; starting it again in {pause:.1f} s")
-            await asyncio.sleep(pause)
+            if self._ending.is_set():
+                self._ending.clear()
+            else:
+                self._count_death()
+                pause = _FIRST_PAUSE_S if was_up else min(2 * pause, _LONGEST_PAUSE_S)
+                _say(f"the runtime or its worker died; starting it again in {pause:.1f} s")
+                await asyncio.sleep(pause)
             self.num_restarts += 1
+
+    def end(self, why: str) -> None:
+        """End this life of the runtime at once, which is no death, and have it started again."""
+        _say(f"{why}; starting it again")
+        self._ending.set()
 
     async def until_up(self) -> None:
         """Wait until the runtime takes requests, or has failed for good."""
@@ -93,14 +102,16 @@ class Runtime:
         )
         ended = asyncio.ensure_future(self._process.wait())
         watching = asyncio.ensure_future(self._watch())
+        ending = asyncio.ensure_future(self._ending.wait())
         try:
-            await asyncio.wait({ended, watching}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ended, watching, ending}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self._send(signal.SIGTERM)
             await asyncio.wait({ended}, timeout=_ENDING_S)
             raise
         finally:
             watching.cancel()
+            ending.cancel()
             self._send(signal.SIGKILL)
             await ended
         return self.state is not State.STARTING

@@ -2,8 +2,9 @@
 
 `python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
 `stream N`, `flood N` (pieces of 1 KiB without a pause), `die` (the worker does: UNHEALTHY and 409 for ever), `exit`,
-`exit-once`, `half` (its answer breaks off). Each prediction's prompt goes into LOG. Where a file LOG.fails is there at
-the start, the set-up fails; while a file LOG.garbled is there, the health report is no text.
+`exit-once`, `half` (its answer breaks off), `background S` (answered at once), `lose` (its slot is never free again),
+`lose quietly` (and the health report does not show it). Each prediction's prompt goes into LOG. Where a file LOG.fails
+is there at the start, the set-up fails; while a file LOG.garbled is there, the health report is no text.
 """
 
 import json
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SLOTS = threading.Semaphore(int(os.environ["SLOTS"]))
 RUNNING: set[str] = set()
+TAKEN: list[str] = []  # paths of what holds a slot without an open request
 STATE = {"status": "SETUP_FAILED" if os.path.exists(sys.argv[1] + ".fails") else "READY"}  # noqa: PTH110
 
 
@@ -31,7 +33,9 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"\xff")
             return
-        self.reply(200, STATE if self.path == "/health-check" else {"path": self.path})
+        is_busy = STATE["status"] == "READY" and len(TAKEN) == int(os.environ["SLOTS"])
+        health = {**STATE, "status": "BUSY"} if is_busy else STATE
+        self.reply(200, health if self.path == "/health-check" else {"path": self.path})
 
     def do_PUT(self) -> None:
         if self.path in RUNNING:
@@ -43,17 +47,26 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         if self.path.endswith("/cancel"):
             self.reply(200, {})
+        elif not isinstance(body["input"], dict):
+            self.reply(422, {"detail": "no input"})
         elif STATE["status"] != "READY" or not SLOTS.acquire(blocking=False):
             self.reply(409, {"error": "At capacity"})
         else:
             RUNNING.add(self.path)
             try:
-                self.predict(body)
-            finally:
-                RUNNING.discard(self.path)
-                SLOTS.release()
+                keeps_slot = self.predict(body)
+            except BaseException:
+                self.end()
+                raise
+            if not keeps_slot:
+                self.end()
 
-    def predict(self, body: dict) -> None:
+    def end(self) -> None:
+        RUNNING.discard(self.path)
+        SLOTS.release()
+
+    def predict(self, body: dict) -> bool:
+        """Answer; whether the slot is kept beyond that."""
         prompt = body["input"]["prompt"]
         with open(sys.argv[1], "a") as log:
             log.write(f"{prompt}\n")
@@ -64,6 +77,14 @@ class Handler(BaseHTTPRequestHandler):
             self.stream(int(value))
         elif what == "flood":
             self.stream(int(value), b"x" * 1024, pause_s=0)
+        elif what == "background":
+            TAKEN.append(self.path)
+            threading.Timer(float(value), self.end_in_background).start()
+            self.reply(202, {"id": self.path.rpartition("/")[2], "status": "starting"})
+        elif what == "lose":
+            RUNNING.discard(self.path)
+            TAKEN.extend([] if value == "quietly" else [self.path])
+            self.reply(200, {"status": "failed"})
         elif what == "exit" or (what == "exit-once" and asked().count(prompt) == 1):
             os._exit(9)
         elif what == "half":
@@ -76,6 +97,7 @@ class Handler(BaseHTTPRequestHandler):
             if what == "die":
                 STATE.update(status="UNHEALTHY", user_healthcheck_error="Healthcheck error: channel closed")
             self.reply(200, {"status": "failed" if what == "die" else "succeeded", "got": body})
+        return what in ("background", "lose")
 
     def reply_while_connected(self, seconds: float, body: dict) -> None:
         """Answer after some time; the log gets `gone` where the client leaves before."""
@@ -92,6 +114,10 @@ class Handler(BaseHTTPRequestHandler):
                 pass
         self.connection.settimeout(None)
         self.reply(200, {"status": "succeeded", "got": body})
+
+    def end_in_background(self) -> None:
+        TAKEN.remove(self.path)
+        self.end()
 
     def stream(self, count: int, padding: bytes = b"", *, pause_s: float = 0.05) -> None:
         self.send_response(200)

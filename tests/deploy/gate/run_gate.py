@@ -1,6 +1,6 @@
 """Runs the gate in front of fake_runtime.py: `python -m tests.deploy.gate.run_gate LOG RULES BOUNDS` (JSON).
 
-BOUNDS: other values for constants of `bodies` and `connections`, so that a test need not wait for a minute.
+BOUNDS: other values for constants of these modules, so that a test need not wait for a minute.
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from deploy.gate import bodies, connections
+from deploy.gate import bodies, connections, places, room
 from deploy.gate.main import serve
 from deploy.gate.rules import Rules
 
@@ -18,7 +18,6 @@ if __name__ == "__main__":
         name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(sys.argv[2]).items()
     }
     for name, value in json.loads(sys.argv[3]).items():
-        module = bodies if hasattr(bodies, name) else connections
-        assert hasattr(module, name)
-        setattr(module, name, value)
+        (module,) = (module for module in (bodies, connections, places, room) if hasattr(module, name))
+        setattr(module, name, type(getattr(module, name))(value))
     sys.exit(serve(command, dict(os.environ), Rules(**given), host="127.0.0.1", port=0))

@@ -119,6 +119,7 @@ def test_a_stream_comes_piece_by_piece(gate):
         ("/predictions", {"content": b"{"}, 400),
         ("/predictions", {"json": {"id": "../../x"}}, 422),
         ("/predictions", {"json": {"webhook": "http://127.0.0.1:1/"}}, 422),
+        ("/predictions", {"json": {"input": {}, "context": {"x": "y" * (64 << 10)}}}, 413),
         ("/predictions", {"content": b" " * (9 << 20)}, 413),
         ("/predictions", {"content": iter([b" " * (1 << 20)] * 9)}, 413),
     ],
@@ -129,6 +130,20 @@ def test_what_does_not_pass_never_reaches_the_runtime(gate, path, options, statu
     assert reply.status_code == status
     assert reply.json()["detail"]
     assert gate.asked() == before
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", "/health-check", "GET, HEAD"),
+        ("GET", "/predictions", "POST"),
+        ("DELETE", "/predictions/x", "PUT"),
+        ("PUT", "/predictions/x/cancel", "POST"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_one(gate, method, path, allow):
+    reply = gate.client.request(method, path)
+    assert (reply.status_code, reply.headers["allow"]) == (405, allow)
 
 
 def test_an_odd_request_line_is_no_request(gate):
@@ -436,9 +451,13 @@ def test_a_killed_gate_leaves_no_runtime(tmp_path):
         gate.wait_for(lambda: gate.runtimes() == [], seconds=5)
 
 
-def test_a_stop_lets_open_requests_end(tmp_path):
-    with running(tmp_path) as gate, ThreadPoolExecutor(1) as pool:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_lets_open_requests_end(tmp_path, number):
+    with running(tmp_path) as gate, ThreadPoolExecutor(2) as pool:
         task = pool.submit(gate.predict, "sleep 1")
-        gate.wait_for(lambda: gate.asked() == ["sleep 1"])
-        assert gate.stop() == 0
+        stream = pool.submit(gate.predict, "stream 20")
+        gate.wait_for(lambda: set(gate.asked()) == {"sleep 1", "stream 20"})
+        gate.process.send_signal(number)
+        assert gate.process.wait(timeout=15) == 0
+        assert stream.result().text.endswith("data: 19\n\n")
         assert task.result().json()["status"] == "succeeded"

@@ -68,6 +68,22 @@ def test_one_that_waits_is_canceled_and_asked_for_again_as_one_that_runs(server,
     assert put(server, "next", {**RAW, "max_new_tokens": 2}).json()["status"] == "succeeded"
 
 
+def test_what_runs_in_the_background_is_found_by_an_input_that_is_none(server):
+    """So `Places` asks for it: with the only place taken it is told what runs, and later starts nothing."""
+    path = f"{server.url}/predictions"
+    reply = httpx.post(path, json={"input": LONG}, headers={"prefer": "respond-async"}, timeout=20)
+    states = [httpx.put(f"{path}/{reply.json()['id']}", json={"input": []}, timeout=20)]
+    assert (reply.status_code, states[0].status_code, states[0].json()["status"]) == (202, 202, "processing")
+    assert cancel(server, reply.json()["id"]).status_code == 200
+    deadline = time.monotonic() + 20
+    while states[-1].status_code == 202:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        states.append(httpx.put(f"{path}/{reply.json()['id']}", json={"input": []}, timeout=20))
+    assert states[-1].status_code == 422
+    assert server.request("/health-check")["gate"]["running"] == 0
+
+
 def test_a_killed_runtime_answers_who_ran_and_who_waited_after_its_restart(server):
     values = {**RAW, "max_new_tokens": 300, "min_new_tokens": 300, "temperature": 0}
     whole = put(server, "before", values).json()["output"]

@@ -44,8 +44,10 @@ def test_the_routes_that_are_meant(method, path, kind, id):
         ("DELETE", "/predictions/x", 405),
         ("POST", "/predictions/x", 405),
         ("PUT", "/predictions/x/cancel", 405),
-        ("PUT", "/predictions/x/y", 405),
-        ("PUT", "/predictions/", 405),
+        ("PUT", "/predictions/x/y", 404),
+        ("PUT", "/predictions/", 404),
+        ("POST", "/predictions/", 404),
+        ("PUT", "/predictions/x/", 404),
         ("PUT", "/predictions/..", 422),
         ("PUT", "/predictions/.hidden", 422),
         ("PUT", "/predictions/a b", 422),
@@ -164,12 +166,45 @@ def test_the_runtime_gets_the_fields_it_knows_once_each():
         (b'{"webhook": "http://127.0.0.1:8000/\\tb"}', 422),
         (b'{"webhook": "http://me:secret@127.0.0.1:8000/b"}', 422),
         (b'{"webhook": ["http://127.0.0.1:8000/"]}', 422),
+        (b'{"webhook": "http://127.0.0.1:8000/' + b"x" * 2048 + b'"}', 422),
+        (b'{"webhook_events_filter": ["begin"]}', 422),
+        (b'{"webhook_events_filter": [["start"]]}', 422),
+        (b'{"webhook_events_filter": "start"}', 422),
     ],
 )
 def test_bodies_that_do_not_pass(content, status):
     with pytest.raises(Refused) as caught:
         check_body(content, RULES)
     assert caught.value.status == status
+
+
+@pytest.mark.parametrize("letter", ["x", "ü", "🦙", '"', "\n", "\x01"])
+def test_a_context_is_bounded_by_its_json(letter):
+    """In UTF-8, as the runtime writes it for its worker."""
+    room = (64 << 10) - len('{"k":""}')
+    each = len(json.dumps(letter, ensure_ascii=False).encode()) - 2
+    largest = letter * (room // each)
+    passed = json.loads(check_body(json.dumps({"context": {"k": largest}}).encode(), RULES).content)
+    assert passed == {"context": {"k": largest}}
+    with pytest.raises(Refused, match="context may have 64 KiB as JSON; what the model is to read goes into input"):
+        check_body(json.dumps({"context": {"k": largest + letter}}).encode(), RULES)
+
+
+def test_many_small_keys_of_a_context_count_too():
+    with pytest.raises(Refused, match="context may have 64 KiB"):
+        check_body(json.dumps({"context": {str(number): "" for number in range(8000)}}).encode(), RULES)
+
+
+@pytest.mark.parametrize("context", [None, [], "x", {"x": 1}, {"x": None}, {"x": {"y": "z"}}])
+def test_a_context_of_another_shape_is_refused(context):
+    with pytest.raises(Refused, match="expected an object whose values are texts"):
+        check_body(json.dumps({"context": context}).encode(), RULES)
+
+
+def test_the_events_of_a_webhook_are_passed_once_each():
+    given = ["completed", "start"] * 1000
+    content = check_body(json.dumps({"webhook_events_filter": given}).encode(), RULES).content
+    assert json.loads(content) == {"webhook_events_filter": ["start", "completed"]}
 
 
 @pytest.mark.parametrize("webhook", ["http://127.0.0.1:8000/done", "https://h.org/one", "https://h.org/one?x=1", None])

@@ -92,8 +92,7 @@ def test_of_too_many_connections_the_last_are_closed(tmp_path):
     with running(tmp_path, slots=1, bounds={"_MOST_CONNECTIONS": 10}) as gate, waiting(gate, 9):
         with socket.create_connection(address(gate), timeout=5) as one_more:
             assert closed(one_more)
-        assert gate.health()["gate"] | {"temporary_folder_free_bytes": 0} == {
-            "running": 1, "waiting": 8, "restarts": 0, "temporary_folder_free_bytes": 0}  # fmt: skip
+        assert gate.health()["gate"].items() >= {"running": 1, "waiting": 8, "restarts": 0}.items()
 
 
 @contextlib.contextmanager
