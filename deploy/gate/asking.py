@@ -20,7 +20,8 @@ _PASSED = ("accept", "prefer", "traceparent", "tracestate")  # headers that go o
 class Request:
     """A prediction or a training on its way to its answer.
 
-    is_asked: the runtime may know of it. taken: the runtime has it, or it is over.
+    is_asked: the runtime may know of it. taken: the runtime has it, or it is over. is_left: the runtime had
+    taken it, and nobody waits for it any more.
     """
 
     def __init__(self, route: Route, headers: Mapping[str, str], body: Body) -> None:
@@ -31,7 +32,7 @@ class Request:
         if self.wants_async and self.id is None:  # so that the runtime can be asked for it
             self.id = uuid.uuid4().hex
             self.route = Route(kind="start", path=f"{route.path}/{self.id}", id=self.id)
-        self.is_asked = self.is_canceled = False
+        self.is_asked = self.is_canceled = self.is_left = False
         self.taken = asyncio.Event()
         self.task: asyncio.Task[None] | None = None  # that waits with it
         self.may_repeat = not (self.wants_async or body.webhook or route.path.startswith("/trainings"))
@@ -116,6 +117,7 @@ class Asker:
         try:
             reply = await self._send(request.route, request.headers, request.body.content)
         except BaseException:
+            request.is_left = request.taken.is_set()
             request.is_asked = False
             request.taken.clear()
             raise

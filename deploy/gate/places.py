@@ -14,7 +14,8 @@ from deploy.gate.asking import Asker, Request
 from deploy.gate.rules import Refused, Route
 from deploy.gate.runtime import Runtime, State
 
-_STUCK_S = 30.0  # a prediction whose client has left may need some time until it has ended
+_STUCK_S = 30.0
+_LEFT_S = 120.0  # for a prediction whose client has left: it ends between two steps
 _POLL_S, _LATELY_S = 0.5, 2.0
 _KNOWN = 4096
 _NO_INPUT = b'{"input": []}'  # the runtime refuses it before it needs a place
@@ -34,10 +35,17 @@ class Places:
         self._requests.add(request)
         try:
             yield
+        except BaseException:
+            if request.is_left or request.taken.is_set():
+                self._note_use(_LEFT_S)
+            raise
         finally:
             self._requests.discard(request)
             if request.taken.is_set():
-                self._used_at = time.monotonic()
+                self._note_use()
+
+    def _note_use(self, longer_s: float = 0.0) -> None:
+        self._used_at = max(self._used_at, time.monotonic() + longer_s)
 
     def keep_in_mind(self, path: str) -> None:
         """One that runs on although its request was answered."""
@@ -51,11 +59,11 @@ class Places:
         while True:
             await asyncio.sleep(_POLL_S)
             if not self._looks_lost():
-                self._used_at = time.monotonic()
+                self._note_use()
             elif time.monotonic() - self._used_at > _STUCK_S:
                 if not await self._runs_in_background() and self._looks_lost():
                     self._runtime.end(f"the runtime took nothing for {_STUCK_S:.0f} s although nothing runs")
-                self._used_at = time.monotonic()
+                self._note_use()
 
     def _looks_lost(self) -> bool:
         is_full = self._runtime.health.get("status") == "BUSY"

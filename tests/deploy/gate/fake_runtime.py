@@ -3,8 +3,9 @@
 `python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
 `stream N`, `flood N` (pieces of 1 KiB without a pause), `die` (the worker does: UNHEALTHY and 409 for ever), `exit`,
 `exit-once`, `half` (its answer breaks off), `background S` (answered at once), `lose` (its slot is never free again),
-`lose quietly` (and the health report does not show it). Each prediction's prompt goes into LOG. Where a file LOG.fails
-is there at the start, the set-up fails; while a file LOG.garbled is there, the health report is no text.
+`lose quietly` (and the health report does not show it), `linger S` (goes on when its client has left). Each
+prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails; while a file
+LOG.garbled is there, the health report is no text.
 """
 
 import json
@@ -81,6 +82,8 @@ class Handler(BaseHTTPRequestHandler):
             TAKEN.append(self.path)
             threading.Timer(float(value), self.end_in_background).start()
             self.reply(202, {"id": self.path.rpartition("/")[2], "status": "starting"})
+        elif what == "linger":
+            time.sleep(float(value))
         elif what == "lose":
             RUNNING.discard(self.path)
             TAKEN.extend([] if value == "quietly" else [self.path])

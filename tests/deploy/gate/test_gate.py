@@ -330,7 +330,7 @@ def test_an_id_that_was_used_waits_its_turn_as_any_other(tmp_path):
         task = pool.submit(gate.predict, "sleep 0.5")
         gate.wait_for(lambda: gate.asked()[-1] == "sleep 0.5")
         assert httpx.put(path, json={"input": {"prompt": "y"}}).status_code == 200
-        assert task.done()
+        assert task.result(timeout=0.3).status_code == 200, "answered before, if not yet read"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from tests.deploy.gate.test_gate import RunningGate, running
@@ -54,6 +55,21 @@ def test_what_ran_in_the_background_is_forgotten_when_it_has_ended(tmp_path):
     with running(tmp_path, slots=1, bounds=SOON) as gate:
         gate.client.post("/predictions", json={"input": {"prompt": "background 0.1"}}, headers=ASYNC)
         assert gate.predict("lose").json()["status"] == "failed"
+        gate.wait_for(lambda: restarts(gate) == 1)
+
+
+def test_what_was_left_has_longer_to_end(tmp_path):
+    """A client that leaves from the line, as everybody does where places are lost, gives nothing more time."""
+    with running(tmp_path, slots=1, bounds=SOON) as gate:
+        for prompt in ("linger 4", "after"):
+            with pytest.raises(httpx.ReadTimeout):
+                gate.predict(prompt, timeout=0.6)
+        assert gate.predict("after").json()["status"] == "succeeded"
+        assert (restarts(gate), gate.asked()) == (0, ["linger 4", "after"])
+    with running(tmp_path, slots=1, bounds=SOON) as gate:
+        gate.predict("lose")
+        with pytest.raises(httpx.ReadTimeout):
+            gate.predict("after", timeout=0.6)
         gate.wait_for(lambda: restarts(gate) == 1)
 
 
