@@ -45,6 +45,7 @@ class FakeEngine(Engine):
 class WordTokenizer:
     prefix_ids = (1,)
     most_characters_per_token = None
+    chat_template = None
 
     def encode(self, text: str) -> list[int]:
         return list(range(len(text.split())))
