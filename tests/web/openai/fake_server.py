@@ -1,8 +1,8 @@
 """Behaves as the gate and the runtime towards the endpoint, without a model: documents, health, refusals on demand.
 
 The prompt, or the last message, says what to do: `slow S` (a pause before each piece), `fail ERROR`, `break` (the
-connection ends after a piece), `vanish` and `vanish-once` (before the answer's head), `hold` (no head until `release` is
-set). Anything else is answered: see `completion`.
+connection ends after a piece), `vanish` and `vanish-once` (before the answer's head), `hold` (no head until `release`
+is set). Anything else is answered: see `completion`.
 """
 
 import json
@@ -61,7 +61,10 @@ def prompt_of(values: dict[str, Any]) -> str:
 
 
 class FakeServer(ThreadingHTTPServer):
-    """status: what its health says.   asked: (inputs, headers) of each prediction.   num_full: so many get 409 first."""
+    """status: what its health says.   asked: (inputs, headers) of each prediction.   num_full: so many get 409 first.
+
+    num_gone: clients that left before the end.
+    """
 
     daemon_threads = True
     request_queue_size = 512
