@@ -12,7 +12,7 @@ from alpaca.errors import InputError
 from deploy.gate.exchange import BrokenOff, NotReached, Reply, Unanswered, exchange
 from web.openai.refusals import Refusal
 
-_LOOK_S, _LOOK_AGAIN_S = 1.0, 0.2  # between two looks at a target that is up, and that is down
+_LOOK_S, _LOOK_AGAIN_S = 0.5, 0.1  # between two looks at a target that is up, and that is down
 _HEALTH_S = 15.0  # the runtime itself waits for its worker up to 10 s
 _MOST_HEALTH_BYTES = 1 << 20
 _RETRY_AFTER_S = 2

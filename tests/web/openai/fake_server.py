@@ -80,10 +80,14 @@ class FakeServer(ThreadingHTTPServer):
     def prompts(self) -> list[str]:
         return [prompt_of(values) for values, _ in self.asked]
 
-    def stop(self) -> None:
-        self.release.set()
+    def stop_listening(self) -> None:
+        """May be called again."""
         self.shutdown()
         self.server_close()
+
+    def stop(self) -> None:
+        self.release.set()
+        self.stop_listening()
         self._thread.join()
 
 
