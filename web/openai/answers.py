@@ -15,7 +15,6 @@ from web.openai.inputs import Asked
 
 Document = Mapping[str, Any]
 
-_LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON has not
 _FINISHES = {"context": "length"}  # the Predictor's other words are OpenAI's
 
 
@@ -105,14 +104,16 @@ class _Choice:
 
     def __init__(self, asked: Asked, prompt: int) -> None:
         self._asked = asked
-        self._texts = [asked.echoes[prompt]] if asked.echoes else []
+        self._echo = asked.echoes[prompt] if asked.echoes else ""
+        self._texts = [self._echo]
         self._scored: list[Mapping[str, Any]] = []
         self._offsets = _Offsets()
         self.finish_reason: str | None = None
 
     def add(self, document: Document) -> None:
         self._texts.append(document["text"])
-        self._scored += document.get("prompt_logprobs") or ()
+        if "prompt_logprobs" in document:
+            self._scored += _of_text(document["prompt_logprobs"], self._echo)
         self._scored += document.get("logprobs") or ()
         if reason := document.get("finish_reason"):
             self.finish_reason = _FINISHES.get(reason, reason)
@@ -138,6 +139,19 @@ class _Choice:
         return _completion_logprobs(self._scored, self._offsets)
 
 
+def _of_text(scored: Sequence[Mapping[str, Any]], prompt: str) -> list[Mapping[str, Any]]:
+    """The prompt's tokens as the client's text has them, whose texts put together are the prompt.
+
+    So without BOS, which a tokenizer puts in front, and without the blank that SentencePiece begins a text with.
+    """
+    tokens = list(scored)
+    if tokens and not tokens[0]["bytes"]:
+        del tokens[0]
+    if tokens and tokens[0]["bytes"][:1] == [ord(" ")] and not prompt.startswith(" "):
+        tokens[0] = {**tokens[0], "text": tokens[0]["text"][1:], "bytes": tokens[0]["bytes"][1:]}
+    return tokens
+
+
 class _Offsets:
     """Where each token begins in the text so far, in characters. One within a character begins where that does."""
 
@@ -156,15 +170,15 @@ def _chat_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat_token(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {"token": entry["text"], "logprob": _finite(entry["logprob"]), "bytes": entry["bytes"]}
+    return {"token": entry["text"], "logprob": entry["logprob"], "bytes": entry["bytes"]}
 
 
 def _completion_logprobs(scored: Sequence[Mapping[str, Any]], offsets: _Offsets) -> dict[str, Any]:
-    """Four lists side by side. The prompt's first token, which nothing comes before, has no log probability."""
+    """Four lists side by side. A prompt's first token has no log probability where no BOS stands before it."""
     tops = [entry.get("top") for entry in scored]
     return {
         "tokens": [_token_name(entry) for entry in scored],
-        "token_logprobs": [_finite(entry["logprob"]) for entry in scored],
+        "token_logprobs": [entry["logprob"] for entry in scored],
         "top_logprobs": [
             None if entry["logprob"] is None else _by_name(top or ()) for entry, top in zip(scored, tops, strict=True)
         ],
@@ -176,7 +190,7 @@ def _by_name(top: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """The likeliest first; of tokens with one text the likeliest counts."""
     found: dict[str, float | None] = {}
     for entry in top:
-        found.setdefault(_token_name(entry), _finite(entry["logprob"]))
+        found.setdefault(_token_name(entry), entry["logprob"])
     return found
 
 
@@ -187,10 +201,6 @@ def _token_name(entry: Mapping[str, Any]) -> str:
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry["bytes"])
     return entry["text"]
-
-
-def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, _LEAST_LOGPROB)
 
 
 def event(content: Mapping[str, Any]) -> bytes:

@@ -43,9 +43,8 @@ def documents(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if "logprobs" in values:
                 document["logprobs"] = [scored(text, values["logprobs"]) for text in piece]
                 if values.get("echo") and number == 0:
-                    first, *rest = prompt.split()
-                    told = [scored(first, 0, logprob=None), *(scored(f" {word}", values["logprobs"]) for word in rest)]
-                    document["prompt_logprobs"] = told
+                    told = [scored(f" {word}", values["logprobs"]) for word in prompt.split()]
+                    document["prompt_logprobs"] = [scored("", 0, logprob=None), *told]  # BOS; and SentencePiece's blank
             if not values.get("stream"):
                 document |= end
             yield document

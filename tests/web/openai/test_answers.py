@@ -83,8 +83,8 @@ def test_a_whole_completion():
     assert choice["finish_reason"] == "stop"
     assert choice["logprobs"] == {
         "tokens": ["one", " two", " one", " two", " ไ0"],
-        "token_logprobs": [None, -0.5, -0.5, -0.5, -0.5],
-        "top_logprobs": [None, {" two0": -0.5}, {" one0": -0.5}, {" two0": -0.5}, {" ไ00": -0.5}],
+        "token_logprobs": [-0.5] * 5,
+        "top_logprobs": [{" one0": -0.5}, {" two0": -0.5}, {" one0": -0.5}, {" two0": -0.5}, {" ไ00": -0.5}],
         "text_offset": [0, 3, 7, 11, 15],
     }
 
@@ -113,8 +113,8 @@ def test_tokens_that_are_parts_of_characters():
     assert [entry["bytes"] for entry in chat["content"]] == [[0xE0], [0xB9], [0x84], [ord("y")]]
 
 
-def test_of_tokens_with_one_text_the_likeliest_counts_and_nothing_is_infinite():
-    top = [entry_of("a", -1.0), entry_of("a", -2.0), entry_of("b", float("-inf"))]
+def test_of_tokens_with_one_text_the_likeliest_counts_():
+    top = [entry_of("a", -1.0), entry_of("a", -2.0), entry_of("b", -9999.0)]
     found = logprobs_of({"prompt": "p", "logprobs": 3}, [{**entry_of("a", -1.0), "top": top}])
     assert found["top_logprobs"] == [{"a": -1.0, "b": -9999.0}]
 
@@ -123,6 +123,17 @@ def test_the_contexts_end_is_a_length_for_clients():
     answer = Answer(read_completion({"model": "m", "prompt": "p"}, MODELS))
     answer.add(0, document([], finish_reason="context"))
     assert answer.whole()["choices"][0]["finish_reason"] == "length"
+
+
+def test_without_bos_the_first_token_has_no_log_probability():
+    answer = Answer(read_completion({"model": "m", "prompt": " p", "logprobs": 1, "echo": True}, MODELS))
+    answer.add(0, document([], prompt_logprobs=[scored(" p", 0, logprob=None), scored("q", 1)]))
+    assert answer.whole()["choices"][0]["logprobs"] == {
+        "tokens": [" p", "q"],
+        "token_logprobs": [None, -0.5],
+        "top_logprobs": [None, {"q0": -0.5}],
+        "text_offset": [0, 2],
+    }
 
 
 def test_an_answer_without_tokens_has_lists_without_entries():
