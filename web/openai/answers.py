@@ -147,7 +147,7 @@ def _of_text(scored: Sequence[Mapping[str, Any]], prompt: str) -> list[Mapping[s
     tokens = list(scored)
     if tokens and not tokens[0]["bytes"]:
         del tokens[0]
-    if tokens and tokens[0]["bytes"][:1] == [ord(" ")] and not prompt.startswith(" "):
+    if b"".join(bytes(token["bytes"]) for token in tokens) == b" " + prompt.encode(errors="replace"):
         tokens[0] = {**tokens[0], "text": tokens[0]["text"][1:], "bytes": tokens[0]["bytes"][1:]}
     return tokens
 
