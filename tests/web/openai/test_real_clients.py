@@ -36,7 +36,7 @@ def folder(real, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(folder) -> Iterator[tuple[LocalServer, str]]:
-    with real_server(["--weights", str(folder)]) as running:
+    with real_server(["--weights", str(folder), "--max_context", "256"]) as running:
         yield running
 
 
@@ -93,11 +93,8 @@ def test_an_echo_is_the_text_of_its_tokens(client):
 
 
 def test_a_chat_without_a_limit_goes_on_to_the_contexts_end(client):
-    reply = client.chat.completions.create(model="storyteller", messages=SAID, logprobs=False, seed=1)
-    if reply.choices[0].finish_reason == "length":
-        assert reply.usage.total_tokens == 512
-    else:
-        assert reply.usage.completion_tokens > 20
+    reply = client.chat.completions.create(model="storyteller", messages=SAID, temperature=0)
+    assert (reply.choices[0].finish_reason, reply.usage.total_tokens) == ("length", 256)
 
 
 def test_a_prompt_too_long(client):
@@ -208,7 +205,7 @@ def log_likelihood(folder: Path, context: str, choice: str) -> tuple[float, bool
 def test_lm_eval_of_choices(running, folder, tasks, tmp_path):
     """local-completions, with texts: its log-likelihoods are those of transformers."""
     arguments = f"model=storyteller,base_url={running[1]}/completions,tokenizer={folder},tokenizer_backend=huggingface"
-    arguments += ",tokenized_requests=False,max_length=512,num_concurrent=4"
+    arguments += ",tokenized_requests=False,max_length=256,num_concurrent=4"
     samples = evaluate(tasks, tmp_path, "local-completions", "which_word", arguments)
     assert len(samples) == len(QUESTIONS)
     for sample, question in zip(samples, QUESTIONS, strict=True):
