@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -153,6 +154,21 @@ def test_refusals_have_openais_form(endpoint, method, path, options, status):
     reply = endpoint.client.request(method, path, **options)
     assert reply.status_code == status
     assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_a_first_piece_does_not_wait_for_the_heads_receipt(endpoint):
+    """On a connection that is kept, clients say only after 40 ms that a packet has come."""
+    seconds = []
+    for _ in range(10):
+        begun = time.monotonic()
+        with endpoint.client.stream(
+            "POST", "/v1/completions", json={"model": "alpaca", "prompt": "a", "stream": True}
+        ) as reply:
+            pieces = reply.iter_raw()
+            next(pieces)
+            seconds.append(time.monotonic() - begun)
+            assert b"[DONE]" in b"".join(pieces)
+    assert min(seconds[1:]) < 0.035
 
 
 def test_a_client_that_leaves_cancels_its_prediction(endpoint, fake):
