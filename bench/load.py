@@ -252,8 +252,9 @@ def read_completion(status: int, body: bytes) -> tuple[list[dict[str, Any]], dic
     """The chunks of a streamed completion, and its counts. Raises LoadFailedError for one that did not end well."""
     if status != 200:
         raise LoadFailedError(f"the server answered {status}: {body[:500].decode(errors='replace')}")
-    *chunks, counted, end, rest = (part.removeprefix(b"data: ") for part in body.split(b"\n\n"))
-    if end != b"[DONE]" or rest:
+    parts = [part.removeprefix(b"data: ") for part in body.split(b"\n\n")]
+    *chunks, counted, end, _ = parts if len(parts) > 2 else (b"", b"", b"")
+    if end != b"[DONE]":
         raise LoadFailedError(f"a completion did not succeed: {body[-500:].decode(errors='replace')}")
     return [json.loads(chunk) for chunk in chunks], json.loads(counted)["usage"]
 
