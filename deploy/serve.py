@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from alpaca.errors import InputError, run_command
-from alpaca.files.network.addresses import parse_address, split_list
+from alpaca.files.network.addresses import is_address, parse_address, split_list
 from alpaca.serving.settings import ServerSettings, parse_adapters, setting_type
 from deploy import schema
 from deploy.gate.rules import Rules
@@ -130,11 +130,15 @@ def endpoint_command(options: argparse.Namespace, environment: dict[str, str]) -
     if keys:
         environment.setdefault("ALPACA_SERVER_TOKEN", keys[0])
     command = [sys.executable, "-m", "web.openai", "--host", options.host, "--port", str(options.openai_port)]
-    if weights := environment.get("COG_WEIGHTS"):
-        command += ["--model_name", weights.rstrip("/").rpartition("/")[2]]
+    command += ["--model_name", _model_name(environment.get("COG_WEIGHTS") or "alpaca_out")]
     if options.allowed_hosts:
         command += ["--allowed_hosts", options.allowed_hosts]
     return command
+
+
+def _model_name(weights: str) -> str:
+    """What clients of OpenAI's API call the model: the last part of its path. What is secret in an address is not."""
+    return parse_address(weights).label if is_address(weights) else Path(weights).name
 
 
 def main() -> None:

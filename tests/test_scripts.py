@@ -251,6 +251,14 @@ def test_openais_api_is_started_for_this_server():
     assert environment["ALPACA_SERVER_TOKEN"] == "first"
 
 
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [({}, "alpaca_out"), ({"COG_WEIGHTS": "https://me:hush@host/a/llama.tar?token=secret"}, "llama.tar")],
+)
+def test_openais_api_names_the_model_and_no_secret(weights, name):
+    assert endpoint(["--openai_port", "0"], weights)[-1] == name
+
+
 @pytest.mark.parametrize("flag", ["--bare", "--train"])
 def test_openais_api_needs_predictions_and_the_gate(flag):
     with pytest.raises(InputError, match="--openai_port goes with predictions through the gate"):
