@@ -93,7 +93,7 @@ def run(code: str, language: str, server: LocalServer) -> str:
     command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
     for _ in range(20):  # curl does not try again after the 409 that follows a reply
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if "At capacity" not in done.stdout:
+        if "At capacity" not in done.stdout and "no model server is ready" not in done.stdout:
             break
         time.sleep(0.1)
     assert done.returncode == 0, done.stderr
