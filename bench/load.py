@@ -1,4 +1,4 @@
-"""A light load generator: many clients of one Cog server, in a process of their own.
+"""A light load generator: many clients of one Cog server, or of OpenAI's API, in a process of their own.
 
     python -m bench.load http://127.0.0.1:5000 < plan.json
 
@@ -11,6 +11,7 @@ of a stream may hold several. Standard library only: it starts in a moment and i
 import argparse
 import asyncio
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 from alpaca.errors import InputError, run_command
 
 _FIRST_OUTPUT = re.compile(rb"\nevent: ?output\r?\n")
+_FIRST_CHUNK = re.compile(rb"\ndata: ?\{")
 _LONGEST_SIGN = 20  # bytes that may be split between two arrivals without the first output being missed
 _CAPACITY_PAUSE_S = 0.005  # the runtime frees a slot just after its reply: a 409 is no refusal
 _CAPACITY_TIMEOUT_S = 120.0
@@ -36,13 +38,15 @@ class LoadFailedError(RuntimeError):
 class Plan:
     """`clients` take the inputs in order, each its next one when its last is answered.
 
-    Client i starts `stagger_s` * i seconds after the first.
+    Client i starts `stagger_s` * i seconds after the first. api: "cog", whose inputs are the Predictor's; or "openai",
+    whose inputs are the fields of a streamed completion.
     """
 
     inputs: list[dict[str, Any]]
     clients: int
     stream: bool = True
     stagger_s: float = 0.0
+    api: str = "cog"
 
 
 @dataclass(kw_only=True)
@@ -90,7 +94,7 @@ async def run_load(url: str, plan: Plan) -> Load:
     waiting = iter(plan.inputs)
     start = time.monotonic()
     clients = [
-        asyncio.create_task(run_client(url, waiting, stream=plan.stream, start=start, delay_s=plan.stagger_s * number))
+        asyncio.create_task(run_client(url, waiting, plan, start=start, delay_s=plan.stagger_s * number))
         for number in range(plan.clients)
     ]
     try:
@@ -103,11 +107,12 @@ async def run_load(url: str, plan: Plan) -> Load:
 
 
 async def run_client(
-    url: str, waiting: Iterator[dict[str, Any]], *, stream: bool, start: float, delay_s: float
+    url: str, waiting: Iterator[dict[str, Any]], plan: Plan, *, start: float, delay_s: float
 ) -> list[Reply]:
     """One client: input after input from what all share."""
     await asyncio.sleep(delay_s)
-    return [await predict(url, values, stream=stream, start=start) for values in waiting]
+    ask = complete if plan.api == "openai" else functools.partial(predict, stream=plan.stream)
+    return [await ask(url, values, start=start) for values in waiting]
 
 
 async def predict(url: str, values: dict[str, Any], *, stream: bool, start: float) -> Reply:
@@ -135,13 +140,34 @@ async def predict(url: str, values: dict[str, Any], *, stream: bool, start: floa
     )
 
 
+async def complete(url: str, values: dict[str, Any], *, start: float) -> Reply:
+    """One streamed completion of OpenAI's API to its end."""
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    request = build_completion(f"{host}:{port}", values)
+    began = time.monotonic()
+    _, collected = await asyncio.get_running_loop().create_connection(
+        lambda: _Collector(request, first_output=_FIRST_CHUNK), host, port
+    )
+    await collected.closed
+    chunks, usage = read_completion(*split_reply(b"".join(collected.parts)))
+    return Reply(
+        started_s=began - start,
+        ended_s=collected.last_at - start,
+        first_output_s=collected.first_output_at - began,
+        num_pieces=len(chunks),
+        num_retries=0,
+        metrics={"output_tokens": usage["completion_tokens"], "prompt_tokens": usage["prompt_tokens"]},
+    )
+
+
 # HTTP, as little of it as this needs ----------------------------------------------------------------------------
 
 
 class _Collector(asyncio.Protocol):
     """Sends one request and keeps what comes until the server closes."""
 
-    def __init__(self, request: bytes) -> None:
+    def __init__(self, request: bytes, *, first_output: re.Pattern[bytes] = _FIRST_OUTPUT) -> None:
+        self._sign = first_output
         self.parts: list[bytes] = []
         self.first_output_at = 0.0
         self.last_at = 0.0
@@ -156,7 +182,7 @@ class _Collector(asyncio.Protocol):
         self.parts.append(data)
         self.last_at = time.monotonic()
         if not self.first_output_at:
-            if _FIRST_OUTPUT.search(self._tail + data):
+            if self._sign.search(self._tail + data):
                 self.first_output_at = self.last_at
             self._tail = (self._tail + data)[-_LONGEST_SIGN:]
 
@@ -171,9 +197,19 @@ class _Collector(asyncio.Protocol):
 
 def build_request(host: str, values: dict[str, Any], *, stream: bool) -> bytes:
     """The bytes of a POST to /predictions whose reply the server ends by closing."""
-    body = json.dumps({"input": {**values, "stream": stream}}).encode()
     accepted = "text/event-stream" if stream else "application/json"
-    lines = ["POST /predictions HTTP/1.1", f"Host: {host}", "Content-Type: application/json", f"Accept: {accepted}"]
+    return _build_post(host, "/predictions", {"input": {**values, "stream": stream}}, accepted)
+
+
+def build_completion(host: str, values: dict[str, Any]) -> bytes:
+    """The bytes of a POST of a streamed completion, whose last chunk has the counts."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    return _build_post(host, "/v1/completions", {**values, **options}, "text/event-stream")
+
+
+def _build_post(host: str, path: str, content: dict[str, Any], accepted: str) -> bytes:
+    body = json.dumps(content).encode()
+    lines = [f"POST {path} HTTP/1.1", f"Host: {host}", "Content-Type: application/json", f"Accept: {accepted}"]
     lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
     return "\r\n".join(lines).encode() + body
 
@@ -210,6 +246,17 @@ def read_prediction(status: int, body: bytes, *, stream: bool) -> dict[str, Any]
     if not prediction or prediction["status"] != "succeeded":
         raise LoadFailedError(f"a prediction did not succeed: {json.dumps(prediction) if prediction else body[-500:]}")
     return prediction
+
+
+def read_completion(status: int, body: bytes) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The chunks of a streamed completion, and its counts. Raises LoadFailedError for one that did not end well."""
+    if status != 200:
+        raise LoadFailedError(f"the server answered {status}: {body[:500].decode(errors='replace')}")
+    parts = [part.removeprefix(b"data: ") for part in body.split(b"\n\n")]
+    *chunks, counted, end, _ = parts if len(parts) > 2 else (b"", b"", b"")
+    if end != b"[DONE]":
+        raise LoadFailedError(f"a completion did not succeed: {body[-500:].decode(errors='replace')}")
+    return [json.loads(chunk) for chunk in chunks], json.loads(counted)["usage"]
 
 
 def read_events(body: bytes) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from alpaca.errors import InputError, run_command
-from alpaca.files.network.addresses import parse_address, split_list
+from alpaca.files.network.addresses import is_address, parse_address, split_list
 from alpaca.serving.settings import ServerSettings, parse_adapters, setting_type
 from deploy import schema
 from deploy.gate.rules import Rules
@@ -27,6 +27,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--upload_url",
         help="http(s) address below which a training's archive is PUT, instead of returned in the answer",
+    )
+    parser.add_argument(
+        "--openai_port", type=_port, metavar="PORT", help="OpenAI's API beside the gate, on this port: docs/openai.md"
     )
     parser.add_argument("--bare", action="store_true", help="Cog's runtime alone, without the gate in front of it")
     parser.add_argument(
@@ -114,18 +117,43 @@ def gate_rules(options: argparse.Namespace, environment: dict[str, str]) -> Rule
     )
 
 
+def endpoint_command(options: argparse.Namespace, environment: dict[str, str]) -> list[str]:
+    """OpenAI's API for this server, but for its address; none where it is not asked for. Raises InputError.
+
+    environment: the runtime's, from which the endpoint takes keys, adapters and concurrency. It sends the gate a key.
+    """
+    if options.openai_port is None:
+        return []
+    if options.bare or options.train:
+        raise InputError("--openai_port goes with predictions through the gate: leave --bare and --train out")
+    keys = split_list(environment.get("ALPACA_API_KEYS", ""))
+    if keys:
+        environment.setdefault("ALPACA_SERVER_TOKEN", keys[0])
+    command = [sys.executable, "-m", "web.openai", "--host", options.host, "--port", str(options.openai_port)]
+    command += ["--model_name", _model_name(environment.get("COG_WEIGHTS") or "alpaca_out")]
+    if options.allowed_hosts:
+        command += ["--allowed_hosts", options.allowed_hosts]
+    return command
+
+
+def _model_name(weights: str) -> str:
+    """What clients of OpenAI's API call the model: the last part of its path. What is secret in an address is not."""
+    return parse_address(weights).label if is_address(weights) else Path(weights).name
+
+
 def main() -> None:
     options = parse_arguments()
     command = runtime_command(options)
     environment = runtime_environment(options, dict(os.environ))
     rules = gate_rules(options, environment)
+    endpoint = endpoint_command(options, environment)
     os.chdir(ROOT)
     schema.write_schema()
     if options.bare:
         os.execve(sys.executable, [*command, "--host", options.host], environment)
     from deploy.gate.main import serve
 
-    sys.exit(serve(command, environment, rules, host=options.host, port=options.port))
+    sys.exit(serve(command, environment, rules, host=options.host, port=options.port, companion=endpoint))
 
 
 if __name__ == "__main__":

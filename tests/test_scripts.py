@@ -234,3 +234,32 @@ def test_demo_walks_the_whole_way():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "learned answers are word for word the data's" in done.stdout
     assert "(never seen" in done.stdout
+
+
+def endpoint(flags: list[str], environment: dict[str, str]) -> list[str]:
+    return serve.endpoint_command(serve.parse_arguments(flags), environment)
+
+
+def test_openais_api_is_started_for_this_server():
+    assert endpoint([], {"COG_WEIGHTS": "/w/storyteller"}) == []
+    environment = {"COG_WEIGHTS": "/w/storyteller/", "ALPACA_API_KEYS": "first,second"}
+    command = endpoint(["--openai_port", "8000", "--host", "0.0.0.0", "--allowed_hosts", "a.org"], environment)
+    assert command[1:] == [
+        "-m", "web.openai", "--host", "0.0.0.0", "--port", "8000", "--model_name", "storyteller",
+        "--allowed_hosts", "a.org",
+    ]  # fmt: skip
+    assert environment["ALPACA_SERVER_TOKEN"] == "first"
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [({}, "alpaca_out"), ({"COG_WEIGHTS": "https://me:hush@host/a/llama.tar?token=secret"}, "llama.tar")],
+)
+def test_openais_api_names_the_model_and_no_secret(weights, name):
+    assert endpoint(["--openai_port", "0"], weights)[-1] == name
+
+
+@pytest.mark.parametrize("flag", ["--bare", "--train"])
+def test_openais_api_needs_predictions_and_the_gate(flag):
+    with pytest.raises(InputError, match="--openai_port goes with predictions through the gate"):
+        endpoint(["--openai_port", "8000", flag], {})

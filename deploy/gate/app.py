@@ -9,6 +9,7 @@ from typing import Any
 from deploy.gate.asking import Asker, Request, has_no_slot
 from deploy.gate.bodies import Memory, Receive, read_body
 from deploy.gate.exchange import BrokenOff, Reply
+from deploy.gate.leaving import unless_client_leaves
 from deploy.gate.places import Places
 from deploy.gate.room import Room, free_room
 from deploy.gate.rules import Refused, Route, Rules, check_body, check_sender, find_route
@@ -59,7 +60,7 @@ class Gate:
                     del content
                     held.set(len(body.content))
                     work = self._start(Request(route, headers, body), send)
-                await _unless_client_leaves(work, receive)
+                await unless_client_leaves(work, receive)
         except Refused as refused:
             await _send_refusal(send, refused)
 
@@ -202,25 +203,6 @@ async def _pass_on(reply: Reply, send: Send) -> None:
 
 def _event(name: str, content: object) -> bytes:
     return f"event: {name}\ndata: {json.dumps(content)}\n\n".encode()
-
-
-async def _unless_client_leaves(work: Awaitable[None], receive: Receive) -> None:
-    """Do `work`; where the client closes its connection meanwhile, end it, which cancels what the runtime does."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_wait_for_end(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _wait_for_end(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _send_refusal(send: Send, refused: Refused) -> None:

@@ -7,6 +7,7 @@ gate does with a streamed piece.
 
 import asyncio
 import math
+import ssl
 from collections.abc import AsyncIterator, Mapping
 
 _PART_BYTES = 1 << 16
@@ -84,10 +85,19 @@ def take_chunks(coded: bytes) -> tuple[bytes, bytes, bool]:
     return b"".join(parts), coded[at:], False
 
 
-async def exchange(host: str, port: int, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Reply:
+async def exchange(
+    host: str,
+    port: int,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    tls: ssl.SSLContext | None = None,
+) -> Reply:
     """Send a request; returns once the answer's head is there. Raises NotReached, Unanswered."""
     try:
-        reader, writer = await asyncio.open_connection(host, port)
+        reader, writer = await asyncio.open_connection(host, port, ssl=tls)
     except OSError:
         raise NotReached(f"nobody listens at {host}:{port}") from None
     reply = Reply(reader, writer)

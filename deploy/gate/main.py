@@ -10,24 +10,38 @@ from collections.abc import Sequence
 import uvicorn
 
 from deploy.gate.app import Gate
+from deploy.gate.companion import Companion
 from deploy.gate.connections import Connection, allow_files
 from deploy.gate.rules import Rules
 from deploy.gate.runtime import GivenUp, Runtime
 
 
-def serve(command: Sequence[str], environment: dict[str, str], rules: Rules, *, host: str, port: int) -> int:
+def serve(
+    command: Sequence[str],
+    environment: dict[str, str],
+    rules: Rules,
+    *,
+    host: str,
+    port: int,
+    companion: Sequence[str] = (),
+) -> int:
     """Serve until SIGTERM, SIGINT, SIGHUP or the runtime's end; open requests are finished first. Returns the status.
 
-    command: starts the runtime, but for its address. Prints `serving on http://HOST:PORT` once clients may come.
+    command: starts the runtime, but for its address. companion: starts another program that is to run beside the gate
+    and asks it, but for the gate's address; its end is the gate's, too. Prints `serving on http://HOST:PORT` once
+    clients may come.
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn heeds them first, and then raises them again
         signal.signal(number, lambda number, frame: None)
     allow_files()
     with _listen(host, port) as listener:
-        return asyncio.run(_serve(Runtime(command, environment), rules, listener, environment))
+        beside = Companion(companion, environment)
+        return asyncio.run(_serve(Runtime(command, environment), rules, listener, environment, beside))
 
 
-async def _serve(runtime: Runtime, rules: Rules, listener: socket.socket, environment: dict[str, str]) -> int:
+async def _serve(
+    runtime: Runtime, rules: Rules, listener: socket.socket, environment: dict[str, str], companion: Companion
+) -> int:
     concurrency, token = int(environment["COG_MAX_CONCURRENCY"]), environment.get("WEBHOOK_AUTH_TOKEN")
     gate = Gate(runtime, rules, concurrency=concurrency, webhook_token=token)
     config = uvicorn.Config(
@@ -41,11 +55,16 @@ async def _serve(runtime: Runtime, rules: Rules, listener: socket.socket, enviro
     keeping = asyncio.ensure_future(runtime.keep_running())
     watching = asyncio.ensure_future(gate.watch())
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    await asyncio.wait({keeping, serving}, return_when=asyncio.FIRST_COMPLETED)
+    await companion.start(host, port)
+    beside = asyncio.ensure_future(companion.ends())
+    await asyncio.wait({keeping, serving, beside}, return_when=asyncio.FIRST_COMPLETED)
     watching.cancel()
+    has_failed = beside.done()
+    server.should_exit, server.force_exit = True, keeping.done()
+    await serving
+    await companion.stop()
+    beside.cancel()
     if keeping.done():
-        server.force_exit = server.should_exit = True
-        await serving
         try:
             keeping.result()
         except GivenUp as given_up:
@@ -54,7 +73,9 @@ async def _serve(runtime: Runtime, rules: Rules, listener: socket.socket, enviro
     keeping.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await keeping
-    return 0
+    if has_failed:
+        print("error: the program beside the gate ended; what it said is above", file=sys.stderr, flush=True)
+    return int(has_failed)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -98,7 +98,7 @@ class Runtime:
     async def _run_once(self) -> bool:
         """Run the runtime until it has died; whether it was up before."""
         self._process = await asyncio.create_subprocess_exec(
-            *self._command, env=self._environment, start_new_session=True, preexec_fn=_die_with_parent
+            *self._command, env=self._environment, start_new_session=True, preexec_fn=die_with_parent
         )
         ended = asyncio.ensure_future(self._process.wait())
         watching = asyncio.ensure_future(self._watch())
@@ -192,7 +192,7 @@ def _private_address() -> tuple[str, int]:
     return host, source.randint(20_000, 32_000)  # below the ports that the kernel gives away
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, however that ends (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -71,6 +71,38 @@ def test_tokens_are_counted_by_metrics_not_by_pieces():
     assert 0.04 <= reply.first_output_s < reply.ended_s - 0.03  # the second of four writes
 
 
+def data(content: object) -> bytes:
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+COUNTED = data({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}})
+
+
+def test_completions_of_openais_api():
+    def answer(number: int, body: dict) -> list[bytes]:
+        assert body == {"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}
+        pieces = [chunk(data({"choices": [{"text": text}]})) for text in ("a b", "c")]
+        return [HEAD, *pieces, chunk(COUNTED + b"data: [DONE]\n\n") + chunk(b"")]
+
+    (reply,) = load(answer, Plan(inputs=[{"prompt": "x"}], clients=1, api="openai")).replies
+    assert reply.num_pieces == 2
+    assert reply.metrics == {"output_tokens": 5, "prompt_tokens": 3}
+    assert 0.04 <= reply.first_output_s < reply.ended_s - 0.03
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (b"HTTP/1.1 429 Too Many\r\n\r\nlater", "answered 429: later"),
+        (HEAD + chunk(data({"error": {"message": "boom"}})) + chunk(b""), "did not succeed.*boom"),
+        (HEAD + chunk(COUNTED) + chunk(b""), "did not succeed"),
+    ],
+)
+def test_a_completion_that_is_no_success_fails_the_load(reply, message):
+    with pytest.raises(LoadFailedError, match=message):
+        load(lambda number, body: [reply], Plan(inputs=[{"prompt": "x"}], clients=1, api="openai"))
+
+
 def test_events_cut_anywhere_are_found():
     whole = HEAD + chunk(event("output", {"chunk": "é\n"})) + chunk(completed(["é\n"], 1)) + chunk(b"")
 

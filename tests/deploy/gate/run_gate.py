@@ -1,6 +1,7 @@
-"""Runs the gate in front of fake_runtime.py: `python -m tests.deploy.gate.run_gate LOG RULES BOUNDS` (JSON).
+"""Runs the gate in front of fake_runtime.py: `python -m tests.deploy.gate.run_gate LOG RULES BOUNDS COMPANION`.
 
-BOUNDS: other values for constants of these modules, so that a test need not wait for a minute.
+RULES, BOUNDS and COMPANION are JSON. BOUNDS: other values for constants of these modules, so that a test need not wait
+for a minute. COMPANION: the command of a program that runs beside; none where it is left out.
 """
 
 import json
@@ -20,4 +21,5 @@ if __name__ == "__main__":
     for name, value in json.loads(sys.argv[3]).items():
         (module,) = (module for module in (bodies, connections, places, room) if hasattr(module, name))
         setattr(module, name, type(getattr(module, name))(value))
-    sys.exit(serve(command, dict(os.environ), Rules(**given), host="127.0.0.1", port=0))
+    beside = json.loads(sys.argv[4]) if len(sys.argv) > 4 else ()
+    sys.exit(serve(command, dict(os.environ), Rules(**given), host="127.0.0.1", port=0, companion=beside))

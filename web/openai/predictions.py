@@ -1,0 +1,181 @@
+"""One prediction at one of the targets: asked, asked again elsewhere while nothing of it has come, and read."""
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from alpaca.files.names import quote_name
+from deploy.gate.exchange import BrokenOff, NotReached, Reply, Unanswered
+from web.client import plain_error
+from web.openai.answers import Document
+from web.openai.refusals import Refusal
+from web.openai.targets import Target, Targets, read_all
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
+_PATIENCE_S = 60.0  # with targets that say that they are up, and take nothing
+_MOST_TRIES = 2  # of what was sent and broke off: it may be what a server died of
+_MOST_REFUSAL_BYTES = 1 << 20
+_RETRY_AFTER_S = 2
+_CLIENTS_MISTAKES = re.compile(r"\b(InputError|PromptTooLong|UnsupportedModel): ")
+# The Predictor's names for what clients call otherwise
+_CLIENTS_NAMES = {"max_new_tokens": "max_tokens", "replicate_weights": "model", "prompt_template": "prompt"}
+
+
+class _NotTaken(Exception):
+    """The target has not begun the prediction."""
+
+
+class _Interrupted(Exception):
+    """The target had the prediction, and ended or vanished before its end."""
+
+
+async def predict(targets: Targets, inputs: Mapping[str, Any]) -> AsyncIterator[list[Document]]:
+    """The prediction's documents, as many at a time as came together. Raises Refusal.
+
+    Close it (contextlib.aclosing) when no more is wanted: that cancels the prediction.
+    """
+    body = json.dumps({"input": inputs}).encode()
+    has_begun, num_tries, pause, before = False, 0, _FIRST_PAUSE_S, None
+    deadline = asyncio.get_running_loop().time() + _PATIENCE_S
+    while True:
+        async with targets.place(after=before) as target:
+            before = target
+            try:
+                async with contextlib.aclosing(_predict_at(target, targets, body)) as batches:
+                    async for batch in batches:
+                        has_begun = True
+                        yield batch
+                return
+            except NotReached:
+                targets.drop(target)
+            except _NotTaken:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise Refusal(503, "the model servers take nothing now", retry_after_s=_RETRY_AFTER_S) from None
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            except _Interrupted:
+                num_tries += 1
+                if has_begun or num_tries == _MOST_TRIES:
+                    raise Refusal(503, "the model server was interrupted", retry_after_s=_RETRY_AFTER_S) from None
+
+
+async def _predict_at(target: Target, targets: Targets, body: bytes) -> AsyncIterator[list[Document]]:
+    """Raises NotReached, _NotTaken, _Interrupted, Refusal."""
+    try:
+        reply = await _ask(target, targets, body)
+    except Unanswered:
+        raise _Interrupted from None
+    try:
+        if reply.status != 200:
+            await _raise_refusal(reply)
+        reader = _Events()
+        async with contextlib.aclosing(reply.pieces()) as pieces:
+            async for piece in pieces:
+                if documents := reader.feed(piece):
+                    yield documents
+                if reader.has_ended:
+                    return
+        raise _Interrupted
+    except BrokenOff:
+        raise _Interrupted from None
+    finally:
+        reply.close()
+
+
+async def _ask(target: Target, targets: Targets, body: bytes) -> Reply:
+    """The answer's head. A target that goes down before is left, where there is another."""
+    asking = asyncio.ensure_future(target.ask("/predictions", body))
+    going_down = asyncio.ensure_future(target.went_down.wait())
+    try:
+        await asyncio.wait({asking, going_down}, return_when=asyncio.FIRST_COMPLETED)
+        if not asking.done() and targets.is_any_up:
+            _abandon(asking)
+            raise _NotTaken
+        return await asking
+    except asyncio.CancelledError:
+        _abandon(asking)
+        raise
+    finally:
+        going_down.cancel()
+
+
+def _abandon(asking: asyncio.Future[Reply]) -> None:
+    """End a request whose answer nobody wants, also where it has come at this moment."""
+    asking.cancel()
+    asking.add_done_callback(lambda done: done.cancelled() or done.exception() or done.result().close())
+
+
+class _Events:
+    """Takes a prediction's events apart. has_ended: its last was there. Raises _Interrupted, Refusal."""
+
+    def __init__(self) -> None:
+        self.has_ended = False
+        self._waiting = b""
+
+    def feed(self, data: bytes) -> list[Document]:
+        """The documents that are complete with these bytes."""
+        *events, self._waiting = (self._waiting + data).split(b"\n\n")
+        documents = []
+        for event in events:
+            name, _, value = event.partition(b"\ndata:")
+            if name == b"event: output":
+                documents.append(_document(value))
+            elif name == b"event: completed":
+                self._end(json.loads(value))
+            elif name == b"event: error":
+                raise _Interrupted
+        return documents
+
+    def _end(self, prediction: Mapping[str, Any]) -> None:
+        self.has_ended = True
+        if prediction["status"] == "failed":
+            raise _of_failure(str(prediction.get("error") or ""))
+        if prediction["status"] != "succeeded":
+            raise _Interrupted
+
+
+def _document(value: bytes) -> Document:
+    try:
+        return json.loads(json.loads(value)["chunk"])
+    except ValueError:
+        raise Refusal(
+            500, "the model server gives texts where documents were asked for: it is of another version"
+        ) from None
+
+
+def _of_failure(error: str) -> Refusal:
+    """A failed prediction, by the class of its error, whose name the runtime puts before the message."""
+    found = _CLIENTS_MISTAKES.search(error)
+    if not found:
+        return Refusal(500, plain_error(error))
+    is_too_long = found[1] == "PromptTooLong"
+    return Refusal(400, plain_error(error), code="context_length_exceeded" if is_too_long else None)
+
+
+async def _raise_refusal(reply: Reply) -> None:
+    """Say what the server says. Raises _NotTaken, _Interrupted, Refusal."""
+    if reply.status in (409, 503):
+        raise _NotTaken
+    if reply.status in (401, 403):
+        raise Refusal(500, "the model server wants another key from this endpoint: ALPACA_SERVER_TOKEN")
+    try:
+        said = json.loads(await read_all(reply, _MOST_REFUSAL_BYTES))
+    except ValueError:
+        said = {}
+    detail = said.get("detail") if isinstance(said, dict) else None
+    if reply.status == 422 and isinstance(detail, list) and detail:
+        raise _of_detail(detail[0])
+    if 400 <= reply.status < 500:
+        raise Refusal(400, str(detail or said or "the model server refused the request"))
+    raise Refusal(500, f"the model server answered with status {reply.status}")
+
+
+def _of_detail(entry: Mapping[str, Any]) -> Refusal:
+    """An input that the Predictor's schema refuses, under the client's name for it."""
+    name = str((entry.get("loc") or ["an input"])[-1])
+    name = _CLIENTS_NAMES.get(name, name)
+    message = re.sub(r"\b(\d+)\.0\b", r"\1", str(entry.get("msg")))
+    return Refusal(400, f"{quote_name(name)[1:-1]}: {message}", param=name)
