@@ -34,7 +34,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Iterator[Clock]:
     clock = Clock()
-    monkeypatch.setattr(housekeeping, "time", SimpleNamespace(time=clock.time, monotonic=clock.monotonic))
+    monkeypatch.setattr(
+        housekeeping, "time", SimpleNamespace(time=clock.time, monotonic=clock.monotonic, sleep=time.sleep)
+    )
     return clock
 
 

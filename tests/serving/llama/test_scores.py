@@ -33,6 +33,7 @@ from tests.serving.llama.test_serving_adapters import ADAPTERS, Oracle, write_ad
 
 Model = Callable[[list[int]], torch.Tensor]  # ids -> logits [T, V]
 LIMITS = ("length", "context")
+IN_FAST = ((200, "graphs"), (30, "ahead"))  # the rest takes a minute
 LONG = tuple(3 + i * 7 % 110 for i in range(90))  # longer than a step, and than `ROWS_AT_ONCE`
 
 
@@ -90,8 +91,14 @@ def check(generation: Generation, model: Model, *, atol: float = 2e-5) -> None:
         assert generation.prompt_scores == []
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("num_blocks", [200, 30], ids=["roomy", "preempting"])
+@pytest.mark.parametrize(
+    ("num_blocks", "mode"),
+    [
+        pytest.param(num_blocks, mode, marks=() if (num_blocks, mode) in IN_FAST else pytest.mark.slow)
+        for num_blocks in (200, 30)
+        for mode in MODES
+    ],
+)
 def test_scores_of_any_mixture_are_transformers_and_change_no_answer(models, oracle, mode, num_blocks):
     """Sampled, penalised and greedy, n of 3, prompts found in the cache, some that ask and some that do not."""
     chance = random.Random(f"{mode}:{num_blocks}")
@@ -188,7 +195,7 @@ def test_who_does_not_ask_pays_nothing(models, monkeypatch):
     monkeypatch.setattr("alpaca.serving.llama.runner.score_tokens", None)
     for mode in MODES:
         engine = make_engine(models[1], mode=mode)
-        asked = [request(prompt_ids=LONG), request(temperature=1.0, n=3)]
+        asked = [request(prompt_ids=LONG, max_new_tokens=6), request(temperature=1.0, n=3, max_new_tokens=6)]
         for generation in [engine.submit(one) for one in asked]:
             assert tokens(generation) == naive(models[0], generation.request)
         engine.close()

@@ -493,9 +493,20 @@ def test_with_bf16_the_base_is_in_bfloat16_and_the_adapter_in_float32(method, co
     assert loss.item() == pytest.approx(padding_free.sum_packed_losses(whole, batch, bf16=False).item(), rel=0.02)
 
 
+def bitsandbytes_error(width: int) -> float:
+    """How far bitsandbytes' own 4-bit weights of a width are from the weights, relatively; rounding alone makes 0.09."""
+    import bitsandbytes
+
+    weight = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    read = bitsandbytes.functional.dequantize_4bit(*bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4"))
+    return float((read - weight).norm() / weight.norm())
+
+
 @with_bitsandbytes
 def test_a_width_that_bitsandbytes_reads_wrongly_is_refused(configure: Configure):
-    """Its 0.50.2 on a CPU, at 48 columns: weights 20 % off, silently."""
+    """Its 0.50.2 on a CPU with AVX-512, at 48 columns: weights 20 % off, silently."""
+    if bitsandbytes_error(48) < 0.15:
+        pytest.skip("bitsandbytes reads this width rightly on this CPU")
     with pytest.raises(
         InputError, match=r"reads 4-bit weights of this width wrongly on a CPU: .*q_proj has 48 columns"
     ):
