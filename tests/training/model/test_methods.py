@@ -494,7 +494,7 @@ def test_with_bf16_the_base_is_in_bfloat16_and_the_adapter_in_float32(method, co
 
 
 def bitsandbytes_error(width: int) -> float:
-    """How far bitsandbytes' own 4-bit weights of a width are from the weights, relatively; rounding alone makes 0.09."""
+    """How far bitsandbytes' own 4-bit weights of a width are from the weights, relatively; rounding makes 0.09."""
     import bitsandbytes
 
     weight = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
