@@ -92,13 +92,10 @@ def make_packed(weight: torch.Tensor, dtype: torch.dtype) -> Linear | None:
     """Pack a weight [O, I] for inputs of `dtype`; None where neither way to do it gives the plain layer's product."""
     if weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
-    makers = [_as_native, _as_onednn] if weight.dtype == dtype else [_as_native]
     shape = (min(weight.shape[0], max(64, _TRIED_ELEMENTS // weight.shape[1])), weight.shape[1])
     first = _choose(shape, weight.dtype, dtype) if weight.numel() >= _WORTH_A_TRIAL else _as_native
-    for maker in sorted(makers, key=lambda maker: maker is not first):
-        if (packed := maker(weight, dtype)) is not None:
-            return packed
-    return None
+    second = _as_onednn if first is _as_native else _as_native
+    return first(weight, dtype) or second(weight, dtype)
 
 
 def _as_native(weight: torch.Tensor, dtype: torch.dtype) -> Linear | None:
@@ -109,6 +106,7 @@ def _as_native(weight: torch.Tensor, dtype: torch.dtype) -> Linear | None:
 
 
 def _as_onednn(weight: torch.Tensor, dtype: torch.dtype) -> Linear | None:
+    weight = weight.to(dtype)  # oneDNN multiplies weights of the inputs' dtype alone
     try:
         packed = PackedLinear(weight)
         return packed if products_agree(packed, PlainLinear(weight)) else None
@@ -120,7 +118,7 @@ def _as_onednn(weight: torch.Tensor, dtype: torch.dtype) -> Linear | None:
 def _choose(shape: tuple[int, int], held: torch.dtype, dtype: torch.dtype) -> Callable[..., Linear | None]:
     """The faster maker for weights of about a shape, measured here once. Ours, unless oneDNN's is clearly faster."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(held)
-    ours, theirs = _as_native(weight, dtype), _as_onednn(weight.to(dtype), dtype)
+    ours, theirs = _as_native(weight, dtype), _as_onednn(weight, dtype)
     if ours is None or theirs is None:
         return _as_native if theirs is None else _as_onednn
     ratios = []

@@ -111,7 +111,7 @@ def make_linear(
         shapes = ", ".join(str(tuple(part.shape)) for part in parts) or "none"
         raise InputError(f"a linear layer needs matrices of one input width; found {shapes}")
     if not all(isinstance(part, torch.Tensor) for part in parts):
-        return _keep_quantized(parts, quantization=quantization, device=device, dtype=dtype)
+        return _keep_quantized(parts, quantization=quantization, device=device, dtype=dtype, held=held)
     if quantization == "none":
         if held is None:
             held = held_dtype({part.dtype for part in parts}, dtype) if device.type == "cpu" else dtype
@@ -130,6 +130,7 @@ def _keep_quantized(
     quantization: str,
     device: torch.device,
     dtype: torch.dtype,
+    held: torch.dtype | None,
 ) -> Linear:
     """The layer for parts of which some were saved quantized: one of all where they are of one kind, else one each."""
     if all(isinstance(part, Int8Weight) for part in parts):
@@ -137,7 +138,7 @@ def _keep_quantized(
     ends_fit = all(math.prod(part.shape) % 64 == 0 for part in parts[:-1])
     if ends_fit and all(isinstance(part, Nf4Weight) for part in parts):
         return Nf4Linear(place_end_to_end(parts, device))
-    alone = [make_linear([part], quantization=quantization, device=device, dtype=dtype) for part in parts]
+    alone = [make_linear([part], quantization=quantization, device=device, dtype=dtype, held=held) for part in parts]
     return SideBySide(alone)
 
 

@@ -102,7 +102,7 @@ def load_llama(
         if not config.ties_embeddings:
             head = read.take(hf_name("head"))
         else:  # shared, unless it is held narrower than the embedding
-            head = stored if held or is_held_narrower(stored, dtype, device) else embedding
+            head = stored if is_held_narrower(stored, held, dtype, device) else embedding
         return LlamaModel(
             config=config,
             embedding=embedding,
@@ -115,9 +115,13 @@ def load_llama(
         )
 
 
-def is_held_narrower(stored: torch.Tensor | Int8Weight | Nf4Weight, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a matrix is held in the dtype it is stored in, while `dtype` is computed in."""
-    return isinstance(stored, torch.Tensor) and device.type == "cpu" and held_dtype({stored.dtype}, dtype) != dtype
+def is_held_narrower(
+    stored: torch.Tensor | Int8Weight | Nf4Weight, held: torch.dtype | None, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a CPU holds a whole matrix in another dtype than the one that is computed in."""
+    if not isinstance(stored, torch.Tensor) or device.type != "cpu":
+        return False
+    return (held or held_dtype({stored.dtype}, dtype)) != dtype
 
 
 class _Loader:

@@ -7,12 +7,10 @@
 
 #if defined(__AVX512F__)
 typedef __m512 Vec;
-typedef __m512i Ints;
 constexpr int LANES = 16;
 constexpr int MOST_ROWS = 8;  // of a product at once
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 typedef __m256 Vec;
-typedef __m256i Ints;
 constexpr int LANES = 8;
 constexpr int MOST_ROWS = 6;
 #else
@@ -91,14 +89,6 @@ inline float sum_of(Vec x) {
     float sum = 0;
     for (float lane : lanes) sum += lane;
     return sum;
-}
-
-inline float largest_of(Vec x) {
-    alignas(64) float lanes[LANES];
-    store(lanes, x);
-    float most = lanes[0];
-    for (float lane : lanes) most = lane > most ? lane : most;
-    return most;
 }
 
 // The nearest number to x between two bounds; NaN stays, as the processor's own choice between two is the second then.
