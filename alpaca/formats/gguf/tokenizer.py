@@ -15,6 +15,7 @@ from pathlib import Path
 from alpaca.errors import InputError
 from alpaca.files.reading import read_json
 from alpaca.text.added_tokens import read_added_tokens
+from alpaca.text.chat.files import read_chat_template
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.sentencepiece import (
     SentencePieceTokenizer,
@@ -261,6 +262,7 @@ def _vocabulary(
             f"BOS {tokenizer.bos_id} and EOS {tokenizer.eos_id} of {folder} must have rows in the model's embedding, "
             f"which has {num_rows}: this is another model's tokenizer"
         )
+    template = read_chat_template(folder)
     named = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": unknown, "pad": tokenizer.pad_id}
     return Vocabulary(
         model="llama" if merges is None else "gpt2",
@@ -272,7 +274,7 @@ def _vocabulary(
         adds_bos=bool(tokenizer.prefix_ids),
         adds_space=adds_space,
         token_ids={name: token_id for name, token_id in named.items() if token_id is not None and token_id < num_rows},
-        chat_template=_chat_template(folder),
+        chat_template=None if template is None else template.source,
     )
 
 
@@ -282,12 +284,3 @@ def _check_prefix(tokenizer: Tokenizer, folder: Path) -> None:
             f"the tokenizer in {folder} puts the ids {tokenizer.prefix_ids} before a text; llama.cpp can put BOS "
             f"({tokenizer.bos_id}) or nothing"
         )
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The folder's one chat template; a recipe's model has none."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    found = read_json(config).get("chat_template") if config.is_file() else None
-    return found if isinstance(found, str) else None
