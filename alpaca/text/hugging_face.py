@@ -75,6 +75,16 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def bytes_inside(self, token_id: int) -> bytes:
+        if token_id not in self._bytes_inside:
+            self._bytes_inside[token_id] = self._find_bytes(token_id)
+        return self._bytes_inside[token_id]
+
+    @cached_property
+    def _bytes_inside(self) -> dict[int, bytes]:
+        """Those that were asked for: a scored token names up to twenty others, and decoding each takes microseconds."""
+        return {}
+
+    def _find_bytes(self, token_id: int) -> bytes:
         if token_id in self.special_ids:
             return b""
         token = self._tokenizer.convert_ids_to_tokens(token_id)
