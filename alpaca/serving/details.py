@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from alpaca.serving.detokenize import CompletionText
-from alpaca.serving.engine import Event, FinishedEvent, Generation, TokenEvent, TokenScore, advance
+from alpaca.serving.engine import Event, FinishedEvent, Generation, TokenEvent, TokenScore, advance, in_order
 from alpaca.text.tokenizer import Tokenizer
 
 _NEVER = -9999.0  # JSON has no minus infinity: the log-probability of a token that cannot come
@@ -33,13 +33,9 @@ def complete_details(generation: Generation, texts: list[CompletionText], tokeni
     """A document of each completion, in order, as soon as it and those before it have ended."""
     writer = TokenWriter(tokenizer)
     completions = [_Completion(index, generation, text, writer) for index, text in enumerate(texts)]
-    written: list[list[str]] = [[] for _ in texts]
-    next_one = 0
-    for event in generation.events():
-        written[event.completion].append(completions[event.completion].advance(event))
-        while next_one < len(texts) and completions[next_one].has_ended:
-            yield completions[next_one].document("".join(written[next_one]), has_prompt=True)
-            next_one += 1
+    wholes = in_order(generation, lambda event: completions[event.completion].advance(event))
+    for completion, whole in zip(completions, wholes, strict=True):
+        yield completion.document(whole, has_prompt=True)
 
 
 class TokenWriter:

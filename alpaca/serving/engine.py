@@ -7,7 +7,7 @@ returns a `Generation`, whose `events` the caller reads at its own pace.
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -211,13 +211,18 @@ def stream_text(generation: Generation, text: CompletionText) -> Iterator[str]:
 
 def complete_texts(generation: Generation, texts: list[CompletionText]) -> Iterator[str]:
     """Each completion's whole text, in order, as soon as it and those before it have ended."""
-    written: list[list[str]] = [[] for _ in texts]
-    ended = [False] * len(texts)
+    return in_order(generation, lambda event: advance(generation, texts[event.completion], event))
+
+
+def in_order(generation: Generation, piece_of: Callable[[Event], str]) -> Iterator[str]:
+    """The pieces of each completion's events, put together as soon as it and those before it have ended."""
+    written: list[list[str]] = [[] for _ in range(generation.request.n)]
+    ended = [False] * len(written)
     next_one = 0
     for event in generation.events():
-        written[event.completion].append(advance(generation, texts[event.completion], event))
+        written[event.completion].append(piece_of(event))
         ended[event.completion] |= isinstance(event, FinishedEvent)
-        while next_one < len(texts) and ended[next_one]:
+        while next_one < len(written) and ended[next_one]:
             yield "".join(written[next_one])
             next_one += 1
 
