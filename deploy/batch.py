@@ -11,6 +11,7 @@ import urllib.error
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,19 @@ _PROGRESS_S = 10.0
 
 
 def answer_file(
-    source: Path, target: Path, predict: Callable[[Inputs], Prediction], *, concurrency: int
+    source: Path, target: Path, asking: AbstractContextManager[Callable[[Inputs], Prediction]], *, concurrency: int
 ) -> tuple[int, int]:
     """Answer the lines of `source` that `target` does not answer yet; (all lines, those whose prediction failed).
 
-    predict: asks a server; many threads call it at once. What it raises ends the run, and what was written stays.
+    asking: gives what asks a server; many threads call it at once. It is entered once both files are known to be right,
+    as a model takes long to load. What is raised there ends the run, and what was written stays.
     Raises InputError, MissingInput.
     """
     records = read_inputs(source)
     done = resume(target, records, source)
     num_failed = sum(line["status"] != "succeeded" for line in done)
-    progress = _Progress(len(done), len(records))
-    with open(target, "a", encoding="utf-8") as file:
+    with open(target, "a", encoding="utf-8") as file, asking as predict:
+        progress = _Progress(len(done), len(records))
         for inputs, prediction in answer_all(records[len(done) :], predict, concurrency=concurrency):
             line = {"inputs": inputs, "status": prediction["status"], "output": prediction.get("output")}
             line["metrics"] = prediction.get("metrics") or {}

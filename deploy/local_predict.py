@@ -11,17 +11,19 @@ answers a file of predictions, a JSON object of inputs a line (`batch`); the sam
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
 import sys
 import urllib.error
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from alpaca.errors import InputError, MissingInput, run_command
-from deploy.batch import answer_file, refusal
-from deploy.local_server import LocalServer, ServerFailedError, running_server, stop_children_on_sigterm
+from deploy.batch import Inputs, Prediction, answer_file, refusal
+from deploy.local_server import ServerFailedError, running_server, stop_children_on_sigterm
 from deploy.serve import parse_arguments, runtime_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,17 +84,25 @@ def _json(name: str, text: str, kind: str) -> Any:
     return value
 
 
-def _answer_file(source: list[str], target: str, server: LocalServer, serve_flags: list[str]) -> None:
-    def predict(inputs: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return server.predict(inputs, timeout_s=_LONGEST_S)
-        except urllib.error.HTTPError as error:
-            return refusal(error)
+@contextlib.contextmanager
+def _asking(serve_flags: list[str]) -> Iterator[Callable[[Inputs], Prediction]]:
+    """A server, as what makes a prediction of inputs."""
+    with running_server(serve_flags) as server:
 
+        def predict(inputs: Inputs) -> Prediction:
+            try:
+                return server.predict(inputs, timeout_s=_LONGEST_S)
+            except urllib.error.HTTPError as error:
+                return refusal(error)
+
+        yield predict
+
+
+def _answer_file(source: str, target: str, serve_flags: list[str]) -> None:
     environment = runtime_environment(parse_arguments(serve_flags), dict(os.environ))
     concurrency = int(environment["COG_MAX_CONCURRENCY"])  # more would only wait in line
     here = Path(os.environ.get("ALPACA_CALLER", "."))
-    num_all, num_failed = answer_file(here / source[0], here / target, predict, concurrency=concurrency)
+    num_all, num_failed = answer_file(here / source, here / target, _asking(serve_flags), concurrency=concurrency)
     print(f"{num_all:,} predictions in {target}, {num_failed:,} of them failed", file=sys.stderr)
 
 
@@ -108,16 +118,18 @@ def main() -> None:
     if options.output and (len(options.input) != 1 or options.json):
         parser.error("--output goes with one --input, the file of the predictions to make, and without --json")
     try:
+        if options.output:
+            _answer_file(options.input[0], options.output, serve_flags)
+            return
         with running_server(serve_flags) as server:
-            if options.output:
-                _answer_file(options.input, options.output, server, serve_flags)
-                return
             schema = server.request("/openapi.json")["components"]["schemas"]["Input"]
             prediction = server.predict(parse_inputs(options.input, schema["properties"]))
     except ServerFailedError as error:
         sys.exit(f"error: {error}")
     except urllib.error.HTTPError as error:
         sys.exit(f"error: {error.code}: {error.read().decode(errors='replace')}")
+    except OSError as error:  # the server is gone, or --output cannot be written
+        sys.exit(f"error: {error}")
     print(prediction.get("logs", ""), end="", file=sys.stderr)
     if prediction["status"] != "succeeded" and not options.json:
         sys.exit(f"error: {prediction.get('error') or prediction['status']}")

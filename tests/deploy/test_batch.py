@@ -59,18 +59,18 @@ def test_a_stopped_run_goes_on_behind_the_last_whole_line(tmp_path, capsys, cut)
         return {"status": "succeeded", "output": [inputs["prompt"].upper()], "metrics": {"output_tokens": 2}}
 
     with pytest.raises(ConnectionError, match="the server is gone"):
-        batch.answer_file(source, target, predict, concurrency=1)
+        batch.answer_file(source, target, contextlib.nullcontext(predict), concurrency=1)
     before = target.read_bytes()
     assert before.count(b"\n") == 13
     if cut:
         target.write_bytes(before[:-cut])
-    assert batch.answer_file(source, target, predict, concurrency=1) == (20, 0)
+    assert batch.answer_file(source, target, contextlib.nullcontext(predict), concurrency=1) == (20, 0)
     assert target.read_bytes().startswith(before)
     assert [line["output"] for line in read(target)] == [[text.upper()] for text in texts]
     assert len(asked) <= 20 + 1 + batch._AHEAD + bool(cut)  # nothing that was written is asked for again
     whole = target.read_bytes()
     num_asked = len(asked)
-    assert batch.answer_file(source, target, predict, concurrency=1) == (20, 0)
+    assert batch.answer_file(source, target, contextlib.nullcontext(predict), concurrency=1) == (20, 0)
     assert (target.read_bytes(), len(asked)) == (whole, num_asked)
     assert "20 of 20 answered" in capsys.readouterr().err
 
@@ -80,7 +80,7 @@ def test_answers_to_other_inputs_are_left_alone(tmp_path):
     target = write(tmp_path / "answers.jsonl", [{"inputs": {"prompt": "a"}, "status": "succeeded"}, {"inputs": {}}])
     content = target.read_bytes()
     with pytest.raises(InputError, match=r"answers\.jsonl, line 2 answers other inputs than those of .*prompts\.jsonl"):
-        batch.answer_file(source, target, None, concurrency=1)
+        batch.answer_file(source, target, None, concurrency=1)  # None: nor is a server started
     assert target.read_bytes() == content
 
 
@@ -133,3 +133,29 @@ def test_script_predict_answers_a_file(server: LocalServer, tmp_path, monkeypatc
         monkeypatch.setattr(sys, "argv", ["script/predict", "--output", "c", *wrong])
         with pytest.raises(SystemExit, match="2"):
             local_predict.main()
+
+
+def test_files_are_looked_at_before_a_server_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_predict, "running_server", lambda flags: pytest.fail("a server was started"))
+    monkeypatch.setattr(local_predict, "stop_children_on_sigterm", lambda: None)
+    monkeypatch.setenv("ALPACA_CALLER", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["script/predict", "--input", "prompts.jsonl", "--output", "no/answers.jsonl"])
+    with pytest.raises(SystemExit, match=r"error: no file .*prompts\.jsonl"):
+        local_predict.main()
+    write(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    with pytest.raises(SystemExit, match=r"error: .*No such file or directory: '.*answers\.jsonl'"):
+        local_predict.main()
+
+
+def test_a_server_that_is_gone_is_an_error_and_no_traceback(tmp_path, monkeypatch):
+    class Gone:
+        def predict(self, inputs: dict, *, timeout_s: float) -> dict:
+            raise ConnectionResetError("it has ended")
+
+    write(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    monkeypatch.setattr(local_predict, "running_server", lambda flags: contextlib.nullcontext(Gone()))
+    monkeypatch.setattr(local_predict, "stop_children_on_sigterm", lambda: None)
+    monkeypatch.setenv("ALPACA_CALLER", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["script/predict", "--input", "prompts.jsonl", "--output", "answers.jsonl"])
+    with pytest.raises(SystemExit, match="error: it has ended"):
+        local_predict.main()
