@@ -28,6 +28,7 @@ from alpaca.serving.llama.weights import read_llama
 from alpaca.serving.loading import load_engine
 from alpaca.serving.request import PredictionInputs
 from alpaca.serving.settings import ServerSettings
+from alpaca.text.loading import load_tokenizer
 from deploy import local_predict
 from deploy.local_server import LocalServer, ServerFailedError, running_server
 from tests.conftest import ROOT
@@ -266,8 +267,6 @@ def test_the_second_time_a_prompt_is_found_in_the_cache(server):
 def test_beam_search_says_which_engine_it_is(server, llama_folder):
     from transformers import LlamaForCausalLM
 
-    from alpaca.text.loading import load_tokenizer
-
     asked = {**RAW, "prompt": "The capital of", "num_beams": 3, "n": 2, "max_new_tokens": 8, "min_new_tokens": 8}
     prediction = server.predict(asked)
     assert prediction["status"] == "succeeded"
@@ -287,74 +286,108 @@ def test_beam_search_says_which_engine_it_is(server, llama_folder):
 # Details -------------------------------------------------------------------------------------------------------------
 
 
-def test_details_over_http(server, llama_folder):
-    """Documents, log-probabilities and reasons, against transformers and the plain answers."""
+ASKED = {**RAW, "prompt": "The capital of Peru is Lima. " * 8, "max_new_tokens": 12, "min_new_tokens": 12, "seed": 4}
+SCORED = {**ASKED, "details": True, "logprobs": 2, "echo": True}
+
+
+@pytest.fixture(scope="module")
+def plain(server) -> dict:
+    """Three answers as texts."""
+    return server.predict({**ASKED, "n": 3})
+
+
+@pytest.fixture(scope="module")
+def prompt_ids(llama_folder) -> list[int]:
+    tokenizer = load_tokenizer(llama_folder)
+    return [*tokenizer.prefix_ids, *tokenizer.encode(ASKED["prompt"])]
+
+
+@pytest.fixture(scope="module")
+def expected(llama_folder) -> Callable[[list[int]], torch.Tensor]:
+    """The log-probabilities of all ids but the first, by transformers."""
     from transformers import LlamaForCausalLM
 
-    from alpaca.text.loading import load_tokenizer
+    model = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
 
-    tokenizer, model = (
-        load_tokenizer(llama_folder),
-        LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32),
-    )
-
-    def expected(ids: list[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+    @torch.inference_mode()
+    def score(ids: list[int]) -> torch.Tensor:
+        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
         return logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
-    text = "The capital of Peru is Lima. " * 8
-    prompt = [*tokenizer.prefix_ids, *tokenizer.encode(text)]
-    asked = {**RAW, "prompt": text, "max_new_tokens": 12, "min_new_tokens": 12, "seed": 4}
-    plain = server.predict({**asked, "n": 3})
-    assert plain["metrics"]["finish_reason"] == ["length"] * 3
-    assert server.predict(asked)["metrics"]["finish_reason"] == "length"
+    return score
 
-    scored = {**asked, "details": True, "logprobs": 2, "echo": True}
-    whole = server.predict({**scored, "n": 3})
-    documents = [json.loads(item) for item in whole["output"]]
-    assert [document["text"] for document in documents] == plain["output"]
-    assert [document["index"] for document in documents] == [0, 1, 2]
-    assert whole["metrics"]["cached_tokens"] == 0
-    for document in documents:
-        assert (document["finish_reason"], document["stop"]) == ("length", None)
-        assert (document["prompt_tokens"], document["output_tokens"], document["seed"]) == (len(prompt), 12, 4)
+
+def documents_of(prediction: dict) -> list[dict]:
+    return [json.loads(item) for item in prediction["output"]]
+
+
+def test_documents_are_the_plain_answers(server, plain, prompt_ids):
+    documents = documents_of(server.predict({**ASKED, "n": 3, "details": True}))
+    counts = {"prompt_tokens": len(prompt_ids), "output_tokens": 12, "seed": 4}
+    assert documents == [
+        {"index": index, "text": text, "finish_reason": "length", "stop": None, **counts}
+        for index, text in enumerate(plain["output"])
+    ]
+    beams = documents_of(server.predict({**ASKED, "details": True, "num_beams": 2, "n": 2}))
+    assert [document["index"] for document in beams] == [0, 1]
+
+
+def test_log_probabilities_are_those_of_transformers(server, plain, prompt_ids, expected):
+    whole = server.predict({**SCORED, "n": 3})
+    assert whole["metrics"]["cached_tokens"] == 0  # though another answer to this prompt has left them there
+    for text, document in zip(plain["output"], documents_of(whole), strict=True):
+        assert document["text"] == text
         entries = document["prompt_logprobs"] + document["logprobs"]
         ids = [entry["id"] for entry in entries]
-        assert ids[: len(prompt)] == prompt
+        assert (ids[: len(prompt_ids)], len(ids)) == (prompt_ids, len(prompt_ids) + 12)
         assert (entries[0]["logprob"], entries[0]["top"]) == (None, [])
         found = torch.tensor([entry["logprob"] for entry in entries[1:]])
         torch.testing.assert_close(found, expected(ids), rtol=0, atol=1e-3)
         assert {len(entry["top"]) for entry in entries[1:]} == {2}
 
-    pieces = [json.loads(chunk) for chunk in chunks(sse_events(server.url, {**scored, "stream": True}))]
+
+def test_a_stream_of_documents_is_the_whole_one(server):
+    (whole,) = documents_of(server.predict(SCORED))
+    pieces = [json.loads(chunk) for chunk in chunks(sse_events(server.url, {**SCORED, "stream": True}))]
     assert len(pieces) > 2
-    assert "".join(piece["text"] for piece in pieces) == documents[0]["text"]
+    assert "".join(piece["text"] for piece in pieces) == whole["text"]
     listed = [entry["id"] for piece in pieces for entry in piece["logprobs"]]
-    assert listed == [entry["id"] for entry in documents[0]["logprobs"]]
+    assert listed == [entry["id"] for entry in whole["logprobs"]]
+    assert ["prompt_logprobs" in piece for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     assert pieces[-1]["finish_reason"] == "length"
 
-    likelihood = server.predict({**RAW, "prompt": text, "details": True, "echo": True, "max_new_tokens": 0})
-    (document,) = map(json.loads, likelihood["output"])
+
+def test_how_likely_a_text_is_without_an_answer(server, prompt_ids, expected):
+    asked = {**RAW, "prompt": ASKED["prompt"], "details": True, "echo": True, "max_new_tokens": 0}
+    (document,) = documents_of(server.predict(asked))
     assert (document["text"], document["output_tokens"], "logprobs" in document) == ("", 0, False)
     total = sum(entry["logprob"] for entry in document["prompt_logprobs"][1:])
-    assert total == pytest.approx(expected(prompt).sum().item(), abs=0.05)
+    assert total == pytest.approx(expected(prompt_ids).sum().item(), abs=0.05)
 
-    stop = plain["output"][0][5:7]
-    (document,) = map(json.loads, server.predict({**asked, "details": True, "stop": [stop]})["output"])
-    assert (document["finish_reason"], document["stop"]) == ("stop", stop)
-    beams = server.predict({**asked, "details": True, "num_beams": 2, "n": 2})
-    assert [json.loads(item)["index"] for item in beams["output"]] == [0, 1]
+
+def test_why_an_answer_ended(server, plain):
+    assert plain["metrics"]["finish_reason"] == ["length"] * 3
+    assert server.predict(ASKED)["metrics"]["finish_reason"] == "length"
+    beams = server.predict({**ASKED, "num_beams": 2, "n": 2})
     assert beams["metrics"]["finish_reason"] == ["length"] * 2
+    stop = plain["output"][0][5:7]
+    (document,) = documents_of(server.predict({**ASKED, "details": True, "stop": [stop]}))
+    assert (document["finish_reason"], document["stop"]) == ("stop", stop)
     full = server.predict({**RAW, "prompt": "x" * 2040, "max_new_tokens": 50, "min_new_tokens": 50})
     assert full["metrics"]["finish_reason"] == "context"
-    for wrong, message in [
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         ({"logprobs": 1}, "logprobs need details"),
         ({"echo": True, "details": True, "num_beams": 2}, "do not go with num_beams above 1"),
         ({"max_new_tokens": 0, "min_new_tokens": 0}, "max_new_tokens 0 needs echo"),
-    ]:
-        prediction = server.predict({**asked, **wrong})
-        assert (prediction["status"], message in prediction["error"]) == ("failed", True), prediction
+    ],
+)
+def test_scores_that_nobody_could_get_are_refused(server, wrong, message):
+    prediction = server.predict({**ASKED, **wrong})
+    assert (prediction["status"], message in prediction["error"]) == ("failed", True), prediction
 
 
 # Cancel and disconnect free the slot and the blocks ------------------------------------------------------------------
