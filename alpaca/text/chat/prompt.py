@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from alpaca.errors import InputError
 from alpaca.files.names import quote_name
@@ -27,9 +28,7 @@ def encode_chat(
     if template is None:
         return [*tokenizer.prefix_ids, *encode_within(tokenizer, _alpaca_text(messages), most_tokens)]
 
-    def read_words() -> frozenset[str]:
-        return RENDERER.read_words(template)
-
+    read_words = partial(RENDERER.read_words, template)
     encoder = tokenizer.marked_encoder
     check_roles(messages, encoder.control_tokens, read_words=read_words)
     now, values = time.time(), tokenizer.named_tokens  # one moment, so that the same messages give the same text
@@ -38,13 +37,9 @@ def encode_chat(
         return RENDERER.render(template, messages, values, now=now)
 
     messages, text = _render(messages, render)
-    marked = mark_own(
-        text,
-        messages,
-        render=render,
-        read_words=read_words,
-        encoder=encoder,
-    )
+    if not text:
+        raise InputError("this model's chat template makes no text of the messages")
+    marked = mark_own(text, messages, render=render, read_words=read_words, encoder=encoder)
     return encode_within(tokenizer, encoder.with_keys(marked), most_tokens, encode=encoder.encode)
 
 

@@ -69,7 +69,7 @@ class Renderer:
         return reply
 
     def _exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One request and its reply. The process is started anew where it is gone, once."""
+        """One request and its reply. A process that is gone is replaced first; one that ends at work fails it."""
         process = self._process if self._process is not None and self._process.poll() is None else self._start()
         assert process.stdin is not None
         assert process.stdout is not None

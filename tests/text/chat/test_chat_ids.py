@@ -349,6 +349,13 @@ def test_messages_that_are_none_are_refused(ours, messages, message):
         chat(ours["byte-level"], TEMPLATES["chatml"], messages)
 
 
+def test_a_template_that_makes_nothing_is_no_empty_prompt(ours):
+    """Llama 2's of a system message alone, for one."""
+    source = "{% for message in messages[1:] %}{{ message.content }}{% endfor %}"
+    with pytest.raises(InputError, match="this model's chat template makes no text of the messages"):
+        chat(ours["byte-level"], source, [{"role": "system", "content": "x"}])
+
+
 def test_too_long_a_conversation_costs_no_rendering(ours, monkeypatch):
     def fail(*args, **options):
         raise AssertionError("rendered")
