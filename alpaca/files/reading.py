@@ -20,6 +20,11 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
+def read_json_if_any(path: Path) -> dict:
+    """Read a JSON object, empty where there is no such file. Raises InputError for other content."""
+    return read_json(path) if path.is_file() else {}
+
+
 def list_folder(path: Path, most: int = 12) -> str:
     """The names in a folder, for an error message; at most `most` of them."""
     if not path.is_dir():

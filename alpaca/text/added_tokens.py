@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.errors import InputError
-from alpaca.files.reading import read_json
+from alpaca.files.reading import read_json_if_any
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FURTHER = ("additional_special_tokens", "extra_special_tokens")
@@ -53,7 +53,7 @@ class SpecialNames:
 
 def read_special_names(folder: Path) -> SpecialNames:
     """Read the names of the special tokens. Raises InputError, which names file and field, for other values."""
-    found = {file: _read(folder / file) for file in ("special_tokens_map.json", "tokenizer_config.json")}
+    found = {file: read_json_if_any(folder / file) for file in ("special_tokens_map.json", "tokenizer_config.json")}
     listed = {file: dict(_named(folder / file, content)) for file, content in found.items()}
     by_map, by_config = listed.values()
     config = found["tokenizer_config.json"]
@@ -68,11 +68,11 @@ def read_special_names(folder: Path) -> SpecialNames:
 def read_added_tokens(folder: Path, names: SpecialNames | None = None) -> dict[str, AddedToken]:
     """The tokens that the folder's files list, by their text. Raises InputError for a wrong entry."""
     names = names or read_special_names(folder)
-    config = _read(folder / "tokenizer_config.json")
+    config = read_json_if_any(folder / "tokenizer_config.json")
     tokens: dict[str, AddedToken] = {}
     if "added_tokens_decoder" not in config:
         file = folder / "added_tokens.json"
-        for content, token_id in _read(file).items():
+        for content, token_id in read_json_if_any(file).items():
             special = content in names
             entry = {"id": token_id, "content": content, "special": special, "normalized": not special}
             tokens[content] = _token(file, entry, names)
@@ -83,10 +83,6 @@ def read_added_tokens(folder: Path, names: SpecialNames | None = None) -> dict[s
         token = _token(folder / "tokenizer_config.json", {**_object(folder, entry), "id": _number(token_id)}, names)
         tokens[token.content] = token
     return tokens
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
 
 
 def _named(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -113,7 +109,7 @@ def _further(file: Path, content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _list(file: Path, key: str) -> list[Any]:
-    value = _read(file).get(key) or []
+    value = read_json_if_any(file).get(key) or []
     if not isinstance(value, list):
         raise _wrong(file, key, "a list", value)
     return value

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from alpaca.errors import InputError
 from alpaca.files.atomic import write_json, write_text
-from alpaca.files.reading import read_json
+from alpaca.files.reading import read_json, read_json_if_any
 from alpaca.text.added_tokens import AddedToken, SpecialNames, read_added_tokens, read_special_names
 from alpaca.text.chat.files import TEMPLATE_FILE
 from alpaca.text.markers import MarkedEncoder
@@ -251,7 +251,7 @@ def describe_other_vocabulary(folder: Path) -> str | None:
 def load_sentencepiece(folder: Path, model_file: Path) -> SentencePieceTokenizer:
     """The tokenizer of a folder whose tokenizer.model holds. Raises InputError."""
     names = read_special_names(folder)
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    config = read_json_if_any(folder / "tokenizer_config.json")
     tokenizer = SentencePieceTokenizer(
         model_file,
         listed=read_added_tokens(folder, names).values(),

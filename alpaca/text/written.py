@@ -1,10 +1,9 @@
 """A LLaMA folder's tokenizer.json as AutoTokenizer reads it (transformers 5.17), without transformers' two seconds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from alpaca.files.reading import read_json
+from alpaca.files.reading import read_json_if_any
 from alpaca.text.added_tokens import AddedToken
 
 _REBUILT = ("LlamaTokenizer", "CodeLlamaTokenizer")  # classes that keep vocabulary and merges, and no other step
@@ -25,9 +24,10 @@ def read_written(file: Path, listed: Iterable[AddedToken]):
     from tokenizers import Tokenizer, pre_tokenizers
 
     backend = Tokenizer.from_file(str(file))
-    config = _read(file.with_name("tokenizer_config.json"))
+    config = read_json_if_any(file.with_name("tokenizer_config.json"))
     class_name = str(config.get("tokenizer_class")).removesuffix("Fast")
-    if class_name in _REBUILT and not stands_as_written(_read(file.with_name("config.json")).get("model_type") or ""):
+    model_type = read_json_if_any(file.with_name("config.json")).get("model_type") or ""
+    if class_name in _REBUILT and not stands_as_written(model_type):
         adds_space, is_legacy = config.get("add_prefix_space") is not False, config.get("legacy") is True
         scheme = ("always" if is_legacy and class_name == "LlamaTokenizer" else "first") if adds_space else "never"
         backend.normalizer = None
@@ -53,7 +53,3 @@ def add_listed(backend, tokens: Iterable[AddedToken]) -> None:
         flags = {name: getattr(token, name) for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
         add = backend.add_special_tokens if token.special else backend.add_tokens
         add([Added(token.content, **flags)])
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    return read_json(file) if file.is_file() else {}

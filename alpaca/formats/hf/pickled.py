@@ -19,7 +19,7 @@ from alpaca.architecture.inventory import is_tied, untie
 from alpaca.architecture.tensors import hf_name
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.model_folders import is_adapter
-from alpaca.files.reading import list_folder, read_json
+from alpaca.files.reading import list_folder, read_json_if_any
 from alpaca.formats.hf.folder import (
     TensorSpec,
     WeightsFolder,
@@ -199,8 +199,7 @@ def opens_as_stored(folder: str | Path) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    return read_json(file) if file.is_file() else {}
+    return read_json_if_any(folder / "config.json")
 
 
 def _open_stored(folder: Path) -> Weights:

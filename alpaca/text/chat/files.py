@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.errors import InputError
-from alpaca.files.reading import read_json
+from alpaca.files.reading import read_json_if_any
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
@@ -33,7 +33,7 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
             return ChatTemplate(own.read_text(encoding="utf-8"), own)
         except UnicodeDecodeError as error:
             raise InputError(f"{own} is not text in UTF-8: {error}") from error
-    value = read_json(config).get("chat_template") if config.is_file() else None
+    value = read_json_if_any(config).get("chat_template")
     source = value if isinstance(value, str | None) else _find_default(value, config)
     return None if source is None else ChatTemplate(source, config)
 
