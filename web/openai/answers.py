@@ -25,7 +25,8 @@ class Answer:
         self._asked = asked
         self.id = f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._choices = {i: _Choice(asked, i // asked.n) for i in range(asked.n * len(asked.inputs))}
+        self._num_choices = asked.n * len(asked.inputs)
+        self._choices: dict[int, _Choice] = {}  # that have begun: the server has not refused `n` then
         self.output_tokens = 0
         self._prompt_tokens: dict[int, int] = {}
 
@@ -35,11 +36,14 @@ class Answer:
 
     @property
     def is_complete(self) -> bool:
-        return all(choice.finish_reason for choice in self._choices.values())
+        has_all = len(self._choices) == self._num_choices
+        return has_all and all(choice.finish_reason for choice in self._choices.values())
 
     def add(self, prompt: int, document: Document) -> tuple["_Choice", int]:
         """One more document of the prediction for that prompt; returns the choice it belongs to."""
         index = prompt * self._asked.n + document["index"]
+        if index not in self._choices:
+            self._choices[index] = _Choice(self._asked, prompt)
         choice = self._choices[index]
         choice.add(document)
         if choice.finish_reason:
@@ -54,10 +58,10 @@ class Answer:
         return {**self._head(kind), "choices": choices, "usage": self._usage()}
 
     def beginning(self) -> list[dict[str, Any]]:
-        """The chunks before the first document: in a chat, who speaks."""
+        """The chunks that are sent before the first document's: in a chat, who speaks."""
         if not self._asked.is_chat:
             return []
-        return [self._chunk(index, delta={"role": "assistant", "content": ""}) for index in self._choices]
+        return [self._chunk(index, delta={"role": "assistant", "content": ""}) for index in range(self._num_choices)]
 
     def pieces_of(self, prompt: int, document: Document) -> Iterator[dict[str, Any]]:
         """The chunks for one more document."""

@@ -114,6 +114,7 @@ def test_models(client, fake):
             "unsupported_parameter",
         ),
         ("x", {"n": 9}, openai.BadRequestError, "n: 9 is greater than 5", None),
+        ("x", {"n": 10**12}, openai.BadRequestError, "n: 9 is greater than 5", None),
         ("fail InputError: it is: bad", {}, openai.BadRequestError, "It is: bad", None),
         ("fail PromptTooLong: long", {"stream": True}, openai.BadRequestError, "Long", "context_length_exceeded"),
         ("fail ValueError: boom", {}, openai.InternalServerError, "Boom", None),
