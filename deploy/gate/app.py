@@ -81,7 +81,7 @@ class Gate:
             "restarts": self._runtime.num_restarts,
             "temporary_folder_free_bytes": free.num_bytes,
             "temporary_folder_free_files": free.files,
-            "problem": self._room.problem(),
+            "problem": self._room.problem(free),
         }
         return {**self._runtime.health, "gate": gate}
 

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Mapping
 
-from deploy.gate.exchange import NotReached, Reply, Unanswered, exchange
+from deploy.gate.exchange import NotReached, Reply, Unanswered, abandon, exchange
 from deploy.gate.room import Room
 from deploy.gate.rules import Body, Refused, Route
 from deploy.gate.runtime import Runtime
@@ -85,7 +85,7 @@ class Asker:
             try:
                 await asyncio.wait({asking}, timeout=_TAKEN_S)
             except asyncio.CancelledError:
-                asking.cancel()
+                abandon(asking)
                 raise
             if not asking.done() or not has_no_slot(asking.result()):
                 return asking

@@ -85,6 +85,12 @@ def take_chunks(coded: bytes) -> tuple[bytes, bytes, bool]:
     return b"".join(parts), coded[at:], False
 
 
+def abandon(asking: "asyncio.Future[Reply]") -> None:
+    """End a request whose answer nobody wants, also where it has come at this moment."""
+    asking.cancel()
+    asking.add_done_callback(lambda done: done.cancelled() or done.exception() or done.result().close())
+
+
 async def exchange(
     host: str,
     port: int,

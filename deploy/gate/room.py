@@ -46,9 +46,8 @@ class Room:
         self._concurrency = concurrency
         self._by_file = 0  # bytes of the inputs that go by files
 
-    def problem(self, size: int = 0) -> str | None:
-        """Why no request of `size` bytes can be taken now; None where it can."""
-        free = free_room()
+    def problem(self, free: Free, size: int = 0) -> str | None:
+        """Why no request of `size` bytes can be taken where so much is free; None where it can."""
         if not free.is_writable:
             return "the server may not write into its temporary folder"
         if free.num_bytes < _SPARE_BYTES + self._by_file + _by_file(size):
@@ -60,7 +59,7 @@ class Room:
     @contextlib.contextmanager
     def held(self, size: int) -> Iterator[None]:
         """Room for a request of `size` bytes while the runtime takes it. Raises Refused where there is none."""
-        if problem := self.problem(size):
+        if problem := self.problem(free_room(), size):
             raise Refused(503, f"{problem}; try again later")
         self._by_file += _by_file(size)
         try:

@@ -38,7 +38,7 @@ class Endpoint:
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        begun, reply, path = time.monotonic(), Reply(send), scope["path"]
+        reply, path = Reply(send), scope["path"]
         try:
             await self._answer(scope["method"], path, _read_headers(scope), receive, reply)
         except Refused as refused:
@@ -50,8 +50,8 @@ class Endpoint:
             await reply.refuse(Refusal(500, "this endpoint failed; its log says more"))
         finally:
             is_known = path in (*_READERS, *_LOOKS)
-            status = str(reply.status or _CLIENT_LEFT)
-            self._metrics.count(path if is_known else "other", status, time.monotonic() - begun)
+            status = reply.status or _CLIENT_LEFT
+            self._metrics.count(path if is_known else "other", status, time.monotonic() - reply.begun)
 
     async def _answer(self, method: str, path: str, headers: Mapping[str, str], receive: Receive, reply: Reply) -> None:
         self._check_sender(path, headers)

@@ -15,8 +15,8 @@ class Metrics:
     def __init__(self, targets: Targets) -> None:
         self._targets, self._registry = targets, CollectorRegistry()
         self._requests = Counter(
-            "openai_requests", "Requests answered; status 499: the client left", ["route", "status"],
-            registry=self._registry,
+            "openai_requests", "Requests answered; status 499: the client left before its answer began",
+            ["route", "status"], registry=self._registry,
         )  # fmt: skip
         self._seconds = Histogram(
             "openai_request_seconds", "From a request's head to the end of its answer", ["route"], buckets=_SECONDS,

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from alpaca.files.names import quote_name
-from deploy.gate.exchange import BrokenOff, NotReached, Reply, Unanswered
+from deploy.gate.exchange import BrokenOff, NotReached, Reply, Unanswered, abandon
 from web.client import plain_error
 from web.openai.answers import Document
 from web.openai.refusals import Refusal
 from web.openai.targets import Target, Targets, read_all
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
-_PATIENCE_S = 60.0  # with targets that say that they are up, and take nothing
+_PATIENCE_S = 60.0  # of pauses, after targets that say that they are up have not taken it
 _MOST_TRIES = 2  # of what was sent and broke off: it may be what a server died of
 _MOST_REFUSAL_BYTES = 1 << 20
 _RETRY_AFTER_S = 2
@@ -38,8 +38,8 @@ async def predict(targets: Targets, inputs: Mapping[str, Any]) -> AsyncIterator[
     Close it (contextlib.aclosing) when no more is wanted: that cancels the prediction.
     """
     body = json.dumps({"input": inputs}).encode()
-    has_begun, num_tries, pause, before = False, 0, _FIRST_PAUSE_S, None
-    deadline = asyncio.get_running_loop().time() + _PATIENCE_S
+    has_begun, num_tries, before = False, 0, None
+    pause, paused_s = _FIRST_PAUSE_S, 0.0  # its time in line does not count
     while True:
         async with targets.place(after=before) as target:
             before = target
@@ -52,9 +52,10 @@ async def predict(targets: Targets, inputs: Mapping[str, Any]) -> AsyncIterator[
             except NotReached:
                 targets.drop(target)
             except _NotTaken:
-                if asyncio.get_running_loop().time() > deadline:
+                if paused_s > _PATIENCE_S:
                     raise Refusal(503, "the model servers take nothing now", retry_after_s=_RETRY_AFTER_S) from None
                 await asyncio.sleep(pause)
+                paused_s += pause
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
             except _Interrupted:
                 num_tries += 1
@@ -92,20 +93,14 @@ async def _ask(target: Target, targets: Targets, body: bytes) -> Reply:
     try:
         await asyncio.wait({asking, going_down}, return_when=asyncio.FIRST_COMPLETED)
         if not asking.done() and targets.is_any_up:
-            _abandon(asking)
+            abandon(asking)
             raise _NotTaken
         return await asking
     except asyncio.CancelledError:
-        _abandon(asking)
+        abandon(asking)
         raise
     finally:
         going_down.cancel()
-
-
-def _abandon(asking: asyncio.Future[Reply]) -> None:
-    """End a request whose answer nobody wants, also where it has come at this moment."""
-    asking.cancel()
-    asking.add_done_callback(lambda done: done.cancelled() or done.exception() or done.result().close())
 
 
 class _Events:

@@ -4,7 +4,7 @@ from typing import Any
 
 from deploy.gate.rules import Refused
 
-_CODES = {401: "invalid_api_key", 404: "unknown_url"}
+_CODES = {401: "invalid_api_key"}
 
 
 class Refusal(Exception):

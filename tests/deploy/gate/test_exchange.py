@@ -8,7 +8,7 @@ import random
 import h11
 import pytest
 
-from deploy.gate.exchange import BrokenOff, NotReached, Reply, Unanswered, exchange, take_chunks
+from deploy.gate.exchange import BrokenOff, NotReached, Reply, Unanswered, abandon, exchange, take_chunks
 
 CHUNKS = [b"event: output\ndata: 1\n\n", b"\r\n0\r\n\r\n", b"x" * 70_000, b"A"]
 CODED = b"".join(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n" for chunk in CHUNKS)
@@ -100,6 +100,29 @@ def test_other_ways_to_end(answer, pieces):
 def test_no_head_is_no_answer(answer):
     with pytest.raises(Unanswered, match="before an answer began"):
         asyncio.run(ask_one_that_answers(answer))
+
+
+@pytest.mark.parametrize("has_come", [True, False])
+def test_an_answer_that_nobody_wants_is_closed(has_come):
+    """Also one that came before anybody could read it: the runtime would work on for nobody."""
+
+    async def leave() -> bytes:
+        was_read: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(HEAD if has_come else b"HTTP/1.1 ")
+            was_read.set_result(await reader.read())
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            asking = asyncio.ensure_future(exchange(*server.sockets[0].getsockname(), "GET", "/", {}, b""))
+            await asyncio.wait({asking}, timeout=None if has_come else 0.05)
+            assert asking.done() == has_come
+            abandon(asking)
+            return await asyncio.wait_for(was_read, 5)
+
+    assert asyncio.run(leave()) == b""
 
 
 def test_nobody_there():

@@ -46,7 +46,7 @@ def test_inputs_that_go_by_files_have_room_for_all_of_them(monkeypatch):
     monkeypatch.setattr(room, "free_room", lambda: Free(num_bytes=24 * MIB, files=None, is_writable=True))
     room_of_two = Room(2)
     with room_of_two.held(8 * MIB), room_of_two.held(8 * MIB), room_of_two.held(6 * MIB), room_of_two.held(1):
-        assert room_of_two.problem(6 * MIB) is None
+        assert room_of_two.problem(room.free_room(), 6 * MIB) is None
         with pytest.raises(Refused, match="too little room; try again later"), room_of_two.held(7 * MIB):
             pass
     with room_of_two.held(16 * MIB):  # all was given back
@@ -54,11 +54,11 @@ def test_inputs_that_go_by_files_have_room_for_all_of_them(monkeypatch):
 
 
 @pytest.mark.parametrize(("concurrency", "has_room"), [(1, True), (16, True), (17, False)])
-def test_each_place_has_its_files(monkeypatch, concurrency, has_room):
-    monkeypatch.setattr(room, "free_room", lambda: Free(num_bytes=1 << 30, files=320, is_writable=True))
-    assert (Room(concurrency).problem() is None) == has_room
+def test_each_place_has_its_files(concurrency, has_room):
+    free = Free(num_bytes=1 << 30, files=320, is_writable=True)
+    assert (Room(concurrency).problem(free) is None) == has_room
 
 
-def test_a_folder_that_may_not_be_written_is_a_problem(monkeypatch):
-    monkeypatch.setattr(room, "free_room", lambda: Free(num_bytes=1 << 30, files=None, is_writable=False))
-    assert "may not write" in str(Room(1).problem())
+def test_a_folder_that_may_not_be_written_is_a_problem():
+    free = Free(num_bytes=1 << 30, files=None, is_writable=False)
+    assert "may not write" in str(Room(1).problem(free))
