@@ -1,10 +1,10 @@
 """Behaves as Cog's runtime towards the gate, without a model: slots, 409, health, and deaths on demand.
 
-`python fake_runtime.py LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what to do: `sleep S`,
-`stream N`, `flood N` (pieces of 1 KiB without a pause), `die` (the worker does: UNHEALTHY and 409 for ever), `exit`,
-`exit-once`, `half` (its answer breaks off), `background S` (answered at once), `lose` (its slot is never free again),
-`lose quietly` (and the health report does not show it), `linger S` (goes on when its client has left). Each
-prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails; while a file
+`python -m tests.deploy.gate.fake_runtime LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what
+to do: `sleep S`, `stream N`, `flood N` (pieces of 1 KiB without a pause), `die` (the worker does: UNHEALTHY and 409 for
+ever), `exit`, `exit-once`, `half` (its answer breaks off), `background S` (answered at once), `lose` (its slot is never
+free again), `lose quietly` (and the health report does not show it), `linger S` (goes on when its client has left).
+Each prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails; while a file
 LOG.garbled is there, the health report is no text.
 """
 
@@ -13,7 +13,8 @@ import os
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.deploy.gate.answering import AnsweringHandler, AnsweringServer
 
 SLOTS = threading.Semaphore(int(os.environ["SLOTS"]))
 RUNNING: set[str] = set()
@@ -21,12 +22,7 @@ TAKEN: list[str] = []  # paths of what holds a slot without an open request
 STATE = {"status": "SETUP_FAILED" if os.path.exists(sys.argv[1] + ".fails") else "READY"}  # noqa: PTH110
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments) -> None:
-        pass
-
+class Handler(AnsweringHandler):
     def do_GET(self) -> None:
         if os.path.exists(sys.argv[1] + ".garbled"):  # noqa: PTH110
             self.send_response(200)
@@ -109,9 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         while time.monotonic() < end:
             try:
                 if self.connection.recv(1) == b"":
-                    with open(sys.argv[1], "a") as log:
-                        log.write("gone\n")
-                    self.close_connection = True
+                    self.note_gone()
                     return
             except TimeoutError:
                 pass
@@ -123,25 +117,20 @@ class Handler(BaseHTTPRequestHandler):
         self.end()
 
     def stream(self, count: int, padding: bytes = b"", *, pause_s: float = 0.05) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for number in range(count):
-            self.send_chunk(f"event: output\ndata: {number}".encode() + padding + b"\n\n")
-            time.sleep(pause_s)
-        self.send_chunk(b"")
+        """Answer piece by piece; the log gets `gone` where the client leaves before the end."""
+        self.begin_events()
+        try:
+            for number in range(count):
+                self.send_chunk(f"event: output\ndata: {number}".encode() + padding + b"\n\n")
+                time.sleep(pause_s)
+            self.send_chunk(b"")
+        except OSError:
+            self.note_gone()
 
-    def send_chunk(self, data: bytes) -> None:
-        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-
-    def reply(self, status: int, content: object) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+    def note_gone(self) -> None:
+        with open(sys.argv[1], "a") as log:
+            log.write("gone\n")
+        self.close_connection = True
 
 
 def asked() -> list[str]:
@@ -149,10 +138,5 @@ def asked() -> list[str]:
         return log.read().splitlines()
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 512
-
-
 if __name__ == "__main__":
-    Server((sys.argv[sys.argv.index("--host") + 1], int(os.environ["PORT"])), Handler).serve_forever()
+    AnsweringServer((sys.argv[sys.argv.index("--host") + 1], int(os.environ["PORT"])), Handler).serve_forever()

@@ -1,4 +1,4 @@
-"""Runs the gate in front of fake_runtime.py: `python -m tests.deploy.gate.run_gate LOG RULES BOUNDS COMPANION`.
+"""Runs the gate in front of the fake runtime: `python -m tests.deploy.gate.run_gate LOG RULES BOUNDS COMPANION`.
 
 RULES, BOUNDS and COMPANION are JSON. BOUNDS: other values for constants of these modules, so that a test need not wait
 for a minute. COMPANION: the command of a program that runs beside; none where it is left out.
@@ -7,14 +7,13 @@ for a minute. COMPANION: the command of a program that runs beside; none where i
 import json
 import os
 import sys
-from pathlib import Path
 
 from deploy.gate import bodies, connections, places, room
 from deploy.gate.main import serve
 from deploy.gate.rules import Rules
 
 if __name__ == "__main__":
-    command = [sys.executable, str(Path(__file__).with_name("fake_runtime.py")), sys.argv[1]]
+    command = [sys.executable, "-m", "tests.deploy.gate.fake_runtime", sys.argv[1]]
     given = {
         name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(sys.argv[2]).items()
     }

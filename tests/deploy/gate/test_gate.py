@@ -59,7 +59,7 @@ class RunningGate:
 
     def runtimes(self) -> list[int]:
         """Process ids of the runtimes that this gate has started."""
-        found = subprocess.run(["pgrep", "-f", f"fake_runtime.py {self.log}"], capture_output=True, text=True)
+        found = subprocess.run(["pgrep", "-f", f"fake_runtime {self.log}"], capture_output=True, text=True)
         return [int(line) for line in found.stdout.split()]
 
     def stop(self) -> int:
@@ -201,9 +201,12 @@ def test_a_client_that_leaves_is_told_to_the_runtime(gate):
 def test_every_client_that_leaves_a_stream_is_told_to_the_runtime(gate):
     """Whatever the gate does at that moment: it sends a piece at most of them."""
     for _ in range(10):
+        before = len(gate.asked())
         with gate.client.stream("POST", "/predictions", json={"input": {"prompt": "flood 100000"}}) as reply:
             next(reply.iter_raw())
         gate.wait_for(lambda: gate.health()["gate"]["running"] == 0, seconds=2)
+        gate.wait_for(lambda count=before: len(gate.asked()) == count + 2, seconds=2)
+        assert gate.asked()[before:] == ["flood 100000", "gone"]
 
 
 def test_keys_are_asked_for(tmp_path):

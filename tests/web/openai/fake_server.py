@@ -9,8 +9,9 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.deploy.gate.answering import AnsweringHandler, AnsweringServer
 
 PROMPT_TOKENS = 7
 
@@ -59,14 +60,11 @@ def prompt_of(values: dict[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-class FakeServer(ThreadingHTTPServer):
+class FakeServer(AnsweringServer):
     """status: what its health says.   asked: (inputs, headers) of each prediction.   num_full: so many get 409 first.
 
     num_gone: clients that left before the end.
     """
-
-    daemon_threads = True
-    request_queue_size = 512
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -90,13 +88,8 @@ class FakeServer(ThreadingHTTPServer):
         self._thread.join()
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each answer takes 40 ms more
+class Handler(AnsweringHandler):
     server: FakeServer
-
-    def log_message(self, *arguments: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         self.reply(200, {"status": self.server.status})
@@ -118,10 +111,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.stream(values, what, value)
 
     def stream(self, values: dict[str, Any], what: str, value: str) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+        self.begin_events()
         try:
             self.send_event("start", {})
             if what == "fail":
@@ -146,14 +136,3 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_event(self, name: str, content: object) -> None:
         self.send_chunk(f"event: {name}\ndata: {json.dumps(content)}\n\n".encode())
-
-    def send_chunk(self, data: bytes) -> None:
-        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-
-    def reply(self, status: int, content: object) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
