@@ -14,15 +14,18 @@ import dataclasses
 import functools
 import json
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from alpaca.errors import InputError, run_command
 
+_ROOT = Path(__file__).resolve().parent.parent
 _FIRST_OUTPUT = re.compile(rb"\nevent: ?output\r?\n")
 _FIRST_CHUNK = re.compile(rb"\ndata: ?\{")
 _LONGEST_SIGN = 20  # bytes that may be split between two arrivals without the first output being missed
@@ -87,6 +90,17 @@ def main() -> None:
     except (ValueError, TypeError) as error:
         raise InputError(f"expected a plan as JSON on the standard input: {error}") from error
     print(json.dumps(dataclasses.asdict(asyncio.run(run_load(url, plan)))))
+
+
+def run_apart(url: str, plan: Plan, *, timeout_s: float) -> Load:
+    """Run the plan in a process of its own. Raises LoadFailedError, subprocess.TimeoutExpired."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load", url], cwd=_ROOT, input=json.dumps(dataclasses.asdict(plan)),
+        capture_output=True, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise LoadFailedError(f"the clients failed: {done.stderr[-2000:]}")
+    return Load.from_json(done.stdout)
 
 
 async def run_load(url: str, plan: Plan) -> Load:

@@ -14,13 +14,8 @@ time from the model's cores. The last line is one JSON object.
 """
 
 import argparse
-import dataclasses
 import json
-import re
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +24,9 @@ from alpaca.files.atomic import write_json
 from alpaca.serving.settings import DTYPES
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import RAW_TEMPLATE
-from bench.load import Load, LoadFailedError, Plan
+from bench.load import Load, Plan, run_apart
 from bench.machine import DEVICE, describe_device
-from bench.provenance import ROOT, provenance
+from bench.provenance import provenance
 from bench.random_model import SHAPES, model_folder
 from bench.rows import Prompts, Row
 from deploy.local_server import LocalServer, running_server
@@ -71,13 +66,13 @@ def parse_flags() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, server: LocalServer, model: str, prompts: Prompts) -> dict[str, Any]:
     """Medians of each way, and what the last two lose against the first."""
-    addresses = {"predictions": server.url, "details": server.url, "openai": _endpoint_url(server)}
+    addresses = {"predictions": server.url, "details": server.url, "openai": server.wait_for_openai()}
     many = _row(options.clients, options.clients, options.prompt_tokens, options.new_tokens)
     one = _row(1, options.singles, options.prompt_tokens, _SHORT)
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     firsts: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(options.rounds + 1):  # the first warms up
-        for way in (*WAYS[number % 3 :], *WAYS[: number % 3]):
+        for way in (*WAYS[number % len(WAYS) :], *WAYS[: number % len(WAYS)]):
             streams = _run(addresses[way], way, many, model, prompts, f"{way}{number}")
             singles = _run(addresses[way], way, one, model, prompts, f"{way}{number}")
             if number:
@@ -116,24 +111,7 @@ def _run(url: str, way: str, row: Row, model: str, prompts: Prompts, seed: str) 
             asked |= {"temperature": 0, "details": way == "details"}
         inputs.append(asked)
     plan = Plan(inputs=inputs, clients=row.clients, api="openai" if way == "openai" else "cog")
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.load", url], cwd=ROOT, input=json.dumps(dataclasses.asdict(plan)),
-        capture_output=True, text=True, timeout=_CLIENTS_TIMEOUT_S, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise LoadFailedError(f"the clients failed: {done.stderr[-2000:]}")
-    return Load.from_json(done.stdout)
-
-
-def _endpoint_url(server: LocalServer) -> str:
-    """Of OpenAI's API, once it has seen the server ready."""
-    deadline = time.monotonic() + 20
-    while not (found := re.search(r"OpenAI's API on (\S+)/v1", server.log_text())):
-        if time.monotonic() > deadline:
-            raise LoadFailedError(f"OpenAI's API did not start:\n{server.log_text()}")
-        time.sleep(0.05)
-    time.sleep(1)  # it looks at the server's health twice a second
-    return found[1]
+    return run_apart(url, plan, timeout_s=_CLIENTS_TIMEOUT_S)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ None of them waits for ever: what makes no progress for STUCK_S seconds ends in 
 
 import contextlib
 import dataclasses
-import json
 import math
 import subprocess
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -30,9 +28,8 @@ from transformers import (
 from alpaca.serving.engine import Engine, Generation, GenerationCancelledError, TokenEvent
 from alpaca.serving.request import NO_ADAPTERS, AdapterNames, PredictionInputs, Request, make_request
 from alpaca.text.tokenizer import Tokenizer
-from bench.load import Load, Plan
+from bench.load import Load, Plan, run_apart
 from bench.machine import DEVICE
-from bench.provenance import ROOT
 from bench.random_model import CONTEXT
 from bench.rows import Row, Sample
 
@@ -219,17 +216,10 @@ class ServerWay(Way):
         )
 
     def _run_clients(self, plan: Plan) -> Load:
-        command = [sys.executable, "-m", "bench.load", self._url]
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, input=json.dumps(dataclasses.asdict(plan)), capture_output=True, text=True,
-                timeout=_CLIENTS_TIMEOUT_S, check=False,
-            )  # fmt: skip
+            return run_apart(self._url, plan, timeout_s=_CLIENTS_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise StuckError(f"the server did not answer all within {_CLIENTS_TIMEOUT_S} s") from None
-        if done.returncode:
-            raise RuntimeError(f"the clients failed: {done.stderr[-2000:]}")
-        return Load.from_json(done.stdout)
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:

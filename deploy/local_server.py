@@ -19,6 +19,7 @@ import tenacity
 ROOT = Path(__file__).resolve().parent.parent
 _ADDRESS = re.compile(r"serving on http://(\S+:\d+)")
 _BARE_ADDRESS = re.compile(r"Starting coglet server on (\S+:\d+)")
+_OPENAI_ADDRESS = re.compile(r"OpenAI's API on (http://\S+)/v1")
 _CAPACITY_PAUSES_S = (0.001, 0.005, 0.02, 0.1, 0.3, 1.0)
 
 
@@ -58,6 +59,16 @@ class LocalServer:
                 raise ServerFailedError(f"the server did not start:\n{self.log_text()}")
             time.sleep(0.05)
         raise ServerFailedError(f"the server was not {status} after {timeout_s} s:\n{self.log_text()}")
+
+    def wait_for_openai(self, *, timeout_s: float = 20) -> str:
+        """The address of OpenAI's API beside the gate, once it takes predictions. Raises ServerFailedError."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if found := _OPENAI_ADDRESS.search(self.log_text()):
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{found[1]}/health", timeout=5):
+                    return found[1]
+            time.sleep(0.02)
+        raise ServerFailedError(f"OpenAI's API was not ready after {timeout_s} s:\n{self.log_text()}")
 
     def predict(self, input: dict[str, Any], *, timeout_s: float = 600) -> dict[str, Any]:
         """One prediction. The runtime frees a slot just after its reply, so a 409 is tried again for a moment."""

@@ -14,6 +14,7 @@ from alpaca.files.network.addresses import is_address, parse_address, split_list
 from alpaca.serving.settings import ServerSettings, parse_adapters, setting_type
 from deploy import schema
 from deploy.gate.rules import Rules
+from deploy.listening import port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,14 +23,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse host, port, mode, and a flag for each server setting; settings not given are taken from the environment."""
     parser = argparse.ArgumentParser(prog="script/serve", description="Serve the model over HTTP with Cog's runtime.")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
-    parser.add_argument("--port", type=_port, default=5000, help="0 picks a free one and prints it (default: 5000)")
+    parser.add_argument("--port", type=port, default=5000, help="0 picks a free one and prints it (default: 5000)")
     parser.add_argument("--train", action="store_true", help="serve /trainings instead of /predictions")
     parser.add_argument(
         "--upload_url",
         help="http(s) address below which a training's archive is PUT, instead of returned in the answer",
     )
     parser.add_argument(
-        "--openai_port", type=_port, metavar="PORT", help="OpenAI's API beside the gate, on this port: docs/openai.md"
+        "--openai_port", type=port, metavar="PORT", help="OpenAI's API beside the gate, on this port: docs/openai.md"
     )
     parser.add_argument("--bare", action="store_true", help="Cog's runtime alone, without the gate in front of it")
     parser.add_argument(
@@ -46,12 +47,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         text = f"{item.metadata['help']} [{item.metadata['variable']}]"
         parser.add_argument(f"--{item.name}", type=setting_type(item), choices=item.metadata["choices"], help=text)
     return parser.parse_args(arguments)
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) >= 2**16:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 65535, found {text!r}")
-    return int(text)
 
 
 def runtime_environment(options: argparse.Namespace, environment: dict[str, str]) -> dict[str, str]:

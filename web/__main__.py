@@ -8,7 +8,7 @@ import os
 import sys
 
 from alpaca.errors import MissingPackage, run_command
-from web.listening import listen, port, show_address
+from deploy.listening import listen, port, show_address
 
 TOKEN_VARIABLE = "ALPACA_SERVER_TOKEN"
 
@@ -37,7 +37,7 @@ def main() -> None:
     server = Server(options.target, token=os.environ.get(TOKEN_VARIABLE))
     app = build_app(server)
     with listen(options.host, options.port) as listening:
-        print(f"page for {server.name}: {show_address(options.host, listening)}", flush=True)
+        print(f"page for {server.name}: {show_address(options.host, listening.getsockname()[1])}", flush=True)
         if not is_loopback(options.host):
             print("it is open to other machines: whoever reaches it can use the server", file=sys.stderr, flush=True)
         serve(app, listening)

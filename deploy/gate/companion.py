@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Sequence
 
 from deploy.gate.runtime import die_with_parent
+from deploy.listening import show_address
 
 _ENDING_S = 10.0  # after SIGTERM
 
@@ -21,11 +22,10 @@ class Companion:
         if not self._command:
             return
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             "--target",
-            url,
+            show_address(host, port),
             env=self._environment,
             start_new_session=True,  # a signal from the terminal comes to the gate, which passes it on
             preexec_fn=die_with_parent,

@@ -14,6 +14,7 @@ from deploy.gate.companion import Companion
 from deploy.gate.connections import Connection, allow_files
 from deploy.gate.rules import Rules
 from deploy.gate.runtime import GivenUp, Runtime
+from deploy.listening import show_address
 
 
 def serve(
@@ -51,7 +52,7 @@ async def _serve(
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, setattr, server, "should_exit", True)
     host, port = listener.getsockname()[:2]
-    print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    print(f"serving on {show_address(host, port)}", flush=True)
     keeping = asyncio.ensure_future(runtime.keep_running())
     watching = asyncio.ensure_future(gate.watch())
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))

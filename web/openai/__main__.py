@@ -10,7 +10,7 @@ from pathlib import Path
 
 from alpaca.errors import InputError, MissingInput, MissingPackage, run_command
 from alpaca.files.network.addresses import split_list
-from web.listening import listen, port, show_address
+from deploy.listening import listen, port, show_address
 
 TOKEN_VARIABLE = "ALPACA_SERVER_TOKEN"
 _MOST_RUNNING = 64  # as a server has it that is started without --concurrency
@@ -82,7 +82,7 @@ def main() -> None:
         raise MissingPackage(f"{error}; this endpoint needs an extra: pip install --group endpoint") from None
     keys = read_keys(options.api_keys_file)
     with listen(options.host, options.port) as listening:
-        print(f"OpenAI's API on {show_address(options.host, listening)}/v1", flush=True)
+        print(f"OpenAI's API on {show_address(options.host, listening.getsockname()[1])}/v1", flush=True)
         asyncio.run(serve(options, keys, listening))
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler
 
 from tests.deploy.gate.answering import AnsweringHandler, AnsweringServer
 
@@ -22,7 +23,7 @@ TAKEN: list[str] = []  # paths of what holds a slot without an open request
 STATE = {"status": "SETUP_FAILED" if os.path.exists(sys.argv[1] + ".fails") else "READY"}  # noqa: PTH110
 
 
-class Handler(AnsweringHandler):
+class Handler(AnsweringHandler, BaseHTTPRequestHandler):  # the second for ruff: do_GET is its word
     def do_GET(self) -> None:
         if os.path.exists(sys.argv[1] + ".garbled"):  # noqa: PTH110
             self.send_response(200)

@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from tests.deploy.gate.answering import AnsweringHandler, AnsweringServer
@@ -88,7 +89,7 @@ class FakeServer(AnsweringServer):
         self._thread.join()
 
 
-class Handler(AnsweringHandler):
+class Handler(AnsweringHandler, BaseHTTPRequestHandler):  # the second for ruff: do_GET is its word
     server: FakeServer
 
     def do_GET(self) -> None:

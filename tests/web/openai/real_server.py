@@ -1,17 +1,14 @@
 """The real server with OpenAI's API beside it, and the environment of other people's clients."""
 
 import contextlib
-import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from deploy.local_server import LocalServer, running_server
 from tests.conftest import ROOT
-from tests.web.openai.running import wait_for
 
 CLIENTS = ROOT / ".bench" / "openai-clients"
 PACKAGES = (
@@ -23,16 +20,8 @@ PACKAGES = (
 @contextlib.contextmanager
 def real_server(flags: list[str]) -> Iterator[tuple[LocalServer, str]]:
     """The server, and the address of OpenAI's API, once it answers."""
-    import httpx
-
     with running_server([*flags, "--openai_port", "0"], on_failure=print) as server:
-        deadline = time.monotonic() + 20
-        while not (found := re.search(r"OpenAI's API on (\S+)", server.log_text())):
-            assert time.monotonic() < deadline, server.log_text()
-            time.sleep(0.02)
-        health = found[1].removesuffix("/v1") + "/health"
-        wait_for(lambda: httpx.get(health).status_code == 200)
-        yield server, found[1]
+        yield server, f"{server.wait_for_openai()}/v1"
 
 
 def clients_python() -> Path:

@@ -142,29 +142,21 @@ QUESTIONS = [
     {"question": "Tom and Lily were playing in the", "choices": [" park", " lion", " park with their"], "answer": 0},
     {"question": "The sun was", "choices": [" shining", " walking"], "answer": 0},
 ]
-CHOICES = """
-task: which_word
-dataset_path: json
-dataset_kwargs: {data_files: {test: QUESTIONS}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: answer
-target_delimiter: ""
-metric_list: [{metric: acc}]
-"""
-ANSWERS = """
-task: what_next
-dataset_path: json
-dataset_kwargs: {data_files: {test: QUESTIONS}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[answer]}}"
-generation_kwargs: {until: ["."], max_gen_toks: 12, temperature: 0}
-metric_list: [{metric: exact_match}]
-"""
+TASKS = {
+    "which_word": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "what_next": {
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 12, "temperature": 0},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +165,10 @@ def tasks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     questions = folder / "questions.jsonl"
     questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    for name, text in (("choices", CHOICES), ("answers", ANSWERS)):
-        (folder / f"{name}.yaml").write_text(text.replace("QUESTIONS", str(questions)))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(questions)}}, "test_split": "test"}
+    for name, task in TASKS.items():  # JSON is YAML
+        content = {"task": name, **data, "doc_to_text": "{{question}}", **task}
+        (folder / f"{name}.yaml").write_text(json.dumps(content))
     return folder
 
 

@@ -31,6 +31,6 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def show_address(host: str, listening: socket.socket) -> str:
+def show_address(host: str, port: int) -> str:
     """The address that clients use."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
