@@ -108,5 +108,15 @@ def test_requirements_are_the_tested_ones():
 def test_dockerignore_keeps_what_the_image_needs():
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert {"unconverted-weights", ".git", ".venv", "**/checkpoint-*"} <= set(ignored)
-    needed = {"predict.py", "train.py", "alpaca", "convert", "weights", "alpaca_out", "requirements.txt", "cog.yaml"}
+    needed = {
+        "predict.py",
+        "train.py",
+        "alpaca",
+        "convert",
+        "deploy",
+        "weights",
+        "alpaca_out",
+        "requirements.txt",
+        "cog.yaml",
+    }
     assert not needed & set(ignored)
