@@ -20,26 +20,18 @@ import pytest
 
 from deploy.gate.bodies import Memory
 from deploy.gate.rules import Refused
-from tests.conftest import ROOT
+from tests.deploy.gate.program import Program
 
 
-class RunningGate:
-    """A gate and its runtime; `url` is where clients come, `log` what the runtime was asked."""
+class RunningGate(Program):
+    """A gate and its runtime; `log` is what the runtime was asked."""
 
     def __init__(self, folder: Path, slots: int, rules: dict, bounds: dict, *, until: str = "READY") -> None:
         self.log = folder / "asked.txt"
         self.log.touch()
-        environment = {**os.environ, "SLOTS": str(slots), "COG_MAX_CONCURRENCY": str(slots)}
         command = [sys.executable, "-m", "tests.deploy.gate.run_gate", str(self.log)]
         command += [json.dumps(rules), json.dumps(bounds)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self.url = re.search(r"http://\S+", self.process.stdout.readline())[0]
-        self.output: list[str] = []
-        self._reader = threading.Thread(target=lambda: self.output.extend(self.process.stdout), daemon=True)
-        self._reader.start()
-        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        super().__init__(command, {"SLOTS": str(slots), "COG_MAX_CONCURRENCY": str(slots)})
         self.wait_for(lambda: self.health()["status"] == until)
 
     def health(self) -> dict:
@@ -62,24 +54,11 @@ class RunningGate:
         found = subprocess.run(["pgrep", "-f", f"fake_runtime {self.log}"], capture_output=True, text=True)
         return [int(line) for line in found.stdout.split()]
 
-    def stop(self) -> int:
-        self.process.terminate()
-        status = self.process.wait(timeout=15)
-        self._reader.join()
-        return status
-
 
 @contextlib.contextmanager
 def running(folder: Path, *, slots: int = 2, bounds: dict | None = None, **rules) -> Iterator[RunningGate]:
-    gate = RunningGate(folder, slots, rules, bounds or {})
-    try:
+    with contextlib.closing(RunningGate(folder, slots, rules, bounds or {})) as gate:
         yield gate
-    finally:
-        gate.process.kill()
-        gate.process.wait()
-        gate._reader.join()
-        gate.process.stdout.close()
-        gate.client.close()
 
 
 @pytest.fixture(scope="module")
@@ -319,12 +298,10 @@ def test_a_set_up_that_fails_after_a_death_is_tried_again(tmp_path):
 
 def test_a_set_up_that_fails_at_first_stays_so_and_says_it(tmp_path):
     Path(tmp_path / "asked.txt.fails").touch()
-    gate = RunningGate(tmp_path, 1, {}, {}, until="SETUP_FAILED")
-    with contextlib.closing(gate.process.stdout):
+    with contextlib.closing(RunningGate(tmp_path, 1, {}, {}, until="SETUP_FAILED")) as gate:
         time.sleep(0.5)
         assert (gate.health()["status"], gate.health()["gate"]["restarts"]) == ("SETUP_FAILED", 0)
         assert gate.stop() == 0
-        gate.client.close()
 
 
 def test_an_id_that_was_used_waits_its_turn_as_any_other(tmp_path):
@@ -443,7 +420,7 @@ def test_a_runtime_that_keeps_dying_is_given_up(tmp_path):
             with contextlib.suppress(httpx.HTTPError):
                 gate.predict("exit", headers={"prefer": "respond-async"})  # else it is asked twice
         assert gate.process.wait(timeout=15) == 1
-        gate._reader.join()
+        gate.reader.join()
         assert "error: the runtime died 3 times within 60 s; its log is above\n" in gate.output
 
 
