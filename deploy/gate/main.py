@@ -14,7 +14,7 @@ from deploy.gate.companion import Companion
 from deploy.gate.connections import Connection, allow_files
 from deploy.gate.rules import Rules
 from deploy.gate.runtime import GivenUp, Runtime
-from deploy.listening import show_address
+from deploy.listening import listen, show_address
 
 
 def serve(
@@ -35,7 +35,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn heeds them first, and then raises them again
         signal.signal(number, lambda number, frame: None)
     allow_files()
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         beside = Companion(companion, environment)
         return asyncio.run(_serve(Runtime(command, environment), rules, listener, environment, beside))
 
@@ -77,8 +77,3 @@ async def _serve(
     if has_failed:
         print("error: the program beside the gate ended; what it said is above", file=sys.stderr, flush=True)
     return int(has_failed)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048, reuse_port=False)

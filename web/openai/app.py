@@ -159,7 +159,7 @@ def _check_complete(answer: Answer) -> None:
 
 def _check_method(method: str, expected: str, path: str) -> None:
     if method != expected and not (expected == "GET" and method == "HEAD"):
-        raise Refusal(405, f"{path} takes {expected}", code="method_not_allowed")
+        raise Refusal(405, f"{path} takes {expected}", code="method_not_allowed", allowed=expected)
 
 
 def _read_headers(scope: Mapping[str, Any]) -> dict[str, str]:

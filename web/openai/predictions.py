@@ -11,14 +11,13 @@ from alpaca.files.names import quote_name
 from deploy.gate.exchange import BrokenOff, NotReached, Reply, Unanswered, abandon
 from web.client import plain_error
 from web.openai.answers import Document
-from web.openai.refusals import Refusal
+from web.openai.refusals import RETRY_AFTER_S, Refusal
 from web.openai.targets import Target, Targets, read_all
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
 _PATIENCE_S = 60.0  # of pauses, after targets that say that they are up have not taken it
 _MOST_TRIES = 2  # of what was sent and broke off: it may be what a server died of
 _MOST_REFUSAL_BYTES = 1 << 20
-_RETRY_AFTER_S = 2
 _CLIENTS_MISTAKES = re.compile(r"\b(InputError|PromptTooLong|UnsupportedModel): ")
 # The Predictor's names for what clients call otherwise
 _CLIENTS_NAMES = {"max_new_tokens": "max_tokens", "replicate_weights": "model", "prompt_template": "prompt"}
@@ -53,14 +52,14 @@ async def predict(targets: Targets, inputs: Mapping[str, Any]) -> AsyncIterator[
                 targets.drop(target)
             except _NotTaken:
                 if paused_s > _PATIENCE_S:
-                    raise Refusal(503, "the model servers take nothing now", retry_after_s=_RETRY_AFTER_S) from None
+                    raise Refusal(503, "the model servers take nothing now", retry_after_s=RETRY_AFTER_S) from None
                 await asyncio.sleep(pause)
                 paused_s += pause
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
             except _Interrupted:
                 num_tries += 1
                 if has_begun or num_tries == _MOST_TRIES:
-                    raise Refusal(503, "the model server was interrupted", retry_after_s=_RETRY_AFTER_S) from None
+                    raise Refusal(503, "the model server was interrupted", retry_after_s=RETRY_AFTER_S) from None
 
 
 async def _predict_at(target: Target, targets: Targets, body: bytes) -> AsyncIterator[list[Document]]:

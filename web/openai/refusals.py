@@ -5,10 +5,14 @@ from typing import Any
 from deploy.gate.rules import Refused
 
 _CODES = {401: "invalid_api_key"}
+RETRY_AFTER_S = 2
 
 
 class Refusal(Exception):
-    """status: of HTTP.   param: the request's field it is about.   retry_after_s: when to come again."""
+    """status: of HTTP.   param: the request's field it is about.   retry_after_s: when to come again.
+
+    allowed: the methods that the path takes.
+    """
 
     def __init__(
         self,
@@ -18,9 +22,11 @@ class Refusal(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        allowed: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code, self.retry_after_s = status, param, code, retry_after_s
+        self.status, self.param, self.code = status, param, code
+        self.retry_after_s, self.allowed = retry_after_s, allowed
 
     def as_json(self) -> dict[str, Any]:
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status)
@@ -30,4 +36,5 @@ class Refusal(Exception):
 
 def of_gate(refused: Refused) -> Refusal:
     """What the gate's own rules say, in this form."""
-    return Refusal(refused.status, str(refused), code=_CODES.get(refused.status))
+    retry_after_s = RETRY_AFTER_S if refused.status == 503 else None
+    return Refusal(refused.status, str(refused), code=_CODES.get(refused.status), retry_after_s=retry_after_s)

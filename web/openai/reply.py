@@ -48,6 +48,8 @@ class Reply:
             await self.end_events()
             return
         headers = {} if refusal.retry_after_s is None else {"retry-after": str(refusal.retry_after_s)}
+        if refusal.allowed:
+            headers["allow"] = refusal.allowed
         if refusal.status == 401:
             headers["www-authenticate"] = "Bearer"
         await self.send_json(refusal.as_json(), refusal.status, headers)

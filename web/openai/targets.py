@@ -10,12 +10,11 @@ from collections.abc import AsyncIterator, Sequence
 
 from alpaca.errors import InputError
 from deploy.gate.exchange import BrokenOff, NotReached, Reply, Unanswered, exchange
-from web.openai.refusals import Refusal
+from web.openai.refusals import RETRY_AFTER_S, Refusal
 
 _LOOK_S, _LOOK_AGAIN_S = 0.5, 0.1  # between two looks at a target that is up, and that is down
 _HEALTH_S = 15.0  # the runtime itself waits for its worker up to 10 s
 _MOST_HEALTH_BYTES = 1 << 20
-_RETRY_AFTER_S = 2
 _UP = ("READY", "BUSY")
 
 
@@ -186,11 +185,11 @@ def _split(url: str) -> urllib.parse.SplitResult:
 
 
 def _none_up() -> Refusal:
-    return Refusal(503, "no model server is ready; try again", retry_after_s=_RETRY_AFTER_S)
+    return Refusal(503, "no model server is ready; try again", retry_after_s=RETRY_AFTER_S)
 
 
 def _line_is_full(num_waiting: int) -> Refusal:
     return Refusal(
         429, f"{num_waiting} requests wait already; try again later", code="rate_limit_exceeded",
-        retry_after_s=_RETRY_AFTER_S,
+        retry_after_s=RETRY_AFTER_S,
     )  # fmt: skip

@@ -155,6 +155,8 @@ def test_refusals_have_openais_form(endpoint, method, path, options, status):
     reply = endpoint.client.request(method, path, **options)
     assert reply.status_code == status
     assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
+    allowed = {"/v1/completions": "POST", "/v1/models": "GET"}[path] if status == 405 else None
+    assert reply.headers.get("allow") == allowed
 
 
 def test_a_first_piece_does_not_wait_for_the_heads_receipt(endpoint):
