@@ -259,6 +259,13 @@ MUTATIONS = [
         why="on a CPU Gemma's and Mistral's windows are forgotten",
     ),
     Mutation(
+        path="alpaca/serving/kernels/native/experts.h",
+        old="pair / e.per_row;",
+        new="c.places[pair] / e.per_row;",
+        killed_by="tests/serving/llama/test_families.py::test_layers_in_one_call_of_cpp",
+        why="an expert computes the tokens of another",
+    ),
+    Mutation(
         path="alpaca/text/prompts.py",
         old='if input == "":',
         new="if not input.strip():",

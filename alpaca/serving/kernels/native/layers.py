@@ -7,10 +7,12 @@ from typing import Protocol
 import torch
 
 from alpaca.serving.kernels.cpu_linear import NativeLinear
+from alpaca.serving.kernels.experts import Experts
 from alpaca.serving.kernels.linear_base import Linear
 from alpaca.serving.kernels.native.library import load
 from alpaca.serving.kernels.native.ops import ACTIVATIONS, require_blocks
 from alpaca.serving.kernels.native.structures import (
+    ExpertsFields,
     HeadNormFields,
     LayerFields,
     ModelFields,
@@ -45,6 +47,7 @@ class Layer(Protocol):
     attention_out: Linear
     gate_up: Linear | None
     down: Linear | None
+    experts: Experts | None
     head_norms: tuple[tuple[int, torch.Tensor], ...]
     rotary: torch.Tensor
     window: int
@@ -61,13 +64,15 @@ class NativeLayers:
     """The layers and the last norm of one model. It knows addresses, and so keeps what they are of."""
 
     def __init__(self, layers: Sequence[Layer], norm: torch.Tensor, config: Config, *, activation: str) -> None:
-        self._kept = layers, norm
-        self._layers = (LayerFields * len(layers))(*(_layer_fields(layer) for layer in layers))
+        routers = [None if layer.experts is None else NativeLinear(layer.experts.router) for layer in layers]
+        self._kept = layers, norm, routers
+        fields = (_layer_fields(layer, router) for layer, router in zip(layers, routers, strict=True))
+        self._layers = (LayerFields * len(layers))(*fields)
         self._fields = ModelFields(
             layers=self._layers, norm=address(norm), num_layers=len(layers), width=config.width,
-            ffn_width=layers[0].down.in_features, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-            head_width=config.head_width, activation=ACTIVATIONS[activation], eps=config.norm_eps,
-            scale=config.attention_scale, softcap=config.attention_softcap,
+            num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_width=config.head_width,
+            activation=ACTIVATIONS[activation], eps=config.norm_eps, scale=config.attention_scale,
+            softcap=config.attention_softcap,
             residual_multiplier=config.residual_multiplier,
         )  # fmt: skip
         self._room = load().step_room(ctypes.byref(self._fields))
@@ -101,29 +106,50 @@ class NativeLayers:
 def whole_layers(
     layers: Sequence[Layer], norm: torch.Tensor, config: Config, *, activation: str
 ) -> NativeLayers | None:
-    """Layers as one call; None where some part of them is not made for that: experts, nf4, odd widths."""
-    linears = [(layer.qkv, layer.attention_out, layer.gate_up, layer.down) for layer in layers]
-    if not all(linear is not None and isinstance(linear.product, NativeLinear) for each in linears for linear in each):
+    """Layers as one call; None where some part of them is not made for that: nf4, odd widths."""
+    linears = [linear for layer in layers for linear in _linears(layer)]
+    if not all(isinstance(linear.product, NativeLinear) for linear in linears):
         return None
-    widths = [config.width, layers[0].down.in_features]
+    if len({layer.experts is None for layer in layers}) > 1:  # one room for the choices of all layers
+        return None
+    widths = [config.width, *(linear.in_features for linear in linears)]
     widths += [weight.shape[1] for layer in layers for _, weight in layer.head_norms]
     if any(width % load().lanes() for width in widths):
         return None
     return NativeLayers(layers, norm, config, activation=activation)
 
 
-def _layer_fields(layer: Layer) -> LayerFields:
+def _linears(layer: Layer) -> list[Linear]:
+    experts = [] if layer.experts is None else [*layer.experts.gate_up, *layer.experts.down]
+    every = [layer.qkv, layer.attention_out, layer.gate_up, layer.down, *experts]
+    return [linear for linear in every if linear is not None]
+
+
+def _layer_fields(layer: Layer, router: NativeLinear | None) -> LayerFields:
     norms = [
         HeadNormFields(first=first, groups=weight.shape[0], width=weight.shape[1], weight=address(weight))
         for first, weight in layer.head_norms
     ]
-    return LayerFields(
+    fields = LayerFields(
         input_norm=address(layer.input_norm), ffn_norm=address(layer.ffn_norm),
         attention_post_norm=address(layer.attention_post_norm), ffn_post_norm=address(layer.ffn_post_norm),
         qkv=_weight_fields(layer.qkv), attention_out=_weight_fields(layer.attention_out),
-        gate_up=_weight_fields(layer.gate_up), down=_weight_fields(layer.down),
         head_norms=(HeadNormFields * 2)(*norms), num_head_norms=len(norms),
         rotary=address(layer.rotary), turned=layer.rotary.shape[1], window=layer.window,
+    )  # fmt: skip
+    if layer.experts is None:
+        fields.gate_up, fields.down = _weight_fields(layer.gate_up), _weight_fields(layer.down)
+    else:
+        fields.experts = _experts_fields(layer.experts, router)
+    return fields
+
+
+def _experts_fields(experts: Experts, router: NativeLinear) -> ExpertsFields:
+    number = len(experts.gate_up)
+    return ExpertsFields(
+        router=router.fields(), gate_up=(WeightFields * number)(*map(_weight_fields, experts.gate_up)),
+        down=(WeightFields * number)(*map(_weight_fields, experts.down)), number=number, per_row=experts.per_token,
+        normalizes=experts.normalizes,
     )  # fmt: skip
 
 

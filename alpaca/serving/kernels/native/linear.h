@@ -93,38 +93,38 @@ void multiply_panels(const float* x, const W* packed, const float* scales, float
     }
 }
 
-// x W^T; to be called by all threads of a team.
-template <class W>
-void linear(const float* x, const W* packed, const float* scales, float* out, int64_t num_rows, int64_t depth,
-            int64_t width) {
-    int64_t num_panels = (width + PANEL - 1) / PANEL;
-    int64_t num_parts = std::min<int64_t>(8 * omp_get_num_threads(), (num_panels + 3) / 4);
-#pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < num_parts; part++) {
-        int64_t first = num_panels * part / num_parts, last = num_panels * (part + 1) / num_parts;
-        for (int64_t row = 0; row < num_rows; row += ROW_CHUNK)
-            multiply_panels(x + row * depth, packed, scales, out + row * width, std::min(ROW_CHUNK, num_rows - row),
-                            depth, width, first, last);
-    }
-}
-
 // A layer's weight: `kind` is 0 float32, 1 float16, 2 bfloat16, 3 int8.
 struct Weight {
     int64_t kind, width, depth;
     const void* packed;
     const float *scales, *bias;  // [width] or null
+
+    int64_t panels() const { return (width + PANEL - 1) / PANEL; }
 };
 
-inline void linear(const Weight& w, const float* x, float* out, int64_t num_rows) {
-    if (w.kind == 0) linear(x, (const float*)w.packed, w.scales, out, num_rows, w.depth, w.width);
-    if (w.kind == 1) linear(x, (const Half*)w.packed, w.scales, out, num_rows, w.depth, w.width);
-    if (w.kind == 2) linear(x, (const Bfloat*)w.packed, w.scales, out, num_rows, w.depth, w.width);
-    if (w.kind == 3) linear(x, (const int8_t*)w.packed, w.scales, out, num_rows, w.depth, w.width);
-    if (w.bias) {
-#pragma omp for
-        for (int64_t row = 0; row < num_rows; row++)
-            for (int64_t i = 0; i < w.width; i++) out[row * w.width + i] += w.bias[i];
+// Panels first to last of x W^T, plus the bias of their columns, for any number of rows; by one thread.
+inline void multiply_part(const Weight& w, const float* x, float* out, int64_t num_rows, int64_t first, int64_t last) {
+    for (int64_t row = 0; row < num_rows; row += ROW_CHUNK) {
+        int64_t count = std::min(ROW_CHUNK, num_rows - row);
+        const float* from = x + row * w.depth;
+        float* to = out + row * w.width;
+        auto of = [&](auto* packed) { multiply_panels(from, packed, w.scales, to, count, w.depth, w.width, first, last); };
+        if (w.kind == 0) of((const float*)w.packed);
+        if (w.kind == 1) of((const Half*)w.packed);
+        if (w.kind == 2) of((const Bfloat*)w.packed);
+        if (w.kind == 3) of((const int8_t*)w.packed);
     }
+    if (w.bias)
+        for (int64_t row = 0; row < num_rows; row++)
+            for (int64_t i = first * PANEL; i < std::min(last * PANEL, w.width); i++) out[row * w.width + i] += w.bias[i];
+}
+
+// x W^T; to be called by all threads of a team.
+inline void linear(const Weight& w, const float* x, float* out, int64_t num_rows) {
+    int64_t num_parts = std::min<int64_t>(8 * omp_get_num_threads(), (w.panels() + 3) / 4);
+#pragma omp for schedule(dynamic)
+    for (int64_t part = 0; part < num_parts; part++)
+        multiply_part(w, x, out, num_rows, w.panels() * part / num_parts, w.panels() * (part + 1) / num_parts);
 }
 
 template <class W>

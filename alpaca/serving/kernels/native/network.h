@@ -2,12 +2,14 @@
 #pragma once
 
 #include "attention.h"
+#include "experts.h"
 #include "linear.h"
 #include "pointwise.h"
 
 struct Layer {
     const float *input_norm, *ffn_norm, *attention_post_norm, *ffn_post_norm;  // [D] or null
     Weight qkv, attention_out, gate_up, down;
+    Experts experts;  // in place of the last two, where there are any
     HeadNorm head_norms[2];
     int64_t num_head_norms;
     const float* rotary;
@@ -17,7 +19,7 @@ struct Layer {
 struct Model {
     const Layer* layers;
     const float* norm;  // [D]
-    int64_t num_layers, width, ffn_width, num_heads, num_kv_heads, head_width, activation;
+    int64_t num_layers, width, num_heads, num_kv_heads, head_width, activation;
     float eps, scale, softcap, residual_multiplier;
 };
 
@@ -33,7 +35,19 @@ struct Step {
 };
 
 inline int64_t room_width(const Model& m) {
-    return (2 * m.num_heads + 2 * m.num_kv_heads) * m.head_width + m.num_heads * m.head_width + m.width + 3 * m.ffn_width;
+    int64_t attention = (3 * m.num_heads + 2 * m.num_kv_heads) * m.head_width, feed_forward = 0;
+    for (int64_t i = 0; i < m.num_layers; i++)
+        feed_forward = std::max(feed_forward, m.layers[i].gate_up.width + m.layers[i].down.depth + experts_room(m.layers[i].experts));
+    return attention + m.width + feed_forward;
+}
+
+inline void feed_forward(const Layer& layer, Choice& choice, int64_t activation, const float* x, float* out,
+                         int64_t num_rows, float* room) {
+    if (layer.experts.number) return mix(layer.experts, choice, activation, x, out, num_rows, room);
+    float* gated = room + num_rows * layer.gate_up.width;
+    linear(layer.gate_up, x, room, num_rows);
+    gate(room, gated, num_rows, layer.down.depth, activation);
+    linear(layer.down, gated, out, num_rows);
 }
 
 inline void run(const Model& m, const Step& step) {
@@ -42,17 +56,17 @@ inline void run(const Model& m, const Step& step) {
     float* queries = qkv + n * (m.num_heads + 2 * m.num_kv_heads) * m.head_width;
     float* mixed = queries + n * mixed_width;
     float* added = mixed + n * mixed_width;
-    float* gate_up = added + n * m.width;
-    float* gated = gate_up + n * 2 * m.ffn_width;
+    float* room = added + n * m.width;
     float* x = step.out;
     Attention attention = {queries, nullptr, nullptr, step.tables, step.lengths, step.starts, mixed,
                            step.num_sequences, step.table_stride, m.num_heads, m.num_kv_heads, m.head_width, 0,
                            m.scale, m.softcap};
     std::fill(mixed, mixed + n * mixed_width, 0.0f);
     std::vector<Tile> tiles = find_tiles(attention);
+    Choice choice(m.layers[0].experts, n);
 #pragma omp parallel firstprivate(attention)
     {
-        Room room(m.head_width);
+        Room own_room(m.head_width);
         if (m.layers[0].input_norm) {
             norm(step.stream, m.layers[0].input_norm, m.eps, x, n, m.width);
         } else {
@@ -67,12 +81,10 @@ inline void run(const Model& m, const Step& step) {
                     m.num_kv_heads, m.head_width, layer.turned},
                    layer.head_norms, layer.num_head_norms, m.eps, qkv, n);
             attention.keys = step.keys[i], attention.values = step.values[i], attention.window = layer.window;
-            attend(attention, tiles, room);
+            attend(attention, tiles, own_room);
             linear(layer.attention_out, mixed, added, n);
             add({layer.attention_post_norm, layer.ffn_norm, m.eps, m.residual_multiplier}, added, step.stream, x, n, m.width);
-            linear(layer.gate_up, x, gate_up, n);
-            gate(gate_up, gated, n, m.ffn_width, m.activation);
-            linear(layer.down, gated, added, n);
+            feed_forward(layer, choice, m.activation, x, added, n, room);
             add({layer.ffn_post_norm, next_norm, m.eps, m.residual_multiplier}, added, step.stream, x, n, m.width);
         }
     }

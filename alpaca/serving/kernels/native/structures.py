@@ -23,6 +23,15 @@ class WeightFields(ctypes.Structure):
     )  # fmt: skip
 
 
+class ExpertsFields(ctypes.Structure):
+    """`Experts` of experts.h."""
+
+    _fields_ = (
+        ("router", WeightFields), ("gate_up", ctypes.POINTER(WeightFields)), ("down", ctypes.POINTER(WeightFields)),
+        ("number", _INT), ("per_row", _INT), ("normalizes", _INT),
+    )  # fmt: skip
+
+
 class HeadNormFields(ctypes.Structure):
     """`HeadNorm` of pointwise.h."""
 
@@ -35,8 +44,8 @@ class LayerFields(ctypes.Structure):
     _fields_ = (
         ("input_norm", _POINTER), ("ffn_norm", _POINTER), ("attention_post_norm", _POINTER),
         ("ffn_post_norm", _POINTER), ("qkv", WeightFields), ("attention_out", WeightFields), ("gate_up", WeightFields),
-        ("down", WeightFields), ("head_norms", HeadNormFields * 2), ("num_head_norms", _INT), ("rotary", _POINTER),
-        ("turned", _INT), ("window", _INT),
+        ("down", WeightFields), ("experts", ExpertsFields), ("head_norms", HeadNormFields * 2),
+        ("num_head_norms", _INT), ("rotary", _POINTER), ("turned", _INT), ("window", _INT),
     )  # fmt: skip
 
 
@@ -45,8 +54,8 @@ class ModelFields(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.POINTER(LayerFields)), ("norm", _POINTER), ("num_layers", _INT), ("width", _INT),
-        ("ffn_width", _INT), ("num_heads", _INT), ("num_kv_heads", _INT), ("head_width", _INT), ("activation", _INT),
-        ("eps", _FLOAT), ("scale", _FLOAT), ("softcap", _FLOAT), ("residual_multiplier", _FLOAT),
+        ("num_heads", _INT), ("num_kv_heads", _INT), ("head_width", _INT), ("activation", _INT), ("eps", _FLOAT),
+        ("scale", _FLOAT), ("softcap", _FLOAT), ("residual_multiplier", _FLOAT),
     )  # fmt: skip
 
 
