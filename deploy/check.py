@@ -178,17 +178,17 @@ def silent_traps(source: str, function: str) -> Iterator[str]:
         if call.args:
             yield f"{argument.arg}: a default by position makes it required"
         for keyword in call.keywords:
-            yield from _keyword_traps(argument.arg, keyword, source)
+            yield from _keyword_traps(argument.arg, keyword)
 
 
-def _keyword_traps(name: str, keyword: ast.keyword, source: str) -> Iterator[str]:
+def _keyword_traps(name: str, keyword: ast.keyword) -> Iterator[str]:
     try:
         ast.literal_eval(keyword.value)
     except ValueError:
         yield f"{name}: {keyword.arg} must be a literal; {ast.unparse(keyword.value)} is dropped"
     if keyword.arg == "description":
-        written = ast.get_source_segment(source, keyword.value) or ""
-        if not isinstance(keyword.value, ast.Constant) or "\n" in written:
+        is_on_one_line = keyword.value.lineno == keyword.value.end_lineno
+        if not isinstance(keyword.value, ast.Constant) or not is_on_one_line:
             yield f"{name}: description must be one text on one line"
 
 
