@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from tests.deploy.gate.test_gate import RunningGate, running
+from tests.samples import sampled
 
 SOON = {"_STUCK_S": 1.0}
 ASYNC = {"prefer": "respond-async"}
@@ -16,7 +17,7 @@ def restarts(gate: RunningGate) -> int:
     return gate.health()["gate"]["restarts"]
 
 
-@pytest.mark.parametrize("how", ["lose", "lose quietly"])
+@pytest.mark.parametrize("how", sampled(["lose", "lose quietly"], "lose quietly"))
 def test_lost_places_come_back_and_who_waits_is_served(tmp_path, how):
     """More often than a runtime may die: this is no death."""
     with running(tmp_path, slots=1, bounds=SOON) as gate:
@@ -36,7 +37,7 @@ def test_lost_places_come_back_where_nobody_waits(tmp_path):
         gate.wait_for(lambda: restarts(gate) == 1)
 
 
-@pytest.mark.parametrize("id", [None, "mine"])
+@pytest.mark.parametrize("id", sampled([None, "mine"], "mine"))
 def test_what_runs_in_the_background_goes_on(tmp_path, id):
     with running(tmp_path, slots=1, bounds=SOON) as gate:
         path = f"/predictions/{id}" if id else "/predictions"

@@ -17,6 +17,7 @@ from alpaca.serving.kernels.native import ops as native_ops
 from alpaca.serving.llama.adapters import stacked_bytes, with_adapters
 from alpaca.serving.llama.network import LlamaModel
 from alpaca.serving.llama.weights import TAKEN
+from tests.samples import sampled
 from tests.serving.llama.families import COVERING, MODELS, longrope, save
 from tests.serving.llama.test_llama import load, logits
 from tests.serving.llama.test_llama_engine import make_engine, naive, naive_of_all, random_request, request, tokens
@@ -25,7 +26,7 @@ from tests.serving.llama.test_serving_adapters import adapted_logits, write_adap
 PROMPTS = [list(range(3, 70)), [5, 6, 7], list(range(110, 60, -1))]
 LONGROPE = [name for name in MODELS if "longrope" in name]
 # Fast tests take one family of each kind; `--all` takes every row.
-FAMILIES = [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in MODELS]
+FAMILIES = sampled(MODELS, *COVERING)
 
 
 def expected_logits(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
@@ -76,7 +77,8 @@ def test_narrower_types(tmp_path, name, dtype, atol):
         torch.testing.assert_close(found.float(), wanted, rtol=0, atol=atol * wanted.std().item())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("two_threads")  # which share a layer's rows
+@pytest.mark.parametrize("name", sampled(MODELS, *COVERING, "llama", "granite"))
 def test_layers_in_one_call_of_cpp(tmp_path, name):
     """The same bits as op by op where every op is in C++, and torch's numbers."""
     save(tmp_path, name, torch.float32)
@@ -190,7 +192,7 @@ def test_blocks_behind_every_layers_window_are_freed(tmp_path):
     assert pool.num_free == pool.capacity
 
 
-@pytest.mark.parametrize("name", LONGROPE)
+@pytest.mark.parametrize("name", sampled(LONGROPE, "phi3, longrope"))
 def test_a_longrope_answer_turns_anew_where_it_grows_long(tmp_path, name):
     """Answers that stay within the old context, end at it, cross it, and begin beyond it; some of one prompt."""
     reference = save(tmp_path, name)

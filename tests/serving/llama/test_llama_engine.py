@@ -33,6 +33,7 @@ from alpaca.serving.llama.scheduler import Scheduler
 from alpaca.serving.loading import load_engine
 from alpaca.serving.request import Request
 from alpaca.serving.settings import ServerSettings
+from tests.samples import sampled
 from tests.serving.llama.test_llama import KINDS, load, save_model
 from tests.serving.llama.test_llama import logits as packed_logits
 
@@ -161,7 +162,7 @@ def random_request(chance: random.Random) -> Request:
 
 @pytest.mark.parametrize("num_blocks", [200, 28], ids=["roomy", "preempting"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", sampled([0, 1, 2], 0))
 def test_any_interleaving_gives_what_naive_decoding_gives_alone(models, num_blocks, mode, seed):
     reference, model = models
     chance = random.Random(f"{seed}:{num_blocks}:{mode}")

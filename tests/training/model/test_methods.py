@@ -34,6 +34,7 @@ from alpaca.training.model.base import Base, open_base
 from alpaca.training.model.building import count_parameters, load_model
 from alpaca.training.model.final import probe_logits
 from alpaca.training.run import Run
+from tests.samples import sampled
 from tests.training.checkpoints.test_checkpoint import Crash, crash_after, without_rates
 from tests.training.test_distributed import train_in_processes
 from tests.training.test_loop import history, plain_examples, plain_training
@@ -133,7 +134,7 @@ CASES = {  # base, flags, layers that get an adapter
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, "bloom all", "all", "dora", "padded"))
 def test_an_adapter_reloads_and_merges_to_what_was_trained(
     case: str, configure: Configure, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ):
@@ -319,9 +320,9 @@ def test_full_and_adapter_take_turns_in_one_folder(configure: Configure, tmp_pat
     ("base", "values"),
     [
         ("tiny_llama", {"method": "lora", "lora_dropout": 0.1}),
-        ("tiny_opt", {"method": "lora", "use_dora": True}),
+        pytest.param("tiny_opt", {"method": "lora", "use_dora": True}, marks=pytest.mark.slow),
         ("packable_llama", {"method": "qlora", "lora_target_modules": "all-linear"}),
-        ("tiny_llama", {"method": "lora", "base_quantization": "int8"}),
+        pytest.param("tiny_llama", {"method": "lora", "base_quantization": "int8"}, marks=pytest.mark.slow),
     ],
     ids=["lora", "dora", "qlora", "int8"],
 )
@@ -413,7 +414,13 @@ def packable_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -
 
 @with_bitsandbytes
 @pytest.mark.parametrize(
-    "values", [QLORA, {**LORA, "base_quantization": "int8"}, {**QLORA, "use_dora": True}], ids=["nf4", "int8", "dora"]
+    "values",
+    [
+        QLORA,
+        pytest.param({**LORA, "base_quantization": "int8"}, marks=pytest.mark.slow),
+        pytest.param({**QLORA, "use_dora": True}, marks=pytest.mark.slow),
+    ],
+    ids=["nf4", "int8", "dora"],
 )
 def test_it_goes_on_learning_after_an_evaluation(values, configure: Configure, packable_llama: Path):
     """The AVX512 trap: an evaluation repacks 4-bit weights, and no gradient passes them afterwards."""
@@ -615,8 +622,8 @@ def test_training_on_inputs_is_transformers_loss_over_everything(configure: Conf
 @pytest.mark.parametrize(
     "names",
     [
-        ("lora", "dora, tied, padded, accumulated", "nf4, recomputed"),
-        pytest.param(("dora, padded, accumulated", "tied", "nf4"), marks=pytest.mark.slow),
+        ("dora, tied, padded, accumulated", "nf4, recomputed"),
+        pytest.param(("lora", "dora, padded, accumulated", "tied", "nf4"), marks=pytest.mark.slow),
     ],
     ids=["combined", "one by one"],
 )

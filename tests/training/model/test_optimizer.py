@@ -22,6 +22,7 @@ from alpaca.training.loop import train
 from alpaca.training.model.optimizer import StochasticAdamW, make_keys, make_update
 from alpaca.training.model.rounding import CHUNK_ELEMENTS, Update, draw_bits, round_stochastically, update_parameter
 from tests.conftest import ROOT
+from tests.samples import sampled
 from tests.training.checkpoints.test_checkpoint import Crash, assert_same_run, crash_after
 from tests.training.conftest import SAMPLE, torchrun
 from tests.training.test_distributed import train_in_processes
@@ -417,6 +418,7 @@ class NearestAdamW(torch.optim.AdamW):
         super().__init__(params, **settings, foreach=False)
 
 
+@pytest.mark.slow
 def test_it_learns_what_float32_does_and_rounding_to_the_nearest_does_not(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -436,7 +438,7 @@ def test_it_learns_what_float32_does_and_rounding_to_the_nearest_does_not(
     assert nearest[-1] > stanford[-1] + 0.15
 
 
-@pytest.mark.parametrize("base", ["tiny_llama", "tiny_opt"])
+@pytest.mark.parametrize("base", sampled(["tiny_llama", "tiny_opt"], "tiny_opt"))
 def test_a_resumed_run_is_the_uninterrupted_one(base: str, configure: Configure, tmp_path: Path, request):
     values = {"model_name_or_path": str(request.getfixturevalue(base)), "numerics": "fast", "save_steps": 2,
               "weight_decay": 0.1, "save_dtype": "float32", "max_steps": 6}  # fmt: skip
