@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Workers that share the cores compute with one thread each: two would spin while they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 # torch.set_num_threads turns it off for the rest of a process. So that a test that calls it changes no later one's last
 # bits, it is off in all of them, and in the processes they start.
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
@@ -43,10 +44,20 @@ def real() -> Path:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Small tensors on a busy machine: threads would mostly wait for each other."""
+    yield from _computing_with(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what divides its work among threads: those of a worker are one, unless a test asks for more."""
+    yield from _computing_with(2)
+
+
+def _computing_with(num_threads: int) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(num_threads)
     yield
     torch.set_num_threads(before)
 
@@ -100,11 +111,18 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Files whose tests take longest come first: each file is one worker's, and a long one at the end would leave the other
 # worker idle.
 LONGEST = (
-    "training/checkpoints/test_checkpoint.py", "training/test_distributed.py", "training/model/test_methods.py",
-    "training/model/test_optimizer.py", "test_triton_interpreter.py",
-    "test_train.py", "test_predict.py", "training/planning/test_training_plan.py", "training/test_command.py",
-    "training/test_loop.py", "serving/llama/test_llama_engine.py", "formats/meta/test_conversion_stopped.py",
+    "test_predict.py", "deploy/gate/test_gate.py", "test_triton_interpreter.py",
+    "training/checkpoints/test_checkpoint.py", "training/model/test_optimizer.py", "training/model/test_methods.py",
+    "test_train.py", "training/test_distributed.py", "training/test_loop.py", "serving/llama/test_llama_engine.py",
+    "data/generation/test_generate_instruction.py", "deploy/gate/test_places.py", "serving/llama/test_families.py",
+    "test_readme_calls.py", "serving/kernels/test_triton_ops.py", "deploy/gate/test_real_runtime.py",
 )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from tests.costs import Costs
+
+    config.pluginmanager.register(Costs(), "costs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

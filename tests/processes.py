@@ -21,9 +21,9 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch.distributed.tensor", "transformers.models.llama.modeling_llama", "peft", "tests.training.worker",
-     "convert.export_hf_checkpoint", "convert.export_state_dict_checkpoint", "convert.export_gguf",
-     "convert.convert_llama_weights_to_hf", "convert.weight_diff", "cog"]
+    ["tests.no_garbage", "torch.distributed.tensor", "transformers.models.llama.modeling_llama", "peft",
+     "tests.training.worker", "convert.export_hf_checkpoint", "convert.export_state_dict_checkpoint",
+     "convert.export_gguf", "convert.convert_llama_weights_to_hf", "convert.weight_diff", "cog"]
 )  # fmt: skip
 
 
@@ -154,6 +154,7 @@ def _be_python(command: list[str], environment: dict[str, str], stdout: Path, st
     import torch
 
     gc.freeze()  # what the server has imported stays
+    gc.enable()
     for stream, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     os.environ.update(environment)

@@ -376,8 +376,13 @@ def test_the_webhook_of_what_was_canceled_in_line_hears_of_it(tmp_path, events, 
         def log_message(self, *arguments) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as hook, ThreadPoolExecutor(2) as pool:
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Hook) as hook,
+        ThreadPoolExecutor(2) as pool,
+        contextlib.ExitStack() as at_end,
+    ):
         threading.Thread(target=hook.serve_forever, args=(0.02,), daemon=True).start()
+        at_end.callback(hook.shutdown)  # else it goes round and round over a closed socket while this process lives
         address = f"http://127.0.0.1:{hook.server_port}/"
         body = {"webhook": address, **({} if events is None else {"webhook_events_filter": events})}
         with running(tmp_path, slots=1, webhooks=[address]) as gate:
@@ -386,7 +391,6 @@ def test_the_webhook_of_what_was_canceled_in_line_hears_of_it(tmp_path, events, 
                 assert waiting.result().json()["status"] == "canceled"
             if tells:
                 gate.wait_for(lambda: len(told) == 2)
-        hook.shutdown()  # it would go round and round over the closed socket for as long as this process lives
     assert told == [{"id": "c", "logs": "", "metrics": {}, "status": "canceled"}] * (2 if tells else 0)
 
 

@@ -78,7 +78,7 @@ def test_narrower_types(tmp_path, name, dtype, atol):
 
 
 @pytest.mark.usefixtures("two_threads")  # which share a layer's rows
-@pytest.mark.parametrize("name", sampled(MODELS, *COVERING, "llama", "granite"))
+@pytest.mark.parametrize("name", sampled(MODELS, *COVERING, "llama", "granite", "mixtral, window, all experts"))
 def test_layers_in_one_call_of_cpp(tmp_path, name):
     """The same bits as op by op where every op is in C++, and torch's numbers."""
     save(tmp_path, name, torch.float32)
