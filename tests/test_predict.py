@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import httpx
 import psutil
@@ -38,9 +39,23 @@ RAW = {"prompt": "", "prompt_template": "{prompt}"}
 LONG = {**RAW, "max_new_tokens": 200, "min_new_tokens": 200, "seed": 1, "stream": True}
 
 
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{%- if message.role not in ('user', 'assistant') %}{{ raise_exception('no ' + message.role + ' here') }}{% endif %}
+{{- message.role }}: {{ message.content | trim }}
+{% endfor %}assistant:"""
+
+
 @pytest.fixture(scope="module")
-def server(llama_folder) -> Iterator[LocalServer]:
-    with running_server(["--weights", str(llama_folder), "--concurrency", "16"], on_failure=print) as server:
+def folder(llama_folder, tmp_path_factory) -> Path:
+    """The model with a chat template, which a prompt has no use for."""
+    folder = shutil.copytree(llama_folder, tmp_path_factory.mktemp("model") / "chat")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder) -> Iterator[LocalServer]:
+    with running_server(["--weights", str(folder), "--concurrency", "16"], on_failure=print) as server:
         yield server
 
 
@@ -128,45 +143,36 @@ def test_published_text_over_http(tmp_path, real):
         assert "".join(chunks(events)) == expected
 
 
-CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}
-{%- if message.role not in ('user', 'assistant') %}{{ raise_exception('no ' + message.role + ' here') }}{% endif %}
-{{- message.role }}: {{ message.content | trim }}
-{% endfor %}assistant:"""
-
-
-def test_a_conversation_over_http(llama_folder, tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(llama_folder, tmp_path / "chat")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+def test_a_conversation_over_http(server, monkeypatch, capsys):
     said = [("user", " Name </s> one. "), ("assistant", "Alpaca"), ("user", "<s>More?")]
     messages = [{"role": role, "content": content} for role, content in said]
     options = {"temperature": 0, "max_new_tokens": 20, "min_new_tokens": 20}
     asked = {**options, "messages": messages}
     text = "user: Name </s> one.\nassistant: Alpaca\nuser: <s>More?\nassistant:"
-    with running_server(["--weights", str(folder)], on_failure=print) as server:
-        by_prompt = server.predict({**RAW, **options, "prompt": text})  # where control tokens are text
-        whole = server.predict(asked)
-        assert whole["status"] == "succeeded", whole
-        assert [item.lstrip() for item in by_prompt["output"]] == whole["output"]
-        assert whole["metrics"]["prompt_tokens"] == by_prompt["metrics"]["prompt_tokens"]
-        assert "".join(chunks(sse_events(server.url, {**asked, "stream": True}))) == whole["output"][0]
-        in_turn = [server.predict({**asked, "n": 2})["output"], server.predict({**asked, "num_beams": 2})["status"]]
-        assert in_turn == [whole["output"] * 2, "succeeded"]
-        for wrong, message in [
-            ({**asked, "prompt": "x"}, "messages are the whole conversation: leave prompt out beside them"),
-            ({"messages": [{"role": "system", "content": "x"}]}, "template refuses the messages: no system here"),
-            ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "part of type 'image'"),
-            ({}, "give prompt, a text, or messages"),
-        ]:
-            prediction = server.predict(wrong)
-            assert (prediction["status"], message in prediction["error"]) == ("failed", True), prediction
-        for wrong in ("x", ["x"], {"role": "user"}):
-            assert httpx.post(f"{server.url}/predictions", json={"input": {"messages": wrong}}).status_code == 422
-        monkeypatch.setattr(local_predict, "running_server", lambda flags: contextlib.nullcontext(server))
-        monkeypatch.setattr(local_predict, "stop_children_on_sigterm", lambda: None)
-        given = [f"messages={json.dumps(messages)}", *(f"{name}={value}" for name, value in options.items())]
-        monkeypatch.setattr(sys, "argv", ["script/predict", *(part for pair in given for part in ("-i", pair))])
-        local_predict.main()
-        assert json.loads(capsys.readouterr().out) == whole["output"]
+    by_prompt = server.predict({**RAW, **options, "prompt": text})  # where control tokens are text
+    whole = server.predict(asked)
+    assert whole["status"] == "succeeded", whole
+    assert [item.lstrip() for item in by_prompt["output"]] == whole["output"]
+    assert whole["metrics"]["prompt_tokens"] == by_prompt["metrics"]["prompt_tokens"]
+    assert "".join(chunks(sse_events(server.url, {**asked, "stream": True}))) == whole["output"][0]
+    in_turn = [server.predict({**asked, "n": 2})["output"], server.predict({**asked, "num_beams": 2})["status"]]
+    assert in_turn == [whole["output"] * 2, "succeeded"]
+    for wrong, message in [
+        ({**asked, "prompt": "x"}, "messages are the whole conversation: leave prompt out beside them"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "template refuses the messages: no system here"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "part of type 'image'"),
+        ({}, "give prompt, a text, or messages"),
+    ]:
+        prediction = server.predict(wrong)
+        assert (prediction["status"], message in prediction["error"]) == ("failed", True), prediction
+    for wrong in ("x", ["x"], {"role": "user"}):
+        assert httpx.post(f"{server.url}/predictions", json={"input": {"messages": wrong}}).status_code == 422
+    monkeypatch.setattr(local_predict, "running_server", lambda flags: contextlib.nullcontext(server))
+    monkeypatch.setattr(local_predict, "stop_children_on_sigterm", lambda: None)
+    given = [f"messages={json.dumps(messages)}", *(f"{name}={value}" for name, value in options.items())]
+    monkeypatch.setattr(sys, "argv", ["script/predict", *(part for pair in given for part in ("-i", pair))])
+    local_predict.main()
+    assert json.loads(capsys.readouterr().out) == whole["output"]
 
 
 def test_one_item_per_completion_and_metrics(server):
@@ -217,8 +223,8 @@ def test_sixteen_streams_run_at_once_and_each_gets_its_own_answer(server):
     long = {
         **LONG,
         "temperature": 0,
-        "max_new_tokens": 700,
-        "min_new_tokens": 700,
+        "max_new_tokens": 1500,
+        "min_new_tokens": 1500,
     }  # they meet on a busy machine, too
     asked = [{**long, "prompt": f"{i} alpacas"} for i in range(16)]
     begun = {"max_new_tokens": 40, "min_new_tokens": 40}
@@ -229,7 +235,7 @@ def test_sixteen_streams_run_at_once_and_each_gets_its_own_answer(server):
     assert max(firsts) < min(ends)
     assert ["".join(chunks(one))[: len(text)] for one, text in zip(events, alone, strict=True)] == alone
     assert len(set(alone)) == 16
-    assert {one[-1][2]["metrics"]["output_tokens"] for one in events} == {700}
+    assert {one[-1][2]["metrics"]["output_tokens"] for one in events} == {1500}
 
 
 def test_mixed_loads_get_what_they_get_alone(server):
@@ -610,10 +616,10 @@ def test_combinations_are_refused_with_a_reason(server):
     assert "use it with n = 1" in prediction["error"]
 
 
-def test_the_log_says_what_was_loaded_and_how_long_it_took(server, llama_folder):
+def test_the_log_says_what_was_loaded_and_how_long_it_took(server, folder):
     log = server.log_text()
     assert re.search(
-        rf"{llama_folder}: 0\.1 M weights, float32 on cpu, quantization none, 0\.00 GB; context 2048 tokens, "
+        rf"{folder}: 0\.1 M weights, float32 on cpu, quantization none, 0\.00 GB; context 2048 tokens, "
         r"\d+ blocks of 16 tokens \(\d\.\d\d GB\), up to 80 sequences a step; no graphs",
         log,
     )
