@@ -7,12 +7,13 @@ returns a `Generation`, whose `events` the caller reads at its own pace.
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
 from alpaca.serving.detokenize import CompletionText
 from alpaca.serving.request import NO_ADAPTERS, AdapterNames, Request
+from alpaca.serving.structured.matching import Matcher
 from alpaca.text.tokenizer import Tokenizer
 
 
@@ -41,7 +42,7 @@ class TokenEvent:
 class FinishedEvent:
     """No more tokens of a completion will come.
 
-    reason: "stop" for EOS, or where its reader stopped it; else what limits the request, "length" or "context".
+    reason: "stop" for EOS, where its constraint is complete, or where its reader stopped it; else what limits the request, "length" or "context".
     """
 
     completion: int
@@ -57,8 +58,9 @@ class Generation:
     What the engine writes reaches the reader with `flush`, so that tokens may travel together.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, matchers: Sequence[Matcher] = ()) -> None:
+        """`matchers`: where each completion stands in the request's constraint, if it has one."""
+        self.request, self.matchers = request, matchers
         self.cached_tokens = 0  # prompt tokens whose keys and values an engine did not compute again
         self.prompt_scores: list[TokenScore] = []  # of each prompt token but the first; there before any event
         self.finish_reasons: list[str | None] = [None] * request.n  # of the completions whose end the reader has met
@@ -85,7 +87,7 @@ class Generation:
         self._unsent.append(TokenEvent(completion, token_id, score))
 
     def finish(self, completion: int, *, at_limit: bool) -> None:
-        """End a completion: at the request's limit, or by EOS or because its reader stopped it."""
+        """End a completion: at the request's limit, or because it is complete or its reader stopped it."""
         self._num_finished += 1
         self._unsent.append(FinishedEvent(completion, self.request.limit if at_limit else "stop"))
 

@@ -4,11 +4,13 @@ import dataclasses
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from alpaca.errors import InputError, PromptTooLong
 from alpaca.files.names import quote_name, quote_value
 from alpaca.serving.settings import BARE_BASE, DEFAULT_ADAPTER
+from alpaca.serving.structured.constraints import Constraint, read_constraint
 from alpaca.text.chat.files import ChatTemplate
 from alpaca.text.chat.messages import Message
 from alpaca.text.chat.prompt import encode_chat
@@ -57,6 +59,9 @@ class PredictionInputs:
     details: bool = False
     logprobs: int | None = _bounded(None, ge=0, le=20)
     echo: bool = False
+    json_schema: dict[str, Any] | None = None
+    regex: str = ""
+    grammar: str = ""
     replicate_weights: str | None = None
     max_length: int | None = None  # these two are other programs' names, and do nothing but be spoken of: see below
     max_tokens: int | None = None
@@ -90,6 +95,15 @@ class PredictionInputs:
         if self.num_beams > 1 and self.n > self.num_beams:
             raise InputError(f"beam search with num_beams {self.num_beams} cannot give n = {self.n} completions")
         self._check_details()
+        if self.num_beams > 1 and self.constraint is not None:
+            raise InputError(
+                f"beam search follows no {self.constraint.kind}: leave it out, or leave num_beams at 1"
+            )
+
+    @cached_property
+    def constraint(self) -> Constraint | None:
+        """What the answer must follow. Raises InputError."""
+        return read_constraint(self.json_schema, self.regex, self.grammar)
 
     def _check_details(self) -> None:
         asked = [name for name, is_asked in self._scores_asked().items() if is_asked]
@@ -134,7 +148,7 @@ class Request:
 
     max_new_tokens: 0 where only the prompt's scores are wanted.   limit: why an answer of that many tokens ends there.
     logprobs: each token is scored, and so many of the most likely ones with it; None: no token is.
-    echo: the prompt's tokens are scored, too.
+    echo: the prompt's tokens are scored, too.   constraint: what each completion must follow.
     """
 
     prompt_ids: tuple[int, ...]
@@ -154,6 +168,7 @@ class Request:
     echo: bool = False
     limit: Literal["length", "context"] = "length"
     adapter: str | None = None  # its name in the server's settings; None: the base model alone
+    constraint: Constraint | None = None
     reads_along: bool = True  # the reader wants tokens as they come, not all at the end
 
 
@@ -211,6 +226,7 @@ def make_request(
         adapter=adapter,
         max_new_tokens=max_new_tokens,
         limit=limit,
+        constraint=inputs.constraint,
         seed=random.SystemRandom().randint(0, _LARGEST_DRAWN_SEED) if inputs.seed is None else inputs.seed,
         reads_along=inputs.stream or inputs.n > 1 or bool(inputs.stop),
         **{name: getattr(inputs, name) for name in _SAME_IN_BOTH},
@@ -227,8 +243,10 @@ def _encode(
 
 
 def strips_leading_space(inputs: PredictionInputs) -> bool:
-    """An answer to a template starts with its first word; the continuation of a raw prompt keeps its white space."""
-    return inputs.prompt_template != RAW_TEMPLATE
+    """An answer to a template starts with its first word. A raw prompt's keeps its white space, and so does one that
+    follows a constraint, of which white space may be part.
+    """
+    return inputs.prompt_template != RAW_TEMPLATE and inputs.constraint is None
 
 
 def _room(inputs: PredictionInputs, prompt_length: int, max_context: int) -> tuple[int, Literal["length", "context"]]:

@@ -37,6 +37,7 @@ from alpaca.serving.request import Request
 from alpaca.serving.scoring import score_tokens
 from alpaca.serving.served_model import adapter_names, check_tokenizers
 from alpaca.serving.settings import ServerSettings
+from alpaca.serving.structured.compiling import Compiler
 from alpaca.text.eos import read_eos_ids
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import Tokenizer
@@ -67,6 +68,9 @@ class TransformersEngine(Engine):
         self._use_adapter = _make_switch(model, adapters)
         self._model, self.way = model.eval(), way
         self._eos_ids = eos_ids or frozenset([tokenizer.eos_id])
+        self._compiler = Compiler(
+            tokenizer, max([tokenizer.size, *(token_id + 1 for token_id in self._eos_ids)]), self._eos_ids
+        )
         self._waiting: deque[Generation] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -82,7 +86,8 @@ class TransformersEngine(Engine):
                 f"this model's prompts are computed whole, so echo takes prompts of up to {PREFILL_TOKENS} tokens; "
                 f"found {len(request.prompt_ids)}"
             )
-        generation = Generation(request)
+        follows = request.constraint is not None and request.max_new_tokens > 0
+        generation = Generation(request, self._compiler.start(request.constraint, request.n) if follows else ())
         with self._changed:
             if self._closed or self._lost is not None:
                 raise EngineClosed(f"the engine takes no requests: {self._lost or 'it is shut down'}")
@@ -98,6 +103,7 @@ class TransformersEngine(Engine):
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        self._compiler.close()
 
     # The engine's thread
 
@@ -176,7 +182,8 @@ class TransformersEngine(Engine):
         """Generate token after token for the completions still running, as one batch."""
         request = generation.request
         vocab_size = self._count_ids(logits)
-        states = [SamplingState(request, i, eos_ids=self._eos_ids) for i in range(request.n)]
+        matchers = generation.matchers or [None] * request.n
+        states = [SamplingState(request, i, eos_ids=self._eos_ids, matcher=matchers[i]) for i in range(request.n)]
         running = list(range(request.n))
         for num_generated in range(1, request.max_new_tokens + 1):
             rows = [states[i] for i in running]
@@ -199,6 +206,8 @@ class TransformersEngine(Engine):
             if len(kept) < len(running):
                 decoder.keep(kept)
                 running, chosen = [running[row] for row in kept], [chosen[row] for row in kept]
+            for matcher in generation.matchers and [generation.matchers[i] for i in running]:
+                matcher.find_mask()
             logits = decoder.step(torch.tensor(chosen, device=logits.device))
 
     def _publish(
@@ -208,6 +217,9 @@ class TransformersEngine(Engine):
         has_ended = token_id in self._eos_ids or generation.is_stopped(completion)
         if not has_ended:
             generation.put_token(completion, token_id, score)
+            if generation.matchers:
+                generation.matchers[completion].accept(token_id)
+                has_ended = generation.matchers[completion].is_complete
         if has_ended or is_last:
             generation.finish(completion, at_limit=not has_ended)
         return not (has_ended or is_last)

@@ -24,6 +24,8 @@ from alpaca.serving.llama.sampling import SamplingState, not_finite, require_fin
 from alpaca.serving.llama.scheduler import ScheduledSequence, Scheduler, Sequence
 from alpaca.serving.llama.step import PendingStep, StepScores
 from alpaca.serving.request import NO_ADAPTERS, AdapterNames, Request
+from alpaca.serving.structured.compiling import Compiler
+from alpaca.serving.structured.masks import MaskFinder
 from alpaca.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,10 @@ class LlamaEngine(Engine):
         self._arrivals: SimpleQueue[Generation | None] = SimpleQueue()
         self._sequences: dict[Generation, list[Sequence]] = {}  # of each generation those that have not ended
         self._in_flight: PendingStep | None = None
+        self._has_work = False  # whether the last turn found anything to compute
         self._throughput = _ThroughputLog()
+        self._compiler = Compiler(tokenizer, runner.vocab_size, runner.eos_ids)
+        self._masks: MaskFinder[Sequence] = MaskFinder()
         self._is_closed = False
         self._lost: BaseException | None = None
         self._closing = threading.Lock()
@@ -87,7 +92,8 @@ class LlamaEngine(Engine):
             logger.info("num_beams %d: beam search, by the transformers engine", request.num_beams)
             return self._beams.get().submit(request)
         self._check(request)
-        generation = Generation(request)
+        follows = request.constraint is not None and request.max_new_tokens > 0
+        generation = Generation(request, self._compiler.start(request.constraint, request.n) if follows else ())
         with self._closing:
             self._require_open()
             self._arrivals.put(generation)
@@ -106,6 +112,8 @@ class LlamaEngine(Engine):
             self._arrivals.put(None)
         self._thread.join()
         self._beams.close()
+        self._masks.close()
+        self._compiler.close()
 
     def _check(self, request: Request) -> None:
         """Refuse a request that could never run. Raises InputError, PromptTooLong."""
@@ -137,7 +145,10 @@ class LlamaEngine(Engine):
     def _step(self) -> None:
         self._take_arrivals()
         self._drop_cancelled()
-        pending = self._launch(self._scheduler.schedule())
+        self._collect_masks()
+        scheduled = self._scheduler.schedule()
+        pending = self._launch(scheduled)
+        self._has_work = bool(scheduled) or self._in_flight is not None
         if self._launches_ahead:
             pending, self._in_flight = self._in_flight, pending
         if pending is not None:
@@ -160,7 +171,8 @@ class LlamaEngine(Engine):
         request = generation.request
         sequences = self._sequences[generation] = []
         for index in range(request.n):
-            sampling = SamplingState(request, index, eos_ids=self._runner.eos_ids)
+            matcher = generation.matchers[index] if generation.matchers else None
+            sampling = SamplingState(request, index, eos_ids=self._runner.eos_ids, matcher=matcher)
             sequence = Sequence(
                 request.prompt_ids,
                 max_new_tokens=_num_positions(request) - len(request.prompt_ids),
@@ -179,7 +191,20 @@ class LlamaEngine(Engine):
 
     def _drop(self, generation: Generation) -> None:
         for sequence in self._sequences.pop(generation, []):
+            self._masks.forget(sequence)
             self._scheduler.finish(sequence)
+
+    def _collect_masks(self) -> None:
+        """Let the completions go on whose masks are there."""
+        for sequence, error in self._masks.collect(is_idle=not self._has_work):
+            completion: RunningCompletion = sequence.completion
+            if error is not None:
+                self._fail(completion.generation, error)
+            elif completion.sampling.matcher.is_complete:
+                completion.generation.finish(completion.index, at_limit=False)
+                self._end(sequence, completion.generation)
+            else:
+                sequence.is_held = False
 
     # Run
 
@@ -193,8 +218,15 @@ class LlamaEngine(Engine):
             pending = self._runner.launch(scheduled)
         except Exception as error:
             return self._launch_one_by_one(scheduled, error)
-        self._scheduler.record_launch(scheduled)
+        self._record_launch(scheduled)
         return pending
+
+    def _record_launch(self, scheduled: list[ScheduledSequence]) -> None:
+        """Count a step's tokens. What follows a constraint is not scheduled again before its new token is known."""
+        self._scheduler.record_launch(scheduled)
+        for item in scheduled:
+            if item.samples_token and item.sequence.completion.sampling.matcher is not None:
+                item.sequence.is_held = True
 
     def _record_start(self, sequence: Sequence) -> None:
         completion: RunningCompletion = sequence.completion
@@ -216,7 +248,7 @@ class LlamaEngine(Engine):
                 if len(scheduled) == 1:
                     raise error
                 pending = self._runner.launch([item])
-                self._scheduler.record_launch([item])
+                self._record_launch([item])
                 self._publish(pending)
             except Exception as own_error:
                 self._handle_device_error(own_error)
@@ -285,9 +317,22 @@ class LlamaEngine(Engine):
         has_ended = is_wanted and (token_id in self._runner.eos_ids or generation.is_stopped(completion.index))
         if is_wanted and not has_ended:
             generation.put_token(completion.index, token_id, score)
+            has_ended = self._is_completed_by(sequence, token_id)
         if has_ended or len(sequence.token_ids) - sequence.num_prompt_tokens == sequence.max_new_tokens:
             generation.finish(completion.index, at_limit=not has_ended)
             self._end(sequence, generation)
+
+    def _is_completed_by(self, sequence: Sequence, token_id: int) -> bool:
+        """Take a token into account that a constraint may be complete with; else begin to find what may follow."""
+        matcher = sequence.completion.sampling.matcher
+        if matcher is None:
+            return False
+        matcher.accept(token_id)
+        if matcher.is_complete:
+            return True
+        if sequence.num_generated < sequence.max_new_tokens:
+            self._masks.begin(sequence, matcher)
+        return False
 
     def _end(self, sequence: Sequence, generation: Generation) -> None:
         self._scheduler.finish(sequence)

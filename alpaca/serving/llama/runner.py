@@ -90,10 +90,10 @@ class Runner:
     def _run_graph(
         self, step: StepFields[list], block_tables: np.ndarray, states: list[SamplingState]
     ) -> tuple[torch.Tensor, StepScores | None]:
-        """A step that decodes only. Penalties differ from row to row in ways that no graph holds."""
-        is_penalised = any(state.is_penalised for state in states)
-        logits = self.graphs.launch(step, block_tables, [] if is_penalised else states)
-        if not is_penalised:
+        """A step that decodes only. Penalties and masks differ from row to row in ways that no graph holds."""
+        is_apart = any(state.has_own_scores for state in states)
+        logits = self.graphs.launch(step, block_tables, [] if is_apart else states)
+        if not is_apart:
             ids = self.graphs.sample(len(states))  # it leaves the logits as they are
         else:
             ids = sample_tokens(logits.clone(), states)

@@ -1,7 +1,7 @@
 """From logits to token ids, for completions that each have their own request.
 
-The steps and their order are those of transformers: penalties and the minimum length on the logits, then temperature,
-top_k, top_p, min_p. A draw inverts the cumulative distribution at a number from Python's generator, which is seeded
+The steps and their order are those of transformers: a constraint's mask, penalties and the minimum length on the logits,
+then temperature, top_k, top_p, min_p. A draw inverts the cumulative distribution at a number from Python's generator, which is seeded
 with the request's seed and the completion's number. So a completion is the same on every device, alone or beside
 others.
 
@@ -12,11 +12,14 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from alpaca.errors import NumbersOverflow
 from alpaca.serving.llama.step import SamplingFields, to_device, to_tensor
 from alpaca.serving.request import Request
+from alpaca.serving.structured.masks import forbid
+from alpaca.serving.structured.matching import Matcher
 
 _LEAST_TEMPERATURE = 1e-6  # below it only the most likely token has a chance in float32
 _CHUNK = 128  # tokens whose probabilities are added up before the search for the one drawn
@@ -29,12 +32,14 @@ NOT_FINITE = -1
 class SamplingState:
     """Everything that decides one completion's next token beside its logits.
 
-    That is its request, its random numbers, and the tokens it has so far. A token counts only once it is committed
+    That is its request, its random numbers, the tokens it has so far, and where it stands in its constraint. A token counts only once it is committed
     (`commit_tokens`), so that a step that failed can be tried again with the same outcome.
     """
 
-    def __init__(self, request: Request, completion: int, *, eos_ids: Iterable[int]) -> None:
-        self.request = request
+    def __init__(
+        self, request: Request, completion: int, *, eos_ids: Iterable[int], matcher: Matcher | None = None
+    ) -> None:
+        self.request, self.matcher = request, matcher
         self.num_committed = 0
         self.eos_ids = sorted(eos_ids)
         self.is_penalised = bool(
@@ -44,6 +49,16 @@ class SamplingState:
         self.uniform = self._generator.random()  # in [0, 1): decides the next token
         self._in_prompt: torch.Tensor | None = None  # bool [V]
         self._counts: torch.Tensor | None = None  # int32 [V]: how often each token was committed
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """The tokens that its constraint allows; None where it has none."""
+        return None if self.matcher is None else self.matcher.mask
+
+    @property
+    def has_own_scores(self) -> bool:
+        """Whether its logits are changed in a way that no other row's are."""
+        return self.is_penalised or self.matcher is not None
 
     @property
     def must_go_on(self) -> bool:
@@ -79,6 +94,7 @@ def sample_tokens(logits: torch.Tensor, states: Sequence[SamplingState]) -> torc
     Rows whose logits are not finite get NOT_FINITE. The states stay as they are until `commit_tokens`.
     """
     scores = at_least_float32(logits)
+    forbid(scores, states)
     for index, state in enumerate(states):
         if state.is_penalised:
             scores[index] = state.penalise(scores[index])

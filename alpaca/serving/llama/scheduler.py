@@ -56,6 +56,7 @@ class Sequence:
         self.num_in_flight = 0
         self.num_cached = 0  # prompt tokens that were found in the cache when it first ran
         self.num_admissions = 0
+        self.is_held = False  # whether its next token has to wait for something that the caller is about
         self.is_finished = False
         self._num_remembered_blocks = self._num_freed_blocks = 0
         self._prefix = self.root_prefix  # what the remembered blocks hold
@@ -192,7 +193,7 @@ class Scheduler:
         scheduled = self._schedule_decoding()
         budget = self._max_step_tokens - len(scheduled)
         for sequence in self.running:
-            if len(sequence) - sequence.num_computed > 1:
+            if len(sequence) - sequence.num_computed > 1 and not sequence.is_held:
                 budget -= self._schedule_prompt(scheduled, sequence, budget)
         while budget and (sequence := self._admit_next()) is not None:
             budget -= self._schedule_prompt(scheduled, sequence, budget)
@@ -229,6 +230,7 @@ class Scheduler:
         scheduled: list[ScheduledSequence] = []
         for sequence in list(self.running):
             is_ready = sequence.state_row is not None and len(sequence) - sequence.num_computed == 1
+            is_ready &= not sequence.is_held
             if is_ready and sequence.num_generated < sequence.max_new_tokens and self._make_room(sequence):
                 scheduled.append(ScheduledSequence(sequence, sequence.num_computed, 1, True))
         return scheduled
@@ -298,7 +300,7 @@ class Scheduler:
 
         Where all layers have windows, those for its first step are enough.
         """
-        candidate = next((s for s in self.waiting if not self._waits_for_prompt(s)), None)
+        candidate = next((s for s in self.waiting if not s.is_held and not self._waits_for_prompt(s)), None)
         if candidate is None or not self._free_state_rows or candidate.num_in_flight or not self._allocate(candidate):
             return None
         self.waiting.remove(candidate)
