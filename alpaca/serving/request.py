@@ -96,9 +96,7 @@ class PredictionInputs:
             raise InputError(f"beam search with num_beams {self.num_beams} cannot give n = {self.n} completions")
         self._check_details()
         if self.num_beams > 1 and self.constraint is not None:
-            raise InputError(
-                f"beam search follows no {self.constraint.kind}: leave it out, or leave num_beams at 1"
-            )
+            raise InputError(f"beam search follows no {self.constraint.kind}: leave it out, or leave num_beams at 1")
 
     @cached_property
     def constraint(self) -> Constraint | None:

@@ -36,7 +36,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -48,7 +47,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
 }
-_COMMON = {"model", "stream", "stream_options", "stop", "max_tokens", "logprobs"}
+_COMMON = {"model", "stream", "stream_options", "stop", "max_tokens", "logprobs", "response_format"}
 _OF_COMPLETIONS = _COMMON | {"prompt", "echo"}
 _OF_CHAT = _COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 
@@ -180,6 +179,8 @@ def _asked(
             shared[ours] = _take(body, name, kind, None)
     if "stop" in body:
         shared["stop"] = _read_stop(body["stop"])
+    if (schema := _read_response_format(body.get("response_format"))) is not None:
+        shared["json_schema"] = schema
     if num_logprobs is not None:
         shared["logprobs"] = num_logprobs
     if model != models.base:
@@ -248,6 +249,33 @@ def _read_stop(stop: Any) -> list[str]:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise Refusal(400, "stop must be a text, or a list of texts", param="stop")
     return [text for text in texts if text]
+
+
+def _read_response_format(given: Any) -> dict[str, Any] | None:
+    """The JSON schema of the answer, None for any text. `strict` changes nothing: the schema always holds."""
+    name = "response_format"
+    kind = given.get("type") if isinstance(given, dict) else None
+    if given is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        found = quote_value(given if kind is None else kind)
+        raise Refusal(
+            400, f"{name}: this server has the types text, json_object and json_schema; found {found}",
+            param=f"{name}.type",
+        )  # fmt: skip
+    described = given.get("json_schema")
+    if not isinstance(described, dict) or not isinstance(described.get("name"), str):
+        raise Refusal(
+            400, f"{name}.json_schema must be an object with a name and a schema", param=f"{name}.json_schema"
+        )
+    if not isinstance(described.get("strict", False), bool | None):
+        raise Refusal(400, f"{name}.json_schema.strict must be true or false", param=f"{name}.json_schema.strict")
+    schema = described.get("schema", {})
+    if not isinstance(schema, dict):
+        raise Refusal(400, f"{name}.json_schema.schema must be an object", param=f"{name}.json_schema.schema")
+    return schema
 
 
 def _read_message(message: Any, name: str) -> dict[str, Any]:

@@ -62,8 +62,9 @@ class SamplingState:
 
     @property
     def must_go_on(self) -> bool:
-        """Whether the answer is still shorter than `min_new_tokens`, so that no EOS may be sampled."""
-        return self.num_committed < self.request.min_new_tokens
+        """Whether the answer is shorter than `min_new_tokens`, so that no EOS may be sampled if anything else may."""
+        may_only_end = self.matcher is not None and self.matcher.may_only_end
+        return self.num_committed < self.request.min_new_tokens and not may_only_end
 
     def penalise(self, scores: torch.Tensor) -> torch.Tensor:
         """The scores [V] with the request's penalties applied, as a new tensor."""

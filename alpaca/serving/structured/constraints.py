@@ -67,7 +67,9 @@ def _check_size(schema: Mapping[str, Any]) -> None:
         value, depth = waiting.pop()
         if depth > MOST_SCHEMA_DEPTH:
             raise InputError(f"json_schema may be nested {MOST_SCHEMA_DEPTH} deep; found more: use $ref and $defs")
-        for part, size in _parts(value):
+        if isinstance(value, Mapping | list):
+            room -= len(value)
+        for part, size in _parts(value) if room >= 0 else ((None, 1),):
             room -= size
             if room < 0:
                 raise InputError(f"json_schema may have {MOST_SCHEMA_CHARACTERS:,} characters; found more")
@@ -83,4 +85,4 @@ def _parts(value: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _own_size(value: Any) -> int:
-    return len(value) if isinstance(value, str) else 1
+    return len(value) if isinstance(value, str) else 0

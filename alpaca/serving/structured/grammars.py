@@ -27,11 +27,8 @@ _LIMITS = {
 # As json.dumps writes: free white space would let a model go on for ever without a word. The rest may not be changed by
 # the schema's own x-guidance, since an answer is to validate.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
+_MOST_FORCED_BYTES = 8192  # a schema that requires itself would have a text without end
 _SHOWN_CHARACTERS = 400
-
-
-class ConstraintFailed(InputError):
-    """A constraint that cannot be followed."""
 
 
 class _Pieces:
@@ -59,15 +56,18 @@ def make_tokenizer(vocabulary: Vocabulary, encode: Encode | None = None) -> LLTo
 
 
 def build(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
-    """A matcher at the beginning of an answer, its first mask found. Raises ConstraintFailed."""
+    """A matcher at the beginning of an answer, its first mask found. Raises InputError."""
     matcher = _start(constraint, tokenizer)
     if matcher.is_error():
-        raise ConstraintFailed(_describe(constraint, matcher, tokenizer))
+        raise InputError(_describe(constraint, matcher, tokenizer))
     matcher.compute_bitmask()
     if matcher.is_error():
-        raise ConstraintFailed(_describe(constraint, matcher, tokenizer))
-    if matcher.is_stopped():
-        raise ConstraintFailed(f"{constraint.kind}: the empty answer alone would follow it")
+        raise InputError(_describe(constraint, matcher, tokenizer))
+    if len(matcher.compute_ff_bytes()) > _MOST_FORCED_BYTES:
+        raise InputError(
+            f"{constraint.kind} allows nothing but a text that begins with more than {_MOST_FORCED_BYTES:,} certain bytes: "
+            "does a part of it require itself?"
+        )
     return matcher
 
 
@@ -80,7 +80,7 @@ def _start(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
         else:
             grammar = LLMatcher.grammar_from_lark(constraint.text)
     except ValueError as error:
-        raise ConstraintFailed(f"{constraint.kind}: {_shorten(str(error))}") from None
+        raise InputError(f"{constraint.kind}: {_shorten(str(error))}") from None
     return LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
 
 
@@ -120,7 +120,7 @@ def _find_character(problem: str) -> str:
 
 
 _MOST_TRIALS = 500
-_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+_NAMED = ("$defs", "definitions", "properties", "patternProperties")  # the first ones are what the others refer to
 _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
 
@@ -139,7 +139,7 @@ def _find_pointer(constraint: Constraint, problem: str, tokenizer: LLTokenizer) 
         text = json.dumps({**shared, **part}, ensure_ascii=False)
         try:
             matcher = _start(Constraint(kind="json_schema", text=text), tokenizer)
-        except ConstraintFailed:
+        except InputError:
             return False
         return matcher.is_error() and explain(matcher.get_error()) == problem
 

@@ -42,13 +42,15 @@ class Matcher:
     def __init__(self, inner: Any, known: KnownIds, rebuild: Callable[[], Any]) -> None:
         self.mask: np.ndarray | None = None  # of the tokens that may come next, in KnownIds' form; None: not found yet
         self._inner, self._known, self._rebuild = inner, known, rebuild
+        self.may_only_end = False  # whether the mask holds nothing but EOS
         self._token_ids: list[int] = []
         self._is_stale = False
 
     def copy(self) -> "Matcher":
         """Another completion at the same place."""
         other = Matcher(self._inner.deep_copy(), self._known, self._rebuild)
-        other.mask, other._token_ids, other._is_stale = self.mask, list(self._token_ids), self._is_stale
+        other.mask, other.may_only_end = self.mask, self.may_only_end
+        other._token_ids, other._is_stale = list(self._token_ids), self._is_stale
         return other
 
     def accept(self, token_id: int) -> None:
@@ -69,6 +71,7 @@ class Matcher:
             packed = self._find_anew()
         text = self._known.text
         mask = np.frombuffer(packed, np.uint8)[: len(text)] & text  # a grammar can name control tokens
+        self.may_only_end = not mask.any()
         if self._inner.is_accepting():
             mask |= self._known.ends
         if not mask.any():
