@@ -196,7 +196,7 @@ class LlamaEngine(Engine):
 
     def _collect_masks(self) -> None:
         """Let the completions go on whose masks are there."""
-        for sequence, error in self._masks.collect(is_idle=not self._has_work):
+        for sequence, error in self._masks.collect(has_work=self._has_work):
             completion: RunningCompletion = sequence.completion
             if error is not None:
                 self._fail(completion.generation, error)
@@ -331,7 +331,7 @@ class LlamaEngine(Engine):
         if matcher.is_complete:
             return True
         if sequence.num_generated < sequence.max_new_tokens:
-            self._masks.begin(sequence, matcher)
+            self._masks.want(sequence, matcher)
         return False
 
     def _end(self, sequence: Sequence, generation: Generation) -> None:

@@ -1,5 +1,6 @@
 """Where one completion stands in what it must follow, and which tokens may come next."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ class Matcher:
     def __init__(self, inner: Any, known: KnownIds, rebuild: Callable[[], Any]) -> None:
         self.mask: np.ndarray | None = None  # of the tokens that may come next, in KnownIds' form; None: not found yet
         self._inner, self._known, self._rebuild = inner, known, rebuild
+        self.seconds = 0.0  # that the last mask took to find
         self.may_only_end = False  # whether the mask holds nothing but EOS
         self._token_ids: list[int] = []
         self._is_stale = False
@@ -66,6 +68,7 @@ class Matcher:
 
     def find_mask(self) -> None:
         """Find the tokens that may come next. Raises InputError where there are none, or it takes too much to find."""
+        begun = time.perf_counter()
         packed = b"" if self._is_stale else self._inner.compute_bitmask()
         if self._is_stale or self._inner.is_error():
             packed = self._find_anew()
@@ -76,7 +79,7 @@ class Matcher:
             mask |= self._known.ends
         if not mask.any():
             raise InputError("the constraint allows no token of any text here: write it with texts alone")
-        self.mask = mask
+        self.mask, self.seconds = mask, time.perf_counter() - begun
 
     def _find_anew(self) -> bytes:
         self._inner = self._rebuild()

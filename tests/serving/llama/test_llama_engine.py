@@ -33,6 +33,7 @@ from alpaca.serving.llama.scheduler import Scheduler
 from alpaca.serving.loading import load_engine
 from alpaca.serving.request import Request
 from alpaca.serving.settings import ServerSettings
+from alpaca.text.tokenizer import Tokenizer
 from tests.samples import sampled
 from tests.serving.llama.test_llama import KINDS, load, save_model
 from tests.serving.llama.test_llama import logits as packed_logits
@@ -65,7 +66,12 @@ class CalledEachTime:
 
 
 def make_engine(
-    model: LlamaModel, *, num_blocks: int = 200, mode: str = "in step", max_running: int = 8
+    model: LlamaModel,
+    *,
+    num_blocks: int = 200,
+    mode: str = "in step",
+    max_running: int = 8,
+    tokenizer: Tokenizer | None = None,
 ) -> LlamaEngine:
     cache = KeyValueCache(model.config, num_blocks=num_blocks, block_size=SIZE, dtype=model.dtype, device=model.device)
     runner = Runner(
@@ -75,10 +81,10 @@ def make_engine(
     if mode == "graphs":
         runner.graphs = runner.make_graphs(CalledEachTime)
         runner.graphs.capture()
-    return engine_of(runner, launches_ahead=mode != "in step")
+    return engine_of(runner, launches_ahead=mode != "in step", tokenizer=tokenizer)
 
 
-def engine_of(runner: Runner, *, launches_ahead: bool) -> LlamaEngine:
+def engine_of(runner: Runner, *, launches_ahead: bool, tokenizer: Tokenizer | None = None) -> LlamaEngine:
     num_blocks, size = runner.cache.keys[0].shape[:2]
     max_running = len(runner.last_ids) - 1
     scheduler = Scheduler(
@@ -86,7 +92,7 @@ def engine_of(runner: Runner, *, launches_ahead: bool) -> LlamaEngine:
         window=runner.model.config.longest_window,
     )  # fmt: skip
     return LlamaEngine(
-        runner, scheduler, tokenizer=None, max_context=CONTEXT, beams=lambda: None, launches_ahead=launches_ahead
+        runner, scheduler, tokenizer, max_context=CONTEXT, beams=lambda: None, launches_ahead=launches_ahead
     )
 
 
