@@ -1,17 +1,19 @@
 """What answers that follow a constraint cost, and which library reads constraints best.
 
-    python -m bench.structured                                  the engine's rate, clients constrained and free
-    python -m bench.structured --libraries --llama3 FILE        llguidance against xgrammar; FILE: Llama 3's tokenizer.model
+    python -m bench.structured                              the engine's rate, clients constrained and free
+    python -m bench.structured --libraries --llama3 FILE    llguidance against xgrammar
 
-The rate: --clients requests at once on a random LLaMA, all free, half of them constrained by a JSON schema, all of them.
-Each case takes its turn in each of --rounds rounds; all answers have the same number of tokens, as the schema asks for
-more than fit. Ratios are medians of the rounds' ratios to "free".
+The rate: --clients requests at once on a random LLaMA: all free, half of them constrained by a JSON schema, or all.
+Each case takes its turn in each of --rounds rounds. All answers have the same number of tokens, since the schema asks
+for more than fit. Ratios are medians of the rounds' ratios to "free".
 
-The libraries: vocabularies of 32,000 (of ALPACA_REAL) and 128,256 rows; each schema is built, and an answer that it allows
-goes through it token by token, with the mask found before each token. Times are medians of three turns, each with a new
-compiler; a mask's are over all schemas' tokens. Beside that, which keywords each holds: of a schema with the keyword, an
-answer that it allows is to be taken and one that it does not to be refused. xgrammar is no dependency of this project:
-the command runs where both are installed. The last line is one JSON object.
+The libraries: vocabularies of 32,000 rows (of ALPACA_REAL) and of 128,256 (FILE is Llama 3's tokenizer.model). Each
+schema is built, and an answer that it allows goes through it token by token, with the mask found before each token. To
+build takes the median of three turns, without a cache; a mask's times are over all schemas' tokens, when they are seen
+first and again. Beside that, which keywords are held: an answer that a schema allows must be possible, and one that it
+does not must not. xgrammar is no dependency of this project: the command runs where both are installed.
+
+The last line is one JSON object.
 """
 
 import argparse

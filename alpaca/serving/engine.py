@@ -42,7 +42,8 @@ class TokenEvent:
 class FinishedEvent:
     """No more tokens of a completion will come.
 
-    reason: "stop" for EOS, where its constraint is complete, or where its reader stopped it; else what limits the request, "length" or "context".
+    reason: "stop" for EOS, where its constraint is complete, or where its reader stopped it; else what limits the
+    request, "length" or "context".
     """
 
     completion: int

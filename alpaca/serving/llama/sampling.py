@@ -1,9 +1,9 @@
 """From logits to token ids, for completions that each have their own request.
 
-The steps and their order are those of transformers: a constraint's mask, penalties and the minimum length on the logits,
-then temperature, top_k, top_p, min_p. A draw inverts the cumulative distribution at a number from Python's generator, which is seeded
-with the request's seed and the completion's number. So a completion is the same on every device, alone or beside
-others.
+The steps and their order are those of transformers: a constraint's mask, penalties and the minimum length on the
+logits, then temperature, top_k, top_p, min_p. A draw inverts the cumulative distribution at a number from Python's
+generator, which is seeded with the request's seed and the completion's number. So a completion is the same on every
+device, alone or beside others.
 
 Legend: R rows (completions), V vocabulary.
 """
@@ -32,8 +32,9 @@ NOT_FINITE = -1
 class SamplingState:
     """Everything that decides one completion's next token beside its logits.
 
-    That is its request, its random numbers, the tokens it has so far, and where it stands in its constraint. A token counts only once it is committed
-    (`commit_tokens`), so that a step that failed can be tried again with the same outcome.
+    That is its request, its random numbers, the tokens it has so far, and where it stands in its constraint. A token
+    counts only once it is committed (`commit_tokens`), so that a step that failed can be tried again with the same
+    outcome.
     """
 
     def __init__(

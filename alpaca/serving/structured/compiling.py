@@ -1,7 +1,7 @@
 """Constraints that were read once are kept, and each completion gets a matcher of its own.
 
-Reading happens in the thread of the request that asks for it, never in the engine's: first in a process that may be ended
-(`trials`), then here. What is kept is bounded by number, and each by the library's bounds.
+Reading happens in the thread of the request that asks for it, never in the engine's: first in a process that may be
+ended (`trials`), then here. What is kept is bounded by number, and each by the library's bounds.
 """
 
 import threading

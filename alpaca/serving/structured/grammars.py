@@ -13,8 +13,8 @@ from alpaca.errors import InputError
 from alpaca.serving.structured.constraints import Constraint
 from alpaca.serving.structured.vocabulary import Encode, Vocabulary
 
-# The bounds of the library's own work, in its units. Building takes half a second at most, and a token's mask some 50 ms
-# at 128,000 rows (docs/structured.md); masks are found beside the engine's thread.
+# The bounds of the library's own work, in its units. A token's mask may take some 50 ms at 128,000 rows, and is found
+# beside the engine's thread.
 _LIMITS = {
     "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 30_000,
@@ -48,7 +48,10 @@ class _Pieces:
 
 
 def make_tokenizer(vocabulary: Vocabulary, encode: Encode | None = None) -> LLTokenizer:
-    """What matchers share.    encode: how a text that must come is cut into tokens; the longest pieces, if not given."""
+    """What matchers share.
+
+    encode: how a text that must come is cut into tokens; if it is not given, into the longest pieces.
+    """
     if not vocabulary.eos_ids:
         raise InputError("this model's configs name no EOS, and an answer that follows a constraint ends by one")
     pieces = _Pieces(vocabulary, encode or (lambda text: vocabulary.cut(text.encode())))
@@ -65,7 +68,7 @@ def build(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
         raise InputError(_describe(constraint, matcher, tokenizer))
     if len(matcher.compute_ff_bytes()) > _MOST_FORCED_BYTES:
         raise InputError(
-            f"{constraint.kind} allows nothing but a text that begins with more than {_MOST_FORCED_BYTES:,} certain bytes: "
+            f"{constraint.kind} allows nothing but texts that begin with the same {_MOST_FORCED_BYTES:,} bytes: "
             "does a part of it require itself?"
         )
     return matcher

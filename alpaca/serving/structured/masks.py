@@ -83,7 +83,7 @@ class MaskFinder(Generic[Owner]):
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self) -> None:
-        """Begin what is wanted: quick ones by one thread, as waking it takes longer than a mask, slow ones each by one."""
+        """Begin what is wanted: all quick ones in one thread, as waking one takes longer than a mask does."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="masks")
         quick: list[_Search] = []

@@ -88,6 +88,7 @@ class Matcher:
         if self._inner.is_error():
             reason = self._inner.get_error().partition("\n")[0][:200]
             raise InputError(
-                f"the constraint takes too much to follow after {len(self._token_ids)} tokens ({reason}): make it simpler"
+                f"the constraint takes too much to follow after {len(self._token_ids)} tokens ({reason}): "
+                "make it simpler"
             )
         return packed

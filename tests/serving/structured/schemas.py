@@ -4,7 +4,21 @@ import random
 from typing import Any
 
 Schema = dict[str, Any]
-_WORDS = ("name", "age", "email", "tags", "price", "kind", "items", "due date", "größe", "is_open", "note", "a/b", "$id2")
+_WORDS = (
+    "name",
+    "age",
+    "email",
+    "tags",
+    "price",
+    "kind",
+    "items",
+    "due date",
+    "größe",
+    "is_open",
+    "note",
+    "a/b",
+    "$id2",
+)
 _CHOICES = ("red", "green", "blue", "naïve", 'say "hi"', "", 1, 2.5, None, True)
 _FORMATS = ("date", "date-time", "time", "email", "uuid", "ipv4", "ipv6", "hostname", "uri")
 _PATTERNS = ("^[A-Z]{2}-[0-9]{3}$", "^(ab|cd)+$", "[0-9]", "^.{2,6}$", r"^\d{1,3}(\.\d)?$", "^[^,]{1,5}$")
@@ -64,14 +78,21 @@ class _Maker:
             "title": "A record",
             "properties": {name: self.any(depth) for name in names},
             "required": [name for name in names if self._chance.random() < 0.7],
-            "additionalProperties": self._chance.choice([False, False, False, {"type": "integer", "maximum": 9, "minimum": 0}]),
+            "additionalProperties": self._chance.choice(
+                [False, False, False, {"type": "integer", "maximum": 9, "minimum": 0}]
+            ),
         }
 
     def table(self, depth: int) -> Schema:
         least = self._chance.randint(0, 2)
         if self._chance.random() < 0.2:
             return {"type": "array", "prefixItems": [self.any(depth), self.any(depth)], "items": False, "minItems": 2}
-        return {"type": "array", "items": self.any(depth), "minItems": least, "maxItems": least + self._chance.randint(0, 2)}
+        return {
+            "type": "array",
+            "items": self.any(depth),
+            "minItems": least,
+            "maxItems": least + self._chance.randint(0, 2),
+        }
 
     def union(self, depth: int) -> Schema:
         if self._chance.random() < 0.3:

@@ -45,7 +45,10 @@ def test_one_of_three_or_none():
         (({"enum": ["x" * 10_000_000]}, "", ""), "json_schema may have 65,536 characters; found more"),
         (({"x" * 10_000_000: {}}, "", ""), "json_schema may have 65,536 characters; found more"),
         (({"enum": [[]] * 10_000_000}, "", ""), "json_schema may have 65,536 characters; found more"),
-        (({"enum": ['"' * (MOST_SCHEMA_CHARACTERS - 100)]}, "", ""), "json_schema may have 65,536 characters; found 13"),
+        (
+            ({"enum": ['"' * (MOST_SCHEMA_CHARACTERS - 100)]}, "", ""),
+            "json_schema may have 65,536 characters; found 13",
+        ),
         ((None, "a" * (MOST_REGEX_CHARACTERS + 1), ""), "regex may have 8,192 characters; found 8,193"),
         ((None, "", "a" * (MOST_GRAMMAR_CHARACTERS + 1)), "grammar may have 32,768 characters; found 32,769"),
         ((None, "a\0", ""), "regex holds a NUL character"),

@@ -7,9 +7,9 @@ import itertools
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from alpaca.errors import InputError
@@ -22,6 +22,7 @@ from alpaca.text.loading import load_tokenizer
 from alpaca.text.sentencepiece import write_llama_tokenizer
 from alpaca.text.tiktoken import TiktokenModel
 from alpaca.text.tokenizer import Tokenizer
+from tests.serving.structured.letters import allowed
 from tests.text.test_tiktoken_files import write_tiktoken
 from tests.tiny import TEXT, train_tokenizer
 
@@ -79,12 +80,20 @@ def compiler(known):
     compiler.close()
 
 
-def allowed(matcher: Matcher, size: int) -> set[int]:
-    return set(np.flatnonzero(np.unpackbits(matcher.mask, bitorder="little")[:size]).tolist())
-
-
 def start(compiler: Compiler, kind: str, text: str) -> Matcher:
     return compiler.start(Constraint(kind=kind, text=text), 1)[0]
+
+
+def go_on(matcher: Matcher, choose: Callable[[], int], *, most: int) -> None:
+    for _ in range(most):
+        matcher.accept(choose())
+        matcher.find_mask()
+
+
+def follow(compiler: Compiler, constraint: Constraint, choose: Callable[[set[int]], int], *, most: int) -> None:
+    """Begin, and go on by tokens that are allowed."""
+    (matcher,) = compiler.start(constraint, 1)
+    go_on(matcher, lambda: choose(allowed(matcher, compiler._size)), most=most)
 
 
 @pytest.mark.parametrize("regex", LANGUAGES)
@@ -101,7 +110,7 @@ def test_exactly_the_tokens_that_lead_to_a_text(known, compiler, regex):
             possible = {i for i, piece in pieces.items() if any(t.startswith(written + piece) for t in texts)}
             ends = eos_ids if written in texts else frozenset()
             found = allowed(matcher, tokenizer.size)
-            forced = os_path_only(texts, written) and found <= possible and len(found) == 1
+            forced = has_one_way(texts, written) and found <= possible and len(found) == 1
             assert forced or found == possible | ends
             if not possible:
                 break
@@ -114,11 +123,10 @@ def test_exactly_the_tokens_that_lead_to_a_text(known, compiler, regex):
         assert written in texts
 
 
-def os_path_only(texts: list[bytes], written: bytes) -> bool:
+def has_one_way(texts: list[bytes], written: bytes) -> bool:
     """Whether one byte alone can follow: then a mask may name a single token, the tokenizer's own choice."""
-    return len({text[len(written)] for text in texts if text.startswith(written) and text != written}) == 1 and (
-        written not in texts
-    )
+    following = {text[len(written) : len(written) + 1] for text in texts if text.startswith(written)}
+    return len(following) == 1 and b"" not in following
 
 
 def test_control_tokens_are_never_allowed_but_eos_at_the_end(known, compiler):
@@ -134,10 +142,9 @@ def test_control_tokens_are_never_allowed_but_eos_at_the_end(known, compiler):
 def test_a_grammar_that_names_control_tokens_is_an_error(known, compiler, grammar):
     tokenizer, eos_ids = known
     for token_id in (tokenizer.bos_id, min(eos_ids)):
+        constraint = Constraint(kind="grammar", text=grammar.format(token_id))
         with pytest.raises(InputError, match="the constraint allows no token"):
-            matcher = start(compiler, "grammar", grammar.format(token_id))
-            matcher.accept(min(allowed(matcher, tokenizer.size)))
-            matcher.find_mask()
+            follow(compiler, constraint, min, most=2)
 
 
 @pytest.mark.parametrize("text", ['{"name": "', "the capital", " the", "  a", "สวัสดี 🦙", "\n\n", "<s>", "�"])
@@ -229,10 +236,8 @@ def test_a_completion_goes_on_when_what_is_shared_is_worn_out(known, monkeypatch
     chance = random.Random(0)
     letters = {b"a": tokenizer.encode("\na")[-1], b"b": tokenizer.encode("\nb")[-1]}
     assert all(tokenizer.bytes_inside(i) == letter for letter, i in letters.items())
-    with pytest.raises(InputError, match="takes too much to follow after .* tokens"):  # in the end one alone is too much
-        for _ in range(3000):
-            first.accept(chance.choice(list(letters.values())))
-            first.find_mask()
+    with pytest.raises(InputError, match=r"takes too much to follow after \d+ tokens"):  # in the end one alone does
+        go_on(first, lambda: chance.choice(list(letters.values())), most=3000)
     assert next(number) > 0
     other = start(compiler, "regex", regex)  # another completion begins as if nothing had been
     assert letters[b"a"] in allowed(other, tokenizer.size)

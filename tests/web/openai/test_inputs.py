@@ -83,6 +83,53 @@ def test_the_prompts_tokens_are_scored_only_where_that_is_seen():
     assert complete(echo=True, max_tokens=0).inputs[0]["echo"] is True
 
 
+PERSON = {"type": "object", "properties": {"name": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "schema"),
+    [
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}, PERSON),
+        ({"type": "json_schema", "json_schema": {"name": "p", "strict": True, "schema": PERSON}}, PERSON),
+        ({"type": "json_schema", "json_schema": {"name": "p", "strict": None, "description": "d"}}, {}),
+    ],
+)
+def test_a_response_format_is_a_schema(given, schema):
+    assert chat(response_format=given).inputs[0]["json_schema"] == schema
+    assert complete(response_format=given).inputs[0]["json_schema"] == schema
+
+
+def test_a_response_format_of_any_text_is_no_input():
+    assert "json_schema" not in chat(response_format={"type": "text"}).inputs[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message", "param"),
+    [
+        ({"type": "xml"}, "types text, json_object and json_schema; found 'xml'", "response_format.type"),
+        ("json", "types text, json_object and json_schema; found 'json'", "response_format.type"),
+        ({}, "types text, json_object and json_schema; found {}", "response_format.type"),
+        ({"type": "json_schema"}, "must be an object with a name and a schema", "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {}}}, "with a name", "response_format.json_schema"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "p", "schema": []}},
+            "schema must be an object",
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"name": "p", "strict": 1}},
+            "strict must be true or false",
+            "response_format.json_schema.strict",
+        ),
+    ],
+)
+def test_mistakes_in_a_response_format(given, message, param):
+    with pytest.raises(Refusal, match=message) as refused:
+        chat(response_format=given)
+    assert refused.value.param == param
+
+
 def test_messages_keep_role_and_content():
     parts = [{"type": "text", "text": "a"}]
     messages = [
@@ -99,7 +146,7 @@ def test_messages_keep_role_and_content():
 
 @pytest.mark.parametrize(
     "name",
-    ["tools", "tool_choice", "functions", "response_format", "audio", "logit_bias", "suffix", "best_of", "store"],
+    ["tools", "tool_choice", "functions", "audio", "logit_bias", "suffix", "best_of", "store"],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(name):
     with pytest.raises(Refusal, match=f"this server has no {name}: leave it out") as refused:

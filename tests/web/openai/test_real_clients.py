@@ -82,6 +82,27 @@ def test_a_chat_is_the_predictors(running, client):
     assert "".join(pieces) == own["text"]
 
 
+def test_a_response_format(running, client):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    asked = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": schema}}
+    reply = client.chat.completions.create(
+        model="storyteller", messages=SAID, response_format=asked, seed=3, max_tokens=100
+    )
+    assert reply.choices[0].finish_reason == "stop"
+    person = json.loads(reply.choices[0].message.content)
+    assert (set(person), type(person["age"])) == ({"name", "age"}, int)
+    own = documents(running[0], messages=SAID, json_schema=schema, seed=3, max_new_tokens=100, prompt_template="alpaca")
+    assert own[0]["text"] == reply.choices[0].message.content
+    broken = {**asked, "json_schema": {"name": "person", "schema": {**schema, "not": {}}}}
+    with pytest.raises(openai.BadRequestError, match="json_schema: Unimplemented keys"):
+        client.chat.completions.create(model="storyteller", messages=SAID, response_format=broken)
+
+
 def test_an_echo_is_the_text_of_its_tokens(client):
     for prompt in ("Once upon a time", " there was", "ไทย"):
         reply = client.completions.create(model="storyteller", prompt=prompt, max_tokens=4, echo=True, logprobs=2)
