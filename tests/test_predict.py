@@ -143,6 +143,60 @@ def test_published_text_over_http(tmp_path, real):
         assert "".join(chunks(events)) == expected
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_structured_answers_over_http(server):
+    asked = {"prompt": "Who?", "n": 3, "seed": 1, "temperature": 1.0, "max_new_tokens": 200}
+    both = [{**asked, "json_schema": SCHEMA}, {**asked, "regex": "[a-c]{3}-(x|yz){2,3}"}, asked]
+    alone = [server.predict(inputs) for inputs in both]
+    for person in map(json.loads, alone[0]["output"]):
+        assert (set(person), len(person["name"]) <= 9, 0 <= person["age"] <= 99) == ({"name", "age"}, True, True)
+    assert alone[0]["metrics"]["finish_reason"] == ["stop"] * 3
+    assert all(re.fullmatch("[a-c]{3}-(x|yz){2,3}", text) for text in alone[1]["output"])
+    together = in_threads(6, lambda i: server.predict(both[i % 3])["output"])
+    assert together == [prediction["output"] for prediction in alone] * 2
+    streamed = {**asked, "n": 1, "grammar": 'start: "yes" | "no"', "stream": True}
+    events = sse_events(server.url, streamed)
+    assert "".join(chunks(events)) in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"json_schema": {}, "regex": "a"}, "json_schema and regex do not go together"),
+        ({"json_schema": {"type": "integer", "minimum": 5, "maximum": 4}}, "json_schema: Unsatisfiable schema"),
+        ({"json_schema": {"properties": {"a": {"not": {}}}}}, "json_schema at #/properties/a: Unimplemented keys"),
+        ({"regex": "a(b"}, "regex, character 2: unclosed group"),
+        ({"grammar": "start: x"}, "grammar, line 1, column 8: unknown name"),
+        ({"regex": "a", "num_beams": 2}, "beam search follows no regex"),
+    ],
+)
+def test_constraints_that_cannot_be_followed(server, inputs, message):
+    prediction = server.predict({"prompt": "Who?", **inputs})
+    assert (prediction["status"], message in prediction["error"]) == ("failed", True), prediction["error"]
+
+
+def test_the_largest_and_deepest_schemas_over_http(server):
+    deep: dict = {"type": "string"}
+    for _ in range(100):
+        deep = {"items": deep}
+    for schema, message in [(deep, "nested 64 deep"), ({"enum": ["x" * 2_000_000]}, "65,536 characters")]:
+        prediction = server.predict({"prompt": "Who?", "json_schema": schema})
+        assert message in prediction["error"]
+    for text in ('{"items":' * 5000 + "{}" + "}" * 5000, '{"enum": ["' + "x" * 10_000_000 + '"]}'):
+        body = '{"input": {"prompt": "Who?", "json_schema": ' + text + "}}"
+        headers = {"Content-Type": "application/json"}
+        reply = httpx.post(f"{server.url}/predictions", content=body, headers=headers, timeout=60)
+        assert 400 <= reply.status_code < 500, reply.text
+    assert server.predict({"prompt": "Who?", "max_new_tokens": 2})["status"] == "succeeded"
+
+
 def test_a_conversation_over_http(server, monkeypatch, capsys):
     said = [("user", " Name </s> one. "), ("assistant", "Alpaca"), ("user", "<s>More?")]
     messages = [{"role": role, "content": content} for role, content in said]
