@@ -86,6 +86,19 @@ def families(results: Results) -> list[str]:
     return [f"{parts[0]} `generate`, {parts[1]}", "", ""]
 
 
+def structured(results: Results) -> list[str]:
+    costs = (percent(max(0, 1 - results["cases"][name]["of_free"])) for name in ("half", "constrained"))
+    return [f"costs {'; '.join(costs)}", "", ""]
+
+
+def libraries(results: Results) -> list[str]:
+    def means(name: str) -> str:
+        found = results["speed"][name].values()
+        return "; ".join(f"{rounded(one['mask_us_again']['mean'])} us" for one in found)
+
+    return [means("llguidance"), f"xgrammar: {means('xgrammar')}", ""]
+
+
 # How a row's cells follow from its results, by how its first cell begins; where none is named, by its results' file.
 CELLS = {
     "one client, streamed": served("stream 1"),
@@ -100,6 +113,8 @@ CELLS = {
     "cold-start-cpu": start,
     "adapters-cpu": adapters,
     "families-cpu": families,
+    "structured-cpu": structured,
+    "structured-libraries": libraries,
 }
 
 
@@ -134,6 +149,38 @@ def test_a_row_says_what_was_measured(row: list[str]):
 def test_every_results_file_is_told_of():
     told = {results_of(row)[0] for row in ROWS}
     assert told == {path.stem for path in RESULTS.glob("*.json")}
+
+
+def test_the_page_of_structured_answers_has_the_libraries_figures():
+    """Each row below its head: llguidance's cell and xgrammar's, in the file's order."""
+    results = json.loads((RESULTS / "structured-libraries.json").read_text())
+    rows = {row[0]: row[1:] for row in table_rows((ROOT / "docs" / "structured.md").read_text())}
+    for place, name in enumerate(("llguidance", "xgrammar")):
+        small, large = results["speed"][name]["32000"], results["speed"][name]["128256"]
+        found = {
+            "a mask, mean, 32,000 rows": f"{rounded(small['mask_us_again']['mean'])} us",
+            "a mask, mean, 128,256 rows": f"{rounded(large['mask_us_again']['mean'])} us",
+            "the longest mask, 32,000; 128,256 rows": "; ".join(map(longest, (small, large))),
+            "built with its first mask, 32,000 rows": span(small),
+            "built with its first mask, 128,256 rows": span(large),
+            "the vocabulary made ready, 128,256 rows": f"{rounded(large['prepared_s'], 1)} s",
+        }
+        verdicts = {key: verdict for key, verdict in results["keywords"][name].items() if key != "no answer"}
+        found[f"of {len(verdicts)} keywords: held"] = str(list(verdicts.values()).count("held"))
+        for verdict, row in (("refused", "refused"), ("not held", "not held, without an error")):
+            found[row] = ", ".join(key for key, said in verdicts.items() if said == verdict) or "none"
+        assert {row: rows[row][place] for row in found} == found
+        assert results["keywords"][name]["no answer"] == "refused"
+        assert f"{name} {results['versions'][name]}" in (ROOT / "docs" / "structured.md").read_text()
+
+
+def longest(speed: Results) -> str:
+    return f"{rounded(max(speed[f'mask_us_{turn}']['worst'] for turn in ('first', 'again')) / 1000, 1)} ms"
+
+
+def span(speed: Results) -> str:
+    times = speed["built_ms"].values()
+    return f"{rounded(min(times), 1)} to {rounded(max(times), 1)} ms"
 
 
 def test_no_figure_of_the_readme_is_another():
