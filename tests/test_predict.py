@@ -677,7 +677,7 @@ def test_the_log_says_what_was_loaded_and_how_long_it_took(server, folder):
         r"\d+ blocks of 16 tokens \(\d\.\d\d GB\), up to 80 sequences a step; no graphs",
         log,
     )
-    names = ["start and imports", "tokenizer", "weights", "cache", "kernels and graphs", "first request"]
+    names = ["start and imports", "tokenizer", "weights", "cache", "kernels and graphs", "constraints", "first request"]
     assert re.search("ready: " + ", ".join(rf"{name} \d+\.\d s" for name in names), log)
     assert "no hook for cancellation" not in log  # on the Cog version that is pinned
 

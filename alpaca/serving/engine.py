@@ -196,6 +196,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def prepare(self) -> None:
+        """Do, before the first request, what would hold up others if a request did it."""
+
+    @abstractmethod
     def is_healthy(self) -> bool:
         """Whether requests can still be answered."""
 

@@ -63,6 +63,8 @@ def load_engine(folder: Path, settings: ServerSettings, phases: Phases | None = 
         for text in describe_other_bases(served, settings):
             logger.warning("%s", text)
         engine = _choose_engine(served, settings, phases)
+        engine.prepare()
+        phases.end("constraints")
         answer_one_request(engine)
     except torch.OutOfMemoryError as error:
         raise NotEnoughSpace(

@@ -36,6 +36,9 @@ class FakeEngine(Engine):
             generation.finish(0, at_limit=True)
             generation.flush()
 
+    def prepare(self) -> None:
+        raise NotImplementedError
+
     def is_healthy(self) -> bool:
         return True
 

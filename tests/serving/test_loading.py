@@ -165,14 +165,14 @@ def test_the_log_names_model_precision_pages_buckets(load, llama_folder, caplog)
         f"{engine._runner.model.num_bytes / 1e9:.2f} GB; context 512 tokens, {num_blocks} blocks of 16 tokens "
         f"({kv_gb:.2f} GB), up to 20 sequences a step; no graphs"
     )
-    names = ["tokenizer", "weights", "cache", "kernels and graphs", "first request"]
+    names = ["tokenizer", "weights", "cache", "kernels and graphs", "constraints", "first request"]
     assert re.fullmatch(", ".join(rf"{name} \d+\.\d s" for name in names), str(phases))
 
 
 def test_phases_of_transformers(load):
     phases = Phases()
     load(engine="transformers", phases=phases)
-    names = ["importing transformers", "weights", "first request"]
+    names = ["importing transformers", "weights", "constraints", "first request"]
     assert re.fullmatch(", ".join(rf"{name} \d+\.\d s" for name in names), str(phases))
 
 

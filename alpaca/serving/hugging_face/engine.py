@@ -95,6 +95,9 @@ class TransformersEngine(Engine):
             self._changed.notify()
         return generation
 
+    def prepare(self) -> None:
+        self._compiler.prepare()
+
     def is_healthy(self) -> bool:
         return self._thread.is_alive() and self._lost is None and not self._closed
 

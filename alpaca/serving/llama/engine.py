@@ -103,6 +103,9 @@ class LlamaEngine(Engine):
         if self._is_closed or self._lost is not None:
             raise EngineClosed(f"the engine takes no requests: {self._lost or 'it is shut down'}")
 
+    def prepare(self) -> None:
+        self._compiler.prepare()
+
     def is_healthy(self) -> bool:
         return self._thread.is_alive() and self._lost is None and not self._is_closed
 

@@ -50,12 +50,15 @@ class _Pieces:
 def make_tokenizer(vocabulary: Vocabulary, encode: Encode | None = None) -> LLTokenizer:
     """What matchers share.
 
-    encode: how a text that must come is cut into tokens; if it is not given, into the longest pieces.
+    encode: how a text that must come is cut into tokens; if not given, into the longest pieces. Raises InputError.
     """
     if not vocabulary.eos_ids:
         raise InputError("this model's configs name no EOS, and an answer that follows a constraint ends by one")
     pieces = _Pieces(vocabulary, encode or (lambda text: vocabulary.cut(text.encode())))
-    return LLTokenizer(pieces, n_vocab=len(vocabulary.pieces), eos_token=list(vocabulary.eos_ids))
+    try:
+        return LLTokenizer(pieces, n_vocab=len(vocabulary.pieces), eos_token=list(vocabulary.eos_ids))
+    except ValueError as error:
+        raise InputError(f"constraints cannot be followed with this model's vocabulary: {error}") from None
 
 
 def build(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:

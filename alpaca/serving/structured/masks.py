@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
+from alpaca.serving.llama.step import to_tensor
 from alpaca.serving.structured.matching import Matcher
 
 _MOST_WAITING_S = 0.01
@@ -130,10 +131,10 @@ def _left_out(mask: np.ndarray, size: int) -> np.ndarray:
 
 def _forbid_there(scores: torch.Tensor, rows: list[int], masks: np.ndarray) -> None:
     """The same on another device: bits travel, an eighth of the bytes, and the host does not wait."""
-    packed = torch.from_numpy(masks).pin_memory().to(scores.device, non_blocking=True)
-    where = torch.tensor(rows).pin_memory().to(scores.device, non_blocking=True)
-    bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=scores.device)) & 1
-    left_out = bits.flatten(1)[:, : scores.shape[1]] == 0
-    if left_out.shape[1] < scores.shape[1]:
-        left_out = torch.nn.functional.pad(left_out, (0, scores.shape[1] - left_out.shape[1]), value=True)
+    device, size = scores.device, scores.shape[1]
+    packed, where = to_tensor(masks, torch.uint8, device), to_tensor(rows, torch.int64, device)
+    bits = packed[:, :, None] & to_tensor([1 << bit for bit in range(8)], torch.uint8, device)
+    left_out = bits.flatten(1)[:, :size] == 0
+    if left_out.shape[1] < size:
+        left_out = torch.nn.functional.pad(left_out, (0, size - left_out.shape[1]), value=True)
     scores.index_copy_(0, where, scores.index_select(0, where).masked_fill_(left_out, float("-inf")))

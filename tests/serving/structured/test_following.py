@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -19,6 +20,7 @@ from alpaca.serving.hugging_face.engine import TransformersEngine
 from alpaca.serving.llama.network import LlamaModel
 from alpaca.serving.llama.sampling import SamplingState, commit_tokens, sample_tokens
 from alpaca.serving.request import Request
+from alpaca.serving.structured import masks
 from alpaca.serving.structured.compiling import Compiler
 from alpaca.serving.structured.constraints import Constraint
 from alpaca.serving.structured.masks import forbid
@@ -206,6 +208,21 @@ def test_rows_without_a_mask_are_not_touched():
     left = sorted(allowed(matcher, SIZE))
     assert scores[1].isfinite().nonzero().flatten().tolist() == left
     assert torch.equal(scores[1, left], before[1, left])
+
+
+@pytest.mark.parametrize("size", [SIZE - 20, SIZE, SIZE + 200])
+def test_bits_are_laid_on_another_device_as_here(size):
+    """The way for a GPU, on the CPU: the same operations."""
+    compiler = Compiler(Letters(SIZE), SIZE, [EOS])
+    matchers = [compiler.start(constraint, 1)[0] for constraint in CONSTRAINTS[:2]]
+    states = [SamplingState(request(), 0, eos_ids=[EOS], matcher=matcher) for matcher in [*matchers, None]]
+    here = torch.randn(3, size)
+    there = here.clone()
+    forbid(here, states)
+    masks._forbid_there(there, [0, 1], np.stack([matcher.mask for matcher in matchers]))
+    assert torch.equal(here, there)
+    assert here[:2].isfinite().sum() == sum(len([i for i in allowed(m, SIZE) if i < size]) for m in matchers)
+    compiler.close()
 
 
 # Nobody waits for another's constraint --------------------------------------------------------------------------------
