@@ -35,6 +35,27 @@ MUTATIONS = [
         why="a request goes on with a token that is not known yet: another answer",
     ),
     Mutation(
+        path="alpaca/serving/llama/engine.py",
+        old="item.sequence.is_held = True",
+        new="item.sequence.is_held = False",
+        killed_by="tests/serving/structured/test_following.py::test_any_mix_gives_what_each_gives_alone",
+        why="a constrained answer goes on by the mask of the token before: it breaks its schema",
+    ),
+    Mutation(
+        path="alpaca/serving/structured/matching.py",
+        old="[: len(text)] & text",
+        new="[: len(text)] | (text & 0)",
+        killed_by="tests/serving/structured/test_matching.py::test_a_grammar_that_names_control_tokens_is_an_error",
+        why="a client's grammar makes the model write control tokens",
+    ),
+    Mutation(
+        path="alpaca/serving/structured/constraints.py",
+        old="if depth > MOST_SCHEMA_DEPTH:",
+        new="if False:",
+        killed_by="tests/serving/structured/test_constraints.py::test_what_is_refused_before_any_work",
+        why="a schema nested without end ends the prediction's thread by its recursion",
+    ),
+    Mutation(
         path="alpaca/serving/llama/scheduler.py",
         old="num_missing > self.pool.num_free - len(self.running)",
         new="num_missing > self.pool.num_free",

@@ -174,6 +174,18 @@ def test_the_page_of_structured_answers_has_the_libraries_figures():
         assert f"{name} {results['versions'][name]}" in (ROOT / "docs" / "structured.md").read_text()
 
 
+def test_the_page_of_structured_answers_has_the_rates():
+    cases = json.loads((RESULTS / "structured-cpu.json").read_text())["cases"]
+    rows = {row[0]: row[1:] for row in table_rows((ROOT / "docs" / "structured.md").read_text())}
+    for name, row in (
+        ("free", "all free"),
+        ("half", "four constrained by a JSON schema"),
+        ("constrained", "all constrained"),
+    ):
+        share = "" if name == "free" else rounded(cases[name]["of_free"], 2)
+        assert rows[row] == [rounded(cases[name]["tokens_per_second"]), share]
+
+
 def longest(speed: Results) -> str:
     return f"{rounded(max(speed[f'mask_us_{turn}']['worst'] for turn in ('first', 'again')) / 1000, 1)} ms"
 
