@@ -140,6 +140,7 @@ class TransformersEngine(Engine):
         prompt = torch.tensor([request.prompt_ids], device=self._model.device)
         if request.echo:
             self._score_prompt(generation, prompt)
+            del generation.prompt_scores[: request.scored_from]
         if not request.max_new_tokens:
             for completion in range(request.n):
                 generation.finish(completion, at_limit=True)
