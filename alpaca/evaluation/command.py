@@ -39,6 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--weights", required=True, help="folder or archive of the model, or of an adapter")
     parser.add_argument("--base", help="the model that it is held against; of an adapter its own base")
+    parser.add_argument("--base_model", help="the model under an adapter, where only the adapter is evaluated")
     parser.add_argument("--tasks", default="", help="lm-eval's names, or YAML files, separated by commas")
     parser.add_argument("--include_path", help="folder with tasks of one's own")
     parser.add_argument("--num_fewshot", type=_whole, help="solved examples before each question: the task's number")
@@ -77,13 +78,13 @@ def evaluate(options: argparse.Namespace, *, here: Path) -> dict[str, Any]:
     known = find_tasks(names, include_path) if names else None
     examples = read_examples(_place(options.data, here)) if options.data else None
     records = read_prompts(here / options.prompts) if options.prompts else None
-    weights, base = (place and _place(place, here) for place in (options.weights, options.base))
+    weights, base, under = (place and _place(place, here) for place in (options.weights, options.base, options.base_model))
     candidates = find_candidates(weights, base)
     result: dict[str, Any] = {
         "models": {one.role: one.describe() for one in candidates},
         "provenance": provenance(seed=options.seed),
     }
-    settings = ServerSettings(dtype=options.dtype, base_model=base if candidates[0].is_adapter else None)
+    settings = ServerSettings(dtype=options.dtype, base_model=(base or under) if candidates[0].is_adapter else None)
     with opened(candidates, settings) as models:
         for candidate, engine, adapter in models:
             found = _measure(options, engine, adapter, names=names, known=known, examples=examples, records=records)
