@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alpaca.errors import InputError
 from alpaca.files.places import open_weights
-from alpaca.formats.hf.adapters import is_adapter
+from alpaca.files.model_folders import is_adapter
 from alpaca.formats.hf.folder import find_fingerprint
 from alpaca.serving.engine import Engine
 from alpaca.serving.settings import ServerSettings
