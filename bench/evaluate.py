@@ -6,7 +6,7 @@
 The tasks are written here, of the Alpaca sample (or of --texts, a text a line): choices (four endings a question, without
 and with solved questions before it), whole texts (perplexity), and short answers. Seconds are those inside the model's
 methods; lm-eval's own work around them is the same. `hf` runs at each of --batch_sizes, and the ratio is against its
-fastest. Scores must be equal in all digits that lm-eval prints. The last line is one JSON object.
+fastest. (Its `auto` begins with 64 sequences of the model's whole context, which takes a CPU minutes.) Scores must be equal in all digits that lm-eval prints. The last line is one JSON object.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--weights", type=Path, help="a folder to use instead of a random model")
     parser.add_argument("--texts", type=Path, help="texts of the model's domain, one a line")
     parser.add_argument("--questions", type=int, default=60, help="of each task (default: %(default)s)")
-    parser.add_argument("--batch_sizes", nargs="+", default=["auto", "8", "32"], help="of lm-eval's own backend")
+    parser.add_argument("--batch_sizes", nargs="+", default=["8", "32"], help="of lm-eval's own backend")
     return parser.parse_args(arguments)
 
 

@@ -145,15 +145,23 @@ def test_nobody_there_is_said(running):
     assert last.unsent == "hi"
 
 
-def test_chat_is_for_models_with_a_template(running, llama_folder):
-    async def look(url: str) -> bool | None:
-        server = Server(url)
-        return await has_chat(server, read_knobs(await server.schema()))
+async def look(url: str) -> bool | None:
+    server = Server(url)
+    return await has_chat(server, read_knobs(await server.schema()))
 
+
+def test_chat_is_for_models_with_a_template(running):
     assert asyncio.run(look(running.url)) is True
+    gone = Server("http://127.0.0.1:9")
+    assert asyncio.run(has_chat(gone, [Knob(name="prompt", kind="string")])) is False
+    knobs = [Knob(name=name, kind="json") for name in ("messages", "details", "echo", "max_new_tokens")]
+    assert asyncio.run(has_chat(gone, knobs)) is None
+
+
+@pytest.mark.slow
+def test_a_model_without_a_template_has_no_chat(llama_folder):
     with running_server(["--weights", str(llama_folder)], on_failure=print) as plain:
         assert asyncio.run(look(plain.url)) is False
-    assert asyncio.run(has_chat(Server("http://127.0.0.1:9"), [Knob(name="prompt", kind="string")])) is False
 
 
 def test_settings_are_those_that_are_no_prompt():
