@@ -3,10 +3,11 @@
     python -m bench.evaluate                    a random LLaMA of 46 M parameters; on two cores about 10 minutes
     python -m bench.evaluate --weights FOLDER   any model of one's own
 
-The tasks are written here, of the Alpaca sample (or of --texts, a text a line): choices (four endings a question, without
-and with solved questions before it), whole texts (perplexity), and short answers. Seconds are those inside the model's
-methods; lm-eval's own work around them is the same. `hf` runs at each of --batch_sizes, and the ratio is against its
-fastest. (Its `auto` begins with 64 sequences of the model's whole context, which takes a CPU minutes.) Scores must be equal in all digits that lm-eval prints. The last line is one JSON object.
+The tasks are written here, of the Alpaca sample (or of --texts, a text a line): choices (four endings a question,
+without and with solved questions before it), whole texts (perplexity), and short answers. Seconds are those inside the
+model's methods; lm-eval's own work around them is the same. `hf` runs at each of --batch_sizes, and the ratio is
+against its fastest. (Its `auto` begins with 64 sequences of the model's whole context, which takes a CPU minutes.)
+Scores must be equal in all digits that lm-eval prints. The last line is one JSON object.
 """
 
 import argparse

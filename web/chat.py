@@ -107,7 +107,9 @@ async def converse(
         done = now.say("assistant", answer.text)
         yield Shown(conversation=done, turns=draw(done), line=_last_line(done, answer), is_complete=True)
     else:
-        yield Shown(conversation=before, turns=draw(before), line=_last_line(before, answer), unsent=text, is_complete=True)
+        yield Shown(
+            conversation=before, turns=draw(before), line=_last_line(before, answer), unsent=text, is_complete=True
+        )
 
 
 class _Answer:
@@ -156,7 +158,9 @@ def _with_left_out(conversation: Conversation, line: str) -> str:
     if not conversation.num_left_out:
         return line
     count = conversation.num_left_out
-    return line + note(f"The context is full: the model no longer sees the first {count} messages of this conversation.")
+    return line + note(
+        f"The context is full: the model no longer sees the first {count} messages of this conversation."
+    )
 
 
 def draw(conversation: Conversation, answer: str | None = None) -> str:

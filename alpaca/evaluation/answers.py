@@ -21,7 +21,8 @@ _LOOPS = 0.5  # repetition from which an answer is counted as going round in cir
 _REFUSAL_CHARACTERS = 200  # of an answer's beginning, in which a refusal is looked for
 _REFUSAL = re.compile(
     r"\b(i(['’]m| am) (sorry|unable|not able)|i (can(['’]t|not| not)|won['’]t|will not|must decline)"
-    r"|as an? (ai|language model|assistant)|(sorry|unfortunately),? (but )?i\b|it is not (appropriate|possible) for me)",
+    r"|as an? (ai|language model|assistant)|(sorry|unfortunately),? (but )?i\b"
+    r"|it is not (appropriate|possible) for me)",
     re.IGNORECASE,
 )
 
@@ -41,11 +42,15 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f'{where}: expected a JSON object such as {{"prompt": "Name three animals."}}; {error}') from None
+        raise InputError(
+            f'{where}: expected a JSON object such as {{"prompt": "Name three animals."}}; {error}'
+        ) from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object; found {line[:60]}")
     if unknown := sorted(set(record) - (_KNOWN - {*_FIXED})):
-        raise InputError(f"{where}: {', '.join(unknown)} cannot be given here; prompt, input, temperature and so on can")
+        raise InputError(
+            f"{where}: {', '.join(unknown)} cannot be given here; prompt, input, temperature and so on can"
+        )
     _as_inputs(record, 0).check()
     return record
 

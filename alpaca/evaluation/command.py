@@ -78,7 +78,9 @@ def evaluate(options: argparse.Namespace, *, here: Path) -> dict[str, Any]:
     known = find_tasks(names, include_path) if names else None
     examples = read_examples(_place(options.data, here)) if options.data else None
     records = read_prompts(here / options.prompts) if options.prompts else None
-    weights, base, under = (place and _place(place, here) for place in (options.weights, options.base, options.base_model))
+    weights, base, under = (
+        place and _place(place, here) for place in (options.weights, options.base, options.base_model)
+    )
     candidates = find_candidates(weights, base)
     result: dict[str, Any] = {
         "models": {one.role: one.describe() for one in candidates},

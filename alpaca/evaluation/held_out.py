@@ -12,9 +12,7 @@ from alpaca.evaluation.asking import Target, score_all
 from alpaca.serving.engine import Engine
 
 
-def measure_loss(
-    engine: Engine, examples: list[Example], *, adapter: str | None, max_length: int
-) -> dict[str, Any]:
+def measure_loss(engine: Engine, examples: list[Example], *, adapter: str | None, max_length: int) -> dict[str, Any]:
     """Mean cross entropy of all target tokens, its perplexity, and the counts of the encoding.
 
     max_length: tokens an example is cut to. Raises InputError where no example has a target.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alpaca.errors import InputError
-from alpaca.files.places import open_weights
 from alpaca.files.model_folders import is_adapter
+from alpaca.files.places import open_weights
 from alpaca.formats.hf.folder import find_fingerprint
 from alpaca.serving.engine import Engine
 from alpaca.serving.settings import ServerSettings
@@ -53,8 +53,8 @@ def require_same_tokenizer(tuned: Path, base: Path) -> None:
     text = "Name three alpacas, 12 llamas and a café.\n\n### Response: ไทย"
     if first.base_size != second.base_size or first.encode(text) != second.encode(text):
         raise InputError(
-            f"--weights and --base have different tokenizers ({first.base_size} and {second.base_size} tokens), so their "
-            f"scores are of different tokens: {base} is not the base of {tuned}; evaluate them one by one"
+            f"--weights and --base have different tokenizers ({first.base_size} and {second.base_size} tokens), so "
+            f"their scores are of different tokens: {base} is not the base of {tuned}; evaluate them one by one"
         )
 
 

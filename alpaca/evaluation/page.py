@@ -74,9 +74,7 @@ def _held_out_lines(held_out: Mapping[str, Any] | None, roles: list[str]) -> lis
 def _counted_lines(answers: Mapping[str, Any] | None, roles: list[str]) -> list[list[str]]:
     if not answers:
         return []
-    lines = [
-        [words, *(_short(answers[role]["summary"][key]) for role in roles), ""] for key, words in _COUNTED.items()
-    ]
+    lines = [[words, *(_short(answers[role]["summary"][key]) for role in roles), ""] for key, words in _COUNTED.items()]
     reasons = sorted({reason for role in roles for reason in answers[role]["summary"]["finish_reasons"]})
     for reason in reasons:
         counts = (str(answers[role]["summary"]["finish_reasons"].get(reason, 0)) for role in roles)

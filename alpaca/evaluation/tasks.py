@@ -40,8 +40,10 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> "TaskManager"
         known = TaskManager(include_path=own)
     for name in _missing(names, known):
         near = difflib.get_close_matches(name, known.all_tasks, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {len(known.all_tasks):,}."
-        raise InputError(f"--tasks: lm-eval has no task {quote_name(name)}; {hint} --include_path adds a folder of them")
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {len(known.all_tasks):,} others."
+        raise InputError(
+            f"--tasks: lm-eval has no task {quote_name(name)}; {hint} --include_path adds a folder of them"
+        )
     return known
 
 

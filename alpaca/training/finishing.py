@@ -18,9 +18,7 @@ from alpaca.training.run import Run
 logger = logging.getLogger(__name__)
 
 
-def finish(
-    run: Run, *, seconds: float, samples: list[Sample], score: Callable[[Path], Scores] | None = None
-) -> None:
+def finish(run: Run, *, seconds: float, samples: list[Sample], score: Callable[[Path], Scores] | None = None) -> None:
     """Write and verify the final model and the run's report, which has the model's scores where `score` gives them.
 
     The report is written before the scores are known, too: they take a while, and may fail.

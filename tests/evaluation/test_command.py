@@ -99,7 +99,7 @@ def test_the_result_has_both_models_and_the_page_shows_it(tmp_path, llama_folder
     assert found["models"]["fine-tune"]["name"] == "tuned"
     assert found["models"]["fine-tune"]["fingerprint"] == found["models"]["base"]["fingerprint"]
     assert found["held_out"]["fine-tune"] == found["held_out"]["base"]
-    assert [answer["tokens"] <= 5 for answer in found["answers"]["base"]["each"]][0]
+    assert found["answers"]["base"]["each"][0]["tokens"] <= 5
     assert {"hardware", "versions", "commit", "command", "seed"} == set(found["provenance"])
     page = (tmp_path / "result.html").read_text()
     assert page == make_page(found)

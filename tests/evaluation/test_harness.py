@@ -1,4 +1,4 @@
-"""lm-eval with the engine, in an environment that has it: the scores are those of its own `hf` backend, digit for digit.
+"""lm-eval with the engine, in an environment that has it: its scores are those of the `hf` backend, digit for digit.
 
 The tasks are of the stories that the real small model itself tells, so that it knows what comes next in them.
 """
@@ -57,7 +57,7 @@ def folder(real, tmp_path_factory) -> Path:
 def tasks(folder, tmp_path_factory) -> Iterator[Path]:
     """Choices, choices after solved questions, whole texts and answers, of stories that the model made up."""
     engine = load_engine(folder, ServerSettings(weights=str(folder), dtype="float32"))
-    begin = tuple([*engine.tokenizer.prefix_ids, *engine.tokenizer.encode("Once upon a time")])
+    begin = (*engine.tokenizer.prefix_ids, *engine.tokenizer.encode("Once upon a time"))
     values = {**GREEDY, "temperature": 0.8}
     asked = [Request(**{**values, "seed": i}, prompt_ids=begin, max_new_tokens=110) for i in range(NUM_STORIES)]
     stories = ["Once upon a time" + a.text for a in answer_all(engine, [(one, (), False) for one in asked])]
@@ -70,9 +70,7 @@ def tasks(folder, tmp_path_factory) -> Iterator[Path]:
 def run(python: str, module: str, *arguments: str, home: Path, status: int = 0) -> str:
     given = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
     command = [python, *module.split(), *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stderr
 
@@ -106,21 +104,37 @@ def test_scores_are_those_of_lm_evals_own_backend(python, folder, tasks, tmp_pat
     assert float(own["bench_choices acc,none"]) > 0.5  # it knows its own stories: not the scores of nothing
     assert float(own["bench_texts bits_per_byte,none"]) < 2
     page = output.with_suffix(".html").read_text()
-    assert f"<td>bench_choices acc</td><td class=\"num\">{own['bench_choices acc,none']}" in page
+    assert f'<td>bench_choices acc</td><td class="num">{own["bench_choices acc,none"]}' in page
 
 
 def test_an_unknown_task_is_named_with_its_nearest(python, folder, tmp_path):
     flags = ["--weights", str(folder), "--tasks", "hellaswga", "--output", str(tmp_path / "r.json")]
     said = run(python, "-m alpaca.evaluation.command", *flags, home=tmp_path, status=1)
-    assert "lm-eval has no task hellaswga; did you mean hellaswag" in said
+    assert "lm-eval has no task 'hellaswga'; did you mean hellaswag" in said
     assert "weights," not in said  # no model was loaded
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_training_ends_with_the_scores_in_its_report(python, folder, tasks, tmp_path, method):
     task = tasks / "bench_choices.yaml"
-    flags = ["--model_name_or_path", str(folder), "--data_path", str(ROOT / "alpaca/data/sample.json"), "--method", method]
-    flags += ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--num_samples", "0", "--eval_tasks", str(task)]
+    flags = [
+        "--model_name_or_path",
+        str(folder),
+        "--data_path",
+        str(ROOT / "alpaca/data/sample.json"),
+        "--method",
+        method,
+    ]
+    flags += [
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_steps",
+        "1",
+        "--num_samples",
+        "0",
+        "--eval_tasks",
+        str(task),
+    ]
     said = run(python, "train.py", *flags, home=tmp_path)
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     scores = state["log_history"][-1]
@@ -137,5 +151,5 @@ def test_a_training_with_an_unknown_task_does_not_begin(python, folder, tmp_path
     flags = ["--model_name_or_path", str(folder), "--data_path", str(ROOT / "alpaca/data/sample.json")]
     flags += ["--output_dir", str(tmp_path / "out"), "--eval_tasks", "no_such_task_at_all"]
     said = run(python, "train.py", *flags, home=tmp_path, status=1)
-    assert "lm-eval has no task no_such_task_at_all" in said
+    assert "lm-eval has no task 'no_such_task_at_all'" in said
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The page's chat against the real server: what is sent, what comes back, and what is left out when the context is full."""
+"""The page's chat against the real server: what is sent, what comes back, and what is left out in a full context."""
 
 import asyncio
 import json
@@ -16,7 +16,8 @@ from web.client import Generation, Server
 from web.knobs import Knob, read_knobs
 
 TEMPLATE = (
-    "{% for message in messages %}{% if message.content == 'forbidden' %}{{ raise_exception('not that word') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.content == 'forbidden' %}{{ raise_exception('not that word') }}{% endif %}"
     "{{ message.role[0] }} {{ message.content }}\n{% endfor %}a"
 )
 SETTINGS = {"seed": 5, "max_new_tokens": 12, "min_new_tokens": 12}
@@ -178,5 +179,3 @@ def test_texts_are_no_markup():
     drawn = draw(Conversation().say("user", "<b>x</b>"), "<script>")
     assert "&lt;b&gt;x&lt;/b&gt;" in drawn
     assert "<script>" not in drawn
-
-

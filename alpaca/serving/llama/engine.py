@@ -309,7 +309,7 @@ class LlamaEngine(Engine):
 
 
 def _num_positions(request: Request) -> int:
-    """Tokens that a sequence of the request may come to. Where neither any nor a score is wanted, one that nobody gets."""
+    """Tokens that a sequence of the request may come to: one that nobody gets where no token and no score is wanted."""
     return len(request.prompt_ids) + (0 if request.only_scores else max(request.max_new_tokens, 1))
 
 

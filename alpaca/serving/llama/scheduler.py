@@ -24,8 +24,8 @@ class Sequence:
     long_from: from so many tokens on, all its positions turn as those of long sequences do (longrope); 0: never.
     shares_prompt_with: the first completion of the same prompt. This sequence waits until that one has computed the
     prompt, then shares its blocks.
-    scores_from: from this prompt token on, the logits are wanted of all but the last. They are computed even if they are
-    cached. None: no logits are wanted.
+    scores_from: from this prompt token on, the logits are wanted of all but the last. They are computed even if the
+    cache has them. None: no logits are wanted.
     completion: the caller's own record of the completion. The scheduler never looks into it.
     """
 
