@@ -91,8 +91,11 @@ def share_prefixes(contexts: Sequence[Sequence[int]], *, group: int = 64) -> lis
 
 def answer_all(engine: Engine, requests: Sequence[tuple[Request, tuple[str, ...], bool]]) -> Iterator[Answer]:
     """The answer to each (request, its stop texts, whether its text begins with its first word), in order."""
-    with ThreadPoolExecutor(_READERS) as readers:
+    readers = ThreadPoolExecutor(_READERS)
+    try:
         yield from readers.map(lambda asked: _answer(engine, *asked), requests)
+    finally:
+        readers.shutdown(wait=False, cancel_futures=True)  # whoever closes the engine ends those that run
 
 
 def _answer(engine: Engine, request: Request, stop: tuple[str, ...], strips: bool) -> Answer:

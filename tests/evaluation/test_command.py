@@ -13,6 +13,8 @@ from alpaca.evaluation.page import make_page
 from alpaca.training.configuration.flags import parse_flags
 from tests.conftest import ROOT
 
+SAMPLE = ROOT / "alpaca" / "data" / "sample.json"
+
 
 def run(tmp_path: Path, weights: Path, *flags: str) -> dict:
     options = command.parse_arguments(["--weights", str(weights), "--output", "result.json", *flags])
@@ -91,7 +93,7 @@ def test_another_models_tokenizer_is_refused(tmp_path, llama_folder, sentencepie
 
 def test_the_result_has_both_models_and_the_page_shows_it(tmp_path, llama_folder):
     data, prompts = tmp_path / "held_out.json", tmp_path / "prompts.jsonl"
-    data.write_text(json.dumps(json.loads((ROOT / "alpaca/data/sample.json").read_text())[:4]))
+    data.write_text(json.dumps(json.loads(SAMPLE.read_text())[:4]))
     prompts.write_text('{"prompt": "<b>What</b> is an alpaca?", "max_new_tokens": 5}\n{"prompt": "x", "input": "y"}\n')
     flags = ["--base", str(llama_folder), "--data", "held_out.json", "--prompts", "prompts.jsonl"]
     found = run(tmp_path, Path(shutil.copytree(llama_folder, tmp_path / "tuned")), *flags)
@@ -119,3 +121,31 @@ def test_the_metrics_of_lm_evals_results_are_read_with_their_errors():
     assert tasks.read_metrics(results) == {
         "a acc": (0.5, 0.25), "a f1 (strict)": (1.0, None), "b word_perplexity": (12.5, None),
     }  # fmt: skip
+
+
+@pytest.mark.slow  # to import PEFT takes seconds
+def test_an_adapter_and_its_base_share_an_engine(tmp_path, llama_folder, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    from alpaca.serving import loading
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(llama_folder), config)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "held_out.json").write_text(json.dumps(json.loads(SAMPLE.read_text())[:3]))
+    loaded, load = [], loading.load_engine
+    monkeypatch.setattr(loading, "load_engine", lambda *given: loaded.append(given) or load(*given))
+    data = ["--data", "held_out.json"]
+    both = run(tmp_path, tmp_path / "adapter", *data, "--base", str(llama_folder))["held_out"]
+    assert len(loaded) == 1
+    alone = run(tmp_path, tmp_path / "adapter", *data, "--base_model", str(llama_folder))["held_out"]
+    base = run(tmp_path, llama_folder, *data)["held_out"]
+    assert both == {"fine-tune": alone["fine-tune"], "base": base["fine-tune"]}
+    assert alone["fine-tune"]["loss"] != base["fine-tune"]["loss"]
+    whole = model.merge_and_unload()
+    whole.save_pretrained(tmp_path / "merged")
+    for file in llama_folder.glob("*token*"):
+        shutil.copy(file, tmp_path / "merged")
+    merged = run(tmp_path, tmp_path / "merged", *data)["held_out"]["fine-tune"]
+    assert merged["loss"] == pytest.approx(alone["fine-tune"]["loss"], rel=1e-5)

@@ -114,36 +114,24 @@ def test_an_unknown_task_is_named_with_its_nearest(python, folder, tmp_path):
     assert "weights," not in said  # no model was loaded
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_training_ends_with_the_scores_in_its_report(python, folder, tasks, tmp_path, method):
-    task = tasks / "bench_choices.yaml"
-    flags = [
-        "--model_name_or_path",
-        str(folder),
-        "--data_path",
-        str(ROOT / "alpaca/data/sample.json"),
-        "--method",
-        method,
-    ]
-    flags += [
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--max_steps",
-        "1",
-        "--num_samples",
-        "0",
-        "--eval_tasks",
-        str(task),
-    ]
-    said = run(python, "train.py", *flags, home=tmp_path)
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+@pytest.mark.parametrize(
+    ("program", "method"),
+    [("train.py", "full"), ("train.py", "lora"), ("-m torch.distributed.run --nproc_per_node=2 train.py", "full")],
+    ids=["full", "lora", "two processes"],
+)
+def test_a_training_ends_with_the_scores_in_its_report(python, folder, tasks, tmp_path, program, method):
+    task, output = tasks / "bench_choices.yaml", tmp_path / "out"
+    flags = ["--model_name_or_path", str(folder), "--data_path", str(ROOT / "alpaca/data/sample.json")]
+    flags += ["--method", method, "--output_dir", str(output), "--max_steps", "1", "--num_samples", "0"]
+    said = run(python, program, *flags, "--eval_tasks", str(task), home=tmp_path)
+    state = json.loads((output / "trainer_state.json").read_text())
     scores = state["log_history"][-1]
     shown = f"{scores['eval_bench_choices_acc']:.4f} ± "
     assert f"bench_choices acc: {shown}" in said
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (output / "report.html").read_text()
     assert "<h2>Scores</h2>" in page
     assert f"<tr><th>bench_choices acc</th><td>{shown}" in page
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    found = json.loads((output / "evaluation.json").read_text())
     assert found["tasks"]["fine-tune"]["results"]["bench_choices"]["acc,none"] == scores["eval_bench_choices_acc"]
 
 
