@@ -125,13 +125,14 @@ def test_the_metrics_of_lm_evals_results_are_read_with_their_errors():
 
 @pytest.mark.slow  # to import PEFT takes seconds
 def test_an_adapter_and_its_base_share_an_engine(tmp_path, llama_folder, monkeypatch):
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
     from alpaca.serving import loading
 
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(llama_folder), config)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32), config)
     model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "held_out.json").write_text(json.dumps(json.loads(SAMPLE.read_text())[:3]))
     loaded, load = [], loading.load_engine

@@ -63,7 +63,8 @@ def tasks(folder, tmp_path_factory) -> Iterator[Path]:
     stories = ["Once upon a time" + a.text for a in answer_all(engine, [(one, (), False) for one in asked])]
     engine.close()
     made = tmp_path_factory.mktemp("tasks")
-    write_tasks(made, [" ".join(story.split()) for story in stories], NUM_QUESTIONS)
+    texts = [" ".join(story.split()) for story in stories]
+    write_tasks(made, texts, NUM_QUESTIONS, perplexity="word_perplexity")
     return made
 
 
