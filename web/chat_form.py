@@ -59,11 +59,11 @@ def draw_chat(
                 server, settings, system=shown[system], conversation=conversation, text=text,
                 on_start=lambda generation: begin(session, generation),
             ):  # fmt: skip
-                yield _updates(now)
+                yield updates_of(now)
         finally:
             end(session)
 
-    def _updates(now: Shown) -> dict[Field, Any]:
+    def updates_of(now: Shown) -> dict[Field, Any]:
         updates = {
             turns: now.turns, line: now.line, send: gr.Button(interactive=now.is_complete),
             halt: gr.Button(interactive=not now.is_complete), anew: gr.Button(interactive=now.is_complete),

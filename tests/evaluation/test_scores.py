@@ -52,6 +52,18 @@ def test_the_last_tokens_scores_are_transformers(engine, model):
         assert [score.top[0][0] for score in found] == best
 
 
+@pytest.mark.slow
+def test_the_other_engine_gives_the_same_scores(engine, llama_folder):
+    """Models that transformers serves are scored the same way; their prompts are read whole."""
+    other = load_engine(llama_folder, ServerSettings(weights=str(llama_folder), dtype="float32", engine="transformers"))
+    targets = [Target([1, *range(10, 60), 7, 8], 2), Target([1, 2], 1), Target([1, *range(10, 60)], 50)]
+    pairs = zip(*(score_all(one, targets, adapter=None) for one in (engine, other)), strict=True)
+    for ours, theirs in pairs:
+        assert [score.logprob for score in theirs] == pytest.approx([score.logprob for score in ours], abs=1e-4)
+        assert [score.top[0][0] for score in theirs] == [score.top[0][0] for score in ours]
+    other.close()
+
+
 def test_what_begins_alike_is_asked_for_later():
     contexts = [[1, 2], [3], [1, 2], [1], [3], [3]]
     order = share_prefixes(contexts, group=2)
