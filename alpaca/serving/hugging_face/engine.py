@@ -154,7 +154,8 @@ class TransformersEngine(Engine):
     def _score_prompt(self, generation: Generation, prompt: torch.Tensor) -> None:
         """Score a prompt [1, T] in a pass of its own, before the one that its answer goes on from."""
         following, num_top = prompt[0, 1:], generation.request.logprobs or 0
-        for piece in read_logits(self._model, self.way, prompt):
+        read = prompt[:, :-1] if generation.request.only_scores else prompt  # no logits of the last one are wanted
+        for piece in read_logits(self._model, self.way, read):
             if generation.is_cancelled or not len(following):
                 return
             rows = torch.arange(min(len(piece), len(following)), device=piece.device)
