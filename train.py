@@ -71,8 +71,13 @@ def main() -> None:
     from alpaca.training.distributed import leave_world  # after the flags: these imports take seconds
     from alpaca.training.loop import TrainingStopped, train
 
+    score = None
+    if config.eval_tasks and _is_main() and not config.plan_only:
+        from alpaca.evaluation.after_training import make_scorer
+
+        score = make_scorer(config.eval_tasks, base=None if config.method == "full" else config.model_name_or_path)
     try:
-        train(config)
+        train(config, score=score)
     except TrainingStopped as stopped:
         if _is_main():
             print(stopped, file=sys.stderr)

@@ -19,6 +19,7 @@ LAYERS = (
     {"alpaca.formats"},
     {"alpaca.data"},
     {"alpaca.training", "alpaca.serving"},
+    {"alpaca.evaluation"},
     {"convert", "predict", "train"},
     {"deploy"},
     {"bench", "web", "script"},

@@ -20,7 +20,7 @@ _POLICY = (
 )
 _STYLE = """
 main.fillable { max-width: 90rem; margin: auto }
-#title > div, #status > div, #answers > div, #line > div { padding: 0 !important }
+#title > div, #status > div, #answers > div, #line > div, #chat > div, #chat-line > div { padding: 0 !important }
 #settings .head { display: block; position: relative }
 #settings .head .has-info { display: block; min-height: 1.9rem; padding-right: 8rem }
 #settings .head .tab-like-container { position: absolute; top: 0; right: 0 }
@@ -39,6 +39,13 @@ main.fillable { max-width: 90rem; margin: auto }
 #answers .card button:focus-visible { outline: 2px solid var(--color-accent) }
 .card .text { white-space: pre-wrap; overflow-wrap: anywhere; min-height: 1.5em; line-height: 1.5 }
 .card.running .text::after { content: "▍"; opacity: .5 }
+.turns { display: grid; gap: .5rem }
+.turn { border-left: 3px solid var(--border-color-primary); padding: .35rem .75rem; min-width: 0 }
+.turn.user { border-color: var(--color-accent); background: var(--block-background-fill) }
+.turn.left-out { opacity: .6 }
+.turn header { font-size: .8rem; color: var(--body-text-color-subdued) }
+.turn .text { white-space: pre-wrap; overflow-wrap: anywhere; min-height: 1.5em; line-height: 1.5 }
+.turn.running .text::after { content: "▍"; opacity: .5 }
 .note { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0 }
 .complaint { border-left: 4px solid #d33; padding: .5rem .75rem; margin: 0; background: var(--block-background-fill);
     overflow-wrap: anywhere }

@@ -1,11 +1,14 @@
-"""The page: an instruction, the server's knobs beside it, and the answers as they are written.
+"""The page: an instruction, the server's knobs beside it, and the answers as they are written; or a chat.
 
-The form is made from the server's inputs, so it appears once the server has answered, and again when those change.
+The form is made from the server's inputs, so it appears once the server has answered, and again when those change. A
+model with a chat template gets a chat beside it.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,6 +16,8 @@ from typing import Any
 import gradio as gr
 
 from alpaca.errors import InputError
+from web.chat import has_chat
+from web.chat_form import draw_chat
 from web.client import Generation, Health, Server, ServerTrouble
 from web.knobs import Knob, read_knobs
 from web.sheet import Sheet, as_sentence, complaint, status_line, values_to_send
@@ -31,6 +36,7 @@ _MAIN_WORDS = {"prompt": ("Instruction", 3, "Shift+Enter sends"), "input": ("Inp
 _MAIN = tuple(_MAIN_WORDS)  # these two have a place of their own
 _POLL_S = 3.0
 _REDRAW_S = 0.04  # pieces that come faster than this are drawn together
+_TRY_AGAIN_S = 60.0  # until a server that could not be asked for a chat is asked again
 
 
 def build_page(server: Server) -> gr.Blocks:
@@ -44,7 +50,7 @@ def build_page(server: Server) -> gr.Blocks:
         @gr.render(inputs=[version], triggers=[version.change])
         def form(known: str) -> None:
             if known:
-                draw_form(desk, desk.knobs)
+                draw_form(desk, desk.knobs, chats=desk.chats)
 
         for event in (page.load, timer.tick):
             # Not by the queue: an event of it that ends closes the stream under an answer on its way to this page.
@@ -64,6 +70,8 @@ class Desk:
         self._running: dict[str, Generation] = {}
         self._looked_at, self._health = 0.0, Health(state="gone", sentence="")
         self.knobs: list[Knob] = []
+        self.chats = False  # whether the model takes conversations
+        self._knows_chat, self._tried_at = False, -math.inf
         self._looking = asyncio.Lock()
 
     async def look(self) -> tuple[str, str]:
@@ -71,7 +79,7 @@ class Desk:
         async with self._looking:  # many pages ask the server once a second
             if time.monotonic() - self._looked_at > 1:
                 await self._ask()
-        known = repr(self.knobs) if self.knobs else ""
+        known = repr((self.knobs, self.chats)) if self.knobs else ""
         return status_line(self._health), hashlib.sha256(known.encode()).hexdigest() if known else ""
 
     async def _ask(self) -> None:
@@ -81,7 +89,32 @@ class Desk:
                 self.knobs = read_knobs(await self._server.schema())
             except (ServerTrouble, InputError) as trouble:
                 self._health = Health(state="broken", sentence=as_sentence(str(trouble)))
+            else:
+                await self._find_chat()
+        else:
+            self._knows_chat, self._tried_at = False, -math.inf  # what comes up next may be another model
         self._looked_at = time.monotonic()
+
+    async def _find_chat(self) -> None:
+        """Learn once whether the server takes conversations, while it has a slot free to be asked."""
+        is_due = self._health.state == "ready" and time.monotonic() - self._tried_at > _TRY_AGAIN_S
+        if self._knows_chat or not is_due:
+            return
+        self._tried_at = time.monotonic()
+        found = await has_chat(self._server, self.knobs)
+        if found is not None:
+            self.chats, self._knows_chat = found, True
+
+    def begin(self, session: str, generation: Generation) -> None:
+        """A page's chat has asked."""
+        self._running[session] = generation
+
+    def end(self, session: str) -> None:
+        self._running.pop(session, None)
+
+    @property
+    def server(self) -> Server:
+        return self._server
 
     async def answer(self, knobs: list[Knob], shown: list[Any], session: str) -> AsyncIterator[tuple[str, str, bool]]:
         """(answers, line below them, whether that is all), again whenever there is more; the last has the figures."""
@@ -116,20 +149,26 @@ class Desk:
 # The form -----------------------------------------------------------------------------------------------------------
 
 
-def draw_form(desk: Desk, knobs: list[Knob]) -> None:
-    """Instruction, buttons and answers on one side, the knobs on the other; on a phone below."""
+def draw_form(desk: Desk, knobs: list[Knob], *, chats: bool) -> None:
+    """Instruction, buttons and answers on one side, or a chat; the knobs on the other; on a phone below."""
     fields: dict[str, gr.components.Component] = {}
     with gr.Row(elem_id="form"):
-        with gr.Column(scale=5, min_width=320):
-            fields |= {knob.name: main_field(knob) for knob in knobs if knob.name in _MAIN}
-            draw_examples(fields)
-            with gr.Row(elem_id="buttons"):
-                start = gr.Button("Generate", variant="primary", elem_id="start")
-                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
-            answers = gr.HTML(elem_id="answers", key="answers")
-            line = gr.HTML(elem_id="line", key="line")
+        with gr.Column(scale=5, min_width=320), gr.Tabs(elem_id="ways") if chats else contextlib.nullcontext():
+            join_chat = _no_chat
+            if chats:
+                with gr.Tab("Chat", elem_id="way-chat"):
+                    join_chat = draw_chat(desk.server, knobs, begin=desk.begin, end=desk.end, stop=desk.stop)
+            with gr.Tab("Instruction", elem_id="way-instruction") if chats else contextlib.nullcontext():
+                fields |= {knob.name: main_field(knob) for knob in knobs if knob.name in _MAIN}
+                draw_examples(fields)
+                with gr.Row(elem_id="buttons"):
+                    start = gr.Button("Generate", variant="primary", elem_id="start")
+                    stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
+                answers = gr.HTML(elem_id="answers", key="answers")
+                line = gr.HTML(elem_id="line", key="line")
         with gr.Column(scale=2, min_width=300), gr.Accordion("Settings", open=True, elem_id="settings"):
             fields |= {knob.name: field(knob) for knob in knobs if knob.name not in _MAIN}
+    join_chat(fields)
 
     async def run(shown: dict[gr.components.Component, Any], request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
         async for drawn, said, done in desk.answer(
@@ -143,6 +182,10 @@ def draw_form(desk: Desk, knobs: list[Knob]) -> None:
         show_progress="hidden", concurrency_limit=None, trigger_mode="once", api_visibility="private",
     )  # fmt: skip
     stop.click(desk.stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
+
+
+def _no_chat(fields: dict[str, gr.components.Component]) -> None:
+    """Nothing to join where there is no chat."""
 
 
 def main_field(knob: Knob) -> gr.Textbox:

@@ -63,7 +63,7 @@ class Generation:
         """`matchers`: where each completion stands in the request's constraint, if it has one."""
         self.request, self.matchers = request, matchers
         self.cached_tokens = 0  # prompt tokens whose keys and values an engine did not compute again
-        self.prompt_scores: list[TokenScore] = []  # of each prompt token but the first; there before any event
+        self.prompt_scores: list[TokenScore] = []  # of each prompt token behind `scored_from`; there before any event
         self.finish_reasons: list[str | None] = [None] * request.n  # of the completions whose end the reader has met
         self._unsent: list[Event] = []
         self._sent: SimpleQueue[list[Event] | BaseException] = SimpleQueue()

@@ -146,7 +146,9 @@ class Request:
 
     max_new_tokens: 0 where only the prompt's scores are wanted.   limit: why an answer of that many tokens ends there.
     logprobs: each token is scored, and so many of the most likely ones with it; None: no token is.
-    echo: the prompt's tokens are scored, too.   constraint: what each completion must follow.
+    echo: the prompt's tokens are scored, too, those behind its token number `scored_from`. What stands before that may
+    come from the cache.
+    constraint: what each completion must follow.
     """
 
     prompt_ids: tuple[int, ...]
@@ -164,10 +166,16 @@ class Request:
     num_beams: int
     logprobs: int | None = None
     echo: bool = False
+    scored_from: int = 0
     limit: Literal["length", "context"] = "length"
     adapter: str | None = None  # its name in the server's settings; None: the base model alone
     constraint: Constraint | None = None
     reads_along: bool = True  # the reader wants tokens as they come, not all at the end
+
+    @property
+    def only_scores(self) -> bool:
+        """Whether the scores of its prompt are all there is to compute, for which its last token is not needed."""
+        return not self.max_new_tokens and len(self.prompt_ids) > 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,9 @@
 """The end of a run: its final model, verified, and its report."""
 
+import dataclasses
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 from alpaca.training.checkpoints.final import save_final
 from alpaca.training.distributed import is_sharded
@@ -8,14 +11,18 @@ from alpaca.training.model.final import choose_save_dtype
 from alpaca.training.planning.plan import share_of_peak
 from alpaca.training.report.answers import Sample, answer_after
 from alpaca.training.report.page import Record, write_report
+from alpaca.training.report.scores import Scores, log_scores, score_final
 from alpaca.training.report.summary import describe_summary, draw_losses, mean_rate, summarize, write_trainer_state
 from alpaca.training.run import Run
 
 logger = logging.getLogger(__name__)
 
 
-def finish(run: Run, *, seconds: float, samples: list[Sample]) -> None:
-    """Write and verify the final model and the run's report."""
+def finish(run: Run, *, seconds: float, samples: list[Sample], score: Callable[[Path], Scores] | None = None) -> None:
+    """Write and verify the final model and the run's report, which has the model's scores where `score` gives them.
+
+    The report is written before the scores are known, too: they take a while, and may fail.
+    """
     settings, output_dir = run.settings, run.settings.checkpoints.output_dir
     dtype = choose_save_dtype(settings, run.base)
     learned = any(entry.get("learning_rate", 0) > 0 for entry in run.progress.log_history)
@@ -23,18 +30,27 @@ def finish(run: Run, *, seconds: float, samples: list[Sample]) -> None:
     if run.world.is_main:
         history = run.progress.log_history
         summary = summarize(history, seconds=seconds)
-        write_trainer_state(
-            output_dir,
-            settings,
-            history,
-            num_steps=run.num_steps,
-            steps_per_epoch=run.steps_per_epoch,
-            summary=summary,
-        )
+        _write_state(run, summary)
         draw_losses(output_dir / "loss.png", history)
-        write_report(output_dir, _record(run, summary, samples))
+        record = _record(run, summary, samples)
+        write_report(output_dir, record)
         logger.info("done: %s (%s), verified; %s", output_dir, str(dtype)[6:], describe_summary(summary))
     run.world.wait_for_all()
+    if settings.report.eval_tasks and (scores := score_final(run, score)):
+        log_scores(run, scores)
+        _write_state(run, summary)
+        write_report(output_dir, dataclasses.replace(record, scores=scores))
+
+
+def _write_state(run: Run, summary: dict[str, object]) -> None:
+    write_trainer_state(
+        run.settings.checkpoints.output_dir,
+        run.settings,
+        run.progress.log_history,
+        num_steps=run.num_steps,
+        steps_per_epoch=run.steps_per_epoch,
+        summary=summary,
+    )
 
 
 def _record(run: Run, summary: dict[str, object], samples: list[Sample]) -> Record:

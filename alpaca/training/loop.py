@@ -41,6 +41,7 @@ from alpaca.training.planning.command import print_plan
 from alpaca.training.progress import Meter, open_log, progress_bar, tell
 from alpaca.training.report.answers import Sample, answer_before, choose_samples
 from alpaca.training.report.recorders import Entry, check_recorder
+from alpaca.training.report.scores import Scores
 from alpaca.training.report.summary import evaluation_entry
 from alpaca.training.run import Run, prepare
 
@@ -60,10 +61,12 @@ def train(
     *,
     on_step: Callable[[Entry], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    score: Callable[[Path], Scores] | None = None,
 ) -> Path:
     """Fine-tune as `config` says and return the folder of the final model.
 
-    on_step is called with each step's log entry, on the main process; should_stop is asked after each step. Raises
+    on_step is called with each step's log entry, on the main process; should_stop is asked after each step; score gives
+    the final model's scores for the report (--eval_tasks). Raises
     TrainingStopped after SIGTERM, SIGINT or should_stop, once a checkpoint is saved, and AlpacaErrors for what the
     user can mend.
     """
@@ -78,7 +81,7 @@ def train(
         world.run_in_all(
             lambda: stack.enter_context(locked(settings.checkpoints.output_dir)) if world.is_main else None
         )
-        return _train_alone(settings, world, on_step=on_step, should_stop=should_stop)
+        return _train_alone(settings, world, on_step=on_step, should_stop=should_stop, score=score)
 
 
 def _train_alone(
@@ -87,6 +90,7 @@ def _train_alone(
     *,
     on_step: Callable[[Entry], None] | None,
     should_stop: Callable[[], bool] | None,
+    score: Callable[[Path], Scores] | None,
 ) -> Path:
     """Run the training while this process holds the lock on its output folder."""
     output_dir = settings.checkpoints.output_dir
@@ -107,7 +111,7 @@ def _train_alone(
             seconds = run_steps(run, on_step=on_step, should_stop=should_stop)
         except torch.OutOfMemoryError as error:
             raise NotEnoughSpace(_out_of_memory(run, error)) from error
-    finish(run, seconds=seconds, samples=samples)
+    finish(run, seconds=seconds, samples=samples, score=score)
     return output_dir
 
 

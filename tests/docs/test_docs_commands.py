@@ -29,6 +29,8 @@ CANNOT_RUN = {
     "script/bench_gpu": "needs a GPU",
     "script/test": "runs the tests, this one among them",
     "script/setup": "makes the environment the tests run in; tests/test_scripts.py runs it in a copy",
+    "lm_eval": "asks a server; tests/web/openai/test_real_clients.py does the same and is held",
+    "python -c": "asks a server by langchain; tests/web/openai/test_real_clients.py does the same and is held",
     "script/demo": "takes no arguments; tests/test_scripts.py runs it whole",
 }
 # How a fenced block of each language is held.
@@ -36,6 +38,7 @@ LANGUAGES = {
     "sh": "test_programs_take_the_commands, or tests/test_readme_calls.py",
     "python": "tests/test_readme_calls.py",
     "yaml": "tests/test_readme_calls.py",
+    "js": "tests/web/openai/test_real_clients.py, by a script of its own",
     "text": "test_the_log_line_is_the_engines",
     "mermaid": "drawings: tests/docs/test_architecture.py holds the names in them",
 }

@@ -99,6 +99,14 @@ def libraries(results: Results) -> list[str]:
     return [means("llguidance"), f"xgrammar: {means('xgrammar')}", ""]
 
 
+def evaluated(task: str) -> Callable[[Results], list[str]]:
+    def cells(results: Results) -> list[str]:
+        row = results["tasks"][f"bench_{task}"]
+        return [f"{rounded(row['engine_s'], 1)} s", f"{rounded(min(row['hf_s'].values()), 1)} s", ""]
+
+    return cells
+
+
 # How a row's cells follow from its results, by how its first cell begins; where none is named, by its results' file.
 CELLS = {
     "one client, streamed": served("stream 1"),
@@ -106,6 +114,10 @@ CELLS = {
     "16 clients, streamed": served("stream 16"),
     "sampling at a temperature": sampled("engine 8: cost of temperature"),
     "top_k with top_p": sampled("engine 8: cost of top_p and top_k"),
+    "lm-eval, four choices without": evaluated("choices"),
+    "lm-eval, four choices after": evaluated("choices_5_shot"),
+    "lm-eval, whole texts": evaluated("texts"),
+    "lm-eval, answers": evaluated("answers"),
     "convert-": conversion,
     "train-cpu": training,
     "similarity": similarity,

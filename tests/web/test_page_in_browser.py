@@ -359,3 +359,114 @@ def test_one_signal_ends_the_page_while_it_is_open(browser, server):
     person = Person(browser, web.url).wait_for_form()
     assert web.stop() in (0, -15, 143)
     person.context.close()
+
+
+# The chat -----------------------------------------------------------------------------------------------------------
+
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="module")
+def chat_server(slow_folder, tmp_path_factory) -> Iterator[LocalServer]:
+    folder = Path(shutil.copytree(slow_folder, tmp_path_factory.mktemp("chat") / "model"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    with running_server(["--weights", str(folder)], on_failure=print) as server:
+        yield server
+
+
+class Talker(Person):
+    """Somebody at the chat."""
+
+    def say(self, text: str) -> None:
+        self.page.fill("#chat-box textarea", text)
+        self.page.click("#chat-send")
+
+    def wait_for_answer(self, num_turns: int) -> None:
+        self.wait_for(
+            f"document.querySelectorAll('.turn .text').length == {num_turns}"
+            " && !document.querySelector('.turn.running') && !document.querySelector('#chat-send').disabled"
+        )
+
+    def turns(self) -> list[str]:
+        return self.page.locator(".turn .text").all_text_contents()
+
+    def chat_line(self) -> str:
+        return self.page.inner_text("#chat-line")
+
+
+@pytest.fixture
+def talker(browser, chat_server) -> Iterator[Talker]:
+    web = PageProcess(chat_server.url)
+    talker = Talker(browser, web.url)
+    talker.page.wait_for_selector("#chat-send")
+    yield talker
+    talker.context.close()
+    web.stop()
+
+
+def test_a_chat_of_two_turns_is_the_servers_own(talker, chat_server):
+    """With a system's text and the settings beside it; nothing is asked of another host."""
+    for knob, value in (("seed", 3), ("max_new_tokens", 20), ("min_new_tokens", 20)):
+        talker.set_number(knob, value)
+    talker.page.fill("#chat-system textarea", "Be kind.")
+    messages = [{"role": "system", "content": "Be kind."}]
+    for number, text in enumerate(("Hello <b>you</b>", "And now?"), start=1):
+        talker.say(text)
+        talker.wait_for_answer(2 * number)
+        messages.append({"role": "user", "content": text})
+        asked = {"messages": messages, "seed": 3, "max_new_tokens": 20, "min_new_tokens": 20}
+        (own,) = chat_server.predict(asked)["output"]
+        messages.append({"role": "assistant", "content": own})
+        assert talker.turns() == [message["content"] for message in messages[1:]]
+    assert re.match(r"20 tokens · .*seed 3$", talker.chat_line())
+    assert talker.page.input_value("#chat-box textarea") == ""
+    talker.picture("chat", whole=True)
+    origin = talker.page.url.rstrip("/")
+    assert [url for url in talker.asked if not url.startswith((origin, "data:", "blob:"))] == []
+    assert talker.said == []
+    talker.page.click("#chat-new")
+    talker.wait_for("document.querySelectorAll('.turn').length == 0")
+
+
+def test_a_chat_streams_and_stops(talker, chat_server):
+    since = len(chat_server.logs)
+    for knob, value in (("max_new_tokens", 1900), ("min_new_tokens", 1900)):
+        talker.set_number(knob, value)
+    talker.say("Tell me everything.")
+    talker.wait_for("document.querySelector('.turn.running .text')?.innerText.length > 20")
+    talker.page.click("#chat-stop")
+    talker.wait_for_answer(2)
+    assert talker.chat_line().startswith("Stopped after ")
+    assert log_has(chat_server, "Prediction cancelled.*page-", since=since)
+    assert len(talker.turns()[1]) > 20  # what there was stays
+
+
+def test_a_chat_says_what_is_wrong_and_keeps_the_text(talker):
+    talker.say("word " * 3000)
+    talker.page.wait_for_selector("#chat-line .complaint")
+    assert re.search(r"the model's context is 2,?048", talker.chat_line())
+    assert talker.page.input_value("#chat-box textarea").startswith("word word")
+    assert talker.turns() == []
+
+
+def test_a_chat_in_a_full_context_leaves_the_oldest_out(talker):
+    talker.set_number("max_new_tokens", 5)
+    for number in range(1, 4):
+        talker.say("many words " * 120)
+        talker.wait_for_answer(2 * number)
+    assert "The context is full: the model no longer sees the first" in talker.chat_line()
+    assert talker.page.locator(".turn.left-out").count() >= 2
+
+
+def test_the_instruction_stays_beside_the_chat(talker):
+    talker.page.click("button[role=tab]:has-text('Instruction')")
+    talker.page.wait_for_selector("#start:visible")
+    talker.set_number("max_new_tokens", 4)
+    talker.write("alpacas")
+    talker.page.click("#start")
+    talker.wait_for_text("#line", "4 tokens")
+
+
+def test_a_model_without_a_template_has_no_chat(person):
+    assert person.page.locator("#chat-send").count() == 0
+    assert person.page.locator("button[role=tab]").count() == 0

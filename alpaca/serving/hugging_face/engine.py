@@ -149,6 +149,7 @@ class TransformersEngine(Engine):
         prompt = torch.tensor([request.prompt_ids], device=self._model.device)
         if request.echo:
             self._score_prompt(generation, prompt)
+            del generation.prompt_scores[: request.scored_from]
         if not request.max_new_tokens:
             for completion in range(request.n):
                 generation.finish(completion, at_limit=True)
@@ -162,7 +163,8 @@ class TransformersEngine(Engine):
     def _score_prompt(self, generation: Generation, prompt: torch.Tensor) -> None:
         """Score a prompt [1, T] in a pass of its own, before the one that its answer goes on from."""
         following, num_top = prompt[0, 1:], generation.request.logprobs or 0
-        for piece in read_logits(self._model, self.way, prompt):
+        read = prompt[:, :-1] if generation.request.only_scores else prompt  # no logits of the last one are wanted
+        for piece in read_logits(self._model, self.way, read):
             if generation.is_cancelled or not len(following):
                 return
             rows = torch.arange(min(len(piece), len(following)), device=piece.device)

@@ -126,7 +126,7 @@ class LlamaEngine(Engine):
         outside = [token_id for token_id in request.prompt_ids if not 0 <= token_id < num_rows]
         if outside:
             raise InputError(f"token id {outside[0]} is outside of the model's {num_rows} rows")
-        length = len(request.prompt_ids) + request.max_new_tokens
+        length = len(request.prompt_ids) + (request.max_new_tokens or -request.only_scores)
         if length > self.max_context or not self._scheduler.fits(_num_positions(request)):
             raise PromptTooLong(
                 f"prompt ({len(request.prompt_ids)} tokens) and answer (up to {request.max_new_tokens}) need {length} "
@@ -173,7 +173,7 @@ class LlamaEngine(Engine):
     def _enqueue(self, generation: Generation) -> None:
         request = generation.request
         sequences = self._sequences[generation] = []
-        for index in range(request.n):
+        for index in range(1 if request.only_scores else request.n):
             matcher = generation.matchers[index] if generation.matchers else None
             sampling = SamplingState(request, index, eos_ids=self._runner.eos_ids, matcher=matcher)
             sequence = Sequence(
@@ -182,7 +182,7 @@ class LlamaEngine(Engine):
                 adapter_index=self._adapter_indices[request.adapter],
                 long_from=self._runner.model.config.rope.long_from,
                 shares_prompt_with=sequences[0] if sequences else None,
-                scores_prompt=request.echo and index == 0,
+                scores_from=request.scored_from if request.echo and index == 0 else None,
                 completion=RunningCompletion(generation, index, sampling),
             )
             sequences.append(sequence)
@@ -291,6 +291,7 @@ class LlamaEngine(Engine):
         scores = pending.scores.read_rows() if pending.scores else {}
         if pending.scores:
             self._hand_on_prompt_scores(pending.scores)
+        self._end_scored(pending.scheduled)
         for row, (item, token_id) in enumerate(zip(pending.sampled, ids, strict=True)):
             if not item.sequence.is_finished:
                 self._scheduler.append_token(item.sequence, token_id)
@@ -306,6 +307,16 @@ class LlamaEngine(Engine):
             if any(math.isnan(score.logprob) for score in found):
                 self._fail(generation, not_finite())
             generation.prompt_scores += found
+
+    def _end_scored(self, scheduled: list[ScheduledSequence]) -> None:
+        """End the sequences of which only scores were wanted, once a step has come to their last ones."""
+        for item in scheduled:
+            generation = item.sequence.completion.generation
+            is_last = item.start + item.num_tokens == len(item.sequence) - 1
+            if generation.request.only_scores and is_last and not item.sequence.is_finished:
+                for index in range(generation.request.n):
+                    generation.finish(index, at_limit=True)
+                self._end(item.sequence, generation)
 
     def _advance(self, sequence: Sequence, token_id: int, score: TokenScore | None) -> None:
         """Give a completion its next token, and end it if that was the last."""
@@ -346,8 +357,8 @@ class LlamaEngine(Engine):
 
 
 def _num_positions(request: Request) -> int:
-    """Tokens that a sequence of the request may come to. Where none is wanted it makes one, that nobody gets."""
-    return len(request.prompt_ids) + max(request.max_new_tokens, 1)
+    """Tokens that a sequence of the request may come to: one that nobody gets where no token and no score is wanted."""
+    return len(request.prompt_ids) + (0 if request.only_scores else max(request.max_new_tokens, 1))
 
 
 class _LazyEngine:

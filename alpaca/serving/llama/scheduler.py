@@ -24,7 +24,8 @@ class Sequence:
     long_from: from so many tokens on, all its positions turn as those of long sequences do (longrope); 0: never.
     shares_prompt_with: the first completion of the same prompt. This sequence waits until that one has computed the
     prompt, then shares its blocks.
-    scores_prompt: whether the logits of all prompt tokens are wanted. They are computed even if they are cached.
+    scores_from: from this prompt token on, the logits are wanted of all but the last. They are computed even if the
+    cache has them. None: no logits are wanted.
     completion: the caller's own record of the completion. The scheduler never looks into it.
     """
 
@@ -36,7 +37,7 @@ class Sequence:
         adapter_index: int = 0,
         long_from: int = 0,
         shares_prompt_with: "Sequence | None" = None,
-        scores_prompt: bool = False,
+        scores_from: int | None = None,
         completion: Any = None,
     ) -> None:
         self.token_ids = list(prompt_ids)  # the prompt, then the tokens of the answer whose ids are known
@@ -47,7 +48,7 @@ class Sequence:
         self.is_long = False  # whether its blocks hold keys that turn as those of long sequences
         self.shares_prompt_with = shares_prompt_with
         # Prompt tokens whose logits are wanted still, and the first of them; none after the last.
-        self.unscored = range(self.num_prompt_tokens - 1 if scores_prompt else 0)
+        self.unscored = range(0) if scores_from is None else range(scores_from, self.num_prompt_tokens - 1)
         self.completion = completion
         self.arrival = -1  # the sequence's number in order of arrival
         self.state_row: int | None = None  # its row of the runner's state, while it runs
@@ -72,6 +73,11 @@ class Sequence:
     def __len__(self) -> int:
         """Number of tokens, those in flight included."""
         return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_to_compute(self) -> int:
+        """Number of tokens that a step may compute by now: all, or all but the last where none is wanted after it."""
+        return len(self) - (self.max_new_tokens == 0)
 
     @property
     def num_generated(self) -> int:
@@ -271,7 +277,7 @@ class Scheduler:
     def _schedule_prompt(self, scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
         """Schedule as many of the sequence's missing tokens as budget and blocks allow; returns their number."""
         room = len(sequence.blocks) * self.pool.block_size - sequence.num_computed
-        num_tokens = min(len(sequence) - sequence.num_computed, budget, room)
+        num_tokens = min(sequence.num_to_compute - sequence.num_computed, budget, room)
         if num_tokens:
             reaches_end = sequence.num_computed + num_tokens == len(sequence)
             scheduled.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens, reaches_end))
@@ -293,7 +299,8 @@ class Scheduler:
 
     def _next_end(self, sequence: Sequence, start: int) -> int:
         """Up to which of its tokens a sequence needs blocks when its next step begins with token `start`."""
-        return min(len(sequence), start + self._max_step_tokens) if self._window else len(sequence)
+        end = sequence.num_to_compute
+        return min(end, start + self._max_step_tokens) if self._window else end
 
     def _admit_next(self) -> Sequence | None:
         """Start the first waiting sequence, if a state row is free and there are blocks for all its tokens.

@@ -170,6 +170,12 @@ class TrainConfig:
     overwrite_output_dir: bool = field(default=False, metadata=_flag("replace what output_dir holds"))
 
     num_samples: int = field(default=3, metadata=_flag("prompts answered before and after, for report.html"))
+    eval_tasks: str | None = field(
+        default=None,
+        metadata=_flag(
+            "lm-eval's tasks (or YAML files of tasks), separated by commas, for the final model: report.html"
+        ),
+    )
     plan_only: bool = field(default=False, metadata=_flag("show what the run will take, as a table and JSON, and end"))
     plan_memory: str | None = field(default=None, metadata=_flag('plan for GPUs of this memory ("80GB"): those here'))
     plan_gpus: int | None = field(default=None, metadata=_flag("plan for so many of them: torchrun's number"))

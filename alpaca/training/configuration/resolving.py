@@ -132,6 +132,7 @@ def _report_settings(config: TrainConfig) -> ReportSettings:
         eval_strategy=config.eval_strategy,
         eval_steps=config.eval_steps,
         num_samples=config.num_samples,
+        eval_tasks=config.eval_tasks,
     )
 
 

@@ -162,6 +162,7 @@ class ReportSettings:
     eval_strategy: str
     eval_steps: int
     num_samples: int
+    eval_tasks: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from alpaca.training.planning.words import format_seconds, memory_parts
 from alpaca.training.report.answers import Sample
 from alpaca.training.report.charts import Line, Points, draw_lines
 from alpaca.training.report.recorders import Entry
+from alpaca.training.report.scores import Scores, show_score
 
 REPORT_NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -46,6 +47,7 @@ class Record:
     share_of_peak: float | None
     samples: list[Sample] = field(default_factory=list)
     no_samples: str = ""  # why there are none
+    scores: Scores = field(default_factory=dict)
 
 
 def write_report(output_dir: Path, record: Record) -> Path:
@@ -69,6 +71,7 @@ def make_page(record: Record) -> str:
         memory_note=_memory_note(record),
         samples=[_sample_texts(sample) for sample in record.samples],
         samples_note=_samples_note(record),
+        scores={name: show_score(*found) for name, found in record.scores.items()},
         data={name: _data_rows(part) for name, part in _data_parts(record).items()},
         machine=_machine(record),
         flags=record.flags,

@@ -168,6 +168,29 @@ def test_echo_without_an_answer_is_the_prompts_log_likelihood(models, oracle):
     engine.close()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_scores_from_a_token_on_are_those_of_the_whole_prompt(models, oracle, mode):
+    """What stands before it comes from the cache; the last token is not computed, so there may be one more of them."""
+    engine = make_engine(models[1], mode=mode, num_blocks=40)
+    context = tuple(3 + i * 5 % 110 for i in range(CONTEXT + 1))
+    asked = [
+        (LONG, 0),
+        (LONG, 50),
+        (LONG, len(LONG) - 2),
+        (context[:-1], CONTEXT - 4),
+        (context, CONTEXT - 1),
+        ((1, 9), 0),
+    ]
+    for prompt, start in [*asked, *asked]:
+        generation = engine.submit(
+            request(prompt_ids=prompt, echo=True, scored_from=start, max_new_tokens=0, logprobs=1)
+        )
+        assert tokens(generation) == [[]]
+        check_scores(generation.prompt_scores, list(prompt), start + 1, oracle, 1)
+    engine.close()
+    assert engine._scheduler.pool.num_free == engine._scheduler.pool.capacity
+
+
 def test_no_more_logits_at_once_than_a_few_rows(models, oracle, monkeypatch):
     """Of a prompt; a step's new tokens need theirs anyway."""
     largest = 0

@@ -12,7 +12,7 @@ import pytest
 
 from deploy.local_server import LocalServer
 from tests.conftest import ROOT
-from tests.web.openai.real_server import clients_python, real_server
+from tests.web.openai.real_server import clients_python, node_environment, real_server
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +155,27 @@ def test_langchain(running):
     ]
     assert found == {
         "whole": chat, "usage": 12, "streamed": chat, "asynchronous": chat, "raw": raw[0], "batch": raw,
+    }  # fmt: skip
+
+
+def test_the_ai_sdk(running):
+    """The OpenAI-compatible provider of the AI SDK: a chat, a stream, a completion, and an error."""
+    server, url = running
+    node, folder = node_environment()
+    script = Path(shutil.copy(Path(__file__).with_name("ask_ai_sdk.mjs"), folder))  # beside its node_modules
+    command = [str(node), script.name, url, "storyteller"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    given = {"temperature": 0, "max_new_tokens": 12, "details": True}
+    said = {"messages": [{"role": "user", "content": "Once upon a time"}]}
+    (chat,) = (json.loads(item) for item in server.predict({**given, **said})["output"])
+    written = "user:\nOnce upon a time\n\nassistant:\n"  # what the provider makes of a prompt for /v1/completions
+    (raw,) = documents(server, prompt=written, stop=["\nuser:"], temperature=0, max_new_tokens=12)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "no-such-model" in found.pop("refused")
+    assert found == {
+        "whole": chat["text"], "usage": [chat["prompt_tokens"], 12], "finish": "length", "streamed": chat["text"],
+        "streamedUsage": 12, "raw": raw["text"],
     }  # fmt: skip
 
 
