@@ -59,7 +59,7 @@ class Predictor(BaseRunner):
         self,
         prompt: str = Input(default="", description="The instruction, or the whole text where prompt_template is {prompt}; give this or messages"),
         input: str = Input(default="", description="Context for the instruction; not empty selects the template with an input"),
-        prompt_template: str = Input(default="alpaca", description="alpaca, or a text that holds {prompt} and optionally {input}; {prompt} alone sends the text as it is"),
+        prompt_template: str = Input(default="auto", description="auto: what the model was trained with; alpaca, or a text that holds {prompt} and optionally {input}; {prompt} alone sends the text as it is"),
         messages: list[dict] = Input(default=[], description="A conversation in place of a prompt: objects with a role (system, user, assistant) and a content, for the model's own chat template"),
         n: int = Input(default=1, ge=1, le=5, description="Number of completions"),
         max_new_tokens: int = Input(default=256, ge=0, description="Most tokens to generate, cut to the context that is left; 0 goes with echo alone"),
@@ -107,7 +107,7 @@ class Predictor(BaseRunner):
     def _generate(self, values: dict[str, object], call: "_Call") -> Generator[str, None, None]:
         from alpaca.serving.detokenize import CompletionText
         from alpaca.serving.engine import GenerationCancelledError
-        from alpaca.serving.request import PredictionInputs, describe_unused, make_request, strips_leading_space
+        from alpaca.serving.request import PredictionInputs, describe_unused, make_request
 
         inputs = PredictionInputs.from_mapping(values)
         for text in describe_unused(inputs):
@@ -120,7 +120,7 @@ class Predictor(BaseRunner):
                 self.engine.tokenizer,
                 request.prompt_ids,
                 stop=inputs.stop,
-                strip_leading=strips_leading_space(inputs),
+                strip_leading=request.strips_leading,
             )
             for _ in range(request.n)
         ]

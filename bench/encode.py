@@ -26,8 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from alpaca.data.encoding.prompt_layout import PromptLayout
+from alpaca.data.example import Example
 from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples
-from alpaca.data.records import Example, read_examples
+from alpaca.data.records import read_examples
 from alpaca.errors import InputError, MissingInput, run_command
 from alpaca.text.prompts import alpaca_prompt
 from alpaca.text.sentencepiece import SentencePieceTokenizer, write_llama_tokenizer
@@ -55,10 +57,15 @@ def main() -> None:
     examples = [distinct[index % len(distinct)] for index in range(config.num_examples)]
     tokenizer = SentencePieceTokenizer(config.tokenizer)
     baseline = distinct[: config.num_baseline]
-    num_tokens = encode_examples(examples, tokenizer, max_length=MAX_LENGTH).report.num_tokens  # warms up, too
+    num_tokens = encode_examples(
+        examples, PromptLayout("alpaca", tokenizer), max_length=MAX_LENGTH
+    ).report.num_tokens  # warms up, too
     with tempfile.TemporaryDirectory() as folder:
         original = load_original_tokenizer(config.tokenizer, Path(folder))
-        check_equal(encode_examples(baseline, tokenizer, max_length=MAX_LENGTH), encode_originally(baseline, original))
+        check_equal(
+            encode_examples(baseline, PromptLayout("alpaca", tokenizer), max_length=MAX_LENGTH),
+            encode_originally(baseline, original),
+        )
         seconds = measure(config, examples, baseline, tokenizer=tokenizer, original=original)
     report(config, seconds, num_tokens=num_tokens, num_baseline=len(baseline))
 
@@ -92,7 +99,9 @@ def measure(
     processor = SentencePieceProcessor(model_file=str(config.tokenizer))
     joint_texts = [alpaca_prompt(example.instruction, example.input) + example.output for example in examples]
     ways: dict[str, Callable[[], object]] = {
-        "ours": lambda: encode_examples(examples, tokenizer, max_length=MAX_LENGTH, progress=False),
+        "ours": lambda: encode_examples(
+            examples, PromptLayout("alpaca", tokenizer), max_length=MAX_LENGTH, progress=False
+        ),
         "original": lambda: encode_originally(baseline, original),
         "ceiling": lambda: processor.encode(joint_texts, num_threads=-1),
     }

@@ -17,8 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from alpaca.data.example import Example  # noqa: E402
 from alpaca.data.examples import split_examples  # noqa: E402
-from alpaca.data.records import Example, read_examples  # noqa: E402
+from alpaca.data.records import read_examples  # noqa: E402
 from deploy.local_server import LocalServer, running_server, stop_children_on_sigterm  # noqa: E402
 
 WORK = Path(".demo")

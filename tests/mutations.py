@@ -466,9 +466,9 @@ MUTATIONS = [
     ),
     # Training
     Mutation(
-        path="alpaca/data/examples.py",
-        old="labels[: self.prompt_lengths[index]]",
-        new="labels[: self.prompt_lengths[index] - 1]",
+        path="alpaca/data/encoding/prompt_layout.py",
+        old="start = min(num_prefix + len(prompt), len(ids))",
+        new="start = min(num_prefix + len(prompt) - 1, len(ids))",
         killed_by="tests/data/test_examples.py::test_hostile_and_sample_examples_equal_the_original",
         why="the prompt's last token carries loss",
     ),

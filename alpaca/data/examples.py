@@ -1,26 +1,22 @@
-"""Instruction examples: split and encoded as the original recipe encodes them.
+"""Examples: split, and encoded by a layout.
 
-Ids and labels equal Stanford's train.py token for token. Prompt and answer are tokenized as one text, EOS is added by
-id, the right is cut to `max_length`, and as many leading labels are masked as the prompt alone has tokens. (So where
-the tokenizer merges the prompt's last colon with the answer's first character, that character carries no loss: 3 % of
-the Alpaca data. This is the recipe; it is kept.) The original cuts examples without saying so; here they are counted,
-and examples that could teach nothing, because every label is masked, are dropped.
+With the Alpaca prompt ids and labels equal Stanford's train.py token for token. The right is cut to `max_length`. The
+original cuts examples without saying so; here they are counted, and examples that could teach nothing, because every
+label is masked, are dropped.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from alpaca.data.records import Example
+from alpaca.data.encoding.layout import Layout, Row
+from alpaca.data.example import AnyExample
 from alpaca.errors import InputError
-from alpaca.text.prompts import alpaca_prompt
-from alpaca.text.tokenizer import Tokenizer
 
 MASKED_LABEL = -100  # the label that torch's cross entropy ignores
 _CHUNK = 1024  # examples encoded at once: enough to keep every core busy, few enough to keep the progress bar moving
@@ -28,7 +24,9 @@ _CHUNK = 1024  # examples encoded at once: enough to keep every core busy, few e
 # Splitting ----------------------------------------------------------------------------------------------------
 
 
-def split_examples(examples: Sequence[Example], *, num_held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
+def split_examples(
+    examples: Sequence[AnyExample], *, num_held_out: int, seed: int
+) -> tuple[list[AnyExample], list[AnyExample]]:
     """Split examples into (those to train on, those held out), each in their original order.
 
     The choice depends only on the seed and the number of examples. With the same seed a larger `num_held_out` holds out
@@ -60,6 +58,7 @@ class EncodingReport:
     num_empty_outputs: int  # only white space: they teach the model to answer nothing
     num_duplicates: int  # copies of an earlier example: instruction, input and output are equal
     num_without_eos: int  # cut, so that their EOS is lost
+    num_merged: int  # a token holds the prompt's end and the answer's beginning
     num_tokens: int
     num_targets: int  # tokens that carry loss
 
@@ -71,6 +70,9 @@ class EncodingReport:
             f"longer than {self.max_length} tokens: cut, and without their EOS": self.num_without_eos,
             "with an empty output: they teach to answer nothing": self.num_empty_outputs,
             "exact copies of an earlier one": self.num_duplicates,
+            "whose answer begins inside the prompt's last token, which carries no loss (--prompt_boundary split)": (
+                self.num_merged
+            ),
         }
         return [
             f"{totals}, {self.num_targets:,} of them carry loss",
@@ -83,17 +85,17 @@ class EncodedDataset:
     """Encoded examples, laid end to end in flat tensors: E examples that have N tokens in all.
 
     ids: int32 [N].   offsets: int64 [E + 1], where each example starts and the last one ends.
-    prompt_lengths: int64 [E], the number of leading labels that are masked.
+    trained: bool [N], the labels that carry loss.
     report: the counts of the encoding; a subset keeps the report of the whole set.
     """
 
     ids: Tensor
     offsets: Tensor
-    prompt_lengths: Tensor
+    trained: Tensor
     report: EncodingReport
 
     def __len__(self) -> int:
-        return len(self.prompt_lengths)
+        return len(self.offsets) - 1
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -103,37 +105,53 @@ class EncodedDataset:
     @cached_property
     def target_counts(self) -> Tensor:
         """Labels of each example that carry loss: int64 [E]. The first token is never predicted, masked or not."""
-        return _count_targets(self.lengths, self.prompt_lengths)
+        before = torch.cat([self.offsets.new_zeros(1), self.trained.cumsum(0)])
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        return before[ends] - before[torch.minimum(starts + 1, ends)]
+
+    @cached_property
+    def prompt_lengths(self) -> Tensor:
+        """Tokens of each example before the first that carries loss: int64 [E]; all, where none does."""
+        places = self.trained.nonzero().flatten()
+        first = torch.searchsorted(places, self.offsets[:-1])
+        ends = self.offsets[1:]
+        found = torch.cat([places, places.new_full((1,), len(self.trained))])[first]
+        return torch.minimum(found, ends) - self.offsets[:-1]
+
+    @property
+    def trains_ends_alone(self) -> bool:
+        """Whether all tokens of an example behind its first that carries loss do so, too."""
+        return int(self.trained.sum()) == int((self.lengths - self.prompt_lengths).sum())
 
     def example(self, index: int) -> tuple[Tensor, Tensor]:
         """Ids and labels of one example, both int64 [T]; labels are not shifted."""
         index = range(len(self))[index]  # an IndexError, where a slice would be empty
-        ids = self.ids[self.offsets[index] : self.offsets[index + 1]].long()
-        labels = ids.clone()
-        labels[: self.prompt_lengths[index]] = MASKED_LABEL
-        return ids, labels
+        place = slice(self.offsets[index], self.offsets[index + 1])
+        ids = self.ids[place].long()
+        return ids, ids.masked_fill(~self.trained[place], MASKED_LABEL)
 
     def subset(self, indices: Sequence[int] | Tensor) -> "EncodedDataset":
         """The examples at `indices`, in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         starts, ends = self.offsets[:-1][chosen].tolist(), self.offsets[1:][chosen].tolist()
+        places = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
         return EncodedDataset(
-            ids=torch.cat([self.ids[:0], *(self.ids[start:end] for start, end in zip(starts, ends, strict=True))]),
+            ids=torch.cat([self.ids[:0], *(self.ids[place] for place in places)]),
             offsets=_offsets(self.lengths[chosen]),
-            prompt_lengths=self.prompt_lengths[chosen],
+            trained=torch.cat([self.trained[:0], *(self.trained[place] for place in places)]),
             report=self.report,
         )
 
 
 def encode_examples(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
+    examples: Sequence[AnyExample],
+    layout: Layout,
     *,
     max_length: int = 512,
     train_on_inputs: bool = False,
     progress: bool = True,
 ) -> EncodedDataset:
-    """Encode examples as the original recipe does, and keep those that have a label to learn from.
+    """Encode examples by a layout, and keep those that have a label to learn from.
 
     max_length: the tokens that an example is cut to, on the right. train_on_inputs: no label is masked, so that prompts
     carry loss too, as in alpaca-lora. progress: show a bar on a terminal when it takes over a second.
@@ -143,20 +161,18 @@ def encode_examples(
     with tqdm(total=len(examples), desc="encode", unit=" examples", delay=1, disable=None if progress else True) as bar:
         for start in range(0, max(len(examples), 1), _CHUNK):
             chunk = examples[start : start + _CHUNK]
-            parts.append(_encode_chunk(chunk, tokenizer, max_length=max_length, mask_prompts=not train_on_inputs))
+            parts.append(_pack(layout.encode(chunk), max_length=max_length, mask_prompts=not train_on_inputs))
             bar.update(len(chunk))
     names = [field.name for field in dataclasses.fields(_Encoded)]
     whole = _Encoded(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    offsets = _offsets(whole.full_lengths[whole.kept].clamp(max=max_length))
     report = _make_report(examples, whole, max_length=max_length)
     if report.num_read and not report.num_kept:
         raise InputError(
             f"none of the {report.num_read:,} examples has a token to learn from: every prompt fills the "
             f"{max_length} tokens an example is cut to; raise --model_max_length"
         )
-    lengths = whole.full_lengths[whole.kept].clamp(max=max_length)
-    return EncodedDataset(
-        ids=whole.ids, offsets=_offsets(lengths), prompt_lengths=whole.prompt_lengths[whole.kept], report=report
-    )
+    return EncodedDataset(ids=whole.ids, offsets=offsets, trained=whole.trained, report=report)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,32 +180,48 @@ class _Encoded:
     """E encoded examples: the ids of the kept ones, laid end to end, and the lengths of all."""
 
     ids: Tensor  # int32 [N]
+    trained: Tensor  # bool [N]
     full_lengths: Tensor  # int64 [E], before the cut
-    prompt_lengths: Tensor  # int64 [E], at most the length after the cut
-    kept: Tensor  # bool [E]
+    merged: Tensor  # bool [E]
+    num_targets: Tensor  # int64 [E]
+
+    @property
+    def kept(self) -> Tensor:
+        """bool [E]."""
+        return self.num_targets > 0
 
 
-def _encode_chunk(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int, mask_prompts: bool
-) -> _Encoded:
-    prompts = [alpaca_prompt(example.instruction, example.input) for example in examples]
-    texts = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]
-    encoded = tokenizer.encode_batch(prompts + texts)
-    rows = [[*tokenizer.prefix_ids, *row, tokenizer.eos_id] for row in encoded[len(prompts) :]]
-    full_lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    lengths = full_lengths.clamp(max=max_length)
-    prompt_lengths = torch.tensor([len(row) for row in encoded[: len(prompts)]], dtype=torch.int64)
-    prompt_lengths = torch.minimum(prompt_lengths + len(tokenizer.prefix_ids), lengths) * mask_prompts
-    kept = _count_targets(lengths, prompt_lengths) > 0
-    cut_rows = (row[:max_length] for row, keep in zip(rows, kept.tolist(), strict=True) if keep)
-    ids = torch.tensor(list(chain.from_iterable(cut_rows)), dtype=torch.int32)
-    return _Encoded(ids=ids, full_lengths=full_lengths, prompt_lengths=prompt_lengths, kept=kept)
+def _pack(rows: Sequence[Row], *, max_length: int, mask_prompts: bool) -> _Encoded:
+    ids: list[int] = []
+    trained: list[bool] = []
+    num_targets = []
+    for row in rows:
+        kept = row.ids[:max_length]
+        labels = _labels(len(kept), row.spans) if mask_prompts else [True] * len(kept)
+        num_targets.append(sum(labels[1:]))
+        if num_targets[-1]:
+            ids += kept
+            trained += labels
+    return _Encoded(
+        ids=torch.tensor(ids, dtype=torch.int32),
+        trained=torch.tensor(trained, dtype=torch.bool),
+        full_lengths=torch.tensor([len(row.ids) for row in rows], dtype=torch.int64),
+        merged=torch.tensor([row.is_merged for row in rows], dtype=torch.bool),
+        num_targets=torch.tensor(num_targets, dtype=torch.int64),
+    )
 
 
-def _make_report(examples: Sequence[Example], encoded: _Encoded, *, max_length: int) -> EncodingReport:
+def _labels(length: int, spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which of `length` labels carry loss."""
+    labels: list[bool] = []
+    for start, end in spans:
+        start, end = min(start, length), min(end, length)
+        labels += [False] * (start - len(labels)) + [True] * (end - start)
+    return labels + [False] * (length - len(labels))
+
+
+def _make_report(examples: Sequence[AnyExample], encoded: _Encoded, *, max_length: int) -> EncodingReport:
     kept = [example for example, keep in zip(examples, encoded.kept.tolist(), strict=True) if keep]
-    full_lengths = encoded.full_lengths[encoded.kept]
-    targets = _count_targets(full_lengths.clamp(max=max_length), encoded.prompt_lengths[encoded.kept])
     return EncodingReport(
         max_length=max_length,
         num_read=len(examples),
@@ -197,14 +229,11 @@ def _make_report(examples: Sequence[Example], encoded: _Encoded, *, max_length: 
         num_kept=len(kept),
         num_empty_outputs=sum(not example.output.strip() for example in kept),
         num_duplicates=len(kept) - len(set(kept)),
-        num_without_eos=int((full_lengths > max_length).sum()),
+        num_without_eos=int((encoded.full_lengths[encoded.kept] > max_length).sum()),
+        num_merged=int(encoded.merged[encoded.kept].sum()),
         num_tokens=len(encoded.ids),
-        num_targets=int(targets.sum()),
+        num_targets=int(encoded.num_targets.sum()),
     )
-
-
-def _count_targets(lengths: Tensor, prompt_lengths: Tensor) -> Tensor:
-    return lengths - prompt_lengths.clamp(min=1)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

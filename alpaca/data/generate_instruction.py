@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from alpaca.data.example import Example
 from alpaca.data.generation.journal import JOURNAL, REGEN, Journal
 from alpaca.data.generation.prompts import NUM_TASKS, SEED_TASKS, STOP, encode_prompt, make_prompt, read_seed_tasks
 from alpaca.data.generation.run import Ending, Generation, GenerationConfig, SignalReceived, list_counts, say
@@ -26,7 +27,6 @@ from alpaca.data.generation.services import (
     count_tokens_roughly,
     plain_address,
 )
-from alpaca.data.records import Example
 from alpaca.errors import InputError, ServiceFailed, run_command
 from alpaca.files.atomic import write_json
 from alpaca.files.locks import locked

@@ -15,7 +15,8 @@ from alpaca.data.analysis.cleaning import Change, clean_records, log_path, write
 from alpaca.data.analysis.page import make_page
 from alpaca.data.analysis.summary import analyse, summary_lines
 from alpaca.data.analysis.verb_plot import count_verbs, draw_png
-from alpaca.data.records import read_records
+from alpaca.data.records import AUTO, DATA_FORMATS, make_reader, read_records
+from alpaca.data.sources.formats import RESPONSE_MARK
 from alpaca.errors import InputError, run_command
 from alpaca.files.atomic import write_bytes, write_text
 from alpaca.files.outputs import check_overwrite
@@ -24,7 +25,9 @@ from alpaca.text.loading import load_tokenizer
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m alpaca.data.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--data_path", required=True, help="JSON, JSON lines, or a Hugging Face data set's name")
+    parser.add_argument("--data_path", required=True, help="JSON, CSV, Parquet, or a Hugging Face data set's name")
+    parser.add_argument("--data_format", choices=DATA_FORMATS, default=AUTO, help="the records' form; default: seen")
+    parser.add_argument("--response_mark", default=RESPONSE_MARK, help="of plain texts: what the answer stands behind")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page; default report.html")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of the model to train, to count tokens")
     parser.add_argument("--model_max_length", type=int, default=512, help="tokens an example is cut to; default 512")
@@ -42,8 +45,11 @@ def write_outputs(arguments: argparse.Namespace) -> list[Path]:
     _check_outputs(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     records = list(read_records(arguments.data_path))
-    analysis = analyse(arguments.data_path, records, tokenizer, max_length=arguments.model_max_length)
-    kept, changes = clean_records(records)
+    reader = make_reader(records, data_format=arguments.data_format, response_mark=arguments.response_mark)
+    analysis = analyse(arguments.data_path, records, reader, tokenizer, max_length=arguments.model_max_length)
+    for line in reader.lines():
+        print(line)
+    kept, changes = clean_records(records, reader)
     png = draw_png(count_verbs(analysis.roots))
     page = make_page(analysis, changes, png=png, cleaned=arguments.clean)
     for line in summary_lines(analysis):

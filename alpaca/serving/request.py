@@ -14,8 +14,9 @@ from alpaca.serving.structured.constraints import Constraint, read_constraint
 from alpaca.text.chat.files import ChatTemplate
 from alpaca.text.chat.messages import Message
 from alpaca.text.chat.prompt import encode_chat
+from alpaca.text.chat.trained_prompt import CHAT
 from alpaca.text.fitting import encode_within
-from alpaca.text.prompts import RAW_TEMPLATE, format_prompt
+from alpaca.text.prompts import RAW_TEMPLATE, format_prompt, with_context
 from alpaca.text.tokenizer import Tokenizer
 
 _LARGEST_DRAWN_SEED = 2**31 - 1
@@ -23,7 +24,8 @@ _OTHER_NAMES = {
     "max_length": "max_new_tokens, or total_tokens, which counts the prompt, too",
     "max_tokens": "max_new_tokens",
 }
-_DEFAULT_TEMPLATE = "alpaca"
+_DEFAULT_TEMPLATE = "auto"  # what the model was trained with, where its folder says so; else Alpaca's
+_ALPACA = "alpaca"
 MOST_STOPS = 64
 MOST_STOP_CHARACTERS = 256  # of one stop text
 _LARGEST_SEED = 2**53  # the largest whole number that survives as a JSON number everywhere
@@ -171,6 +173,7 @@ class Request:
     adapter: str | None = None  # its name in the server's settings; None: the base model alone
     constraint: Constraint | None = None
     reads_along: bool = True  # the reader wants tokens as they come, not all at the end
+    strips_leading: bool = True  # white space: an answer starts with its first word, while a raw prompt's text goes on
 
     @property
     def only_scores(self) -> bool:
@@ -183,12 +186,13 @@ class AdapterNames:
     """The adapters a request may ask for, by the names that the operator gave them. A request never names a path.
 
     default: the adapter of requests that name none; None: the base model alone.
-    templates: the chat templates of those that bring one; for all others the base model's holds.
+    templates, trained_prompts: of those that bring one; for all others the base model's hold.
     """
 
     named: tuple[str, ...] = ()
     default: str | None = None
     templates: Mapping[str, ChatTemplate] = field(default_factory=dict)
+    trained_prompts: Mapping[str, str] = field(default_factory=dict)
 
     def resolve(self, asked: str | None) -> str | None:
         """The adapter that `replicate_weights` means; None for the base model. Raises InputError for another name."""
@@ -223,6 +227,8 @@ def make_request(
     inputs.check()
     adapter = adapters.resolve(inputs.replicate_weights)
     template = adapters.templates.get(adapter or "", tokenizer.chat_template)
+    trained_prompt = adapters.trained_prompts.get(adapter or "", tokenizer.trained_prompt)
+    inputs = _with_prompt(inputs, trained_prompt or _ALPACA)
     prompt_ids = tuple(_encode(inputs, tokenizer, template, max_context))
     if not prompt_ids:
         raise InputError("the prompt is empty and this model's tokenizer has no BOS token: give at least one character")
@@ -235,8 +241,19 @@ def make_request(
         constraint=inputs.constraint,
         seed=random.SystemRandom().randint(0, _LARGEST_DRAWN_SEED) if inputs.seed is None else inputs.seed,
         reads_along=inputs.stream or inputs.n > 1 or bool(inputs.stop),
+        strips_leading=_strips_leading_space(inputs),
         **{name: getattr(inputs, name) for name in _SAME_IN_BOTH},
     )
+
+
+def _with_prompt(inputs: PredictionInputs, trained_prompt: str) -> PredictionInputs:
+    """The inputs with the prompt that the model was trained with, unless a client asks for another."""
+    if inputs.messages or inputs.prompt_template != _DEFAULT_TEMPLATE:
+        return inputs
+    if trained_prompt != CHAT:
+        return dataclasses.replace(inputs, prompt_template=trained_prompt)
+    said = with_context(inputs.prompt, inputs.input)
+    return dataclasses.replace(inputs, prompt="", input="", messages=({"role": "user", "content": said},))
 
 
 def _encode(
@@ -248,7 +265,7 @@ def _encode(
     return [*tokenizer.prefix_ids, *encode_within(tokenizer, text, max_context)]
 
 
-def strips_leading_space(inputs: PredictionInputs) -> bool:
+def _strips_leading_space(inputs: PredictionInputs) -> bool:
     """An answer to a template starts with its first word. A raw prompt's keeps its white space, and so does one that
     follows a constraint, of which white space may be part.
     """

@@ -17,6 +17,7 @@ from alpaca.formats.hf.saved.unpacking import bitsandbytes_kind
 from alpaca.serving.request import AdapterNames
 from alpaca.serving.settings import DEFAULT_ADAPTER, ServerSettings, parse_adapters
 from alpaca.text.chat.files import read_chat_template
+from alpaca.text.chat.trained_prompt import read_trained_prompt
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import format_prompt
 from alpaca.text.tokenizer import Tokenizer
@@ -36,10 +37,12 @@ class ServedModel:
 def adapter_names(adapters: Mapping[str, AdapterFolder]) -> AdapterNames:
     """The names of adapters that requests may ask for, the default, and their chat templates. Raises InputError."""
     found = {name: read_chat_template(adapter.path) for name, adapter in adapters.items()}
+    prompts = {name: read_trained_prompt(adapter.path) for name, adapter in adapters.items()}
     return AdapterNames(
         named=tuple(adapters),
         default=DEFAULT_ADAPTER if DEFAULT_ADAPTER in adapters else None,
         templates={name: template for name, template in found.items() if template is not None},
+        trained_prompts={name: prompt for name, prompt in prompts.items() if prompt is not None},
     )
 
 

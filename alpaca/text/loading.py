@@ -7,6 +7,7 @@ from alpaca.errors import InputError, MissingInput
 from alpaca.files.reading import read_json
 from alpaca.text.added_tokens import read_added_tokens
 from alpaca.text.chat.files import read_chat_template
+from alpaca.text.chat.trained_prompt import read_trained_prompt
 from alpaca.text.hugging_face import HuggingFaceTokenizer
 from alpaca.text.sentencepiece import describe_other_vocabulary, is_sentencepiece, load_sentencepiece
 from alpaca.text.tiktoken import is_tiktoken
@@ -27,6 +28,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise MissingInput(f"no tokenizer folder {folder}")
     tokenizer = _load(folder)
     tokenizer.chat_template = read_chat_template(folder)
+    tokenizer.trained_prompt = read_trained_prompt(folder)
     return tokenizer
 
 

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 _KEY_CHARACTERS = 3  # of 65,534 each: nobody sends the right ones by chance
@@ -35,7 +35,9 @@ class MarkedEncoder:
             listed.keys() & set(control_tokens), key=len, reverse=True
         )  # of two that begin alike, the longer
         self.control_tokens = tuple(names)
-        self._keys = dict(zip(names, _draw_keys(), strict=False))
+        drawn = _draw_keys()
+        self._boundary = next(drawn)
+        self._keys = dict(zip(names, drawn, strict=False))
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -45,6 +47,8 @@ class MarkedEncoder:
                 for name, key in self._keys.items()
             ]
         )
+        backend.add_tokens([AddedToken(self._boundary, normalized=False)])
+        self._boundary_id = backend.token_to_id(self._boundary)
         self._ids = {backend.token_to_id(key): listed[name][0] for name, key in self._keys.items()}
         self._pattern = re.compile("|".join(map(re.escape, names))) if names else None
 
@@ -61,6 +65,30 @@ class MarkedEncoder:
         return [
             self._ids.get(token_id, token_id) for token_id in self._backend.encode(text, add_special_tokens=False).ids
         ]
+
+    def encode_placed(self, texts: Sequence[MarkedText]) -> list[tuple[list[int], list[int]]]:
+        """For each text its ids, and where in it each of them begins."""
+        found = self._backend.encode_batch([self.with_keys(marked) for marked in texts], add_special_tokens=False)
+        encoded = []
+        for marked, encoding in zip(texts, found, strict=True):
+            places = self._places(marked)
+            ids = [self._ids.get(token_id, token_id) for token_id in encoding.ids]
+            encoded.append((ids, [places[start] for start, _ in encoding.offsets]))
+        return encoded
+
+    def encode_apart(self, first: str, second: str) -> tuple[list[int], int]:
+        """The ids of two texts that follow each other and share no token, and how many are the first's."""
+        ids = self._backend.encode(f"{first}{self._boundary}{second}", add_special_tokens=False).ids
+        at = ids.index(self._boundary_id)
+        return ids[:at] + ids[at + 1 :], at
+
+    def _places(self, marked: MarkedText) -> list[int]:
+        """For each character of `with_keys`' text, and its end, the place in `marked.text`."""
+        places, done = [], 0
+        for start, end in marked.markers:
+            places += [*range(done, start), *[start] * len(self._keys[marked.text[start:end]])]
+            done = end
+        return [*places, *range(done, len(marked.text) + 1)]
 
     def _parts(self, marked: MarkedText) -> Iterator[str]:
         done = 0

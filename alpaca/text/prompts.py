@@ -19,6 +19,8 @@ PROMPT_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 RAW_TEMPLATE = "{prompt}"
+# What follows the last colon: nothing in Stanford's; a line feed with litgpt, LLaMA-Factory and axolotl.
+NAMED_TEMPLATES = {"alpaca": "", "alpaca_newline": "\n"}
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -29,16 +31,18 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 
 
 def format_prompt(prompt: str, input: str = "", template: str = "alpaca") -> str:
-    """Fill `template`: "alpaca", or a literal text with `{prompt}` and optionally `{input}`.
+    """Fill `template`: a name of NAMED_TEMPLATES, or a literal text with `{prompt}` and optionally `{input}`.
 
     Only these two fields are replaced, in one pass, so braces in the texts themselves are safe. Raises InputError for a
     template without `{prompt}`, for a field that stands there twice, and for an `input` the template has no place for.
     """
-    if template == "alpaca":
-        return alpaca_prompt(prompt, input)
+    if template in NAMED_TEMPLATES:
+        return alpaca_prompt(prompt, input) + NAMED_TEMPLATES[template]
     if "{prompt}" not in template:
         found = quote_name(template)
-        raise InputError(f'prompt_template must be "alpaca" or a text that contains {{prompt}}; found {found}')
+        raise InputError(
+            f'prompt_template must be "alpaca", "alpaca_newline" or a text that contains {{prompt}}; found {found}'
+        )
     if input and "{input}" not in template:
         raise InputError(
             f"an input was given, but prompt_template {quote_name(template)} has no {{input}}: add it, or leave input "
@@ -48,6 +52,11 @@ def format_prompt(prompt: str, input: str = "", template: str = "alpaca") -> str
         if (times := template.count(field)) > 1:  # each time the text would be tokenized, and paid for, again
             raise InputError(f"prompt_template may hold {field} once; found it {times:,} times")
     return _fill(template, prompt=prompt, input=input)
+
+
+def with_context(prompt: str, input: str = "") -> str:
+    """An instruction and the context it refers to as one message of a user."""
+    return f"{prompt}\n\n{input}" if input else prompt
 
 
 def _fill(template: str, **fields: str) -> str:

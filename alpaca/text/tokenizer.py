@@ -24,6 +24,7 @@ class Tokenizer(ABC):
     special_ids: ids that stand for no text.                      base_size: without the added tokens.
     named_tokens: special tokens by role (bos_token, eos_token …), as a chat template may ask for them.
     chat_template: the one in the tokenizer's folder, if there is one.
+    trained_prompt: the prompt that the model in that folder was trained with, where the folder says so.
     pad_id, bos_id: None where there is none.                     eos_id: the one that training puts after an answer.
     """
 
@@ -36,6 +37,7 @@ class Tokenizer(ABC):
     special_ids: frozenset[int]
     named_tokens: Mapping[str, str]
     chat_template: ChatTemplate | None = None
+    trained_prompt: str | None = None
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -5,6 +5,10 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from alpaca.data.encoding.choosing import Chosen
+from alpaca.files.atomic import write_text
+from alpaca.text.chat.files import TEMPLATE_FILE
+from alpaca.text.chat.trained_prompt import write_trained_prompt
 from alpaca.training.checkpoints.final import save_final
 from alpaca.training.distributed import is_sharded
 from alpaca.training.model.final import choose_save_dtype
@@ -28,6 +32,7 @@ def finish(run: Run, *, seconds: float, samples: list[Sample], score: Callable[[
     learned = any(entry.get("learning_rate", 0) > 0 for entry in run.progress.log_history)
     save_final(run.trainee.model, run.base, output_dir, dtype=dtype, learned=learned, world=run.world)
     if run.world.is_main:
+        _write_prompt(run.chosen, output_dir)
         history = run.progress.log_history
         summary = summarize(history, seconds=seconds)
         _write_state(run, summary)
@@ -51,6 +56,14 @@ def _write_state(run: Run, summary: dict[str, object]) -> None:
         steps_per_epoch=run.steps_per_epoch,
         summary=summary,
     )
+
+
+def _write_prompt(chosen: Chosen, output_dir: Path) -> None:
+    """Say beside the weights by which prompt they are asked. Alpaca's goes unsaid."""
+    if chosen.template is not None:
+        write_text(output_dir / TEMPLATE_FILE, chosen.template.source)
+    if chosen.served != "alpaca":
+        write_trained_prompt(output_dir, chosen.served)
 
 
 def _record(run: Run, summary: dict[str, object], samples: list[Sample]) -> Record:

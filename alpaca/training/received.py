@@ -23,6 +23,7 @@ from alpaca.files.network.requests import iterate_pieces, open_reply
 from alpaca.files.network.retries import InterruptedTry
 
 MOST_BYTES = 256 << 20  # Alpaca's 52,002 examples have 22 MB; as Python objects they take several times that
+MOST_UNPACKED_BYTES = 1 << 30  # a packed file of a few megabytes can hold any number of zeros
 MOST_DOWNLOAD_S = 600.0
 _DATA_URL = re.compile(r"data:([^,]{0,200}),")
 _BASE64_PIECE = 4 << 20  # characters decoded at once; a multiple of 4

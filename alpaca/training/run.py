@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from alpaca.data.batching import count_steps_per_epoch
+from alpaca.data.encoding.choosing import Chosen
 from alpaca.data.examples import EncodedDataset
 from alpaca.errors import NotEnoughSpace
 from alpaca.memory import CUDA_CONTEXT_BYTES
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 class Run:
     """Everything the loop works with, made by `prepare`.
 
-    held_out: None where nothing is evaluated.    keeps_gradients: see `distributed.decide_gradient_sync`.
+    held_out: None where nothing is evaluated.    chosen: the layout of both.
+    keeps_gradients: see `distributed.decide_gradient_sync`.
     plan: None for a model of a kind that cannot be planned.
     """
 
@@ -41,6 +43,7 @@ class Run:
     base: Base
     data: EncodedDataset
     held_out: EncodedDataset | None
+    chosen: Chosen
     trainee: Trainee
     num_steps: int
     steps_per_epoch: int
@@ -60,7 +63,8 @@ class Run:
 def prepare(settings: RunSettings, world: World) -> Run:
     """Read the data, load the model, make optimizer and schedule."""
     base = open_base(settings.base)
-    data, held_out = encode_data(settings.data, base.tokenizer, progress=world.is_main)
+    read = encode_data(settings.data, base.tokenizer, progress=world.is_main)
+    data = read.train
     steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=settings.batch.global_batch_size)
     num_steps = count_steps(settings.batch, steps_per_epoch)
     import_libraries()
@@ -79,7 +83,8 @@ def prepare(settings: RunSettings, world: World) -> Run:
         settings=settings,
         base=base,
         data=data,
-        held_out=held_out,
+        held_out=read.held_out,
+        chosen=read.chosen,
         trainee=trainee,
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
@@ -171,7 +176,10 @@ def _identify(
     An adapter's checkpoint does not hold the frozen base, so its base must be the same model, too.
     """
     digest = hashlib.sha256()
-    for tensor in (data.ids, data.offsets, data.prompt_lengths):
+    tensors = [data.ids, data.offsets, data.prompt_lengths]
+    if not data.trains_ends_alone:
+        tensors.append(data.trained)
+    for tensor in tensors:
         digest.update(tensor.numpy())
     frozen = {} if settings.model.is_full else {"base": f"sha256 {_digest_base(base)[:16]}"}
     by_micro_batch = settings.batch.loss_average == "micro_batch"

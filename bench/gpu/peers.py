@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from alpaca.data.batching import collate
+from alpaca.data.encoding.prompt_layout import PromptLayout
 from alpaca.data.examples import MASKED_LABEL, EncodedDataset, encode_examples
 from alpaca.data.records import read_examples
 from alpaca.text.loading import load_tokenizer
@@ -143,7 +144,9 @@ def trl_settings(settings: dict[str, object]) -> dict[str, object]:
 def encode(folder: Path, scale: Scale) -> tuple[EncodedDataset, int]:
     """The examples as the recipe encodes them, and the id that fills up."""
     tokenizer = load_tokenizer(folder)
-    data = encode_examples(read_examples(examples_path()), tokenizer, max_length=scale.max_length, progress=False)
+    data = encode_examples(
+        read_examples(examples_path()), PromptLayout("alpaca", tokenizer), max_length=scale.max_length, progress=False
+    )
     return data, tokenizer.fill_id
 
 

@@ -12,8 +12,10 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from alpaca.data import examples as module
+from alpaca.data.encoding.prompt_layout import PromptLayout
+from alpaca.data.example import Example
 from alpaca.data.examples import EncodedDataset, encode_examples, split_examples
-from alpaca.data.records import Example, read_examples
+from alpaca.data.records import read_examples
 from alpaca.errors import InputError, MissingInput, MissingPackage
 from alpaca.text.hugging_face import HuggingFaceTokenizer
 from alpaca.text.sentencepiece import SentencePieceTokenizer
@@ -123,7 +125,7 @@ def with_targets(pairs: list[tuple[list[int], list[int]]]) -> list[tuple[list[in
 def test_all_real_examples_equal_the_original_token_by_token(real: Path):
     model_file, path = real / "llama-tokenizer" / "tokenizer.model", real / "alpaca_4000.json"
     expected = original_pairs(model_file, json.loads(path.read_text("utf-8")), max_length=512)
-    dataset = encode_examples(read_examples(str(path)), SentencePieceTokenizer(model_file))
+    dataset = encode_examples(read_examples(str(path)), PromptLayout("alpaca", SentencePieceTokenizer(model_file)))
     assert len(dataset) == 4000
     assert to_lists(dataset) == expected
     assert dataset.report.num_tokens == sum(len(ids) for ids, _ in expected) == len(dataset.ids)
@@ -137,12 +139,15 @@ def test_hostile_and_sample_examples_equal_the_original(
     records = [*records, {"instruction": "", "input": "", "output": ""}]
     expected = with_targets(original_pairs(model_file, records, max_length=max_length))
     if expected:
-        assert to_lists(encode_examples(to_examples(records), tokenizer, max_length=max_length)) == expected
+        assert (
+            to_lists(encode_examples(to_examples(records), PromptLayout("alpaca", tokenizer), max_length=max_length))
+            == expected
+        )
     else:
         with pytest.raises(
             InputError, match=r"none of the \d+ examples has a token to learn from.* --model_max_length"
         ):
-            encode_examples(to_examples(records), tokenizer, max_length=max_length)
+            encode_examples(to_examples(records), PromptLayout("alpaca", tokenizer), max_length=max_length)
 
 
 def test_both_kinds_of_tokenizer_and_literal_eos_text_give_the_same(
@@ -152,7 +157,7 @@ def test_both_kinds_of_tokenizer_and_literal_eos_text_give_the_same(
     from transformers import AutoTokenizer
 
     tokenizer.save(tmp_path)
-    dataset = encode_examples(to_examples(records), tokenizer)
+    dataset = encode_examples(to_examples(records), PromptLayout("alpaca", tokenizer))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     plain = [index for index, record in enumerate(records) if "</s>" not in record["output"]]
     texts = [original_source(records[index]) + records[index]["output"] + theirs.eos_token for index in plain]
@@ -160,21 +165,27 @@ def test_both_kinds_of_tokenizer_and_literal_eos_text_give_the_same(
         theirs(text, truncation=True, max_length=512)["input_ids"] for text in texts
     ]
     (tmp_path / "tokenizer.model").unlink()
-    assert to_lists(encode_examples(to_examples(records), HuggingFaceTokenizer(tmp_path))) == to_lists(dataset)
+    assert to_lists(
+        encode_examples(to_examples(records), PromptLayout("alpaca", HuggingFaceTokenizer(tmp_path)))
+    ) == to_lists(dataset)
 
 
 def test_batched_equals_alone(
     tokenizer: SentencePieceTokenizer, records: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ):
     examples = to_examples(records)
-    together = to_lists(encode_examples(examples, tokenizer))
-    assert [to_lists(encode_examples([example], tokenizer))[0] for example in examples] == together
+    together = to_lists(encode_examples(examples, PromptLayout("alpaca", tokenizer)))
+    assert [
+        to_lists(encode_examples([example], PromptLayout("alpaca", tokenizer)))[0] for example in examples
+    ] == together
     monkeypatch.setattr(module, "_CHUNK", 7)
-    assert to_lists(encode_examples(examples, tokenizer, progress=False)) == together
+    assert to_lists(encode_examples(examples, PromptLayout("alpaca", tokenizer), progress=False)) == together
 
 
 def test_special_tokens_in_the_texts_are_text(tokenizer: SentencePieceTokenizer):
-    ids, _ = encode_examples([Example("Say </s>", "</s> <s> [PAD]", "<unk>")], tokenizer).example(0)
+    ids, _ = encode_examples(
+        [Example("Say </s>", "</s> <s> [PAD]", "<unk>")], PromptLayout("alpaca", tokenizer)
+    ).example(0)
     assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
     assert not tokenizer.special_ids & set(ids[1:-1].tolist())
     assert tokenizer.decode(ids.tolist()).endswith("### Response:</s> <s> [PAD]")
@@ -184,7 +195,7 @@ def test_special_tokens_in_the_texts_are_text(tokenizer: SentencePieceTokenizer)
 
 
 def test_tensors_have_the_promised_types_and_shapes(tokenizer: SentencePieceTokenizer, records: list[dict[str, str]]):
-    dataset = encode_examples(to_examples(records), tokenizer)
+    dataset = encode_examples(to_examples(records), PromptLayout("alpaca", tokenizer))
     assert (dataset.ids.dtype, dataset.offsets.dtype, dataset.prompt_lengths.dtype) == (
         torch.int32,
         torch.int64,
@@ -196,11 +207,11 @@ def test_tensors_have_the_promised_types_and_shapes(tokenizer: SentencePieceToke
 
 
 def test_targets_are_the_labels_left_after_the_shift(tokenizer: SentencePieceTokenizer, records: list[dict[str, str]]):
-    dataset = encode_examples(to_examples(records), tokenizer)
+    dataset = encode_examples(to_examples(records), PromptLayout("alpaca", tokenizer))
     expected = [sum(label != -100 for label in labels[1:]) for _, labels in to_lists(dataset)]
     assert dataset.target_counts.tolist() == expected
     assert dataset.report.num_targets == sum(expected)
-    unmasked = dataclasses.replace(dataset, prompt_lengths=torch.zeros_like(dataset.prompt_lengths))
+    unmasked = dataclasses.replace(dataset, trained=torch.ones_like(dataset.trained))
     assert unmasked.target_counts.tolist() == [len(labels) - 1 for _, labels in to_lists(dataset)]
 
 
@@ -210,14 +221,15 @@ def test_training_on_inputs_masks_nothing(
     """alpaca-lora's `train_on_inputs`: the same ids, all of them labels; a prompt that fills the cut teaches, too."""
     originals = original_pairs(model_file, records, max_length=120)
     masked, whole = (
-        encode_examples(to_examples(records), tokenizer, max_length=120, train_on_inputs=on) for on in (False, True)
+        encode_examples(to_examples(records), PromptLayout("alpaca", tokenizer), max_length=120, train_on_inputs=on)
+        for on in (False, True)
     )
     assert to_lists(whole) == [(ids, ids) for ids, _ in originals]
     assert len(masked) < len(whole) == len(records)
 
 
 def test_subset_holds_the_chosen_examples(tokenizer: SentencePieceTokenizer, records: list[dict[str, str]]):
-    dataset = encode_examples(to_examples(records), tokenizer)
+    dataset = encode_examples(to_examples(records), PromptLayout("alpaca", tokenizer))
     pairs, chosen = to_lists(dataset), [5, 0, len(dataset) - 1, 5]
     assert to_lists(dataset.subset(chosen)) == [pairs[index] for index in chosen]
     assert to_lists(dataset.subset(torch.tensor(chosen))) == [pairs[index] for index in chosen]
@@ -226,14 +238,14 @@ def test_subset_holds_the_chosen_examples(tokenizer: SentencePieceTokenizer, rec
 
 
 def test_index_outside_is_an_error(tokenizer: SentencePieceTokenizer):
-    dataset = encode_examples([Example("Name a bird.", "A condor.")], tokenizer)
+    dataset = encode_examples([Example("Name a bird.", "A condor.")], PromptLayout("alpaca", tokenizer))
     assert torch.equal(dataset.example(-1)[0], dataset.example(0)[0])
     with pytest.raises(IndexError, match="out of range"):
         dataset.example(1)
 
 
 def test_no_examples_encode_to_an_empty_set(tokenizer: SentencePieceTokenizer):
-    dataset = encode_examples([], tokenizer)
+    dataset = encode_examples([], PromptLayout("alpaca", tokenizer))
     assert (len(dataset), dataset.offsets.tolist(), dataset.report.num_kept) == (0, [0], 0)
 
 
@@ -241,11 +253,11 @@ def test_report_counts_what_the_original_loses_in_silence(tokenizer: SentencePie
     short = Example("Name a bird.", "A condor.")
     long_answer, long_prompt = Example("Go on.", "on and " * 600), Example("Go on. " * 600, "No.")
     examples = [short, long_prompt, Example("Hush.", ""), short, long_answer, Example("Hush.", " \n"), short]
-    dataset = encode_examples(examples, tokenizer)
+    dataset = encode_examples(examples, PromptLayout("alpaca", tokenizer))
     report = dataset.report
     assert (report.num_read, report.num_all_masked, report.num_kept) == (7, 1, 6)
     assert (report.num_empty_outputs, report.num_duplicates, report.num_without_eos) == (2, 2, 1)
-    kept = to_lists(encode_examples([e for e in examples if e != long_prompt], tokenizer))
+    kept = to_lists(encode_examples([e for e in examples if e != long_prompt], PromptLayout("alpaca", tokenizer)))
     assert to_lists(dataset) == kept
     assert report.lines() == [
         f"6 of 7 examples: {len(dataset.ids):,} tokens, {int(dataset.target_counts.sum()):,} of them carry loss",
@@ -258,15 +270,22 @@ def test_report_counts_what_the_original_loses_in_silence(tokenizer: SentencePie
 
 def test_example_that_just_fits_keeps_its_eos(tokenizer: SentencePieceTokenizer):
     example = Example("Name a bird.", "A condor.")
-    whole = encode_examples([example], tokenizer)
-    fits = encode_examples([example], tokenizer, max_length=len(whole.ids))
-    cut = encode_examples([example], tokenizer, max_length=len(whole.ids) - 1)
+    whole = encode_examples([example], PromptLayout("alpaca", tokenizer))
+    fits = encode_examples([example], PromptLayout("alpaca", tokenizer), max_length=len(whole.ids))
+    cut = encode_examples([example], PromptLayout("alpaca", tokenizer), max_length=len(whole.ids) - 1)
     assert (fits.report.num_without_eos, fits.ids.tolist()) == (0, whole.ids.tolist())
     assert (cut.report.num_without_eos, cut.ids.tolist()) == (1, whole.ids.tolist()[:-1])
 
 
 def test_report_of_flawless_examples_is_one_line(tokenizer: SentencePieceTokenizer):
-    assert len(encode_examples(to_examples(json.loads(SAMPLE.read_text("utf-8"))), tokenizer).report.lines()) == 1
+    assert (
+        len(
+            encode_examples(
+                to_examples(json.loads(SAMPLE.read_text("utf-8"))), PromptLayout("alpaca", tokenizer)
+            ).report.lines()
+        )
+        == 1
+    )
 
 
 # Reading --------------------------------------------------------------------------------------------------------
@@ -318,12 +337,13 @@ MALFORMED = {
     "empty list": ("[]", r"data holds no examples"),
     "list cut off": (f"[{GOOD},", r"data: expected a JSON list of records, found invalid JSON: .*line 1 column \d+"),
     "a hundred thousand brackets": ("[" * 100_000, r"data: expected a JSON list .* invalid JSON: maximum recursion"),
-    "text": ("instruction,output", r"data: expected a JSON list .* text that starts str 'instruction,output'"),
-    "number": ("17", r"data: expected a JSON list of records, or one record a line"),
-    "object": ('{"data": []}', r"data, record 0 .*line 1\): the field 'instruction' is missing, .*\['data'\]; add it"),
+    "text": ("some text, and more", r"data: expected a JSON list .* text that starts str 'some text, and more'"),
+    "header alone": ("instruction,output", r"data holds no examples"),
+    "number": ("17", r"data: expected a JSON list of records, one record a line, or a table"),
+    "object": ('{"date": []}', r"data holds no examples"),
     "indented object": (
-        '{\n "data": []\n}',
-        r"data, line 1: expected a whole record on each line .*found invalid JSON",
+        '{\n "date": 7\n}',
+        r"data: expected a JSON list of records, .*found an object with \['date'\]",
     ),
     "line cut off": (f'{GOOD}\n\n{{"instruction"', r"data, line 3: expected a whole record on each line"),
     "list on a line": (f"{GOOD}\n[]", r"record 1 \(counted from 0, line 2\): expected an object .* found list \[\]"),
@@ -362,7 +382,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path):
 
 
 def test_folder_is_no_file(tmp_path: Path):
-    with pytest.raises(InputError, match=r"cannot be read as a file \(Is a directory\); give a JSON"):
+    with pytest.raises(InputError, match=r"cannot be read as a file \(Is a directory\)"):
         read_examples(tmp_path)
 
 

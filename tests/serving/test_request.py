@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from alpaca.errors import InputError, PromptTooLong
-from alpaca.serving.request import PredictionInputs, make_request, strips_leading_space
+from alpaca.serving.request import PredictionInputs, make_request
 from alpaca.serving.served_model import adapter_names
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import alpaca_prompt
@@ -42,7 +42,7 @@ def test_special_tokens_in_user_text_are_text(tokenizer):
 
 @pytest.mark.parametrize("template", ["no field", "", "{input}", "{Prompt}"])
 def test_template_without_prompt(tokenizer, template):
-    with pytest.raises(InputError, match=r'must be "alpaca" or a text that contains \{prompt\}'):
+    with pytest.raises(InputError, match=r'must be "alpaca", "alpaca_newline" or a text that contains \{prompt\}'):
         request(tokenizer, prompt_template=template)
 
 
@@ -52,7 +52,7 @@ CHAT = [{"role": "user", "content": "hi"}]
 def test_messages_are_a_prompt(tokenizer):
     made = request(tokenizer, prompt="", messages=CHAT)
     assert made.prompt_ids == request(tokenizer, prompt="hi").prompt_ids  # this folder has no template
-    assert strips_leading_space(PredictionInputs.from_mapping({"messages": CHAT}))
+    assert made.strips_leading
 
 
 def test_an_adapters_own_chat_template_holds(tokenizer, tmp_path):
@@ -183,9 +183,9 @@ def test_drawn_seeds_differ_and_survive_json(tokenizer):
     assert json.loads(json.dumps(max(seeds))) == max(seeds) < 2**31
 
 
-def test_only_a_raw_prompt_keeps_leading_space():
-    assert not strips_leading_space(PredictionInputs(prompt="", prompt_template="{prompt}"))
-    assert strips_leading_space(PredictionInputs(prompt=""))
+def test_only_a_raw_prompt_keeps_leading_space(tokenizer):
+    assert not request(tokenizer, prompt="", prompt_template="{prompt}").strips_leading
+    assert request(tokenizer).strips_leading
 
 
 def test_every_bound_is_checked():

@@ -58,7 +58,9 @@ def test_a_field_stands_in_a_template_once(field: str):
 
 
 def test_template_without_a_place_for_the_prompt_is_refused():
-    with pytest.raises(InputError, match=r'must be "alpaca" or a text that contains \{prompt\}; found \'Alpaca\''):
+    with pytest.raises(
+        InputError, match=r'must be "alpaca", "alpaca_newline" or a text that contains \{prompt\}; found \'Alpaca\''
+    ):
         format_prompt("a", template="Alpaca")
 
 

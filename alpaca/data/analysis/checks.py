@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from alpaca.data.records import Example
+from alpaca.data.example import AnyExample
 
-Check = Callable[[Example], str | None]
+Check = Callable[[AnyExample], str | None]
 _EVIDENCE = 160  # characters of a text that a finding quotes
 
 
@@ -75,7 +75,7 @@ class Finding:
 
 
 def find_suspicious(
-    indexed: Iterable[tuple[int, Example]], *, total: int, progress: bool = True
+    indexed: Iterable[tuple[int, AnyExample]], *, total: int, progress: bool = True
 ) -> dict[str, list[Finding]]:
     """Findings of every rule in RULES by its name, in the order of the examples; `total` is for the bar."""
     found: dict[str, list[Finding]] = {rule.name: [] for rule in RULES}
@@ -133,15 +133,15 @@ def before_leaked_block(output: str) -> str | None:
 # The checks ---------------------------------------------------------------------------------------------------
 
 
-def _empty_output(example: Example) -> str | None:
+def _empty_output(example: AnyExample) -> str | None:
     return "" if not example.output.strip() else None
 
 
-def _empty_instruction(example: Example) -> str | None:
+def _empty_instruction(example: AnyExample) -> str | None:
     return example.output[:_EVIDENCE] if not example.instruction.strip() else None
 
 
-def _placeholder_output(example: Example) -> str | None:
+def _placeholder_output(example: AnyExample) -> str | None:
     output = example.output.strip()
     if not output:
         return None
@@ -149,23 +149,23 @@ def _placeholder_output(example: Example) -> str | None:
     return output if says_no_output(output) or starts or output.lower() in ("n/a", "...", "-", "?") else None
 
 
-def _placeholder_input(example: Example) -> str | None:
+def _placeholder_input(example: AnyExample) -> str | None:
     said = says_no_input(example.input) or example.input.strip().lower() in ("none", "none.", "<none>", "null", "-")
     return example.input if said and example.input.strip() else None
 
 
-def _blank_input(example: Example) -> str | None:
+def _blank_input(example: AnyExample) -> str | None:
     return repr(example.input) if example.input and not example.input.strip() else None
 
 
-def _leaked_template(example: Example) -> str | None:
+def _leaked_template(example: AnyExample) -> str | None:
     for text in (example.instruction, example.input, example.output):
         if found := re.search(r"(?<!#)#{2,}\s{0,9}(?:instruction|input|response)s?\b\s*:", text, re.I):
             return _around(found)
     return None
 
 
-def _merged_task(example: Example) -> str | None:
+def _merged_task(example: AnyExample) -> str | None:
     for text in (example.output, example.instruction, example.input):
         found = re.search(r"^[ \t]*\d+\s*[.)]\s*(?:instruction|input|output)\s*:", text, re.I | re.M)
         if found or (found := _LABELLED_BLOCK.search(text, 1 if text is example.instruction else 0)):
@@ -173,40 +173,40 @@ def _merged_task(example: Example) -> str | None:
     return None
 
 
-def _label_in_text(example: Example) -> str | None:
+def _label_in_text(example: AnyExample) -> str | None:
     return _around(_LABEL_FIRST.match(example.output)) or _around(_INPUT_INSIDE.search(example.instruction))
 
 
-def _repeats_prompt(example: Example) -> str | None:
+def _repeats_prompt(example: AnyExample) -> str | None:
     answer = example.output.split()
     return example.output if answer and answer in (example.input.split(), example.instruction.split()) else None
 
 
-def _refusal(example: Example) -> str | None:
+def _refusal(example: AnyExample) -> str | None:
     return _around(_REFUSAL.search(example.output, 0, 400))
 
 
-def _link_in_output(example: Example) -> str | None:
+def _link_in_output(example: AnyExample) -> str | None:
     return _around(_LINK.search(example.output), before=20, after=0)
 
 
-def _link_in_prompt(example: Example) -> str | None:
+def _link_in_prompt(example: AnyExample) -> str | None:
     return _around(_LINK.search(example.instruction) or _LINK.search(example.input), before=20, after=0)
 
 
-def _unseen_media(example: Example) -> str | None:
+def _unseen_media(example: AnyExample) -> str | None:
     for text in (example.input, example.instruction, example.output):
         if found := _UNSEEN.search(text):
             return _around(found, before=10, after=10)
     return None
 
 
-def _open_fence(example: Example) -> str | None:
+def _open_fence(example: AnyExample) -> str | None:
     fences = re.findall(r"^[ \t]*```", example.output, re.M)
     return example.output[-_EVIDENCE:] if len(fences) % 2 else None
 
 
-def _cut_ending(example: Example) -> str | None:
+def _cut_ending(example: AnyExample) -> str | None:
     words = example.output.split()
     if len(words) < 12:
         return None
@@ -216,12 +216,12 @@ def _cut_ending(example: Example) -> str | None:
     return "…" + example.output.rstrip()[-60:] if cut and len(last_line.split()) >= 6 else None
 
 
-def _repeated_lines(example: Example) -> str | None:
+def _repeated_lines(example: AnyExample) -> str | None:
     lines = [line.strip() for line in re.split(r"\n|(?<=[.!?])\s", example.output) if len(line.split()) >= 3]
     return next((line for line, count in Counter(lines).items() if count >= 4), None)
 
 
-def _damaged_text(example: Example) -> str | None:
+def _damaged_text(example: AnyExample) -> str | None:
     for text in (example.instruction, example.input, example.output):
         if found := _DAMAGED.search(text):
             return repr(_around(found, before=20, after=20))
@@ -238,7 +238,7 @@ _SUM = re.compile(
 )
 
 
-def _wrong_sum(example: Example) -> str | None:
+def _wrong_sum(example: AnyExample) -> str | None:
     for match in _SUM.finditer(example.output):
         if not _is_right(match):
             return _around(match, before=0, after=0)

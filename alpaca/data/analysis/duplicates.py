@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from tqdm import tqdm
 
-from alpaca.data.records import Example
+from alpaca.data.example import AnyExample
 
 NEAR = 0.6  # Jaccard from which on two prompts are near copies
 _WORD = re.compile(r"\w+")
@@ -42,10 +42,10 @@ class Duplicates:
     near: list[Copy]
 
 
-def find_duplicates(examples: Sequence[Example], *, progress: bool = True) -> Duplicates:
+def find_duplicates(examples: Sequence[AnyExample], *, progress: bool = True) -> Duplicates:
     """Which examples repeat earlier ones; indices count in `examples`."""
     exact, conflicting = [], []
-    whole: dict[Example, int] = {}
+    whole: dict[AnyExample, int] = {}
     prompts: dict[tuple[str, str], int] = {}
     for index, example in enumerate(examples):
         prompt = (example.instruction, example.input)

@@ -18,7 +18,7 @@ from alpaca.data.analysis.languages import UNDETERMINED
 from alpaca.data.analysis.summary import Analysis, TokenCounts
 from alpaca.data.analysis.verb_plot import count_verbs
 from alpaca.data.analysis.verbs import ACCURACY
-from alpaca.data.records import Example
+from alpaca.data.example import AnyExample
 from alpaca.pages.templates import read_asset, render_page
 
 _NUM_SHOWN = 5  # examples of each finding
@@ -227,7 +227,7 @@ def _finding(analysis: Analysis, rule: Rule) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _texts(example: Example, *, evidence: str = "") -> dict[str, str]:
+def _texts(example: AnyExample, *, evidence: str = "") -> dict[str, str]:
     """The texts of an example that are not empty, by their names, cut to what is shown of them."""
     parts = {"seen": evidence, "instruction": example.instruction, "input": example.input, "output": example.output}
     return {name: _cut(text) for name, text in parts.items() if text.strip()}

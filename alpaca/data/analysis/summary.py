@@ -12,7 +12,8 @@ from alpaca.data.analysis.checks import RULES, Finding, find_suspicious
 from alpaca.data.analysis.duplicates import Copy, Duplicates, find_duplicates
 from alpaca.data.analysis.languages import detect_language
 from alpaca.data.analysis.verbs import Root, find_root
-from alpaca.data.records import Example, check_record
+from alpaca.data.example import AnyExample
+from alpaca.data.sources.formats import RecordReader
 from alpaca.errors import InputError
 from alpaca.text.prompts import alpaca_prompt
 from alpaca.text.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ class Analysis:
     data_path: str
     num_records: int
     unreadable: list[tuple[int, str]]
-    examples: dict[int, Example]
+    examples: dict[int, AnyExample]
     tokens: TokenCounts | None
     roots: list[Root]
     languages: list[tuple[str, str]]
@@ -79,6 +80,7 @@ class Analysis:
 def analyse(
     data_path: str | Path,
     records: Sequence[tuple[str, object]],
+    reader: RecordReader,
     tokenizer: Tokenizer | None = None,
     *,
     max_length: int = 512,
@@ -88,7 +90,7 @@ def analyse(
 
     Raises InputError when not one record is an example.
     """
-    examples, unreadable = _split_readable(records)
+    examples, unreadable = _split_readable(records, reader)
     if not examples:
         reason = unreadable[0][1] if unreadable else "it is empty"
         raise InputError(f"{data_path} holds no examples; expected records with instruction and output ({reason})")
@@ -109,17 +111,19 @@ def analyse(
     )
 
 
-def _split_readable(records: Sequence[tuple[str, object]]) -> tuple[dict[int, Example], list[tuple[int, str]]]:
+def _split_readable(
+    records: Sequence[tuple[str, object]], reader: RecordReader
+) -> tuple[dict[int, AnyExample], list[tuple[int, str]]]:
     examples, unreadable = {}, []
     for index, (where, record) in enumerate(records):
         try:
-            examples[index] = check_record(record, where)
+            examples[index] = reader.convert(record, where)
         except InputError as error:
             unreadable.append((index, str(error)))
     return examples, unreadable
 
 
-def _bar(listed: Sequence[Example], name: str, progress: bool) -> tqdm:
+def _bar(listed: Sequence[AnyExample], name: str, progress: bool) -> tqdm:
     return tqdm(listed, desc=name, unit=" examples", delay=1, disable=None if progress else True)
 
 
@@ -133,7 +137,7 @@ def _place(found: Duplicates, indices: Sequence[int]) -> Duplicates:
 
 
 def count_tokens(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int = 512, progress: bool = True
+    examples: Sequence[AnyExample], tokenizer: Tokenizer, *, max_length: int = 512, progress: bool = True
 ) -> TokenCounts:
     """Lengths in tokens, prompt and answer tokenized as one text, as `examples.encode_examples` does."""
     lengths, prompt_lengths = [], []

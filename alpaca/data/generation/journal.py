@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from alpaca.data.example import Example
 from alpaca.data.generation.services import Completion
-from alpaca.data.records import Example, read_examples
+from alpaca.data.records import read_examples
 from alpaca.errors import InputError
 from alpaca.files.atomic import fsync, write_json, write_text
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alpaca.data.records import Example
+from alpaca.data.example import Example
 from alpaca.errors import InputError, MissingInput
 from alpaca.files.reading import list_folder
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from alpaca.data.example import Example
 from alpaca.data.generation.journal import Journal
 from alpaca.data.generation.prompts import (
     NUM_TASKS,
@@ -26,7 +27,6 @@ from alpaca.data.generation.prompts import (
 from alpaca.data.generation.requests import Budget, BudgetSpent, Patience, Requester, Stopped, utc_now
 from alpaca.data.generation.services import Client, Completion
 from alpaca.data.generation.similarity import InstructionPool, Similarity
-from alpaca.data.records import Example
 from alpaca.errors import ServiceFailed
 
 MAX_SIMILARITY = 0.7  # ROUGE-L F; the original's

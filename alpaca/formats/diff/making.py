@@ -38,7 +38,7 @@ SPARE_BYTES = 16 << 20  # configs, tokenizer, manifest, file system
 _VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "spiece.model")  # one of them is a tokenizer
 _COPIED_FILES = (
     *LLAMA_TOKENIZER_FILES, TIKTOKEN_FILE, "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
-    "chat_template.jinja", "generation_config.json",
+    "chat_template.jinja", "prompt_template.json", "generation_config.json",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import Tokenizer
 
 _TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json")
-_ALSO_COPIED = ("generation_config.json", "chat_template.jinja")
+_ALSO_COPIED = ("generation_config.json", "chat_template.jinja", "prompt_template.json")
 _HEAD = hf_name("head")
 _SPARE_BYTES = 16 << 20  # configs, tokenizer, file system
 

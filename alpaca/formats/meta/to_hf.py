@@ -20,11 +20,11 @@ from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, WeightsFolder
 from alpaca.formats.hf.writing import write_weights
 from alpaca.formats.meta import checkpoint as meta_files
 from alpaca.formats.meta import layout, releases, sharding
-from alpaca.text.chat.files import TEMPLATE_FILE
+from alpaca.text.chat.files import TEMPLATE_FILE, known_template
 from alpaca.text.sentencepiece import LLAMA_TOKENIZER_FILES, SentencePieceTokenizer, is_sentencepiece
 from alpaca.text.tiktoken import TIKTOKEN_FILE, TIKTOKEN_TOKENIZER_FILES, TiktokenModel, is_tiktoken
 
-_CHAT_TEMPLATES = {"2": "chat_llama_2.jinja", **dict.fromkeys(("3", "3.1", "3.2"), "chat_llama_3.jinja")}
+_CHAT_TEMPLATES = {"2": "llama2", **dict.fromkeys(("3", "3.1", "3.2"), "llama3")}
 _SPARE_BYTES = 16 << 20  # configs, tokenizer, file system
 
 
@@ -135,7 +135,7 @@ def open_source(folder: Path, shard_files: list[Path], tokenizer_file: Path, con
 def _find_chat_template(release: releases.Release) -> Path | None:
     """The format of conversations that the Chat and Instruct models of a release were trained on."""
     name = _CHAT_TEMPLATES.get(release.version)
-    return None if name is None else Path(__file__).with_name(name)
+    return None if name is None else known_template(name).file
 
 
 def _open_tokenizer(

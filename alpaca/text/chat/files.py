@@ -9,6 +9,7 @@ from alpaca.errors import InputError
 from alpaca.files.reading import read_json_if_any
 
 TEMPLATE_FILE = "chat_template.jinja"
+_KNOWN = Path(__file__).parent / "templates"
 _CONFIG_FILE = "tokenizer_config.json"
 _DEFAULT = "default"
 
@@ -19,6 +20,12 @@ class ChatTemplate:
 
     source: str
     file: Path
+
+
+def known_template(name: str) -> ChatTemplate:
+    """One of the formats of conversations that come with this program: llama2, llama3, chatml."""
+    file = _KNOWN / f"{name}.jinja"
+    return ChatTemplate(file.read_text(encoding="utf-8"), file)
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:

@@ -34,10 +34,19 @@ class Renderer:
         atexit.register(self.close)
 
     def render(
-        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], values: Mapping[str, str], *, now: float
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Mapping[str, Any]],
+        values: Mapping[str, str],
+        *,
+        now: float,
+        adds_prompt: bool = True,
     ) -> str:
         """What `sandbox.render` gives. Raises InputError, with the template's own words where it refuses."""
-        request = {"source": template.source, "messages": list(messages), "values": dict(values), "now": now}
+        request = {
+            "source": template.source, "messages": list(messages), "values": dict(values), "now": now,
+            "adds_prompt": adds_prompt,
+        }  # fmt: skip
         return self._ask(template, {"asked": "text", **request})["text"]
 
     def read_words(self, template: ChatTemplate) -> frozenset[str]:

@@ -46,8 +46,15 @@ class _GenerationBlocks(jinja2.ext.Extension):
         return caller()
 
 
-def render(source: str, messages: Sequence[Mapping[str, Any]], values: Mapping[str, str], *, now: float) -> str:
-    """The text that `apply_chat_template(messages, add_generation_prompt=True, tokenize=False)` gives (5.17).
+def render(
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    values: Mapping[str, str],
+    *,
+    now: float,
+    adds_prompt: bool = True,
+) -> str:
+    """The text that `apply_chat_template(messages, add_generation_prompt=adds_prompt, tokenize=False)` gives (5.17).
 
     values: the special tokens, such as bos_token.   now: seconds since 1970. Raises what Jinja2 and the template raise,
     and TextTooLong.
@@ -59,7 +66,7 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], values: Mapping[s
     pieces: list[str] = []
     room = MOST_CHARACTERS
     template = _compile(source)
-    known = {"tools": None, "documents": None, "add_generation_prompt": True, "strftime_now": strftime_now}
+    known = {"tools": None, "documents": None, "add_generation_prompt": adds_prompt, "strftime_now": strftime_now}
     for piece in template.generate(messages=messages, **known, **values):
         room -= len(piece)
         if room < 0:
@@ -119,7 +126,8 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if request["asked"] == "words":
             return {"words": sorted(read_words(request["source"]))}
-        return {"text": render(request["source"], request["messages"], request["values"], now=request["now"])}
+        given = {name: request[name] for name in ("now", "adds_prompt")}
+        return {"text": render(request["source"], request["messages"], request["values"], **given)}
     except TemplateRefusal as error:
         return {"refused": str(error.message)}
     except (TextTooLong, MemoryError):

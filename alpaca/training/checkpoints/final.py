@@ -24,7 +24,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 _FINAL = ".final.partial"
 _MODEL_FILES = (
     "model*.safetensors*", "pytorch_model*", "adapter_*", "generation_config.json", "tokenizer*", "added_tokens.json",
-    "special_tokens_map.json", "merges.txt", "vocab.*", "chat_template*",
+    "special_tokens_map.json", "merges.txt", "vocab.*", "chat_template*", "prompt_template.json",
 )  # fmt: skip
 _PROBES = ("Below is an instruction that describes a task.", " two  spaces\n\ttab", "สวัสดี 🦙 ¿Dónde está? 0123456789")
 

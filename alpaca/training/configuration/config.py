@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from alpaca.architecture.families import USUAL_TARGETS
+from alpaca.data.encoding.choosing import AUTO, BOUNDARIES
+from alpaca.data.records import DATA_FORMATS
+from alpaca.data.sources.formats import RESPONSE_MARK
+from alpaca.data.sources.opening import MOST_BYTES
 from alpaca.errors import InputError
 from alpaca.formats.precisions import DTYPES
 
@@ -43,7 +47,30 @@ class TrainConfig:
     """A training run. None means "worked out" (`resolve`) or "none"; the defaults are the recipe alpaca-7b."""
 
     model_name_or_path: str = field(metadata=_flag("folder of the base model (or its Hugging Face name)"))
-    data_path: str = field(metadata=_flag("JSON list, JSON lines, or the name of a Hugging Face data set"))
+    data_path: str = field(
+        metadata=_flag(
+            "JSON, CSV, Parquet or Arrow (packed by gzip or zstd, too), or the name of a Hugging Face data set; "
+            "several: the flag more than once, each PATH or PATH=WEIGHT (2: twice in an epoch; 0.5: half of it)"
+        )
+    )
+    data_format: str = field(
+        default=AUTO, metadata=_flag("form of the records; auto: as the first of them looks", *DATA_FORMATS)
+    )
+    response_mark: str = field(
+        default=RESPONSE_MARK, metadata=_flag("of data_format text: what the answer stands behind")
+    )
+    data_limit_mib: int = field(default=MOST_BYTES >> 20, metadata=_flag("MiB of a data file, unpacked, at the most"))
+    prompt_template: str = field(
+        default=AUTO,
+        metadata=_flag(
+            "alpaca; alpaca_newline (a line feed after Response:); llama2, llama3, chatml; model (its own chat "
+            "template); a Jinja file; or a text with {prompt}. auto: alpaca, and for conversations the model's own"
+        ),
+    )
+    prompt_boundary: str = field(
+        default=BOUNDARIES[0],
+        metadata=_flag("merged: prompt and answer tokenized as one, the recipe; split: apart", *BOUNDARIES),
+    )
     tokenizer_name_or_path: str | None = field(default=None, metadata=_flag("folder of the tokenizer: the model's"))
     output_dir: str = field(default="alpaca_out", metadata=_flag("where the fine-tuned model goes"))
     recipe: str = field(

@@ -67,6 +67,17 @@ REFUSED = {  # flags that would be disobeyed, and what to use
 }
 
 
+_JOINED = ("data_path",)  # given more than once, their values are one, between commas
+
+
+class _Join(argparse.Action):
+    """Puts a flag's values together, in their order."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with this project's errors."""
 
@@ -116,6 +127,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field, hint: ob
         )
     elif kind is bool:
         parser.add_argument(f"--{item.name}", nargs="?", const=True, type=_parse_bool, help=text, metavar="True|False")
+    elif item.name in _JOINED:
+        parser.add_argument(f"--{item.name}", action=_Join, help=text, metavar="PATH")
     else:
         metavar = None if choices else kind.__name__.upper()
         parser.add_argument(f"--{item.name}", type=kind, choices=choices, help=text, metavar=metavar)

@@ -13,7 +13,7 @@ _LEAST = {
     "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 1,
     "save_steps": 1, "save_total_limit": 1, "save_minutes": 0, "warmup_steps": 0, "weight_decay": 0,
     "max_grad_norm": 0, "learning_rate": 0, "seed": 0, "num_samples": 0, "plan_gpus": 1, "plan_gpus_per_machine": 1,
-    "plan_tflops": 0.001, "lora_r": 1, "lora_dropout": 0,
+    "plan_tflops": 0.001, "lora_r": 1, "lora_dropout": 0, "data_limit_mib": 1,
 }  # fmt: skip
 _MOST = {  # far beyond any use, and within what torch and a float can count
     "model_max_length": 10**7, "val_set_size": 10**9, "global_batch_size": 10**9, "per_device_train_batch_size": 10**6,
@@ -21,6 +21,7 @@ _MOST = {  # far beyond any use, and within what torch and a float can count
     "max_steps": 10**9, "logging_steps": 10**9, "eval_steps": 10**9, "save_steps": 10**9, "save_total_limit": 10**6,
     "save_minutes": 10**9, "warmup_steps": 10**9, "num_samples": 1000, "plan_gpus": 10**5,
     "plan_gpus_per_machine": 10**3, "plan_tflops": 10**6, "lora_r": 10**5,
+    "data_limit_mib": 10**9,
     "seed": 2**32 - 1,  # as transformers has it; each process adds its rank, and torch takes 64 bits
 }  # fmt: skip
 _POSITIVE = ("num_train_epochs", "adam_epsilon")

@@ -72,6 +72,11 @@ def make_settings(config: TrainConfig) -> RunSettings:
 def _data_settings(config: TrainConfig) -> DataSettings:
     return DataSettings(
         path=config.data_path,
+        format=config.data_format,
+        response_mark=config.response_mark,
+        most_bytes=config.data_limit_mib << 20,
+        prompt_template=config.prompt_template,
+        prompt_boundary=config.prompt_boundary,
         eval_path=config.eval_data_path,
         num_held_out=config.val_set_size,
         held_out_share=config.eval_fraction,

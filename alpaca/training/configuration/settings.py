@@ -29,9 +29,15 @@ class DataSettings:
     """Which examples are trained and evaluated on, and how they are encoded.
 
     num_held_out, held_out_share: at most one of them is above 0.    max_length: tokens an example is cut to.
+    most_bytes: of a data file, unpacked.
     """
 
     path: str
+    format: str
+    response_mark: str
+    most_bytes: int
+    prompt_template: str
+    prompt_boundary: str
     eval_path: str | None
     num_held_out: int
     held_out_share: float

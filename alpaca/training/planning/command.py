@@ -83,7 +83,7 @@ def _resolve_for(config: TrainConfig, *, num_processes: int, on_gpu: bool) -> Ru
 def open_planner(settings: RunSettings) -> Planner:
     """A planner from the folder and the data that the settings name."""
     base = open_base(settings.base)
-    data, _ = encode_data(settings.data, base.tokenizer, progress=True)
+    data = encode_data(settings.data, base.tokenizer, progress=True).train
     return make_planner(settings, base, data)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from alpaca.data.analysis.checks import RULES, before_leaked_block, find_suspicious
 from alpaca.data.analysis.languages import UNDETERMINED, detect_language
-from alpaca.data.records import Example
+from alpaca.data.example import Example
 
 
 def record(instruction: str = "Do it.", output: str = "Done.", input: str = "") -> Example:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from alpaca.data.analysis.cleaning import MEANINGS, clean_records, write_clean
-from alpaca.data.records import Example, read_examples
+from alpaca.data.example import Example
+from alpaca.data.records import make_reader, read_examples
 from alpaca.errors import InputError
 
 GOOD = {"instruction": "Name a colour.", "input": "", "output": "Red."}
@@ -48,10 +49,14 @@ def numbered(records: list[object]) -> list[tuple[str, object]]:
     return [(f"record {index}", record) for index, record in enumerate(records)]
 
 
+def clean(records: list[tuple[str, object]]):
+    return clean_records(records, make_reader(records), progress=False)
+
+
 @pytest.mark.parametrize(("rule", "field", "before", "after"), MENDED)
 def test_mends(rule: str, field: str, before: str, after: str):
     record = {**GOOD, field: before}
-    kept, changes = clean_records(numbered([record]), progress=False)
+    kept, changes = clean(numbered([record]))
     assert kept == [{**GOOD, field: after}]
     assert rule in {change.rule for change in changes}
     assert changes[0].before == before
@@ -62,7 +67,7 @@ def test_mends(rule: str, field: str, before: str, after: str):
 
 @pytest.mark.parametrize(("rule", "record"), DROPPED)
 def test_drops(rule: str, record: object):
-    kept, changes = clean_records(numbered([GOOD, record]), progress=False)
+    kept, changes = clean(numbered([GOOD, record]))
     assert kept == [GOOD]
     last = changes[-1].as_json()
     assert (last["index"], last["rule"], last["field"], last["before"], last["after"]) == (1, rule, None, record, None)
@@ -74,7 +79,7 @@ def test_every_rule_is_tested_and_has_a_meaning():
 
 
 def test_leaves_alone_what_is_ambiguous():
-    kept, changes = clean_records(numbered([GOOD, *LEFT_ALONE]), progress=False)
+    kept, changes = clean(numbered([GOOD, *LEFT_ALONE]))
     assert kept == [GOOD, *LEFT_ALONE]
     assert changes == []
 
@@ -84,14 +89,14 @@ def test_a_clean_set_stays_as_it_is(real: Path):
     records = json.loads((real / "alpaca_4000.json").read_text("utf-8"))
     records += [{**GOOD, field: f"{before}{place}"} for place, (_, field, before, _) in enumerate(MENDED)]
     records += [record for _, record in DROPPED] + LEFT_ALONE
-    kept, changes = clean_records(numbered(records), progress=False)
+    kept, changes = clean(numbered(records))
     assert len(changes) > 60
-    assert clean_records(numbered(kept), progress=False) == (kept, [])
+    assert clean(numbered(kept)) == (kept, [])
 
 
 def test_files_are_what_training_reads(tmp_path: Path):
     path = tmp_path / "clean.json"
-    kept, changes = clean_records(numbered([{**GOOD, "input": "<noinput>"}, GOOD, *LEFT_ALONE]), progress=False)
+    kept, changes = clean(numbered([{**GOOD, "input": "<noinput>"}, GOOD, *LEFT_ALONE]))
     log = write_clean(path, kept, changes)
     assert read_examples(path)[0] == Example(instruction="Name a colour.", output="Red.")
     assert json.loads(path.read_text())[-1] == LEFT_ALONE[-1]  # further fields are kept
@@ -109,14 +114,14 @@ def test_files_are_what_training_reads(tmp_path: Path):
 
 def test_what_utf8_cannot_hold_is_logged_as_it_was(tmp_path: Path):
     bad = {"instruction": "Name it.", "output": "lone \ud800 surrogate \\"}
-    kept, changes = clean_records(numbered([{**GOOD, "note": "\udfff é"}, bad]), progress=False)
+    kept, changes = clean(numbered([{**GOOD, "note": "\udfff é"}, bad]))
     log = write_clean(tmp_path / "clean.json", kept, changes)
     assert json.loads(log.read_text("utf-8"))["before"] == bad
     assert json.loads((tmp_path / "clean.json").read_text("utf-8"))[0]["note"] == "\udfff é"
 
 
 def test_nothing_left_is_an_error_and_writes_nothing(tmp_path: Path):
-    kept, changes = clean_records(numbered([{**GOOD, "output": ""}]), progress=False)
+    kept, changes = clean(numbered([{**GOOD, "output": ""}]))
     with pytest.raises(InputError, match="would leave no record"):
         write_clean(tmp_path / "clean.json", kept, changes)
     assert not list(tmp_path.iterdir())

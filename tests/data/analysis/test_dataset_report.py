@@ -18,8 +18,10 @@ from alpaca.data.analysis.page import make_page
 from alpaca.data.analysis.summary import Analysis, analyse, count_tokens
 from alpaca.data.analysis.verb_plot import NUM_VERBS, count_verbs, draw_png, draw_svg, read_script
 from alpaca.data.analysis.verbs import Root
+from alpaca.data.encoding.prompt_layout import PromptLayout
+from alpaca.data.example import Example
 from alpaca.data.examples import encode_examples
-from alpaca.data.records import Example, read_examples, read_records
+from alpaca.data.records import make_reader, read_examples, read_records
 from alpaca.data.report import parse_arguments, write_outputs
 from alpaca.errors import InputError, MissingInput, OutputExists
 from alpaca.text.loading import load_tokenizer
@@ -56,7 +58,8 @@ def records(real: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def analysis(real: Path) -> Analysis:
     path = real / "alpaca_4000.json"
-    return analyse(path, list(read_records(path)), load_tokenizer(real / "llama-tokenizer"), progress=False)
+    read = list(read_records(path))
+    return analyse(path, read, make_reader(read), load_tokenizer(real / "llama-tokenizer"), progress=False)
 
 
 def found(analysis: Analysis, name: str) -> list[int]:
@@ -115,10 +118,10 @@ def test_what_a_cut_loses_equals_what_training_reports(max_length: int, real: Pa
     counts = count_tokens(examples, tokenizer, max_length=max_length, progress=False)
     if max_length == 40:
         with pytest.raises(InputError, match="none of the 5"):
-            encode_examples(examples[:5], tokenizer, max_length=40, progress=False)
+            encode_examples(examples[:5], PromptLayout("alpaca", tokenizer), max_length=40, progress=False)
         assert count_tokens(examples[:5], tokenizer, max_length=40, progress=False).num_all_masked == 5
         return
-    report = encode_examples(examples, tokenizer, max_length=max_length, progress=False).report
+    report = encode_examples(examples, PromptLayout("alpaca", tokenizer), max_length=max_length, progress=False).report
     assert counts.num_all_masked == report.num_all_masked
     assert counts.num_targets == report.num_targets
     assert counts.num_cut - counts.num_all_masked <= report.num_without_eos <= counts.num_cut
@@ -178,8 +181,9 @@ class Page(HTMLParser):
 
 def page_of(records: list[object], name: str = "data.json") -> str:
     numbered = [(f"{name}, record {index}", record) for index, record in enumerate(records)]
-    analysis = analyse(name, numbered, progress=False)
-    _, changes = clean_records(numbered, progress=False)
+    reader = make_reader(numbered)
+    analysis = analyse(name, numbered, reader, progress=False)
+    _, changes = clean_records(numbered, reader, progress=False)
     return make_page(analysis, changes, png=b"png", cleaned=Path(name))
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from alpaca.data.analysis.duplicates import NEAR, find_duplicates, word_pairs
-from alpaca.data.records import Example
+from alpaca.data.example import Example
 
 
 def near_copies_slowly(examples: list[Example]) -> list[tuple[int, int, float]]:

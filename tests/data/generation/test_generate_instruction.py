@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
+from alpaca.data.example import Example
 from alpaca.data.generate_instruction import describe_dry_run, main, parse_flags
 from alpaca.data.generation.journal import JOURNAL, PROVENANCE, REGEN, Journal
 from alpaca.data.generation.prompts import SEED_TASKS, find_fault, read_seed_tasks
 from alpaca.data.generation.run import Ending, Generation
 from alpaca.data.generation.services import Completion, RequestFailed
 from alpaca.data.generation.similarity import InstructionPool
-from alpaca.data.records import Example, read_examples
+from alpaca.data.records import read_examples
 from alpaca.errors import InputError, OutputExists, ServiceFailed
 from tests.conftest import ROOT
 from tests.data.generation.completion_service import Service, error_reply, running_service, write_tasks

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from alpaca.data.example import Example
 from alpaca.data.generation.prompts import (
     BAD_START,
     BLACKLISTED,
@@ -25,7 +26,6 @@ from alpaca.data.generation.prompts import (
     strip_repeated_label,
 )
 from alpaca.data.generation.similarity import InstructionPool
-from alpaca.data.records import Example
 from alpaca.errors import InputError, MissingInput
 
 # Seed tasks -----------------------------------------------------------------------------------------------------

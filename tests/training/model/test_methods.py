@@ -603,7 +603,9 @@ def test_alpaca_loras_recipe():
 def test_training_on_inputs_is_transformers_loss_over_everything(configure: Configure, tiny_llama: Path, records: Path):
     config = configure(**LORA, train_on_inputs=True, max_steps=1, loss_average="token")
     loss = history(train(config))[0]
-    data = encode_data(make_settings(config).data, open_base(make_settings(config).base).tokenizer, progress=False)[0]
+    data = encode_data(
+        make_settings(config).data, open_base(make_settings(config).base).tokenizer, progress=False
+    ).train
     assert data.target_counts.tolist() == (data.lengths - 1).tolist()
     batch = step_examples(len(data), global_batch_size=8, seed=42, step=0).tolist()
     model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
