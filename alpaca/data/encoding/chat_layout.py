@@ -98,7 +98,11 @@ class ChatLayout(Layout):
         if len(disguised) != len(text) or any(a != b and b not in own for a, b in zip(text, disguised, strict=True)):
             return {}
         places = {number: (disguised.find(mark), disguised.rfind(mark) + 1) for number, mark in marks.items()}
-        return {number: place for number, place in places.items() if place[1]}
+        return {
+            number: (start, end)
+            for number, (start, end) in places.items()
+            if end and not disguised[start:end].replace(marks[number], "").strip()  # else it is there more than once
+        }
 
     def _find_start(
         self, text: str, before: Sequence[Message], content: tuple[int, int] | None, done: int
@@ -118,14 +122,15 @@ class ChatLayout(Layout):
 
     def _find_end(self, marked: MarkedText, upto: Sequence[Message], content: tuple[int, int] | None) -> int | None:
         """Where a turn ends in the text: behind the control token that ends it, if there is one."""
-        if content is not None:
-            end = content[1]
-        else:
-            whole = self._render(upto)
-            if not marked.text.startswith(whole):
-                return None
-            return len(whole.rstrip())
-        following = next((place for place in marked.markers if place[0] >= end), None)
+        whole = self._render(upto)
+        is_beginning = marked.text.startswith(whole)
+        if content is None and not is_beginning:
+            return None
+        end = content[1] if content is not None else len(whole.rstrip())
+        if any(place[1] == end for place in marked.markers):
+            return end
+        limit = len(whole) if is_beginning else len(marked.text)  # behind it the next turn's own tokens begin
+        following = next((place for place in marked.markers if end <= place[0] and place[1] <= limit), None)
         if following is not None and not marked.text[end : following[0]].strip():
             return following[1]
         return end

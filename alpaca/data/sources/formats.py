@@ -153,7 +153,7 @@ def _read_turn(turn: object, where: str, notes: Notes) -> Turn:
     if not isinstance(turn, Mapping):
         raise InputError(f"{where}: expected a turn with role and content (or from and value), found {_shown(turn)}")
     role_field = "role" if "role" in turn else "from"
-    content_field = "content" if "content" in turn else "value"
+    content_field = "value" if "from" in turn and "content" not in turn else "content"
     if missing := [name for name in (role_field, content_field) if name not in turn]:
         raise InputError(f"{where}: the field {missing[0]!r} is missing, found {_fields(turn)}; add it")
     given = turn[role_field]
