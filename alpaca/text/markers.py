@@ -35,9 +35,7 @@ class MarkedEncoder:
             listed.keys() & set(control_tokens), key=len, reverse=True
         )  # of two that begin alike, the longer
         self.control_tokens = tuple(names)
-        drawn = _draw_keys()
-        self._boundary = next(drawn)
-        self._keys = dict(zip(names, drawn, strict=False))
+        self._keys = dict(zip(names, _draw_keys(), strict=False))
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -47,8 +45,6 @@ class MarkedEncoder:
                 for name, key in self._keys.items()
             ]
         )
-        backend.add_tokens([AddedToken(self._boundary, normalized=False)])
-        self._boundary_id = backend.token_to_id(self._boundary)
         self._ids = {backend.token_to_id(key): listed[name][0] for name, key in self._keys.items()}
         self._pattern = re.compile("|".join(map(re.escape, names))) if names else None
 
@@ -75,12 +71,6 @@ class MarkedEncoder:
             ids = [self._ids.get(token_id, token_id) for token_id in encoding.ids]
             encoded.append((ids, [places[start] for start, _ in encoding.offsets]))
         return encoded
-
-    def encode_apart(self, first: str, second: str) -> tuple[list[int], int]:
-        """The ids of two texts that follow each other and share no token, and how many are the first's."""
-        ids = self._backend.encode(f"{first}{self._boundary}{second}", add_special_tokens=False).ids
-        at = ids.index(self._boundary_id)
-        return ids[:at] + ids[at + 1 :], at
 
     def _places(self, marked: MarkedText) -> list[int]:
         """For each character of `with_keys`' text, and its end, the place in `marked.text`."""

@@ -46,7 +46,7 @@ def encode_data(data: DataSettings, tokenizer: Tokenizer, *, progress: bool) -> 
     else:
         train = range(len(examples))
         held_out = _read(data.eval_path, data) if data.eval_path else []
-    train = _weighted(torch.tensor(train), source_of, [weight for _, weight in sources], seed=data.seed)
+    train = _weighted(torch.tensor(train), source_of, sources, seed=data.seed)
     chosen = choose_layout(data.prompt_template, [*examples, *held_out], tokenizer, boundary=data.prompt_boundary)
     logger.info("examples are laid out by %s", chosen.layout.description)
     parts = {"training data": [examples[index] for index in train], "held-out data": held_out}
@@ -96,20 +96,20 @@ def _read(path: str, data: DataSettings) -> list[AnyExample]:
     return examples
 
 
-def _weighted(indices: torch.Tensor, source_of: torch.Tensor, weights: Sequence[float], *, seed: int) -> list[int]:
+def _weighted(
+    indices: torch.Tensor, source_of: torch.Tensor, sources: Sequence[tuple[str, float]], *, seed: int
+) -> list[int]:
     """Indices of examples, those of a source as often as its weight says; of a fraction, some, drawn by the seed."""
-    if all(weight == 1 for weight in weights):
+    if all(weight == 1 for _, weight in sources):
         return indices.tolist()
     generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for number, weight in enumerate(weights):
+    drawn: list[int] = []
+    for number, (path, weight) in enumerate(sources):
         own = indices[source_of[indices] == number]
         whole, rest = int(weight), round((weight - int(weight)) * len(own))
         order = torch.randperm(len(own), generator=generator)[:rest].sort().values
         drawn += [*own.repeat(whole).tolist(), *own[order].tolist()]
-        logger.info(
-            "source %d: %s of its %s examples in an epoch", number, f"{len(own) * weight:,.0f}", f"{len(own):,}"
-        )
+        logger.info("%s: %s examples, %s in an epoch", path, f"{len(own):,}", f"{len(own) * whole + rest:,}")
     if not drawn:
         raise InputError("--data_path: the weights leave no example to train on")
     return drawn

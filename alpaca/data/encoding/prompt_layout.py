@@ -14,6 +14,7 @@ from alpaca.text.prompts import RAW_TEMPLATE, format_prompt
 from alpaca.text.tokenizer import Tokenizer
 
 _MOST_SHOWN = 60
+_NO_NEIGHBOUR = "\U000f0000"  # of private use: a tokenizer writes it in bytes, or as unknown
 
 
 class PromptLayout(Layout):
@@ -25,7 +26,8 @@ class PromptLayout(Layout):
         self.template, self._tokenizer = template, tokenizer
         self._splits, self._wraps_completions = splits, wraps_completions
         named = "the Alpaca prompt" if template == "alpaca" else f"the prompt template {template!r}"
-        self.description = named + (", prompt and answer tokenized apart" if splits else "")
+        plain = "" if wraps_completions else "; prompts that have a completion as they are"
+        self.description = named + plain + (", prompt and answer tokenized apart" if splits else "")
 
     def encode(self, examples: Sequence[AnyExample]) -> list[Row]:
         prompts = [self._prompt(example) for example in examples]
@@ -50,12 +52,19 @@ class PromptLayout(Layout):
         return rows
 
     def _encode_apart(self, prompts: list[str], answers: list[str]) -> list[Row]:
-        tokenizer, encoder = self._tokenizer, self._tokenizer.marked_encoder
+        """An answer's tokens are those that follow a character with which no token begins or ends."""
+        tokenizer, num = self._tokenizer, len(prompts)
+        before = tokenizer.encode(_NO_NEIGHBOUR)
+        encoded = tokenizer.encode_batch(prompts + [_NO_NEIGHBOUR + answer for answer in answers])
         rows = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            ids, start = encoder.encode_apart(prompt, answer)
-            ids = [*tokenizer.prefix_ids, *ids, tokenizer.eos_id]
-            rows.append(Row(ids, ((len(tokenizer.prefix_ids) + start, len(ids)),)))
+        for prompt, answer in zip(encoded[:num], encoded[num:], strict=True):
+            if answer[: len(before)] != before:
+                raise InputError(
+                    "--prompt_boundary split: this model's tokenizer knows no text that goes on; leave it out"
+                )
+            start = len(tokenizer.prefix_ids) + len(prompt)
+            ids = [*tokenizer.prefix_ids, *prompt, *answer[len(before) :], tokenizer.eos_id]
+            rows.append(Row(ids, ((start, len(ids)),)))
         return rows
 
 
