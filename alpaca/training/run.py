@@ -67,6 +67,7 @@ def prepare(settings: RunSettings, world: World) -> Run:
     data = read.train
     steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=settings.batch.global_batch_size)
     num_steps = count_steps(settings.batch, steps_per_epoch)
+    _say_what_is_left_out(len(data), steps_per_epoch, settings.batch.global_batch_size)
     import_libraries()
     memory = MemoryMeter(world.device)
     hardware = find_smallest_hardware(settings, world)
@@ -92,6 +93,17 @@ def prepare(settings: RunSettings, world: World) -> Run:
         plan=plan,
         memory=memory,
     )
+
+
+def _say_what_is_left_out(num_examples: int, steps_per_epoch: int, global_batch_size: int) -> None:
+    rest = num_examples - steps_per_epoch * global_batch_size
+    if rest > 0:
+        logger.info(
+            "%s steps an epoch: the %d examples that come last in its order are left out, as in the original run "
+            "(transformers' Trainer takes them as one step more)",
+            f"{steps_per_epoch:,}",
+            rest,
+        )
 
 
 def _choose_checkpointing(settings: RunSettings, plan: Plan | None) -> RunSettings:

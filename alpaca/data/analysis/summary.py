@@ -12,10 +12,10 @@ from alpaca.data.analysis.checks import RULES, Finding, find_suspicious
 from alpaca.data.analysis.duplicates import Copy, Duplicates, find_duplicates
 from alpaca.data.analysis.languages import detect_language
 from alpaca.data.analysis.verbs import Root, find_root
+from alpaca.data.encoding.choosing import AUTO, choose_layout
 from alpaca.data.example import AnyExample
 from alpaca.data.sources.formats import RecordReader
 from alpaca.errors import InputError
-from alpaca.text.prompts import alpaca_prompt
 from alpaca.text.tokenizer import Tokenizer
 
 _CHUNK = 1024  # examples tokenized at once
@@ -139,37 +139,16 @@ def _place(found: Duplicates, indices: Sequence[int]) -> Duplicates:
 def count_tokens(
     examples: Sequence[AnyExample], tokenizer: Tokenizer, *, max_length: int = 512, progress: bool = True
 ) -> TokenCounts:
-    """Lengths in tokens, prompt and answer tokenized as one text, as `examples.encode_examples` does."""
+    """Lengths in tokens of examples as `examples.encode_examples` lays them out; their prompts' up to the first answer.
+
+    Raises InputError where no layout fits them.
+    """
+    layout = choose_layout(AUTO, examples, tokenizer).layout
     lengths, prompt_lengths = [], []
-    ends = len(tokenizer.prefix_ids)
     with _bar(examples, "tokenize", progress) as bar:
         for start in range(0, len(examples), _CHUNK):
-            chunk = examples[start : start + _CHUNK]
-            prompts = [alpaca_prompt(example.instruction, example.input) for example in chunk]
-            texts = [prompt + example.output for prompt, example in zip(prompts, chunk, strict=True)]
-            rows = tokenizer.encode_batch(prompts + texts)
-            prompt_lengths += [len(row) + ends for row in rows[: len(chunk)]]
-            lengths += [len(row) + ends + 1 for row in rows[len(chunk) :]]
-            bar.update(len(chunk))
+            rows = layout.encode(examples[start : start + _CHUNK])
+            prompt_lengths += [row.spans[0][0] for row in rows]
+            lengths += [len(row.ids) for row in rows]
+            bar.update(len(rows))
     return TokenCounts(lengths=lengths, prompt_lengths=prompt_lengths, max_length=max_length)
-
-
-def summary_lines(analysis: Analysis) -> list[str]:
-    """The report in a few lines, for a terminal."""
-    examples, copies = analysis.examples.values(), analysis.duplicates
-    with_input = sum(example.input != "" for example in examples)
-    lines = [
-        f"{len(examples):,} examples, {with_input:,} ({with_input / len(examples):.1%}) with an input",
-        f"with a suspicious trait: {analysis.num_suspicious:,}",
-        f"{len(copies.exact):,} exact copies, {len(copies.conflicting):,} prompts answered again in other words, "
-        f"{len(copies.near):,} near copies",
-    ]
-    if analysis.unreadable:
-        lines.insert(1, f"{len(analysis.unreadable):,} records cannot be read")
-    if tokens := analysis.tokens:
-        lines.append(
-            f"{sum(tokens.lengths):,} tokens, {sum(tokens.lengths) / len(tokens.lengths):.1f} an example; a cut to "
-            f"{tokens.max_length} shortens {tokens.num_cut:,} examples"
-        )
-    found = Counter({rule.name: len(analysis.findings[rule.name]) for rule in RULES})
-    return lines + [f"  {name}: {count:,}" for name, count in found.most_common() if count]
