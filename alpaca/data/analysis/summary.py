@@ -152,3 +152,24 @@ def count_tokens(
             lengths += [len(row.ids) for row in rows]
             bar.update(len(rows))
     return TokenCounts(lengths=lengths, prompt_lengths=prompt_lengths, max_length=max_length)
+
+
+def summary_lines(analysis: Analysis) -> list[str]:
+    """The report in a few lines, for a terminal."""
+    examples, copies = analysis.examples.values(), analysis.duplicates
+    with_input = sum(example.input != "" for example in examples)
+    lines = [
+        f"{len(examples):,} examples, {with_input:,} ({with_input / len(examples):.1%}) with an input",
+        f"with a suspicious trait: {analysis.num_suspicious:,}",
+        f"{len(copies.exact):,} exact copies, {len(copies.conflicting):,} prompts answered again in other words, "
+        f"{len(copies.near):,} near copies",
+    ]
+    if analysis.unreadable:
+        lines.insert(1, f"{len(analysis.unreadable):,} records cannot be read")
+    if tokens := analysis.tokens:
+        lines.append(
+            f"{sum(tokens.lengths):,} tokens, {sum(tokens.lengths) / len(tokens.lengths):.1f} an example; a cut to "
+            f"{tokens.max_length} shortens {tokens.num_cut:,} examples"
+        )
+    found = Counter({rule.name: len(analysis.findings[rule.name]) for rule in RULES})
+    return lines + [f"  {name}: {count:,}" for name, count in found.most_common() if count]

@@ -151,7 +151,7 @@ BAD: dict[str, tuple[object, str]] = {
         r"record 0 .*messages\[0\], field 'role': expected user, .* found str 'asistant'; the nearest is 'assistant'",
     ),
     "no content": ([{"messages": [{"role": "user"}]}], r"messages\[0\]: the field 'content' is missing.*\['role'\]"),
-    "null content": ([{"messages": [{"role": "user", "content": None}]}], r"field 'content': expected text, found None"),
+    "null content": ([{"messages": [{"role": "user", "content": None}]}], r"'content': expected text, found None"),
     "tool call": (
         [{"messages": [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [{}]}]}], r"calls of tools are not",
     ),
