@@ -12,7 +12,7 @@ from typing import Any
 from alpaca.errors import InputError, MissingInput
 from alpaca.evaluation.asking import Answer, answer_all
 from alpaca.serving.engine import Engine
-from alpaca.serving.request import NO_ADAPTERS, PredictionInputs, make_request, strips_leading_space
+from alpaca.serving.request import NO_ADAPTERS, PredictionInputs, make_request
 
 _KNOWN = {item.name for item in fields(PredictionInputs)}
 _FIXED = ("n", "stream", "details", "logprobs", "echo", "num_beams", "replicate_weights")  # one plain answer each
@@ -70,7 +70,7 @@ def answer_prompts(
         request = make_request(
             inputs, engine.tokenizer, max_context=engine.max_context, adapters=engine.adapters or NO_ADAPTERS
         )
-        asked.append((request, inputs.stop, strips_leading_space(inputs)))
+        asked.append((request, inputs.stop, request.strips_leading))
     return [describe_answer(answer) for answer in answer_all(engine, asked)]
 
 

@@ -19,7 +19,8 @@ from alpaca import cpu_threads
 
 cpu_threads.set_defaults()  # before anything below imports torch
 
-from alpaca.data.records import Example, read_examples
+from alpaca.data.example import AnyExample
+from alpaca.data.records import read_examples
 from alpaca.errors import InputError, MissingInput, run_command
 from alpaca.evaluation.answers import answer_prompts, read_prompts, summarize
 from alpaca.evaluation.models import find_candidates, opened
@@ -106,7 +107,7 @@ def _measure(
     *,
     names: list[str],
     known: Any,
-    examples: list[Example] | None,
+    examples: list[AnyExample] | None,
     records: list[dict[str, Any]] | None,
 ) -> dict[str, Any]:
     """What is found of one model, by the parts of the result."""
