@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from alpaca.data.records import Example, read_examples
+from alpaca.data.example import Example
+from alpaca.data.records import read_examples
 from alpaca.errors import InputError
 from alpaca.evaluation.answers import answer_prompts, describe_answer, is_refusal, repetition, summarize
 from alpaca.evaluation.asking import Answer, Target, score_all, share_prefixes
@@ -14,6 +15,7 @@ from alpaca.evaluation.held_out import measure_loss
 from alpaca.serving.engine import Engine
 from alpaca.serving.loading import load_engine
 from alpaca.serving.settings import ServerSettings
+from alpaca.text.loading import load_tokenizer
 from tests.conftest import ROOT
 
 
@@ -111,6 +113,29 @@ def test_the_loss_is_the_one_that_training_reports(engine, llama_folder, tmp_pat
     assert found["loss"] == pytest.approx(reported["eval_loss"], rel=1e-5)
     assert found["perplexity"] == pytest.approx(reported["eval_perplexity"], rel=1e-4)
     assert (found["num_read"], found["num_without_eos"] > 0, found["num_empty_outputs"]) == (12, True, 1)
+
+
+def test_held_out_loss_of_conversations_is_what_training_reports(engine, llama_folder, tmp_path, monkeypatch):
+    """By the chat template that the model was trained with, and over all answers."""
+    from alpaca.training.configuration.config import make_config
+    from alpaca.training.loop import train
+
+    said = [{"role": role, "content": f"{role} {k}"} for k in range(2) for role in ("user", "assistant")]
+    data = tmp_path / "held_out.json"
+    data.write_text(json.dumps([{"messages": said[:end]} for end in (2, 4, 3, 4)]))
+    values = dict(
+        model_name_or_path=str(llama_folder), data_path=str(data), eval_data_path=str(data), eval_strategy="epoch",
+        output_dir=str(tmp_path / "out"), max_steps=1, learning_rate=0.0, bf16=False, tf32=False, report_to="none",
+        num_samples=0, model_max_length=256, save_strategy="no", prompt_template="llama2",
+    )  # fmt: skip
+    folder = train(make_config(values))
+    state = json.loads((folder / "trainer_state.json").read_text())
+    reported = next(entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry)
+    trained = load_tokenizer(folder)
+    for name in ("trained_prompt", "chat_template"):
+        monkeypatch.setattr(engine.tokenizer, name, getattr(trained, name))
+    found = measure_loss(engine, read_examples(data), adapter=None, max_length=256)
+    assert found["loss"] == pytest.approx(reported, rel=1e-5)
 
 
 def test_examples_without_a_target(engine):
