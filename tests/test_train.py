@@ -217,8 +217,8 @@ def test_an_uploaded_model_answers_what_it_learned(folder, llama_folder, uploads
 
     monkeypatch.setenv("ALPACA_BASE_MODELS", environment(folder, llama_folder)["ALPACA_BASE_MODELS"])
     monkeypatch.setenv("ALPACA_UPLOAD_URL", uploads.url)
-    read, original = [], records._read_text
-    monkeypatch.setattr(records, "_read_text", lambda path: read.append(path) or original(path))
+    read, original = [], records.read_bytes
+    monkeypatch.setattr(records, "read_bytes", lambda path, **given: read.append(path) or original(path, **given))
     address = check_uploads(train_here, uploads, tmp_path)
     assert len(read) == len(set(read)) == 4, "each training reads its data once"
     engine = load_engine(open_weights(address), ServerSettings())

@@ -49,6 +49,7 @@ class WordTokenizer:
     prefix_ids = (1,)
     most_characters_per_token = None
     chat_template = None
+    trained_prompt = None
 
     def encode(self, text: str) -> list[int]:
         return list(range(len(text.split())))

@@ -5,6 +5,7 @@ Both are everybody's. The longest prompt with the most stop texts is read on its
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,7 +109,7 @@ def worst_waits(engine: LlamaEngine, inputs: PredictionInputs, folder: Path, mon
     wait_until(lambda: len(engine._sequences) == 1)
     with running_loop() as (loop, gaps), timed(engine, monkeypatch) as seconds:
         future: Future = asyncio.run_coroutine_threadsafe(
-            predictor.run(**{**vars(inputs), "stop": list(inputs.stop)}), loop
+            predictor.run(**{**dataclasses.asdict(inputs), "stop": list(inputs.stop)}), loop
         )
         reader = threading.Thread(target=read_until_cancelled, args=(future,))
         reader.start()
