@@ -15,6 +15,11 @@ def check_values(config: TrainConfig) -> None:
     check_each_value(config)
     if config.max_steps == 0 or config.max_steps < -1:
         raise InputError(f"--max_steps: expected a number above 0 (or -1 for none), found {config.max_steps}")
+    if (config.lr_scheduler_type == "cosine_with_min_lr") != bool(config.min_lr_rate):
+        raise InputError(
+            "--lr_scheduler_type cosine_with_min_lr and --min_lr_rate go together: the share of the highest rate that "
+            f"the schedule ends at, such as 0.1; found {config.lr_scheduler_type} and {config.min_lr_rate:g}"
+        )
     parse_fsdp(config.fsdp)
     parse_checkpointing(config.gradient_checkpointing)
     _check_method(config)

@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, object]] = {
 ADAPTER_LEARNING_RATE = 3e-4  # alpaca-lora's; a full fine-tune's hardly moves an adapter
 ADAPTER_DEFAULTS: dict[str, object] = {"lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
 ALL_LINEAR = "all-linear"
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
+SCHEDULES = ("cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 METHODS = ("full", "lora", "qlora")
 NUMERICS = ("stanford", "fast")
 
@@ -137,6 +137,9 @@ class TrainConfig:
         default=2e-5, metadata=_flag(f"highest learning rate; with lora and qlora {ADAPTER_LEARNING_RATE:g}")
     )
     lr_scheduler_type: str = field(default="cosine", metadata=_flag("schedule of the learning rate", *SCHEDULES))
+    min_lr_rate: float = field(
+        default=0.0, metadata=_flag("share of the highest rate that cosine_with_min_lr ends at, such as 0.1")
+    )
     warmup_ratio: float = field(default=0.03, metadata=_flag("share of the steps with a rising learning rate"))
     warmup_steps: float = field(default=0.0, metadata=_flag("their number instead, where above 0 (below 1: a ratio)"))
     optim: str = field(

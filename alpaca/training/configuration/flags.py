@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from alpaca.errors import InputError
 from alpaca.training.configuration.config import TrainConfig, make_config
+from alpaca.training.configuration.files import take_config
 from alpaca.training.configuration.limits import value_types
 from alpaca.training.configuration.parsing import parse_checkpointing
 
@@ -86,8 +87,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_flags(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration a command line asks for: its flags over its recipe's values. Raises InputError."""
-    arguments = [_normal_spelling(argument) for argument in arguments]
+    """The configuration a command line asks for: its flags over those of --config, over its recipe's values.
+
+    Raises InputError.
+    """
+    arguments = [_normal_spelling(argument) for argument in take_config([_normal_spelling(a) for a in arguments])]
     given = _parse(arguments)
     _drop_ignored(given)
     _refuse(given)
@@ -110,6 +114,7 @@ def _make_parser(arguments: list[str]) -> argparse.ArgumentParser:
     for item in dataclasses.fields(TrainConfig):
         _add_flag(parser, item, hints[item.name])
     prefixed = {argument[2:].split("=")[0] for argument in arguments if argument.startswith(f"--{IGNORED_PREFIX}")}
+    parser.add_argument("--config", metavar="FILE", help="flags from a YAML or JSON file, such as train_config.json")
     for name in [*IGNORED, *REFUSED, *prefixed]:
         parser.add_argument(f"--{name}", nargs="?", const="True", help=argparse.SUPPRESS)
     return parser

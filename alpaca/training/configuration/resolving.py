@@ -64,9 +64,14 @@ def make_settings(config: TrainConfig) -> RunSettings:
         report=_report_settings(config),
         memory_limit=config.memory_limit,
         tf32=config.tf32,
-        identity={name: getattr(config, name) for name in _IDENTITY_FLAGS},
+        identity={name: getattr(config, name) for name in _IDENTITY_FLAGS} | _given(config, "min_lr_rate"),
         flags=config_json(config),
     )
+
+
+def _given(config: TrainConfig, *names: str) -> dict[str, object]:
+    """Flags of later versions, where they are used: checkpoints of earlier ones do not know them."""
+    return {name: value for name in names if (value := getattr(config, name))}
 
 
 def _data_settings(config: TrainConfig) -> DataSettings:
@@ -104,6 +109,7 @@ def _optimizer_settings(config: TrainConfig) -> OptimizerSettings:
     return OptimizerSettings(
         learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
+        least_rate=config.min_lr_rate,
         warmup_ratio=config.warmup_ratio,
         warmup_steps=config.warmup_steps,
         betas=(config.adam_beta1, config.adam_beta2),

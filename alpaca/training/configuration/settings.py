@@ -123,10 +123,14 @@ class BatchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW, the learning rate's schedule, and the norm that gradients are clipped to (0: they are not)."""
+    """AdamW, the learning rate's schedule, and the norm that gradients are clipped to (0: they are not).
+
+    least_rate: the share of the highest learning rate that the schedule ends at.
+    """
 
     learning_rate: float
     schedule: str
+    least_rate: float
     warmup_ratio: float
     warmup_steps: float
     betas: tuple[float, float]
