@@ -35,6 +35,16 @@ def check_values(config: TrainConfig) -> None:
 
 
 def _check_evaluation(config: TrainConfig) -> None:
+    if config.eval_strategy == "no" and (config.load_best_model_at_end or config.early_stopping_patience):
+        raise InputError(
+            "--load_best_model_at_end and --early_stopping_patience go by held-out loss: add --eval_strategy steps or "
+            "epoch, and --val_set_size N or --eval_data_path"
+        )
+    if config.load_best_model_at_end and config.save_strategy == "no":
+        raise InputError(
+            "--load_best_model_at_end keeps the best evaluation's checkpoint, and --save_strategy no keeps none; leave "
+            "one of them out"
+        )
     given = [name for name in ("val_set_size", "eval_fraction", "eval_data_path") if getattr(config, name)]
     if config.eval_strategy != "no" and not given:
         raise InputError(

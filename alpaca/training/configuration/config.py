@@ -199,6 +199,14 @@ class TrainConfig:
     resume_from_checkpoint: str | None = field(default=None, metadata=_flag('"auto", or the folder of a checkpoint'))
     overwrite_output_dir: bool = field(default=False, metadata=_flag("replace what output_dir holds"))
 
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata=_flag("the final weights are those with the lowest held-out loss, whose checkpoint is kept"),
+    )
+    early_stopping_patience: int = field(
+        default=0, metadata=_flag("end after so many evaluations without a lower held-out loss; 0: never")
+    )
+
     num_samples: int = field(default=3, metadata=_flag("prompts answered before and after, for report.html"))
     eval_tasks: str | None = field(
         default=None,

@@ -47,16 +47,15 @@ IGNORED = {  # flags that make no difference here, and why
     "train_sampling_strategy": "the order of the data is the recipe's",
 }
 IGNORED_PREFIX = "ddp_"  # several processes always shard the model
-_KEEP = "keep checkpoints with --save_total_limit and watch --eval_strategy instead"
+_LOSS = "the lowest held-out loss is the best; leave it out"
 REFUSED = {  # flags that would be disobeyed, and what to use
     "deepspeed": 'use --fsdp "full_shard auto_wrap offload"',
     "fp16": "use --bf16 True (float16 training needs loss scaling and still diverges)",
     "fp16_full_eval": "use --bf16 True",
     "bf16_full_eval": "use --bf16 True",
     "fsdp_config": 'use --fsdp "full_shard auto_wrap"',
-    "load_best_model_at_end": _KEEP,
-    "metric_for_best_model": _KEEP,
-    "greater_is_better": _KEEP,
+    "metric_for_best_model": _LOSS,
+    "greater_is_better": _LOSS,
     "auto_find_batch_size": "choose --per_device_train_batch_size; the global batch does not depend on it",
     "no_cuda": "set the environment variable CUDA_VISIBLE_DEVICES to nothing",
     "use_cpu": "set the environment variable CUDA_VISIBLE_DEVICES to nothing",

@@ -162,6 +162,14 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestSettings:
+    """Whether the weights of the best evaluation become the final ones.    patience: evaluations; 0 has no end."""
+
+    is_loaded: bool
+    patience: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportSettings:
     """What is logged and evaluated while the run goes on, and how many prompts the report shows answers to."""
 
@@ -189,6 +197,7 @@ class RunSettings:
     batch: BatchSettings
     optimizer: OptimizerSettings
     checkpoints: CheckpointSettings
+    best: BestSettings
     report: ReportSettings
     memory_limit: str | None
     tf32: bool
