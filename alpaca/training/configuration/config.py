@@ -133,6 +133,11 @@ class TrainConfig:
         metadata=_flag("mean over a step's target tokens, or of the micro-batches' means", "token", "micro_batch"),
     )
 
+    label_smoothing_factor: float = field(
+        default=0.0,
+        metadata=_flag("share of each target's weight spread over the vocabulary, in training; not in evaluation"),
+    )
+
     learning_rate: float = field(
         default=2e-5, metadata=_flag(f"highest learning rate; with lora and qlora {ADAPTER_LEARNING_RATE:g}")
     )

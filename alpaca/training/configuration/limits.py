@@ -26,7 +26,15 @@ _MOST = {  # far beyond any use, and within what torch and a float can count
     "seed": 2**32 - 1,  # as transformers has it; each process adds its rank, and torch takes 64 bits
 }  # fmt: skip
 _POSITIVE = ("num_train_epochs", "adam_epsilon")
-_BELOW_ONE = ("min_lr_rate", "adam_beta1", "adam_beta2", "warmup_ratio", "lora_dropout", "eval_fraction")
+_BELOW_ONE = (
+    "label_smoothing_factor",
+    "min_lr_rate",
+    "adam_beta1",
+    "adam_beta2",
+    "warmup_ratio",
+    "lora_dropout",
+    "eval_fraction",
+)
 _MEMORIES = ("memory_limit", "plan_memory")
 
 

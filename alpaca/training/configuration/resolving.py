@@ -66,7 +66,8 @@ def make_settings(config: TrainConfig) -> RunSettings:
         report=_report_settings(config),
         memory_limit=config.memory_limit,
         tf32=config.tf32,
-        identity={name: getattr(config, name) for name in _IDENTITY_FLAGS} | _given(config, "min_lr_rate"),
+        identity={name: getattr(config, name) for name in _IDENTITY_FLAGS}
+        | _given(config, "min_lr_rate", "label_smoothing_factor"),
         flags=config_json(config),
     )
 
@@ -101,6 +102,7 @@ def _batch_settings(config: TrainConfig) -> BatchSettings:
         eval_micro_batch_size=config.per_device_eval_batch_size,
         max_length=config.model_max_length,
         loss_average=config.loss_average,
+        label_smoothing=config.label_smoothing_factor,
         num_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         seed=config.seed,

@@ -116,6 +116,7 @@ class BatchSettings:
     eval_micro_batch_size: int
     max_length: int
     loss_average: str
+    label_smoothing: float
     num_epochs: float
     max_steps: int
     seed: int
