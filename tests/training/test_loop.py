@@ -299,8 +299,8 @@ def test_smoothed_labels_are_transformers(configure: Configure, padding_free: bo
 
     folder = train(
         configure(
-            label_smoothing_factor=0.1, padding_free=padding_free, max_steps=1, learning_rate=0.0, eval_strategy="epoch",
-            val_set_size=8, seed=3,
+            label_smoothing_factor=0.1, padding_free=padding_free, max_steps=1, learning_rate=0.0, val_set_size=8, seed=3,
+            eval_strategy="epoch",
         )
     )  # fmt: skip
     plain = train(configure(output_dir=f"{folder}-plain", max_steps=1, learning_rate=0.0, val_set_size=8, seed=3))
