@@ -31,7 +31,8 @@ def accumulate_gradients(run: Run, indices: Tensor) -> float:
     total = torch.zeros((), dtype=torch.float32, device=run.world.device)
     for number, micro_batch in enumerate(micro_batches, start=1):
         sync_gradients(run.trainee.model, last=number == len(micro_batches), whole=run.keeps_gradients)
-        loss = sum_losses(run, run.data, micro_batch) / loss_divisor(run, indices, micro_batch)
+        losses = sum_losses(run, run.data, micro_batch, smoothing=run.settings.batch.label_smoothing)
+        loss = losses / loss_divisor(run, indices, micro_batch)
         (loss * run.world.num_processes).backward()  # FSDP takes the mean over the processes, and the sum is needed
         total += loss.detach()
     return total.item()
@@ -61,23 +62,29 @@ def loss_divisor(run: Run, indices: Tensor, micro_batch: Tensor) -> int:
     return int(counts[micro_batch].sum()) * math.ceil(len(indices) / run.settings.batch.micro_batch_size)
 
 
-def sum_losses(run: Run, data: EncodedDataset, indices: Tensor) -> Tensor:
-    """The summed cross entropy (float32 scalar) of the target tokens of some examples of `data`."""
+def sum_losses(run: Run, data: EncodedDataset, indices: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """The summed cross entropy (float32 scalar) of the target tokens of some examples of `data`.
+
+    smoothing: the share of each target's weight that is spread over the whole vocabulary.
+    """
     model, pad_id = run.trainee.model, run.base.tokenizer.fill_id
     examples = [data.example(index) for index in indices.tolist()]
     if padding_free.is_enabled(model):
         batch = pack(examples, pad_id=pad_id).to(run.world.device)
-        return padding_free.sum_packed_losses(model, batch, bf16=run.settings.model.autocasts)
-    return _sum_padded_losses(
-        model, collate(examples, pad_id=pad_id).to(run.world.device), bf16=run.settings.model.autocasts
-    )
+        return padding_free.sum_packed_losses(model, batch, bf16=run.settings.model.autocasts, smoothing=smoothing)
+    batch = collate(examples, pad_id=pad_id).to(run.world.device)
+    return _sum_padded_losses(model, batch, bf16=run.settings.model.autocasts, smoothing=smoothing)
 
 
-def _sum_padded_losses(model: nn.Module, batch: MicroBatch, *, bf16: bool) -> Tensor:
+def _sum_padded_losses(model: nn.Module, batch: MicroBatch, *, bf16: bool, smoothing: float) -> Tensor:
     with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bf16):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=MASKED_LABEL, reduction="sum"
+        logits[:, :-1].float().flatten(0, 1),
+        batch.labels[:, 1:].flatten(),
+        ignore_index=MASKED_LABEL,
+        reduction="sum",
+        label_smoothing=smoothing,
     )
 
 

@@ -20,6 +20,7 @@ from alpaca.data.batching import step_examples
 from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
 from alpaca.files.atomic import write_json
 from alpaca.files.locks import locked
+from alpaca.training.best import BestModel
 from alpaca.training.checkpoints.loading import find_checkpoint, load_checkpoint
 from alpaca.training.checkpoints.output import (
     check_output,
@@ -104,6 +105,7 @@ def _train_alone(
     run = prepare(settings, world)
     if checkpoint:
         load_checkpoint(run.trainee, checkpoint)
+        logger.info("resumed from %s, after step %d", checkpoint, run.progress.step)
     with kept_once_begun(output_dir, lambda: run.progress.step > 0) if world.is_main else contextlib.nullcontext():
         world.run_in_all(lambda: _prepare_output(run, resumed=checkpoint is not None) if world.is_main else None)
         samples = _answer_before(run, resumed=checkpoint is not None)
@@ -139,6 +141,7 @@ def run_steps(
     """Train from the run's present step to its last one. Returns the seconds spent in training steps."""
     settings, progress = run.settings, run.progress
     meter, watch = Meter(), LossWatch([entry["loss"] for entry in progress.log_history if "loss" in entry])
+    best = BestModel(run.trainee, settings.best, settings.checkpoints.output_dir)
     clock = SaveClock(limit_s=settings.checkpoints.minutes * 60, num_bytes=checkpoint_bytes(run.trainee))
     with _stop_signals() as signals, open_log(run) as log, progress_bar(run) as bar:
         if progress.step == 0 and settings.report.eval_strategy != "no":
@@ -152,11 +155,20 @@ def run_steps(
             tell(run, entry, meter, log=log, bar=bar, on_step=on_step)
             if _is_due(run, settings.report.eval_strategy, settings.report.eval_steps, at_end=True):
                 log(evaluation_entry(evaluate(run)))
-            if _wants_checkpoint(run, requests):
+            if _wants_checkpoint(run, requests) or best.wants_checkpoint:
                 with clock.saving():
-                    save_checkpoint(run.trainee, settings.checkpoints.output_dir, keep=settings.checkpoints.keep)
+                    save_checkpoint(
+                        run.trainee,
+                        settings.checkpoints.output_dir,
+                        keep=settings.checkpoints.keep,
+                        protected=best.folder,
+                    )
             if requests.stop:
                 raise TrainingStopped(_stop_text(run), signal=signals[0] if signals else 0)
+            if best.is_worn_out:
+                logger.info("ended after step %d: no lower held-out loss since step %s", progress.step, best.step)
+                break
+        best.load()
     return meter.total_seconds
 
 

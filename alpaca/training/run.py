@@ -151,7 +151,11 @@ def _make_trainee(
     optimizer = _make_optimizer(model, settings, world)
     warmup, num_parameters = count_warmup_steps(settings.optimizer, num_steps), count_parameters(model)
     factor = functools.partial(
-        learning_rate_factor, schedule=settings.optimizer.schedule, num_warmup_steps=warmup, num_steps=num_steps
+        learning_rate_factor,
+        schedule=settings.optimizer.schedule,
+        least=settings.optimizer.least_rate,
+        num_warmup_steps=warmup,
+        num_steps=num_steps,
     )
     identity = _identify(settings, base, data, num_parameters=num_parameters, num_steps=num_steps, warmup=warmup)
     millions = (count_parameters(model, trained_only=True) / 1e6, num_parameters / 1e6)

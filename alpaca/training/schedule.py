@@ -34,8 +34,12 @@ def count_warmup_steps(optimizer: OptimizerSettings, num_steps: int) -> int:
     return math.ceil((optimizer.warmup_steps or optimizer.warmup_ratio) * num_steps)
 
 
-def learning_rate_factor(step: int, *, schedule: str, num_warmup_steps: int, num_steps: int) -> float:
+def learning_rate_factor(
+    step: int, *, schedule: str, num_warmup_steps: int, num_steps: int, least: float = 0.0
+) -> float:
     """The share of the highest learning rate in a step (counted from 0), by transformers' schedules.
+
+    least: what a cosine with a floor ends at.
 
     Written here because transformers' own, with what they import, take four seconds of a start.
     """
@@ -49,4 +53,6 @@ def learning_rate_factor(step: int, *, schedule: str, num_warmup_steps: int, num
         timescale = num_warmup_steps or 10_000
         return ((step - num_warmup_steps + timescale) / timescale) ** -0.5
     progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
-    return max(0.0, 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+    if schedule == "linear":
+        return max(0.0, 1 - progress)
+    return max(0.0, least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress)))

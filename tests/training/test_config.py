@@ -45,10 +45,12 @@ def test_the_first_step_has_no_learning_rate_and_the_last_almost_none():
 @pytest.mark.parametrize(("num_warmup_steps", "num_steps"), [(37, 1218), (0, 10), (3, 3), (1, 15)])
 def test_schedules_are_those_of_transformers(schedule: str, num_warmup_steps: int, num_steps: int):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
+    has_floor = schedule == "cosine_with_min_lr"
     theirs = get_scheduler(
-        schedule, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_steps
-    ).lr_lambdas[0]
-    sizes = {"num_warmup_steps": num_warmup_steps, "num_steps": num_steps}
+        schedule, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_steps,
+        scheduler_specific_kwargs={"min_lr_rate": 0.1} if has_floor else None,
+    ).lr_lambdas[0]  # fmt: skip
+    sizes = {"num_warmup_steps": num_warmup_steps, "num_steps": num_steps, "least": 0.1 if has_floor else 0.0}
     for step in range(num_steps):
         assert learning_rate_factor(step, schedule=schedule, **sizes) == pytest.approx(theirs(step), abs=1e-12)
 

@@ -1,13 +1,14 @@
 """The command line: the seeds' commands, and every flag that is ignored, refused or unknown."""
 
 import dataclasses
+import json
 import shlex
 
 import pytest
 import torch
 
 from alpaca.errors import InputError
-from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.config import TrainConfig, config_json
 from alpaca.training.configuration.flags import IGNORED, REFUSED, RENAMED, parse_flags
 from alpaca.training.configuration.resolving import resolve
 
@@ -118,3 +119,53 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
     said = capsys.readouterr().out
     assert all(f"--{item.name}" in said for item in dataclasses.fields(TrainConfig))
     assert "--deepspeed" not in said
+
+
+# Files of flags -----------------------------------------------------------------------------------------------------
+
+
+MODEL = "model_name_or_path: m\ndata_path: d\n"
+
+
+def test_a_file_gives_flags_and_the_command_line_goes_over_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model_name_or_path: m\ndata-path: [a.json=2, b.json]\nlearning_rate: 1e-4  # a text, as YAML 1.1 reads it\n"
+        "bf16: false\nmax_steps: 7\neval_data: held_out.json\neval_strategy: null\n"
+    )
+    config = parse_flags(["--config", str(file), "--max-steps", "9"])
+    assert (config.model_name_or_path, config.data_path) == ("m", "a.json=2,b.json")
+    assert (config.learning_rate, config.bf16, config.max_steps) == (1e-4, False, 9)
+    assert config.eval_data_path == "held_out.json"
+    assert parse_flags([f"--config={file}", "--data_path", "c.json"]).data_path == "c.json"
+
+
+def test_an_earlier_runs_configuration_is_one(tmp_path):
+    before = parse_flags(["--model_name_or_path", "m", "--data_path", "d", "--method", "lora", "--seed", "7"])
+    file = tmp_path / "train_config.json"
+    file.write_text(json.dumps({**config_json(before), "base_fingerprint": "ab"}))
+    assert parse_flags(["--config", str(file)]) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", r"expected flags' names and their values; found \['a'\]"),
+        ("a: [b\n", r"is neither YAML nor JSON"),
+        ("seed: {a: 1}\n", r"seed: expected a plain value, found \{'a': 1\}"),
+        (f"{MODEL}learning_rates: 1\n", r"nearest known one is --learning_rate"),
+        (f"{MODEL}fp16: true\n", r"--fp16 is not supported"),
+        (f"{MODEL}min_lr_rate: 0.1\n", r"cosine_with_min_lr and --min_lr_rate go together"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_flags(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        resolve(parse_flags(["--config", str(tmp_path / "run.yaml")]), num_processes=1, device=torch.device("cpu"))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml cannot be read"):
+        parse_flags(["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(InputError, match=r"expected a YAML or JSON file, found nothing"):
+        parse_flags(["--config"])

@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from alpaca.data.batching import step_examples
+from alpaca.data.batching import collate, step_examples
+from alpaca.data.examples import EncodedDataset
 from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.prompts import alpaca_prompt
 from alpaca.training import gradients
 from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.resolving import resolve_settings
+from alpaca.training.dataset import encode_data
 from alpaca.training.loop import TrainingStopped, train
 
 Configure = Callable[..., TrainConfig]
@@ -287,3 +290,31 @@ def test_too_little_memory_says_what_to_lower(configure: Configure, monkeypatch:
         NotEnoughSpace, match=r"in step 1: CUDA out of memory.*2.00 GiB.\nlower --per_device_train_batch"
     ):
         train(configure())
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_smoothed_labels_are_transformers(configure: Configure, padding_free: bool):
+    """The first step's loss is that of the Trainer's LabelSmoother; evaluation stays without."""
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    folder = train(
+        configure(
+            label_smoothing_factor=0.1, padding_free=padding_free, max_steps=1, learning_rate=0.0, val_set_size=8, seed=3,
+            eval_strategy="epoch",
+        )
+    )  # fmt: skip
+    plain = train(configure(output_dir=f"{folder}-plain", max_steps=1, learning_rate=0.0, val_set_size=8, seed=3))
+    model, data = AutoModelForCausalLM.from_pretrained(folder), read_run_data(configure(val_set_size=8, seed=3))
+    order = step_examples(len(data), global_batch_size=8, seed=3, step=0)
+    batch = collate([data.example(index) for index in order.tolist()], pad_id=0)
+    outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    expected = LabelSmoother(epsilon=0.1)({"logits": outputs.logits}, batch.labels, shift_labels=True)
+    assert history(folder)[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert history(folder)[0] != pytest.approx(history(plain)[0], rel=1e-3)
+    assert history(folder, "eval_loss")[0] == history(folder, "eval_loss")[-1]
+
+
+def read_run_data(config: TrainConfig) -> EncodedDataset:
+    """What a run trains on."""
+    settings = resolve_settings(config, num_processes=1, device=torch.device("cpu"))
+    return encode_data(settings.data, load_tokenizer(config.model_name_or_path), progress=False).train

@@ -77,7 +77,6 @@ def load_checkpoint(trainee: Trainee, folder: Path) -> None:
         state[key] for key in ("global_step", "losses_since_log", "log_history")
     )
     _restore_random_state(folder, state["num_processes"], trainee.world)
-    logger.info("resumed from %s, after step %d", folder, progress.step)
 
 
 def _load_in_place(state: dict[str, dict], reader: DataOnlyReader) -> None:

@@ -33,8 +33,10 @@ from alpaca.training.distributed import Result, World
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(trainee: Trainee, output_dir: Path, *, keep: int) -> Path:
+def save_checkpoint(trainee: Trainee, output_dir: Path, *, keep: int, protected: Path | None = None) -> Path:
     """Write `checkpoint-N`, read it back, and remove the oldest beyond `keep`. All processes call it together.
+
+    protected: a checkpoint that is kept besides.
 
     Raises NotEnoughSpace for a full disk, and InputError where the disk refuses something else or gives other bytes
     back than were written. Earlier checkpoints then stay as they are.
@@ -52,7 +54,7 @@ def save_checkpoint(trainee: Trainee, output_dir: Path, *, keep: int) -> Path:
         in_all(lambda: _write_state(trainee, partial, all_files) if world.is_main else None)
         in_all(aside.close)  # renames the folder to its final name
     if world.is_main:
-        _remove_oldest(output_dir, keep=keep, newest=folder)
+        _remove_oldest(output_dir, keep=keep, newest=folder, protected=protected)
     world.wait_for_all()
     return folder
 
@@ -141,7 +143,7 @@ def _random_state(world: World) -> dict[str, Tensor]:
     return state
 
 
-def _remove_oldest(output_dir: Path, *, keep: int, newest: Path) -> None:
+def _remove_oldest(output_dir: Path, *, keep: int, newest: Path, protected: Path | None) -> None:
     """Keep `newest` and the checkpoints just before it.
 
     Checkpoints of later steps go, too: they were damaged, or the run was resumed from an earlier one.
@@ -149,5 +151,5 @@ def _remove_oldest(output_dir: Path, *, keep: int, newest: Path) -> None:
     others = [folder for folder in list_checkpoints(output_dir) if folder != newest]
     earlier = [folder for folder in others if step_of(folder) < step_of(newest)]
     for folder in others:
-        if folder not in earlier[: max(keep - 1, 0)]:
+        if folder not in earlier[: max(keep - 1, 0)] and folder != protected:
             shutil.rmtree(folder, ignore_errors=True)

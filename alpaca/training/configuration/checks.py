@@ -15,6 +15,11 @@ def check_values(config: TrainConfig) -> None:
     check_each_value(config)
     if config.max_steps == 0 or config.max_steps < -1:
         raise InputError(f"--max_steps: expected a number above 0 (or -1 for none), found {config.max_steps}")
+    if (config.lr_scheduler_type == "cosine_with_min_lr") != bool(config.min_lr_rate):
+        raise InputError(
+            "--lr_scheduler_type cosine_with_min_lr and --min_lr_rate go together: the share of the highest rate that "
+            f"the schedule ends at, such as 0.1; found {config.lr_scheduler_type} and {config.min_lr_rate:g}"
+        )
     parse_fsdp(config.fsdp)
     parse_checkpointing(config.gradient_checkpointing)
     _check_method(config)
@@ -30,6 +35,16 @@ def check_values(config: TrainConfig) -> None:
 
 
 def _check_evaluation(config: TrainConfig) -> None:
+    if config.eval_strategy == "no" and (config.load_best_model_at_end or config.early_stopping_patience):
+        raise InputError(
+            "--load_best_model_at_end and --early_stopping_patience go by held-out loss: add --eval_strategy steps or "
+            "epoch, and --val_set_size N or --eval_data_path"
+        )
+    if config.load_best_model_at_end and config.save_strategy == "no":
+        raise InputError(
+            "--load_best_model_at_end keeps the best evaluation's checkpoint, and --save_strategy no keeps none; leave "
+            "one of them out"
+        )
     given = [name for name in ("val_set_size", "eval_fraction", "eval_data_path") if getattr(config, name)]
     if config.eval_strategy != "no" and not given:
         raise InputError(

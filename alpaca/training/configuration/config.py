@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, object]] = {
 ADAPTER_LEARNING_RATE = 3e-4  # alpaca-lora's; a full fine-tune's hardly moves an adapter
 ADAPTER_DEFAULTS: dict[str, object] = {"lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
 ALL_LINEAR = "all-linear"
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
+SCHEDULES = ("cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 METHODS = ("full", "lora", "qlora")
 NUMERICS = ("stanford", "fast")
 
@@ -133,10 +133,18 @@ class TrainConfig:
         metadata=_flag("mean over a step's target tokens, or of the micro-batches' means", "token", "micro_batch"),
     )
 
+    label_smoothing_factor: float = field(
+        default=0.0,
+        metadata=_flag("share of each target's weight spread over the vocabulary, in training; not in evaluation"),
+    )
+
     learning_rate: float = field(
         default=2e-5, metadata=_flag(f"highest learning rate; with lora and qlora {ADAPTER_LEARNING_RATE:g}")
     )
     lr_scheduler_type: str = field(default="cosine", metadata=_flag("schedule of the learning rate", *SCHEDULES))
+    min_lr_rate: float = field(
+        default=0.0, metadata=_flag("share of the highest rate that cosine_with_min_lr ends at, such as 0.1")
+    )
     warmup_ratio: float = field(default=0.03, metadata=_flag("share of the steps with a rising learning rate"))
     warmup_steps: float = field(default=0.0, metadata=_flag("their number instead, where above 0 (below 1: a ratio)"))
     optim: str = field(
@@ -195,6 +203,14 @@ class TrainConfig:
     )
     resume_from_checkpoint: str | None = field(default=None, metadata=_flag('"auto", or the folder of a checkpoint'))
     overwrite_output_dir: bool = field(default=False, metadata=_flag("replace what output_dir holds"))
+
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata=_flag("the final weights are those with the lowest held-out loss, whose checkpoint is kept"),
+    )
+    early_stopping_patience: int = field(
+        default=0, metadata=_flag("end after so many evaluations without a lower held-out loss; 0: never")
+    )
 
     num_samples: int = field(default=3, metadata=_flag("prompts answered before and after, for report.html"))
     eval_tasks: str | None = field(

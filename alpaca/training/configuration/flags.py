@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from alpaca.errors import InputError
 from alpaca.training.configuration.config import TrainConfig, make_config
+from alpaca.training.configuration.files import take_config
 from alpaca.training.configuration.limits import value_types
 from alpaca.training.configuration.parsing import parse_checkpointing
 
@@ -46,22 +47,20 @@ IGNORED = {  # flags that make no difference here, and why
     "train_sampling_strategy": "the order of the data is the recipe's",
 }
 IGNORED_PREFIX = "ddp_"  # several processes always shard the model
-_KEEP = "keep checkpoints with --save_total_limit and watch --eval_strategy instead"
+_LOSS = "the lowest held-out loss is the best; leave it out"
 REFUSED = {  # flags that would be disobeyed, and what to use
     "deepspeed": 'use --fsdp "full_shard auto_wrap offload"',
     "fp16": "use --bf16 True (float16 training needs loss scaling and still diverges)",
     "fp16_full_eval": "use --bf16 True",
     "bf16_full_eval": "use --bf16 True",
     "fsdp_config": 'use --fsdp "full_shard auto_wrap"',
-    "load_best_model_at_end": _KEEP,
-    "metric_for_best_model": _KEEP,
-    "greater_is_better": _KEEP,
+    "metric_for_best_model": _LOSS,
+    "greater_is_better": _LOSS,
     "auto_find_batch_size": "choose --per_device_train_batch_size; the global batch does not depend on it",
     "no_cuda": "set the environment variable CUDA_VISIBLE_DEVICES to nothing",
     "use_cpu": "set the environment variable CUDA_VISIBLE_DEVICES to nothing",
     "push_to_hub": "upload output_dir afterwards: hf upload NAME output_dir",
     "save_only_model": "the model alone cannot be resumed; use --save_strategy no",
-    "label_smoothing_factor": "leave it out: the recipe has none",
     "neftune_noise_alpha": "leave it out: the recipe has none",
     "trust_remote_code": "use a model that transformers knows",
 }
@@ -86,8 +85,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_flags(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration a command line asks for: its flags over its recipe's values. Raises InputError."""
-    arguments = [_normal_spelling(argument) for argument in arguments]
+    """The configuration a command line asks for: its flags over those of --config, over its recipe's values.
+
+    Raises InputError.
+    """
+    arguments = [_normal_spelling(argument) for argument in take_config([_normal_spelling(a) for a in arguments])]
     given = _parse(arguments)
     _drop_ignored(given)
     _refuse(given)
@@ -110,6 +112,7 @@ def _make_parser(arguments: list[str]) -> argparse.ArgumentParser:
     for item in dataclasses.fields(TrainConfig):
         _add_flag(parser, item, hints[item.name])
     prefixed = {argument[2:].split("=")[0] for argument in arguments if argument.startswith(f"--{IGNORED_PREFIX}")}
+    parser.add_argument("--config", metavar="FILE", help="flags from a YAML or JSON file, such as train_config.json")
     for name in [*IGNORED, *REFUSED, *prefixed]:
         parser.add_argument(f"--{name}", nargs="?", const="True", help=argparse.SUPPRESS)
     return parser

@@ -20,6 +20,7 @@ from alpaca.training.configuration.settings import (
     AdapterSettings,
     BaseSettings,
     BatchSettings,
+    BestSettings,
     CheckpointSettings,
     DataSettings,
     ModelSettings,
@@ -61,12 +62,19 @@ def make_settings(config: TrainConfig) -> RunSettings:
         batch=_batch_settings(config),
         optimizer=_optimizer_settings(config),
         checkpoints=_checkpoint_settings(config),
+        best=BestSettings(is_loaded=config.load_best_model_at_end, patience=config.early_stopping_patience),
         report=_report_settings(config),
         memory_limit=config.memory_limit,
         tf32=config.tf32,
-        identity={name: getattr(config, name) for name in _IDENTITY_FLAGS},
+        identity={name: getattr(config, name) for name in _IDENTITY_FLAGS}
+        | _given(config, "min_lr_rate", "label_smoothing_factor"),
         flags=config_json(config),
     )
+
+
+def _given(config: TrainConfig, *names: str) -> dict[str, object]:
+    """Flags of later versions, where they are used: checkpoints of earlier ones do not know them."""
+    return {name: value for name in names if (value := getattr(config, name))}
 
 
 def _data_settings(config: TrainConfig) -> DataSettings:
@@ -94,6 +102,7 @@ def _batch_settings(config: TrainConfig) -> BatchSettings:
         eval_micro_batch_size=config.per_device_eval_batch_size,
         max_length=config.model_max_length,
         loss_average=config.loss_average,
+        label_smoothing=config.label_smoothing_factor,
         num_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         seed=config.seed,
@@ -104,6 +113,7 @@ def _optimizer_settings(config: TrainConfig) -> OptimizerSettings:
     return OptimizerSettings(
         learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
+        least_rate=config.min_lr_rate,
         warmup_ratio=config.warmup_ratio,
         warmup_steps=config.warmup_steps,
         betas=(config.adam_beta1, config.adam_beta2),

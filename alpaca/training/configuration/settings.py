@@ -116,6 +116,7 @@ class BatchSettings:
     eval_micro_batch_size: int
     max_length: int
     loss_average: str
+    label_smoothing: float
     num_epochs: float
     max_steps: int
     seed: int
@@ -123,10 +124,14 @@ class BatchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW, the learning rate's schedule, and the norm that gradients are clipped to (0: they are not)."""
+    """AdamW, the learning rate's schedule, and the norm that gradients are clipped to (0: they are not).
+
+    least_rate: the share of the highest learning rate that the schedule ends at.
+    """
 
     learning_rate: float
     schedule: str
+    least_rate: float
     warmup_ratio: float
     warmup_steps: float
     betas: tuple[float, float]
@@ -158,6 +163,14 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestSettings:
+    """Whether the weights of the best evaluation become the final ones.    patience: evaluations; 0 has no end."""
+
+    is_loaded: bool
+    patience: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportSettings:
     """What is logged and evaluated while the run goes on, and how many prompts the report shows answers to."""
 
@@ -185,6 +198,7 @@ class RunSettings:
     batch: BatchSettings
     optimizer: OptimizerSettings
     checkpoints: CheckpointSettings
+    best: BestSettings
     report: ReportSettings
     memory_limit: str | None
     tf32: bool

@@ -67,7 +67,7 @@ def enable(model: "PreTrainedModel") -> bool:
     AttentionMaskInterface.register(ATTENTION, _no_mask)
     model.set_attn_implementation(ATTENTION)
     head.__class__ = TargetHead
-    head.target_ids = None
+    head.target_ids, head.smoothing = None, 0.0
     return True
 
 
@@ -87,10 +87,13 @@ def is_enabled(model: "PreTrainedModel") -> bool:
     return isinstance(model.get_output_embeddings(), TargetHead)
 
 
-def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool) -> Tensor:
-    """The summed cross entropy (float32 scalar) of a batch's target tokens, differentiable."""
+def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoothing: float = 0.0) -> Tensor:
+    """The summed cross entropy (float32 scalar) of a batch's target tokens, differentiable.
+
+    smoothing: the share of each target's weight that is spread over the whole vocabulary.
+    """
     head = model.get_output_embeddings()
-    head.target_ids = batch.target_ids
+    head.target_ids, head.smoothing = batch.target_ids, smoothing
     try:
         with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bf16):
             outputs = model(
@@ -113,6 +116,7 @@ class TargetHead(nn.Linear):
     """
 
     target_ids: Tensor | None
+    smoothing: float
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, R, D] -> [1, R, 1] losses in float32, or [..., V] logits."""
@@ -120,14 +124,14 @@ class TargetHead(nn.Linear):
             return super().forward(hidden)
         num_rows = chunk_rows(self.out_features, trained=self.weight.requires_grad)
         losses = [
-            checkpoint(_losses, rows, self.weight, self.bias, ids, use_reentrant=False)
+            checkpoint(_losses, rows, self.weight, self.bias, ids, self.smoothing, use_reentrant=False)
             for rows, ids in zip(hidden[0].split(num_rows), self.target_ids.split(num_rows), strict=True)
         ]
         return torch.cat(losses)[None, :, None] if losses else hidden.new_zeros(1, 0, 1)
 
 
-def _losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
-    return cross_entropy(linear(hidden, weight, bias).float(), ids, reduction="none")
+def _losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, smoothing: float) -> Tensor:
+    return cross_entropy(linear(hidden, weight, bias).float(), ids, reduction="none", label_smoothing=smoothing)
 
 
 def attend_within_examples(
