@@ -119,7 +119,7 @@ def test_every_number_has_a_least_and_a_most():
     """Or is checked elsewhere: rates and scales, whose size no program can judge, and -1 that means none."""
     hints = typing.get_type_hints(TrainConfig)
     numbers = {name for name, hint in hints.items() if set(limits.value_types(hint)) <= {int, float}}
-    judged = numbers - {"adam_beta1", "adam_beta2", "warmup_ratio", "lora_dropout", "eval_fraction", "adam_epsilon"}
+    judged = numbers - {*limits._BELOW_ONE, "adam_epsilon"}
     assert judged - limits._MOST.keys() == {"learning_rate", "weight_decay", "max_grad_norm", "lora_alpha"}
     assert judged - limits._LEAST.keys() == {"num_train_epochs", "max_steps", "lora_alpha"}
 

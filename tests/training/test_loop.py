@@ -260,8 +260,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
     config, real = configure(save_steps=2, save_total_limit=9), gradients.sum_losses
     calls = iter(range(1000))
 
-    def broken(*arguments):
-        return real(*arguments) * (math.nan if next(calls) >= 2 * 5 else 1)  # 2 micro-batches a step
+    def broken(*arguments, **given):
+        return real(*arguments, **given) * (math.nan if next(calls) >= 2 * 5 else 1)  # 2 micro-batches a step
 
     monkeypatch.setattr(gradients, "sum_losses", broken)
     with pytest.raises(InputError, match=r"step 6: the loss is nan .* nothing was saved over the last checkpoint"):
@@ -282,7 +282,7 @@ def test_a_caller_can_stop_it(configure: Configure):
 
 
 def test_too_little_memory_says_what_to_lower(configure: Configure, monkeypatch: pytest.MonkeyPatch):
-    def full(*arguments):
+    def full(*arguments, **given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(gradients, "sum_losses", full)
@@ -299,8 +299,8 @@ def test_smoothed_labels_are_transformers(configure: Configure, padding_free: bo
 
     folder = train(
         configure(
-            label_smoothing_factor=0.1, padding_free=padding_free, max_steps=1, learning_rate=0.0, val_set_size=8, seed=3,
-            eval_strategy="epoch",
+            label_smoothing_factor=0.1, padding_free=padding_free, max_steps=1, learning_rate=0.0, val_set_size=8,
+            seed=3, eval_strategy="epoch",
         )
     )  # fmt: skip
     plain = train(configure(output_dir=f"{folder}-plain", max_steps=1, learning_rate=0.0, val_set_size=8, seed=3))
@@ -310,7 +310,7 @@ def test_smoothed_labels_are_transformers(configure: Configure, padding_free: bo
     outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     expected = LabelSmoother(epsilon=0.1)({"logits": outputs.logits}, batch.labels, shift_labels=True)
     assert history(folder)[0] == pytest.approx(expected.item(), rel=1e-5)
-    assert history(folder)[0] != pytest.approx(history(plain)[0], rel=1e-3)
+    assert history(folder)[0] != pytest.approx(history(plain)[0], rel=1e-4)
     assert history(folder, "eval_loss")[0] == history(folder, "eval_loss")[-1]
 
 
