@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alpaca.data.encoding.choosing import Chosen
-from alpaca.files.atomic import write_text
+from alpaca.files.atomic import write_json, write_text
+from alpaca.files.reading import read_json_if_any
 from alpaca.text.chat.files import TEMPLATE_FILE
 from alpaca.text.chat.trained_prompt import write_trained_prompt
+from alpaca.text.eos import read_eos_ids
 from alpaca.training.checkpoints.final import save_final
 from alpaca.training.distributed import is_sharded
 from alpaca.training.model.final import choose_save_dtype
@@ -33,6 +35,7 @@ def finish(run: Run, *, seconds: float, samples: list[Sample], score: Callable[[
     save_final(run.trainee.model, run.base, output_dir, dtype=dtype, learned=learned, world=run.world)
     if run.world.is_main:
         _write_prompt(run.chosen, output_dir)
+        _write_ends(run, output_dir)
         history = run.progress.log_history
         summary = summarize(history, seconds=seconds)
         _write_state(run, summary)
@@ -64,6 +67,23 @@ def _write_prompt(chosen: Chosen, output_dir: Path) -> None:
         write_text(output_dir / TEMPLATE_FILE, chosen.template.source)
     if chosen.served != "alpaca":
         write_trained_prompt(output_dir, chosen.served)
+
+
+def _write_ends(run: Run, output_dir: Path) -> None:
+    """Name the tokens that end a turn as ends of an answer, where the base's configs do not: else it would go on."""
+    base, ends, name = run.base, run.chosen.layout.ends, "generation_config.json"
+    known = read_eos_ids(base.folder, base.tokenizer, vocab_size=base.tokenizer.size)
+    if run.settings.model.is_full and ends:
+        config = read_json_if_any(output_dir / name)
+        write_json(output_dir / name, {**config, "eos_token_id": [base.tokenizer.eos_id, *sorted(ends)]})
+    elif missing := ends.keys() - known:  # of an adapter: for the merged model, as the base's is what it is
+        config = read_json_if_any(base.folder / name)
+        write_json(output_dir / name, {**config, "eos_token_id": sorted(known | missing)})
+        logger.warning(
+            "answers of this adapter end with %s, which the base's configs do not name as EOS: merge it, or ask with "
+            "that text in `stop`, or add the id to eos_token_id in the base's generation_config.json",
+            ", ".join(repr(ends[token_id]) for token_id in sorted(missing)),
+        )
 
 
 def _record(run: Run, summary: dict[str, object], samples: list[Sample]) -> Record:

@@ -2,23 +2,29 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from alpaca.data.encoding.choosing import choose_layout
 from alpaca.data.example import Conversation, Example, Turn
 from alpaca.errors import InputError
+from alpaca.formats.hf.export import export
 from alpaca.serving.request import AdapterNames, PredictionInputs, make_request
 from alpaca.serving.served_model import adapter_names, open_served_model
 from alpaca.serving.settings import ServerSettings
 from alpaca.text.chat.trained_prompt import CHAT, read_trained_prompt
+from alpaca.text.eos import read_eos_ids
 from alpaca.text.loading import load_tokenizer
+from alpaca.text.sentencepiece import write_llama_tokenizer
 from alpaca.training.configuration.flags import parse_flags
 from alpaca.training.configuration.resolving import resolve_settings
 from alpaca.training.dataset import encode_data, parse_sources
 from alpaca.training.loop import train
+from convert.export_hf_checkpoint import parse_arguments
 
 
 def write(path: Path, records: object) -> str:
@@ -121,6 +127,37 @@ def test_a_model_is_asked_by_the_prompt_it_was_trained_with(configure, tmp_path,
     asked = PredictionInputs(prompt="Name a bird.")
     made = make_request(asked, tokenizer, max_context=256, adapters=adapters)
     assert list(made.prompt_ids) == row.ids[: row.spans[0][0]]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_token_that_ends_a_turn_ends_an_answer(
+    configure, tmp_path, tiny_llama, sentencepiece_model, caplog, method
+):
+    """Also where the base's configs do not name it: in the trained folder, and in what an adapter is merged to."""
+    base, template = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<turn>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    size = load_tokenizer(base).size
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(size + 1)
+    model.save_pretrained(base)
+    write_llama_tokenizer(sentencepiece_model, base, added={"<turn>": size})
+    path = write(tmp_path / "talks.json", [talk("Name a bird.", "A condor.")] * 8)
+    values = dict(model_name_or_path=str(base), data_path=path, max_steps=2, prompt_template=str(template))
+    with caplog.at_level(logging.WARNING):
+        folder = train(configure(**values, method=method))
+    if method == "lora":
+        assert "answers of this adapter end with '<turn>', which the base's configs do not name as EOS" in caplog.text
+        merged = tmp_path / "merged"
+        export(parse_arguments(["--adapter", str(folder), "--base_model", str(base), "--output_dir", str(merged)]))
+        assert read_trained_prompt(merged) == CHAT
+        folder = merged
+    tokenizer = load_tokenizer(folder)
+    ends = read_eos_ids(folder, tokenizer, vocab_size=tokenizer.size)
+    assert tokenizer.special_id("<turn>") in ends
+    assert tokenizer.eos_id in ends
 
 
 def test_split_prompts_end_in_their_own_last_token(tiny_llama):

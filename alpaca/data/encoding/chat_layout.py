@@ -32,6 +32,7 @@ class ChatLayout(Layout):
         self._now = time.time()  # one moment for all, should the template write the date
         self._read_words = partial(RENDERER.read_words, template)
         self.description = f"the chat template {name}"
+        self.ends: dict[int, str] = {}
 
     def encode(self, examples: Sequence[AnyExample]) -> list[Row]:
         placed = [self._place(as_conversation(example)) for example in examples]
@@ -73,6 +74,9 @@ class ChatLayout(Layout):
             first = next((k for k in range(at, len(starts)) if starts[k] >= start), len(starts))
             at = next((k for k in range(first, len(starts)) if starts[k] >= end), len(starts))
             found.append((first, at))
+            name = next((marked.text[place[0] : end] for place in marked.markers if place[1] == end), None)
+            if name is not None and at > first and ids[at - 1] != self._tokenizer.eos_id:
+                self.ends[ids[at - 1]] = name
         return Row(ids, tuple(found))
 
     def _render(self, messages: Sequence[Message], *, adds_prompt: bool = False) -> str:

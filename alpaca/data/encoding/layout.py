@@ -1,8 +1,9 @@
 """How examples become tokens: what a layout is, and which one a run has."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from alpaca.data.example import AnyExample
 
@@ -21,9 +22,13 @@ class Row:
 
 
 class Layout(ABC):
-    """Turns examples into rows of tokens. `description` is for the log."""
+    """Turns examples into rows of tokens.
+
+    description: for the log.    ends: ids and names of tokens that ended answers in the rows made so far, EOS aside.
+    """
 
     description: str
+    ends: Mapping[int, str] = MappingProxyType({})
 
     @abstractmethod
     def encode(self, examples: Sequence[AnyExample]) -> list[Row]:

@@ -115,8 +115,9 @@ def _write_model(
     merged.require_change()
     write_json(folder / "config.json", merged_config(merged, specs))
     for name in _ALSO_COPIED:
-        if (merged.path / name).is_file():
-            shutil.copyfile(merged.path / name, folder / name)
+        found = next((path for path in (config.adapter / name, merged.path / name) if path.is_file()), None)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
     tokenizer.save(folder)
     _verify(folder, merged, specs)
 
