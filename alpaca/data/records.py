@@ -91,6 +91,7 @@ def _file_records(path: Path, most_bytes: int) -> Iterator[Placed]:
     """Yield (place, record) for each record of a file."""
     content = read_bytes(path, most_bytes=most_bytes)
     if is_table(content):
+        _refuse_packed(path)
         return table_records(content, path)
     text = as_text(content, path)
     first = text.lstrip()[:1]
@@ -104,3 +105,10 @@ def _file_records(path: Path, most_bytes: int) -> Iterator[Placed]:
         f"{path}: expected a JSON list of records, one record a line, or a table whose first line names columns such "
         f"as instruction and output; found text that starts {type(text).__name__} {reprlib.repr(text)}"
     )
+
+
+def _refuse_packed(path: Path) -> None:
+    """Raise InputError for a table inside another packed file; whoever looks at a file's first bytes then knows it."""
+    with open(path, "rb") as file:
+        if not is_table(file.read(8)):
+            raise InputError(f"{path} is a packed Parquet or Arrow file, which is packed in itself; unpack it first")

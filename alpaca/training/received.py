@@ -16,6 +16,7 @@ from concurrent.futures import TimeoutError as NotDone
 from dataclasses import dataclass
 from pathlib import Path
 
+from alpaca.data.sources.tables import is_table
 from alpaca.errors import AlpacaError, InputError, MissingInput
 from alpaca.files.names import quote_name
 from alpaca.files.network.addresses import Address, is_address, parse_address
@@ -23,7 +24,6 @@ from alpaca.files.network.requests import iterate_pieces, open_reply
 from alpaca.files.network.retries import InterruptedTry
 
 MOST_BYTES = 256 << 20  # Alpaca's 52,002 examples have 22 MB; as Python objects they take several times that
-MOST_UNPACKED_BYTES = 1 << 30  # a packed file of a few megabytes can hold any number of zeros
 MOST_DOWNLOAD_S = 600.0
 _DATA_URL = re.compile(r"data:([^,]{0,200}),")
 _BASE64_PIECE = 4 << 20  # characters decoded at once; a multiple of 4
@@ -53,6 +53,7 @@ def receive_data(data: str, folder: Path, *, allowed: Sequence[str], stop: threa
     path = folder / "data.json"
     if match := _DATA_URL.match(data):
         _write_data_url(data, match, path)
+        _refuse_table(path)
         return ReceivedData(path=path, shown="data", is_upload=True)
     if not is_address(data):
         raise InputError(
@@ -83,6 +84,16 @@ def _write_data_url(data: str, match: re.Match[str], path: Path) -> None:
                 file.write(base64.b64decode(data[start : start + _BASE64_PIECE], validate=True))
             except (binascii.Error, ValueError):
                 raise InputError("data: expected base64 after ;base64, in the data URL, found other text") from None
+
+
+def _refuse_table(path: Path) -> None:
+    """Raise InputError for Parquet and Arrow: nothing in them bounds what a few bytes unpack to."""
+    with open(path, "rb") as file:
+        if is_table(file.read(8)):
+            raise InputError(
+                "data: Parquet and Arrow files are not taken over HTTP; send JSON, JSON lines or CSV, packed by gzip if it "
+                "is large, or train by hand in the image: python train.py --data_path …"
+            )
 
 
 def _too_large() -> InputError:
@@ -149,5 +160,6 @@ def _store(address: Address, path: Path, *, allowed: Sequence[str], abandoned: t
                 if num_bytes > MOST_BYTES:
                     raise _too_large()
                 file.write(piece)
+        _refuse_table(path)
     except InterruptedTry as error:
         raise MissingInput(f"data: {address} could not be downloaded: {error}; try again, or upload the file") from None

@@ -26,7 +26,7 @@ from alpaca.files.outputs import require_free_space
 from alpaca.files.places import choose_base, open_weights
 from alpaca.files.reading import read_json
 from alpaca.files.uploads import upload
-from alpaca.training.received import MOST_UNPACKED_BYTES, ReceivedData, receive_data
+from alpaca.training.received import MOST_BYTES, ReceivedData, receive_data
 
 if TYPE_CHECKING:
     from alpaca.training.configuration.config import TrainConfig
@@ -147,7 +147,7 @@ def _make_config(values: Mapping[str, object], *, base: Path, data_path: Path, o
     flags = {
         **values,
         "data_path": str(data_path),
-        "data_limit_mib": MOST_UNPACKED_BYTES >> 20,
+        "data_limit_mib": MOST_BYTES >> 20,
         "model_name_or_path": str(base),
     }
     del flags["data"], flags["model"]

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import json
 import threading
 import time
@@ -88,6 +89,15 @@ def test_no_path_and_no_name_of_the_server_is_data(tmp_path, data):
     ):
         receive(data, tmp_path, allowed="/etc/,http://h/")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"PAR1 and more", b"ARROW1\0\0", b"\xff\xff\xff\xff\x10\0\0\0"])
+def test_tables_are_not_taken_over_http(tmp_path, content):
+    with pytest.raises(InputError, match=r"Parquet and Arrow files are not taken over HTTP"):
+        receive("data:;base64," + base64.b64encode(content).decode(), tmp_path)
+    packed = receive("data:;base64," + base64.b64encode(gzip.compress(content)).decode(), tmp_path)
+    with pytest.raises(InputError, match=r"is a packed Parquet or Arrow file, which is packed in itself"):
+        read_examples(packed.path)
 
 
 @pytest.mark.parametrize(
