@@ -91,8 +91,8 @@ def _refuse_table(path: Path) -> None:
     with open(path, "rb") as file:
         if is_table(file.read(8)):
             raise InputError(
-                "data: Parquet and Arrow files are not taken over HTTP; send JSON, JSON lines or CSV, packed by gzip if it "
-                "is large, or train by hand in the image: python train.py --data_path …"
+                "data: Parquet and Arrow files are not taken over HTTP; send JSON, JSON lines or CSV, packed by gzip "
+                "where it is large, or train by hand in the image: python train.py --data_path …"
             )
 
 
