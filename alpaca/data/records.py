@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alpaca.data.example import AnyExample
-from alpaca.data.sources.formats import FORMATS, RESPONSE_MARK, Notes, RecordReader, recognise
-from alpaca.data.sources.json_text import Placed, json_records
+from alpaca.data.sources.formats import FORMATS, RESPONSE_MARK, RecordReader, recognise
+from alpaca.data.sources.json_text import Placed, json_records, json_texts
+from alpaca.data.sources.notes import Notes
 from alpaca.data.sources.opening import MOST_BYTES, as_text, read_bytes
 from alpaca.data.sources.tables import (
     csv_records,
@@ -42,7 +43,7 @@ def read_data(
     """Read all examples of a file or a data set, of any format of `DATA_FORMATS`; and what they were read by.
 
     A path that exists is read as a file, and the file's content decides of which kind it is: JSON (a list, lines,
-    columns, splits), CSV or TSV, Parquet or Arrow, each also packed by gzip or zstd. Raises MissingInput,
+    columns, splits), CSV or TSV, Parquet or Arrow, each perhaps packed. Raises MissingInput,
     MissingPackage, and BadExamples that names the record and the field.
     """
     try:
@@ -93,7 +94,7 @@ def _file_records(path: Path, most_bytes: int) -> Iterator[Placed]:
     if is_table(content):
         _refuse_packed(path)
         return table_records(content, path)
-    text = as_text(content, path)
+    text = as_text(content, path).lstrip("\ufeff")  # of files that were put together
     first = text.lstrip()[:1]
     if not first:
         return iter(())
@@ -101,6 +102,8 @@ def _file_records(path: Path, most_bytes: int) -> Iterator[Placed]:
         return json_records(text, path)
     if looks_like_csv(text, _COLUMNS):
         return csv_records(text, path)
+    if first == '"':
+        return json_texts(text, path)
     raise InputError(
         f"{path}: expected a JSON list of records, one record a line, or a table whose first line names columns such "
         f"as instruction and output; found text that starts {type(text).__name__} {reprlib.repr(text)}"

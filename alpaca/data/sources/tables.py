@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,10 @@ def looks_like_csv(text: str, columns: frozenset[str]) -> bool:
 
 def csv_records(text: str, path: object) -> Iterator[Placed]:
     """Yield (place, record) of a CSV or TSV text, whose first line names its columns. Raises InputError."""
+    text = text.lstrip("\r\n")
     names, delimiter = _header(text)
+    if twice := [name for number, name in enumerate(names) if name and name in names[:number]]:
+        raise InputError(f"{path}: the first line names the column {twice[0]!r} twice; remove one")
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than csv's 128 KiB
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     next(rows)
@@ -47,7 +51,7 @@ def csv_records(text: str, path: object) -> Iterator[Placed]:
 
 def _header(text: str) -> tuple[list[str], str]:
     """The names of the first line, and the delimiter that gives the most."""
-    line = text.split("\n", 1)[0].rstrip("\r")
+    line = re.split("[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
     best: tuple[list[str], str] = ([], ",")
     for delimiter in _DELIMITERS:
         try:

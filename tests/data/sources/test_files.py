@@ -1,9 +1,11 @@
 """Files as people have them: whatever they are called and however they are packed, they give the same examples."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +57,17 @@ ALPACA_FILES: dict[str, str] = {
     "splits, indented": json.dumps({"test": [], "train": ALPACA}, indent=2),
     "splits of columns": json.dumps({"train": columns(ALPACA)}),
     "under data": json.dumps({"version": "1.0", "data": ALPACA}),
+    "the hub's viewer, with types": json.dumps(
+        {
+            "features": [{"name": "instruction"}],
+            "rows": [{"row_idx": 0, "row": row} for row in ALPACA],
+            "partial": False,
+        }
+    ),
+    "objects one after the other": "\n".join(json.dumps(record, indent=2) for record in ALPACA),
+    "lines of the old Mac": lines(ALPACA).replace("\n", "\r"),
+    "files with marks put together": "\n".join("\ufeff" + json.dumps(record) for record in ALPACA),
+    "empty lines before a table": "\n\r\n" + table(",", ALPACA),
     "the hub's viewer": json.dumps({"rows": [{"row_idx": k, "row": row} for k, row in enumerate(ALPACA)], "total": 2}),
     "csv": table(",", ALPACA),
     "tsv": table("\t", ALPACA),
@@ -62,9 +75,17 @@ ALPACA_FILES: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize(
-    "pack", [bytes, lambda content: b"\xef\xbb\xbf" + content, gzip.compress], ids=["", "bom", "gz"]
-)
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes, "bom": lambda content: b"\xef\xbb\xbf" + content, "gz": gzip.compress, "bz2": bz2.compress,
+    "xz": lzma.compress, "gz of gz": lambda content: gzip.compress(gzip.compress(content)),
+    "gz in two members": lambda content: gzip.compress(content[:9]) + gzip.compress(content[9:]),
+    "UTF-16": lambda content: content.decode().encode("utf-16"),
+    "UTF-16, high byte first": lambda content: b"\xfe\xff" + content.decode().encode("utf-16-be"),
+    "UTF-32": lambda content: content.decode().encode("utf-32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pack", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("kind", ALPACA_FILES)
 def test_all_containers_give_the_same_examples(tmp_path: Path, kind: str, pack: Callable[[bytes], bytes]):
     (tmp_path / "data").write_bytes(pack(ALPACA_FILES[kind].encode()))
@@ -94,6 +115,13 @@ FORMATS: dict[str, tuple[str, object, object]] = {  # the format's name, a recor
         {"messages": [*CHAT[:2], {**CHAT[2], "weight": 0}, CHAT[1], {**CHAT[2], "weight": 1}]},
         Conversation((*CHAT_READ.turns[:2], Turn("assistant", "A condor."), *CHAT_READ.turns[1:])),
     ),
+    "axolotl's flags": (
+        "messages",
+        {"messages": [*CHAT[:2], {**CHAT[2], "train": False}, CHAT[1], {**CHAT[2], "training": True}]},
+        Conversation((*CHAT_READ.turns[:2], Turn("assistant", "A condor."), *CHAT_READ.turns[1:])),
+    ),
+    "system_prompt": ("sharegpt", {"system_prompt": "Be brief.", "conversations": SHAREGPT[1:]}, CHAT_READ),
+    "written ai": ("messages", {"messages": [*CHAT[:2], {"role": "AI", "content": "A condor."}]}, CHAT_READ),
     "prompt and completion": (
         "prompt_completion", {"prompt": "One two", "completion": " three"}, Completion("One two", " three"),
     ),
@@ -105,6 +133,8 @@ FORMATS: dict[str, tuple[str, object, object]] = {  # the format's name, a recor
     ),
     "bare text": ("text", "Q ### Response: A", Completion("Q ### Response:", " A")),
     "a number": ("alpaca", {"instruction": "1 + 1", "output": 2}, Example("1 + 1", "2")),
+    "digits as written": ("alpaca", {"instruction": "pi", "output": 3.14}, Example("pi", "3.14")),
+    "no input, of pandas": ("alpaca", {"instruction": "a", "input": float("nan"), "output": "b"}, Example("a", "b")),
     "a truth": ("alpaca", {"instruction": "1 = 1", "output": True}, Example("1 = 1", "true")),
 }  # fmt: skip
 
@@ -113,8 +143,6 @@ FORMATS: dict[str, tuple[str, object, object]] = {  # the format's name, a recor
 def test_formats_are_recognised_by_content(tmp_path: Path, kind: str):
     name, record, expected = FORMATS[kind]
     for number, text in enumerate([json.dumps([record] * 3), lines([record] * 3), json.dumps([record])]):
-        if text.startswith('"'):
-            continue  # a text on a line of its own is no JSON object
         (tmp_path / str(number)).write_text(text)
         examples, reader = read_data(tmp_path / str(number))
         assert set(examples) == {expected}
@@ -130,6 +158,26 @@ def test_what_was_done_on_the_way_is_said(tmp_path: Path):
         "1 answers are numbers or the like; their JSON text is taken",
         "fields that are not read: topic",
     ]
+
+
+def test_numbers_keep_their_digits(tmp_path: Path):
+    """As a double, 3.14…279 would lose half of them, and 1.50 would lose its zero."""
+    answers = ["3.141592653589793238462643383279", "1.50", "1E5", "-0.0", "123456789012345678901234567890"]
+    (tmp_path / "data").write_text("".join(f'{{"instruction": "a", "output": {answer}}}\n' for answer in answers))
+    assert [example.output for example in read_data(tmp_path / "data")[0]] == answers
+
+
+def test_fields_of_turns_that_are_not_read_are_said(tmp_path: Path):
+    turns = [{**CHAT[1], "name": "Ann"}, {**CHAT[2], "reasoning_content": "Birds fly."}]
+    (tmp_path / "data").write_text(lines([{"messages": turns, "source": "me", "tools": None}]))
+    said = read_data(tmp_path / "data")[1].lines()
+    assert said[1:] == ["fields that are not read: source, turns' name, turns' reasoning_content"]
+
+
+def test_a_mark_that_comes_again_is_said(tmp_path: Path):
+    (tmp_path / "data").write_text(lines([{"text": "Q: a A: b Q: c A: d"}, {"text": "Q: a A: b"}]))
+    said = read_data(tmp_path / "data", response_mark="A:")[1].lines()
+    assert said[1:] == ["1 texts hold the response mark more than once; all behind the first is learnt"]
 
 
 def test_tables_of_turns_hold_them_as_json(tmp_path: Path):
@@ -168,6 +216,31 @@ BAD: dict[str, tuple[object, str]] = {
     "nearest format": ([{"prompt": "a", "response": "b"}], r"nearest of the known formats: prompt and completion"),
     "nothing known": ([{"question": "a", "answer": "b"}], r"known formats: alpaca: instruction, .*; text: a text"),
     "no mark": ([{"text": "just prose"}], r"record 0 .*expected '### Response:' in the text; .*--response_mark"),
+    "a hole": ([{"instruction": "a", "output": float("nan")}], r"record 0 .*'output': expected text, found float nan"),
+    "half a weight": (
+        [{"messages": [CHAT[1], {**CHAT[2], "weight": 0.5}]}], r"messages\[1\], field 'weight': expected 0 or 1, .*0.5",
+    ),
+    "a weight in quotes": (
+        [{"messages": [CHAT[1], {**CHAT[2], "weight": "0"}]}], r"field 'weight': expected 0 or 1, found str '0'",
+    ),
+    "nothing has weight": (
+        [{"messages": [CHAT[1], {**CHAT[2], "weight": 0}]}], r"field 'messages': .*user, assistant \(all of weight 0\)",
+    ),
+    "turns as text": (
+        [{"messages": str(CHAT)}], r"field 'messages': expected a list of turns .*found str .*write it as JSON does",
+    ),
+    "a call by its role": (
+        [{"conversations": [SHAREGPT[1], {"from": "function_call", "value": "{}"}]}], r"\[1\]: calls of tools are not",
+    ),
+    "an empty conversation": (
+        [{"conversations": SHAREGPT}, {"conversations": []}], r"record 1 .*found turns of: nothing; remove the record$",
+    ),
+    "turns alone": ([CHAT, CHAT], r"record 0 .*found list .*; put the turns under 'messages'"),
+    "turns as records": (CHAT, r"record 0 .*\(this is one turn: a record holds all turns of a conversation"),
+    "other letters": ([{"Instruction": "a", "Output": "b"}], r"\(is it 'Instruction'\?\)"),
+    "columns of two lengths": (
+        {"instruction": ["a", "b"], "output": ["c"]}, r"columns of equal length, found instruction: 2, output: 1",
+    ),
     "only other splits": ({"test": ALPACA, "valid": ALPACA}, r"found the splits valid, test and no 'train'"),
     "preferences": ([{"prompt": "a", "chosen": "b", "rejected": "c"}], r"'instruction' is missing"),
 }  # fmt: skip
@@ -195,6 +268,9 @@ MENDABLE: dict[str, tuple[str, str]] = {
         r"line 1: .*found invalid JSON: Extra",
     ),
     "no comma between": (f"[{json.dumps(ALPACA[0])}\n{json.dumps(ALPACA[1])}]", r"there must be a comma"),
+    "comment": ('{"instruction": "a", "output": "b"}\n// half', r"line 2: .*JSON has no comments: remove this one"),
+    "line feed in a text": ('[{"instruction": "a\nb"}]', r"inside a text a line feed is written \\n"),
+    "column twice": ("instruction,output,output\na,b,c", r"names the column 'output' twice; remove one"),
     "Python's quotes": ("[{'instruction': 'a'}]", r"double quotes: this looks like Python's own notation"),
 }
 
@@ -219,8 +295,26 @@ def test_packed_files_are_bounded_and_damage_is_named(tmp_path: Path):
     with pytest.raises(InputError, match=r"large holds more than 2 MiB of data"):
         read_data(tmp_path / "large", most_bytes=2 << 20)
     (tmp_path / "cut").write_bytes(whole[:-20])
-    with pytest.raises(InputError, match=r"cut is damaged or only a part of a gzip file"):
+    with pytest.raises(InputError, match=r"cut is damaged or only a part of a packed file"):
         read_data(tmp_path / "cut")
+
+
+MISTAKEN: dict[str, tuple[bytes, str]] = {
+    "xlsx": (b"PK\x03\x04....", r"zip archive, as Excel's .xlsx is one, too: unpack it"),
+    "pickle": (b"\x80\x04\x95....", r"a pickle, and loading one runs code"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", r"`git lfs pull` fetches it"),
+    "page": (b"\n<!DOCTYPE html>\n<html>", r"a web page and not data"),
+    "tar": (b"\0" * 257 + b"ustar\x0000", r"a tar archive: unpack it"),
+    "no mark": ('[{"a": 1}]'.encode("utf-16-le"), r"zero bytes, as UTF-16 text has without its mark; save it as UTF-8"),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKEN)
+def test_files_given_by_mistake_are_named(tmp_path: Path, kind: str):
+    content, message = MISTAKEN[kind]
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(BadExamples, match=message):
+        read_data(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +347,18 @@ def test_zstd(tmp_path: Path):
     zstandard = pytest.importorskip("zstandard")
     (tmp_path / "data.zst").write_bytes(zstandard.compress(json.dumps(ALPACA).encode()))
     assert read_data(tmp_path / "data.zst")[0] == ALPACA_READ
+
+
+def test_a_part_of_a_zstd_file_is_no_smaller_file(tmp_path: Path):
+    """Its package's readers give what came until then, and say nothing."""
+    zstandard = pytest.importorskip("zstandard")
+    packed = [zstandard.compress(lines(ALPACA * 500).encode() + b"\n") for _ in range(2)]
+    (tmp_path / "data").write_bytes(b"".join(packed))
+    assert read_data(tmp_path / "data")[0] == ALPACA_READ * 1000
+    for end in (4, len(packed[0]) - 5, len(packed[0]) + 20):
+        (tmp_path / "data").write_bytes(b"".join(packed)[:end])
+        with pytest.raises(BadExamples, match=r"data is damaged or only a part of a packed file .*frame of zstd"):
+            read_data(tmp_path / "data")
 
 
 def test_the_flag_takes_the_formats_there_are():
