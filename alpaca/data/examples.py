@@ -59,6 +59,7 @@ class EncodingReport:
     num_duplicates: int  # copies of an earlier example: instruction, input and output are equal
     num_without_eos: int  # cut, so that their EOS is lost
     num_merged: int  # a token holds the prompt's end and the answer's beginning
+    num_asked_otherwise: int  # a server's prompt for one of the answers is not what stands before it
     num_tokens: int
     num_targets: int  # tokens that carry loss
 
@@ -72,6 +73,9 @@ class EncodingReport:
             "exact copies of an earlier one": self.num_duplicates,
             "whose answer begins inside the prompt's last token, which carries no loss (--prompt_boundary split)": (
                 self.num_merged
+            ),
+            "whose chat template asks for an answer by another prompt than it writes before it here": (
+                self.num_asked_otherwise
             ),
         }
         return [
@@ -183,6 +187,7 @@ class _Encoded:
     trained: Tensor  # bool [N]
     full_lengths: Tensor  # int64 [E], before the cut
     merged: Tensor  # bool [E]
+    asked_otherwise: Tensor  # bool [E]
     num_targets: Tensor  # int64 [E]
 
     @property
@@ -207,6 +212,7 @@ def _pack(rows: Sequence[Row], *, max_length: int, mask_prompts: bool) -> _Encod
         trained=torch.tensor(trained, dtype=torch.bool),
         full_lengths=torch.tensor([len(row.ids) for row in rows], dtype=torch.int64),
         merged=torch.tensor([row.is_merged for row in rows], dtype=torch.bool),
+        asked_otherwise=torch.tensor([row.is_asked_otherwise for row in rows], dtype=torch.bool),
         num_targets=torch.tensor(num_targets, dtype=torch.int64),
     )
 
@@ -231,6 +237,7 @@ def _make_report(examples: Sequence[AnyExample], encoded: _Encoded, *, max_lengt
         num_duplicates=len(kept) - len(set(kept)),
         num_without_eos=int((encoded.full_lengths[encoded.kept] > max_length).sum()),
         num_merged=int(encoded.merged[encoded.kept].sum()),
+        num_asked_otherwise=int(encoded.asked_otherwise[encoded.kept].sum()),
         num_tokens=len(encoded.ids),
         num_targets=int(encoded.num_targets.sum()),
     )

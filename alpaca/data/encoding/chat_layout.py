@@ -2,12 +2,15 @@
 
 A turn's tokens are those that the model must write after the generation prompt. Where they begin and end in the text is
 found by rendering: what the template makes of the messages before the turn, with the generation prompt, is the text's
-beginning; and contents are found by rendering again with their characters exchanged. Only the template's own control
-tokens are control tokens; those written in contents are text.
+beginning; and contents are found by rendering again with their characters exchanged (but for words such as `</think>`,
+where the template looks for them). Only the template's own control tokens are control tokens; those written in contents
+are text.
 """
 
+import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from alpaca.data.encoding.layout import Layout, Row
@@ -15,13 +18,14 @@ from alpaca.data.example import AnyExample, Completion, Conversation, Example, T
 from alpaca.errors import InputError
 from alpaca.text.chat.files import ChatTemplate
 from alpaca.text.chat.messages import Message
-from alpaca.text.chat.provenance import mark_own
+from alpaca.text.chat.provenance import mark_own, words_to_keep
 from alpaca.text.chat.renderer import RENDERER
 from alpaca.text.markers import MarkedText, private_characters
 from alpaca.text.prompts import with_context
 from alpaca.text.tokenizer import Tokenizer
 
 _MOST_SHOWN = 60
+_NO_SPACE = re.compile(r"\S")
 
 
 class ChatLayout(Layout):
@@ -36,35 +40,40 @@ class ChatLayout(Layout):
 
     def encode(self, examples: Sequence[AnyExample]) -> list[Row]:
         placed = [self._place(as_conversation(example)) for example in examples]
-        encoded = self._encoder.encode_placed([marked for marked, _ in placed])
-        return [
-            self._make_row(marked, ids, starts, spans)
-            for (marked, spans), (ids, starts) in zip(placed, encoded, strict=True)
-        ]
+        encoded = self._encoder.encode_placed([one.marked for one in placed])
+        return [self._make_row(one, ids, starts) for one, (ids, starts) in zip(placed, encoded, strict=True)]
 
-    def _place(self, conversation: Conversation) -> tuple[MarkedText, list[tuple[int, int]]]:
-        """The conversation's text, and where in it the trained turns are."""
+    def _place(self, conversation: Conversation) -> "_Placed":
+        try:
+            return self._find_spans(conversation)
+        except InputError as error:
+            begins = conversation.turns[0].content[:_MOST_SHOWN]
+            raise InputError(f"the conversation that begins {begins!r}: {error}") from error
+
+    def _find_spans(self, conversation: Conversation) -> "_Placed":
         messages: list[Message] = [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
         text = self._render(messages)
         marked = mark_own(text, messages, render=self._render, read_words=self._read_words, encoder=self._encoder)
         contents = self._find_contents(text, messages)
         spans: list[tuple[int, int]] = []
+        is_asked_otherwise = False
         for number, turn in enumerate(conversation.turns):
             if turn.is_trained:
                 done = spans[-1][1] if spans else 0
-                start = self._find_start(text, messages[:number], contents.get(number), done)
-                end = self._find_end(marked, messages[: number + 1], contents.get(number))
+                start, is_asked = self._find_start(marked, messages[:number], contents.get(number), done)
+                is_asked_otherwise |= not is_asked
+                end = self._find_end(marked, messages[: number + 1], contents.get(number), start)
                 if start is None or end is None or not done <= start <= end:
-                    begins = messages[0]["content"][:_MOST_SHOWN]
                     raise InputError(
-                        f"the chat template writes the conversation that begins {begins!r} so that its turn {number} "
-                        "cannot be told from the rest; use another --prompt_template"
+                        f"the chat template writes it so that its turn {number} cannot be told from the rest; use "
+                        "another --prompt_template"
                     )
                 spans.append((start, end))
-        return marked, spans
+        return _Placed(marked, spans, is_asked_otherwise)
 
-    def _make_row(self, marked: MarkedText, ids: list[int], starts: list[int], spans: Sequence[tuple[int, int]]) -> Row:
+    def _make_row(self, placed: "_Placed", ids: list[int], starts: list[int]) -> Row:
         """The row of tokens that begin at `starts` in the text. Where no token ends the last turn, EOS does."""
+        marked, spans = placed.marked, placed.spans
         if not any(end == spans[-1][1] for _, end in marked.markers):
             while starts and starts[-1] >= spans[-1][1]:  # white space after the turn
                 ids, starts = ids[:-1], starts[:-1]
@@ -77,7 +86,7 @@ class ChatLayout(Layout):
             name = next((marked.text[place[0] : end] for place in marked.markers if place[1] == end), None)
             if name is not None and at > first and ids[at - 1] != self._tokenizer.eos_id:
                 self.ends[ids[at - 1]] = name
-        return Row(ids, tuple(found))
+        return Row(ids, tuple(found), is_asked_otherwise=placed.is_asked_otherwise)
 
     def _render(self, messages: Sequence[Message], *, adds_prompt: bool = False) -> str:
         values = self._tokenizer.named_tokens
@@ -85,51 +94,73 @@ class ChatLayout(Layout):
 
     def _find_contents(self, text: str, messages: Sequence[Message]) -> dict[int, tuple[int, int]]:
         """Where assistants' contents stand in the text, by the messages' numbers; none where they cannot be found."""
+        found = self._find_disguised(text, messages, None)
+        if found is None:
+            found = self._find_disguised(
+                text, messages, words_to_keep(self._read_words(), self._encoder.control_tokens)
+            )
+        return found or {}
+
+    def _find_disguised(
+        self, text: str, messages: Sequence[Message], kept: re.Pattern[str] | None
+    ) -> dict[int, tuple[int, int]] | None:
+        """The same, by contents that keep white space and what `kept` finds; None where they change the text."""
         numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        unused = private_characters(set(text))
-        marks = dict(zip(numbers, unused, strict=False))
+        marks = dict(zip(numbers, private_characters(set(text)), strict=False))
         changed = [
-            {**message, "content": "".join(c if c.isspace() else marks[number] for c in message["content"])}
-            if number in marks
-            else message
+            {**message, "content": _disguise(message["content"], marks[number], kept)} if number in marks else message
             for number, message in enumerate(messages)
         ]
         try:
             disguised = self._render(changed)
         except InputError:  # the template looks into contents, and these are not what it expects
-            return {}
+            return None
         own = set(marks.values())
         if len(disguised) != len(text) or any(a != b and b not in own for a, b in zip(text, disguised, strict=True)):
-            return {}
+            return None
         places = {number: (disguised.find(mark), disguised.rfind(mark) + 1) for number, mark in marks.items()}
+        rests = {number: disguised[start:end].replace(marks[number], "") for number, (start, end) in places.items()}
+        if kept is not None:
+            rests = {number: kept.sub("", rest) for number, rest in rests.items()}
         return {
-            number: (start, end)
-            for number, (start, end) in places.items()
-            if end and not disguised[start:end].replace(marks[number], "").strip()  # else it is there more than once
+            number: _with_own_words(text, place, changed[number]["content"], marks[number])
+            for number, place in places.items()
+            if place[1] and not rests[number].strip()  # else it is there more than once
         }
 
     def _find_start(
-        self, text: str, before: Sequence[Message], content: tuple[int, int] | None, done: int
-    ) -> int | None:
-        """Where the text begins that the model writes after these messages and the generation prompt."""
+        self, marked: MarkedText, before: Sequence[Message], content: tuple[int, int] | None, done: int
+    ) -> tuple[int | None, bool]:
+        """Where the text begins that the model writes after these messages and the generation prompt.
+
+        And whether all before it is what a server asks with.
+        """
+        text = marked.text
         asked = self._render(before, adds_prompt=True) if before else None
         if asked is not None and text.startswith(asked) and (content is None or len(asked) <= content[0]):
-            return len(asked)
-        if content is None:
-            return None
-        if asked is not None and asked.startswith(unasked := self._render(before)) and asked != unasked:
+            return len(asked), True
+        if content is None or asked is None:
+            return (None if content is None else content[0]), not before
+        unasked = self._render(before)
+        if asked.startswith(unasked) and asked != unasked:
             prompt = asked[len(unasked) :]
             place = text.rfind(prompt, done, content[0])
             if place >= 0:
-                return place + len(prompt)
-        return content[0]
+                return place + len(prompt), False
+        if asked == unasked:  # an answer follows its question's last control token at once
+            last = max((end for _, end in marked.markers if done <= end <= content[0]), default=content[0])
+            return (last if not text[last : content[0]].strip() else content[0]), False
+        return content[0], False
 
-    def _find_end(self, marked: MarkedText, upto: Sequence[Message], content: tuple[int, int] | None) -> int | None:
+    def _find_end(
+        self, marked: MarkedText, upto: Sequence[Message], content: tuple[int, int] | None, start: int | None
+    ) -> int | None:
         """Where a turn ends in the text: behind the control token that ends it, if there is one."""
         whole = self._render(upto)
         is_beginning = marked.text.startswith(whole)
-        if content is None and not is_beginning:
-            return None
+        if content is None and not is_beginning:  # nothing of it is written, or it cannot be found
+            ending = next((place for place in marked.markers if start is not None and place[0] >= start), None)
+            return None if ending is None or marked.text[start : ending[0]].strip() else ending[1]
         end = content[1] if content is not None else len(whole.rstrip())
         if any(place[1] == end for place in marked.markers):
             return end
@@ -138,6 +169,33 @@ class ChatLayout(Layout):
         if following is not None and not marked.text[end : following[0]].strip():
             return following[1]
         return end
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A conversation's text, and where in it the trained turns are.    is_asked_otherwise: as a Row has it."""
+
+    marked: MarkedText
+    spans: list[tuple[int, int]]
+    is_asked_otherwise: bool
+
+
+def _disguise(content: str, mark: str, kept: re.Pattern[str] | None) -> str:
+    """A content with each character exchanged for `mark`, but for white space and what `kept` finds."""
+    made, done = [], 0
+    for match in kept.finditer(content) if kept is not None else ():
+        made += [_NO_SPACE.sub(mark, content[done : match.start()]), match[0]]
+        done = match.end()
+    return "".join([*made, _NO_SPACE.sub(mark, content[done:])])
+
+
+def _with_own_words(text: str, place: tuple[int, int], disguised: str, mark: str) -> tuple[int, int]:
+    """A content's place in the text, with the words at its own beginning and end that were not exchanged."""
+    start, end = place
+    head, tail = disguised.partition(mark)[0].lstrip(), disguised.rpartition(mark)[2].rstrip()
+    start -= len(head) if text.endswith(head, 0, start) else 0
+    end += len(tail) if text.startswith(tail, end) else 0
+    return start, end
 
 
 def as_conversation(example: AnyExample) -> Conversation:

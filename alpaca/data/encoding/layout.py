@@ -14,11 +14,13 @@ class Row:
 
     ids: with all that stands before and after.    spans: the places [start, end) that carry loss, in order.
     is_merged: whether a token holds the prompt's last and the answer's first characters.
+    is_asked_otherwise: whether a server's prompt for one of the answers is not what stands before it here.
     """
 
     ids: list[int]
     spans: tuple[tuple[int, int], ...]
     is_merged: bool = False
+    is_asked_otherwise: bool = False
 
 
 class Layout(ABC):

@@ -40,7 +40,7 @@ def mark_own(
         return MarkedText(text, ())
     tokens = sorted({text[start:end] for start, end in written})
     exchange = _make_exchange(tokens, text, messages)
-    for kept in (lambda: None, lambda: _words_to_keep(read_words(), tokens)):
+    for kept in (lambda: None, lambda: words_to_keep(read_words(), tokens)):
         words = kept()
         disguised = _try(render, _changed(messages, lambda content, words=words: _exchange(content, exchange, words)))
         if disguised is not None and _undo(disguised, exchange) == text:
@@ -83,7 +83,7 @@ def _undo(text: str, exchange: dict[int, str]) -> str:
     return text.translate({ord(new): old for old, new in exchange.items()})
 
 
-def _words_to_keep(words: Collection[str], tokens: Sequence[str]) -> re.Pattern[str] | None:
+def words_to_keep(words: Collection[str], tokens: Collection[str]) -> re.Pattern[str] | None:
     """The template's words of more than one letter that hold no token and are no part of one, the longest first."""
     harmless = [
         word for word in words if len(word) > 1 and not any(word in token or _has_part(word, token) for token in tokens)
