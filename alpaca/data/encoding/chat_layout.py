@@ -9,7 +9,7 @@ are text.
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,23 +52,24 @@ class ChatLayout(Layout):
 
     def _find_spans(self, conversation: Conversation) -> "_Placed":
         messages: list[Message] = [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
-        text = self._render(messages)
+        trained = [number for number, turn in enumerate(conversation.turns) if turn.is_trained]
+        render = _Prefixes(self._render_prefixes, messages, trained)
+        text = render(len(messages))
         marked = mark_own(text, messages, render=self._render, read_words=self._read_words, encoder=self._encoder)
         contents = self._find_contents(text, messages)
         spans: list[tuple[int, int]] = []
         is_asked_otherwise = False
-        for number, turn in enumerate(conversation.turns):
-            if turn.is_trained:
-                done = spans[-1][1] if spans else 0
-                start, is_asked = self._find_start(marked, messages[:number], contents.get(number), done)
-                is_asked_otherwise |= not is_asked
-                end = self._find_end(marked, messages[: number + 1], contents.get(number), start)
-                if start is None or end is None or not done <= start <= end:
-                    raise InputError(
-                        f"the chat template writes it so that its turn {number} cannot be told from the rest; use "
-                        "another --prompt_template"
-                    )
-                spans.append((start, end))
+        for number in trained:
+            done = spans[-1][1] if spans else 0
+            start, is_asked = _find_start(marked, number, render, contents.get(number), done)
+            is_asked_otherwise |= not is_asked
+            end = _find_end(marked, render(number + 1), contents.get(number), start)
+            if start is None or end is None or not done <= start <= end:
+                raise InputError(
+                    f"the chat template writes it so that its turn {number} cannot be told from the rest; use "
+                    "another --prompt_template"
+                )
+            spans.append((start, end))
         return _Placed(marked, spans, is_asked_otherwise)
 
     def _make_row(self, placed: "_Placed", ids: list[int], starts: list[int]) -> Row:
@@ -88,9 +89,13 @@ class ChatLayout(Layout):
                 self.ends[ids[at - 1]] = name
         return Row(ids, tuple(found), is_asked_otherwise=placed.is_asked_otherwise)
 
-    def _render(self, messages: Sequence[Message], *, adds_prompt: bool = False) -> str:
+    def _render(self, messages: Sequence[Message]) -> str:
         values = self._tokenizer.named_tokens
-        return RENDERER.render(self.template, messages, values, now=self._now, adds_prompt=adds_prompt)
+        return RENDERER.render(self.template, messages, values, now=self._now, adds_prompt=False)
+
+    def _render_prefixes(self, messages: Sequence[Message], prefixes: Sequence[tuple[int, bool]]) -> list[str]:
+        values = self._tokenizer.named_tokens
+        return RENDERER.render_prefixes(self.template, messages, values, prefixes, now=self._now)
 
     def _find_contents(self, text: str, messages: Sequence[Message]) -> dict[int, tuple[int, int]]:
         """Where assistants' contents stand in the text, by the messages' numbers; none where they cannot be found."""
@@ -128,48 +133,6 @@ class ChatLayout(Layout):
             if place[1] and not rests[number].strip()  # else it is there more than once
         }
 
-    def _find_start(
-        self, marked: MarkedText, before: Sequence[Message], content: tuple[int, int] | None, done: int
-    ) -> tuple[int | None, bool]:
-        """Where the text begins that the model writes after these messages and the generation prompt.
-
-        And whether all before it is what a server asks with.
-        """
-        text = marked.text
-        asked = self._render(before, adds_prompt=True) if before else None
-        if asked is not None and text.startswith(asked) and (content is None or len(asked) <= content[0]):
-            return len(asked), True
-        if content is None or asked is None:
-            return (None if content is None else content[0]), not before
-        unasked = self._render(before)
-        if asked.startswith(unasked) and asked != unasked:
-            prompt = asked[len(unasked) :]
-            place = text.rfind(prompt, done, content[0])
-            if place >= 0:
-                return place + len(prompt), False
-        if asked == unasked:  # an answer follows its question's last control token at once
-            last = max((end for _, end in marked.markers if done <= end <= content[0]), default=content[0])
-            return (last if not text[last : content[0]].strip() else content[0]), False
-        return content[0], False
-
-    def _find_end(
-        self, marked: MarkedText, upto: Sequence[Message], content: tuple[int, int] | None, start: int | None
-    ) -> int | None:
-        """Where a turn ends in the text: behind the control token that ends it, if there is one."""
-        whole = self._render(upto)
-        is_beginning = marked.text.startswith(whole)
-        if content is None and not is_beginning:  # nothing of it is written, or it cannot be found
-            ending = next((place for place in marked.markers if start is not None and place[0] >= start), None)
-            return None if ending is None or marked.text[start : ending[0]].strip() else ending[1]
-        end = content[1] if content is not None else len(whole.rstrip())
-        if any(place[1] == end for place in marked.markers):
-            return end
-        limit = len(whole) if is_beginning else len(marked.text)  # behind it the next turn's own tokens begin
-        following = next((place for place in marked.markers if end <= place[0] and place[1] <= limit), None)
-        if following is not None and not marked.text[end : following[0]].strip():
-            return following[1]
-        return end
-
 
 @dataclass(frozen=True)
 class _Placed:
@@ -178,6 +141,72 @@ class _Placed:
     marked: MarkedText
     spans: list[tuple[int, int]]
     is_asked_otherwise: bool
+
+
+class _Prefixes:
+    """What a template makes of a conversation's first messages: what is sure to be needed is rendered at once."""
+
+    def __init__(
+        self,
+        render: Callable[[Sequence[Message], Sequence[tuple[int, bool]]], list[str]],
+        messages: Sequence[Message],
+        trained: Sequence[int],
+    ) -> None:
+        """trained: the numbers of the turns that are learnt."""
+        self._render, self._messages = render, messages
+        asked = [(number, True) for number in trained if number]
+        wanted = list(dict.fromkeys([(len(messages), False), *asked, *((number + 1, False) for number in trained)]))
+        self._made = dict(zip(wanted, render(messages, wanted), strict=True))
+
+    def __call__(self, number: int, *, adds_prompt: bool = False) -> str:
+        key = (number, adds_prompt)
+        if key not in self._made:
+            self._made[key] = self._render(self._messages, [key])[0]
+        return self._made[key]
+
+
+def _find_start(
+    marked: MarkedText, number: int, render: _Prefixes, content: tuple[int, int] | None, done: int
+) -> tuple[int | None, bool]:
+    """Where the text begins that the model writes as this turn, after the messages before and the generation prompt.
+
+    And whether all before it is what a server asks with.
+    """
+    text = marked.text
+    asked = render(number, adds_prompt=True) if number else None
+    if asked is not None and text.startswith(asked) and (content is None or len(asked) <= content[0]):
+        return len(asked), True
+    if content is None or asked is None:
+        return (None if content is None else content[0]), not number
+    unasked = render(number)
+    if asked.startswith(unasked) and asked != unasked:
+        prompt = asked[len(unasked) :]
+        place = text.rfind(prompt, done, content[0])
+        if place >= 0:
+            return place + len(prompt), False
+    if asked == unasked:  # an answer follows its question's last control token at once
+        last = max((end for _, end in marked.markers if done <= end <= content[0]), default=content[0])
+        return (last if not text[last : content[0]].strip() else content[0]), False
+    return content[0], False
+
+
+def _find_end(marked: MarkedText, whole: str, content: tuple[int, int] | None, start: int | None) -> int | None:
+    """Where a turn ends in the text: behind the control token that ends it, if there is one.
+
+    whole: what the template makes of the messages up to this one.
+    """
+    is_beginning = marked.text.startswith(whole)
+    if content is None and not is_beginning:  # nothing of it is written, or it cannot be found
+        ending = next((place for place in marked.markers if start is not None and place[0] >= start), None)
+        return None if ending is None or marked.text[start : ending[0]].strip() else ending[1]
+    end = content[1] if content is not None else len(whole.rstrip())
+    if any(place[1] == end for place in marked.markers):
+        return end
+    limit = len(whole) if is_beginning else len(marked.text)  # behind it the next turn's own tokens begin
+    following = next((place for place in marked.markers if end <= place[0] and place[1] <= limit), None)
+    if following is not None and not marked.text[end : following[0]].strip():
+        return following[1]
+    return end
 
 
 def _disguise(content: str, mark: str, kept: re.Pattern[str] | None) -> str:

@@ -18,6 +18,7 @@ from alpaca.text.chat.files import ChatTemplate
 _ROOT = Path(__file__).resolve().parents[3]
 _SANDBOX = "alpaca.text.chat.sandbox"
 _MOST_WAITING_S = 60.0  # of wall-clock time: far more than the process's own limit, on the busiest machine
+_MOST_TOGETHER = 16  # texts asked for in one message: each may take the process's whole limit of time
 _SHOWN_CHARACTERS = 500
 
 
@@ -49,6 +50,27 @@ class Renderer:
         }  # fmt: skip
         return self._ask(template, {"asked": "text", **request})["text"]
 
+    def render_prefixes(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Mapping[str, Any]],
+        values: Mapping[str, str],
+        prefixes: Sequence[tuple[int, bool]],
+        *,
+        now: float,
+    ) -> list[str]:
+        """What `render` gives for the first n messages, for each (n, adds_prompt), by one message to the process."""
+        texts = []
+        for start in range(0, len(prefixes), _MOST_TOGETHER):
+            request = {
+                "asked": "text", "source": template.source, "messages": list(messages), "values": dict(values),
+                "now": now, "prefixes": prefixes[start : start + _MOST_TOGETHER],
+            }  # fmt: skip
+            with self._lock:
+                replies = self._exchange(request)["all"]
+            texts += [_checked(template, reply)["text"] for reply in replies]
+        return texts
+
     def read_words(self, template: ChatTemplate) -> frozenset[str]:
         """What `sandbox.read_words` gives. Raises InputError."""
         return frozenset(self._ask(template, {"asked": "words", "source": template.source})["words"])
@@ -61,21 +83,7 @@ class Renderer:
     def _ask(self, template: ChatTemplate, request: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:
             reply = self._exchange(request)
-        if "refused" in reply:
-            raise InputError(f"this model's chat template refuses the messages: {_shorten(reply['refused'])}")
-        if "too_long" in reply:
-            raise InputError(
-                f"this model's chat template makes more than {wire.MOST_CHARACTERS:,} characters of the messages, "
-                "or needs too much memory for it: send fewer or shorter ones"
-            )
-        if "broken" in reply:
-            raise InputError(
-                f"{template.file} is no chat template that can be read ({_shorten(reply['broken'])}): take it from the "
-                "model's repository again, or use prompt with prompt_template"
-            )
-        if "failed" in reply:
-            raise TemplateFailed(f"this model's chat template fails on the messages: {_shorten(reply['failed'])}")
-        return reply
+        return _checked(template, reply)
 
     def _exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One request and its reply. A process that is gone is replaced first; one that ends at work fails it."""
@@ -125,6 +133,25 @@ class Renderer:
 
 
 RENDERER = Renderer()  # one process for the whole server
+
+
+def _checked(template: ChatTemplate, reply: dict[str, Any]) -> dict[str, Any]:
+    """A reply that is an answer. Raises InputError for another."""
+    if "refused" in reply:
+        raise InputError(f"this model's chat template refuses the messages: {_shorten(reply['refused'])}")
+    if "too_long" in reply:
+        raise InputError(
+            f"this model's chat template makes more than {wire.MOST_CHARACTERS:,} characters of the messages, "
+            "or needs too much memory for it: send fewer or shorter ones"
+        )
+    if "broken" in reply:
+        raise InputError(
+            f"{template.file} is no chat template that can be read ({_shorten(reply['broken'])}): take it from the "
+            "model's repository again, or use prompt with prompt_template"
+        )
+    if "failed" in reply:
+        raise TemplateFailed(f"this model's chat template fails on the messages: {_shorten(reply['failed'])}")
+    return reply
 
 
 def _shorten(text: str) -> str:

@@ -116,10 +116,19 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of the terminal's processes; the server decides
     while (request := read_message(requests)) is not None:
-        signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
-        reply = _answer(request)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        if "prefixes" in request:
+            prefixes = ({"messages": request["messages"][:n], "adds_prompt": adds} for n, adds in request["prefixes"])
+            reply = {"all": [_answer_in_time({**request, **prefix}) for prefix in prefixes]}
+        else:
+            reply = _answer_in_time(request)
         write_message(replies, reply)
+
+
+def _answer_in_time(request: Mapping[str, Any]) -> dict[str, Any]:
+    signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
+    reply = _answer(request)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    return reply
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alpaca.errors import InputError, MissingInput, NotEnoughSpace, OutputExists
 from alpaca.formats.hf.export import export
 from alpaca.formats.hf.folder import WeightsFolder, fingerprint
+from alpaca.text.chat.trained_prompt import read_trained_prompt, write_trained_prompt
 from convert.export_hf_checkpoint import parse_arguments
 from tests.conftest import ROOT
 from tests.formats.hf.test_merging import ALL, edit_config, logits, save_adapter, save_base, with_bitsandbytes
@@ -215,6 +216,17 @@ def test_tokenizers(work: Path, tokenizer_model: Path):
         path.unlink()
     with pytest.raises(MissingInput, match=r"no tokenizer in .*adapter or .*base; found: README.md, adapter_config"):
         run(work, "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("own", "bases", "expected"),
+    [("chat", None, "chat"), ("chat", "{prompt}", "chat"), (None, "{prompt}", "{prompt}"), (None, None, None)],
+)
+def test_a_merged_model_is_asked_as_its_adapter_was_trained(own, bases, expected, work: Path):
+    for name, prompt in (("adapter", own), ("base", bases)):
+        if prompt is not None:
+            write_trained_prompt(work / name, prompt)
+    assert read_trained_prompt(export(parse_arguments(flags(work)))) == expected
 
 
 def test_a_tokenizer_model_cut_short_is_not_passed_over(work: Path):

@@ -56,6 +56,26 @@ def test_texts_are_transformers(name, theirs, renderer):
             assert render(renderer, TEMPLATES[name], messages) == expected
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prefixes_are_what_each_of_them_gives_alone(name, renderer):
+    template = ChatTemplate(TEMPLATES[name], "own.jinja")
+    messages = max(conversations(9, seed="prefixes"), key=len)
+    wanted = [(number, adds) for number in range(1, len(messages) + 1) for adds in (True, False)] * 2
+    values = {"bos_token": "<s>", "eos_token": "</s>"}
+    alone = [renderer.render(template, messages[:n], values, now=0, adds_prompt=adds) for n, adds in wanted]
+    assert renderer.render_prefixes(template, messages, values, wanted, now=0) == alone
+
+
+@pytest.mark.slow
+def test_each_prefix_has_the_whole_limit_of_time_and_no_more(renderer):
+    busy = "{% for i in range(REPEATS) %}{% for j in range(9000) %}{% endfor %}{% endfor %}"
+    brief, endless = (ChatTemplate(busy.replace("REPEATS", repeats), "own.jinja") for repeats in ("300", "90000"))
+    asked = [{"role": "user", "content": "a"}]
+    assert renderer.render_prefixes(brief, asked, {}, [(1, True)] * 12, now=0) == [""] * 12  # more than 2 s together
+    with pytest.raises(InputError, match=r"takes more than 2 s of processor time"):
+        renderer.render_prefixes(endless, asked, {}, [(1, True)] * 2, now=0)
+
+
 def test_a_template_that_refuses_is_quoted(renderer):
     source = TEMPLATES["system merged into the first user's turn"]
     with pytest.raises(InputError, match=r"template refuses the messages: roles must alternate: user, assistant, user"):

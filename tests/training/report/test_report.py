@@ -270,8 +270,8 @@ def test_charts_are_named_coloured_by_the_page_and_load_nothing():
 def test_hostile_texts_stay_texts_in_the_report():
     hostile = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{7*7}}"
     data = EncodingReport(
-        num_read=2, num_kept=2, num_tokens=9, num_targets=3, num_merged=0, num_asked_otherwise=0, num_without_eos=0, num_all_masked=0,
-        num_empty_outputs=0, num_duplicates=0, max_length=512,
+        num_read=2, num_kept=2, num_tokens=9, num_targets=3, num_merged=0, num_without_eos=0, num_all_masked=0,
+        num_empty_outputs=0, num_duplicates=0, num_asked_otherwise=0, max_length=512,
     )  # fmt: skip
     flags = {"output_dir": hostile, "model_name_or_path": hostile, "method": "full", "recipe": "alpaca"}
     record = Record(
