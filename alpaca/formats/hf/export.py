@@ -21,12 +21,11 @@ from alpaca.formats.hf.merge_check import compare_logits
 from alpaca.formats.hf.merging import MergedWeights, open_merged
 from alpaca.formats.hf.pickled import open_model_weights
 from alpaca.formats.hf.writing import write_weights
-from alpaca.text.chat.trained_prompt import read_trained_prompt, write_trained_prompt
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.tokenizer import Tokenizer
 
 _TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json")
-_ALSO_COPIED = ("generation_config.json", "chat_template.jinja")
+_ALSO_COPIED = ("generation_config.json", "chat_template.jinja", "prompt_template.json")
 _HEAD = hf_name("head")
 _SPARE_BYTES = 16 << 20  # configs, tokenizer, file system
 
@@ -120,8 +119,6 @@ def _write_model(
         if found is not None:
             shutil.copyfile(found, folder / name)
     tokenizer.save(folder)
-    if (prompt := read_trained_prompt(config.adapter) or read_trained_prompt(merged.path)) is not None:
-        write_trained_prompt(folder, prompt)
     _verify(folder, merged, specs)
 
 
