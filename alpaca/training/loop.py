@@ -20,7 +20,7 @@ from alpaca.data.batching import step_examples
 from alpaca.errors import AlpacaError, InputError, NotEnoughSpace
 from alpaca.files.atomic import write_json
 from alpaca.files.locks import locked
-from alpaca.training.best import BestModel
+from alpaca.training.checkpoints.best import BestModel
 from alpaca.training.checkpoints.loading import find_checkpoint, load_checkpoint
 from alpaca.training.checkpoints.output import (
     check_output,
