@@ -8,6 +8,8 @@ constraint is tried here first: beyond the bounds this process ends, and `trials
 import resource
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from alpaca.errors import InputError
@@ -18,6 +20,9 @@ from alpaca.text.chat.wire import read_message, write_message
 
 MOST_SECONDS = 1.0  # of processor time, for one constraint
 MOST_BYTES = 1 << 30  # of address space, the interpreter's and the vocabulary's included
+# Chains of definitions or rules are followed by recursion. The server reads in threads of 2 MiB (those that Cog's runtime
+# makes), and more of the stack lies under a reading there: what is read within half of it here is safe there.
+MOST_STACK_BYTES = 1 << 20
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
@@ -29,11 +34,22 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
         return
     tokenizer = make_tokenizer(Vocabulary.from_message(message))
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    threading.stack_size(MOST_STACK_BYTES)
     while (request := read_message(requests)) is not None:
         signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
-        reply = _try(Constraint(**request), tokenizer)
+        constraint = Constraint(**request)
+        reply = on_own_stack(lambda constraint=constraint: _try(constraint, tokenizer))
         signal.setitimer(signal.ITIMER_PROF, 0)
         write_message(replies, reply)
+
+
+def on_own_stack(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns in a new thread, whose stack `threading.stack_size` bounds."""
+    returned: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: returned.append(work()))
+    thread.start()
+    thread.join()
+    return returned.pop()  # what `work` raised is in the log, and nothing here: that ends the process
 
 
 def _try(constraint: Constraint, tokenizer: Any) -> dict[str, Any]:

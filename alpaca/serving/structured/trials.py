@@ -86,7 +86,10 @@ class _Trial:
                 "repetitions and alternatives"
             )
         if status in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL):
-            return InputError(f"{kind} needs too much memory to be read: make it simpler")
+            return InputError(
+                f"{kind} needs too much memory to be read, or its parts name each other in too long a chain: make it "
+                "simpler"
+            )
         return ServiceFailed(f"the process that tries constraints ended with status {status}; try again")
 
     def _start(self) -> subprocess.Popen[bytes]:

@@ -83,6 +83,15 @@ def test_memory_is_bounded(tried, monkeypatch):
     assert process.rlimit(psutil.RLIMIT_AS) == (trial.MOST_BYTES, trial.MOST_BYTES)
 
 
+def test_the_stack_is_half_of_the_one_that_the_server_reads_on(monkeypatch):
+    """Cog's runtime calls the Predictor in threads of 2 MiB: what is read by recursion must end the trial, not these."""
+    monkeypatch.setattr(trials, "_MODULE", "tests.serving.structured.stack_teller")
+    tried = Trials(Vocabulary.of(Letters(120), 120, [EOS]))
+    with pytest.raises(InputError, match=f"a stack of {1 << 20} bytes"):
+        tried.require(Constraint(kind="regex", text="a"))
+    tried.close()
+
+
 def test_the_processes_end_with_the_compiler():
     compiler = Compiler(Letters(120), 120, [EOS])
     compiler.start(Constraint(kind="regex", text="a"), 1)
