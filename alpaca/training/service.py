@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alpaca.errors import AlpacaError, BadExamples, InputError
+from alpaca.errors import AlpacaError, BadExamples, InputError, MissingInput, MissingPackage
 from alpaca.files.archives import pack
 from alpaca.files.network.addresses import parse_address, split_list
 from alpaca.files.outputs import require_free_space
@@ -116,7 +116,11 @@ def _train_to_archive(
 
 def _open_base(model: str) -> Path:
     allowed = os.environ.get("ALPACA_BASE_MODELS", "")
-    base = open_weights(choose_base(model, allowed=allowed, root=Path.cwd()), named="model", lists=False)
+    place = choose_base(model, allowed=allowed, root=Path.cwd())
+    try:
+        base = open_weights(place, named="model", lists=False)
+    except MissingInput as error:  # a client need not know where the server's folders lie
+        raise MissingInput(str(error).replace(place, model)) from None
     if not (base / "config.json").is_file():
         raise InputError(f"model: {model} is an adapter, and training starts from a whole model: name its base")
     return base
@@ -134,10 +138,10 @@ def _hides_what_was_not_sent(data: ReceivedData) -> Iterator[None]:
             f"{data.shown} holds no examples that can be read. What is in it is not shown, since it was not uploaded; "
             "`python -m alpaca.data.report` says what is amiss"
         ) from None
-    except InputError as error:
+    except (InputError, MissingPackage) as error:
         if str(data.path) not in str(error):
             raise
-        raise InputError(str(error).replace(str(data.path), data.shown)) from None
+        raise type(error)(str(error).replace(str(data.path), data.shown)) from None
 
 
 def _make_config(values: Mapping[str, object], *, base: Path, data_path: Path, output_dir: Path) -> "TrainConfig":

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from alpaca.data.records import read_examples
-from alpaca.errors import InputError, MissingInput
+from alpaca.errors import InputError, MissingInput, MissingPackage
 from alpaca.files.network.addresses import split_list
 from alpaca.training import received, service
 from alpaca.training.received import DownloadStopped, receive_data
@@ -184,6 +184,19 @@ def test_a_download_has_its_time(server, tmp_path, monkeypatch):
     monkeypatch.setattr(received, "MOST_DOWNLOAD_S", 0.2)
     with pytest.raises(MissingInput, match="sent no whole file within"):
         receive(f"{server}/slow", tmp_path, allowed=server + "/")
+
+
+def test_a_package_that_is_missing_is_said_without_the_path_of_the_data(tmp_path):
+    mine = receive("data:,x", tmp_path)
+    with pytest.raises(MissingPackage, match=r"^data is packed by zstd$"), service._hides_what_was_not_sent(mine):
+        raise MissingPackage(f"{mine.path} is packed by zstd")
+
+
+def test_a_model_that_is_not_there_is_named_as_the_client_named_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingInput, match=r"^no model in weights/none\. model must name") as caught:
+        service._open_base("weights/none")
+    assert str(tmp_path) not in str(caught.value)
 
 
 def test_errors_quote_an_upload_and_nothing_else(server, tmp_path):
