@@ -12,7 +12,7 @@ from deploy.gate.exchange import BrokenOff, Reply
 from deploy.gate.leaving import unless_client_leaves
 from deploy.gate.places import Places
 from deploy.gate.room import Room, free_room
-from deploy.gate.rules import Refused, Route, Rules, check_body, check_sender, find_route
+from deploy.gate.rules import Refused, Route, Rules, check_body, check_sender, find_route, has_key
 from deploy.gate.runtime import Runtime, State
 from deploy.gate.turns import Turns
 from deploy.gate.webhooks import Webhooks
@@ -66,7 +66,10 @@ class Gate:
 
     async def _look(self, route: Route, headers: Mapping[str, str], send: Send) -> None:
         if route.path == "/health-check":
-            await _send_json(send, 200, self._health())
+            health = self._health()
+            if not has_key(headers, self._rules):
+                health.pop("setup", None)  # its log names the server's folders, and where the runtime listens
+            await _send_json(send, 200, health)
         elif route.kind == "cancel":
             await self._cancel(route, headers, send)
         else:

@@ -111,8 +111,8 @@ def check_sender(headers: Mapping[str, str], route: Route, rules: Rules) -> None
     origin = headers.get("origin")
     if origin is not None and not _is_own_page(origin, headers.get("host", ""), rules):
         raise Refused(403, f"a page of {quote_name(origin)} may not use this server")
-    if rules.keys and route.path != "/health-check":
-        _check_key(headers.get("authorization", ""), rules.keys)
+    if route.path != "/health-check" and not has_key(headers, rules):
+        raise Refused(401, "this server asks for a key: send Authorization: Bearer KEY")
 
 
 def _is_known(host: str, rules: Rules) -> bool:
@@ -148,12 +148,16 @@ def _host_name(text: str) -> str:
         return ""
 
 
-def _check_key(authorization: str, keys: tuple[str, ...]) -> None:
+def has_key(headers: Mapping[str, str], rules: Rules) -> bool:
+    """Whether a request may see what only those may who have a key; where none is asked for, everyone."""
+    return not rules.keys or _is_key(headers.get("authorization", ""), rules.keys)
+
+
+def _is_key(authorization: str, keys: tuple[str, ...]) -> bool:
     scheme, _, given = authorization.partition(" ")
     key_given = given.strip().encode("latin-1")  # the bytes that came
     is_right = [hmac.compare_digest(key_given, key.encode()) for key in keys]  # all, whichever is right
-    if scheme.lower() != "bearer" or not any(is_right):
-        raise Refused(401, "this server asks for a key: send Authorization: Bearer KEY")
+    return scheme.lower() == "bearer" and any(is_right)
 
 
 def check_body(content: bytes, rules: Rules) -> Body:

@@ -20,8 +20,8 @@ from alpaca.text.chat.wire import read_message, write_message
 
 MOST_SECONDS = 1.0  # of processor time, for one constraint
 MOST_BYTES = 1 << 30  # of address space, the interpreter's and the vocabulary's included
-# Chains of definitions or rules are followed by recursion. The server reads in threads of 2 MiB (those that Cog's runtime
-# makes), and more of the stack lies under a reading there: what is read within half of it here is safe there.
+# Chains of definitions or rules are followed by recursion. The server reads in threads of 2 MiB (Cog's runtime makes
+# them), of which a part is taken already: what is read within half of it here is safe there.
 MOST_STACK_BYTES = 1 << 20
 
 

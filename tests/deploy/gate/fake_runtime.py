@@ -33,6 +33,7 @@ class Handler(AnsweringHandler, BaseHTTPRequestHandler):  # the second for ruff:
             return
         is_busy = STATE["status"] == "READY" and len(TAKEN) == int(os.environ["SLOTS"])
         health = {**STATE, "status": "BUSY"} if is_busy else STATE
+        health = {**health, "setup": {"logs": "at /a/folder"}}
         self.reply(200, health if self.path == "/health-check" else {"path": self.path})
 
     def do_PUT(self) -> None:

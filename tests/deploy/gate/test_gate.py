@@ -192,6 +192,11 @@ def test_keys_are_asked_for(tmp_path):
     with running(tmp_path, keys=["k1"]) as gate:
         assert gate.predict("x").status_code == 401
         assert gate.predict("x", headers={"Authorization": "Bearer k1"}).status_code == 200
+        with_key = gate.client.get("/health-check", headers={"Authorization": "Bearer k1"}).json()
+        assert with_key["setup"] == {"logs": "at /a/folder"}
+        shown = {name: value for name, value in with_key.items() if name not in ("setup", "gate")}
+        without = gate.client.get("/health-check").json()
+        assert {name: value for name, value in without.items() if name != "gate"} == shown
 
 
 def test_a_dead_worker_comes_back_and_who_waits_is_served(tmp_path):

@@ -84,7 +84,7 @@ def test_memory_is_bounded(tried, monkeypatch):
 
 
 def test_the_stack_is_half_of_the_one_that_the_server_reads_on(monkeypatch):
-    """Cog's runtime calls the Predictor in threads of 2 MiB: what is read by recursion must end the trial, not these."""
+    """Cog's runtime calls the Predictor in threads of 2 MiB: what recursion overflows must be the trial."""
     monkeypatch.setattr(trials, "_MODULE", "tests.serving.structured.stack_teller")
     tried = Trials(Vocabulary.of(Letters(120), 120, [EOS]))
     with pytest.raises(InputError, match=f"a stack of {1 << 20} bytes"):
