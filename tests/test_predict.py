@@ -791,6 +791,7 @@ def test_the_log_has_a_line_of_the_engine_now_and_then(server):
     assert found
 
 
+@pytest.mark.may_cost(300)  # all that the server did for this file
 def test_one_signal_stops_server_and_worker(server):
     """Last in this file: it ends the server of the others."""
     family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]

@@ -12,7 +12,7 @@ from tests.triton_interpreter import DEVICE, INTERPRETED, TESTS
 pytest.importorskip("triton")
 
 
-@pytest.mark.may_cost(120)
+@pytest.mark.may_cost(300)
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels' tests run in this process")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_kernels_in_the_interpreter(which):

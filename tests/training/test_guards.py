@@ -51,8 +51,8 @@ def test_the_examples_without_a_finite_loss_are_named(
     later = loop.step_examples(40, global_batch_size=8, seed=42, step=2).tolist()
     bad = sorted(later[2:4])
 
-    def broken(run, data, indices):
-        return real(run, data, indices) * (math.inf if set(indices.tolist()) & set(bad) else 1)
+    def broken(run, data, indices, **given):
+        return real(run, data, indices, **given) * (math.inf if set(indices.tolist()) & set(bad) else 1)
 
     monkeypatch.setattr(gradients, "sum_losses", broken)
     config = configure(padding_free=padding_free, save_strategy="no")
