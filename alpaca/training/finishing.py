@@ -1,11 +1,11 @@
 """The end of a run: its final model, verified, and its report."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from alpaca.data.encoding.choosing import Chosen
 from alpaca.files.atomic import write_json, write_text
 from alpaca.files.reading import read_json_if_any
 from alpaca.text.chat.files import TEMPLATE_FILE
@@ -32,10 +32,16 @@ def finish(run: Run, *, seconds: float, samples: list[Sample], score: Callable[[
     settings, output_dir = run.settings, run.settings.checkpoints.output_dir
     dtype = choose_save_dtype(settings, run.base)
     learned = any(entry.get("learning_rate", 0) > 0 for entry in run.progress.log_history)
-    save_final(run.trainee.model, run.base, output_dir, dtype=dtype, learned=learned, world=run.world)
+    save_final(
+        run.trainee.model,
+        run.base,
+        output_dir,
+        dtype=dtype,
+        learned=learned,
+        world=run.world,
+        write_beside=functools.partial(_write_prompt, run),
+    )
     if run.world.is_main:
-        _write_prompt(run.chosen, output_dir)
-        _write_ends(run, output_dir)
         history = run.progress.log_history
         summary = summarize(history, seconds=seconds)
         _write_state(run, summary)
@@ -61,24 +67,26 @@ def _write_state(run: Run, summary: dict[str, object]) -> None:
     )
 
 
-def _write_prompt(chosen: Chosen, output_dir: Path) -> None:
-    """Say beside the weights by which prompt they are asked. Alpaca's goes unsaid."""
+def _write_prompt(run: Run, folder: Path) -> None:
+    """Say beside the weights by which prompt they are asked. Alpaca's goes unsaid, unless the base says another."""
+    chosen, said = run.chosen, run.base.tokenizer.trained_prompt
     if chosen.template is not None:
-        write_text(output_dir / TEMPLATE_FILE, chosen.template.source)
-    if chosen.served != "alpaca":
-        write_trained_prompt(output_dir, chosen.served)
+        write_text(folder / TEMPLATE_FILE, chosen.template.source)
+    if chosen.served != "alpaca" or said not in (None, chosen.served):
+        write_trained_prompt(folder, chosen.served)
+    _write_ends(run, folder)
 
 
-def _write_ends(run: Run, output_dir: Path) -> None:
+def _write_ends(run: Run, folder: Path) -> None:
     """Name the tokens that end a turn as ends of an answer, where the base's configs do not: else it would go on."""
     base, ends, name = run.base, run.chosen.layout.ends, "generation_config.json"
     known = read_eos_ids(base.folder, base.tokenizer, vocab_size=base.tokenizer.size)
     if run.settings.model.is_full and ends:
-        config = read_json_if_any(output_dir / name)
-        write_json(output_dir / name, {**config, "eos_token_id": [base.tokenizer.eos_id, *sorted(ends)]})
+        config = read_json_if_any(folder / name)
+        write_json(folder / name, {**config, "eos_token_id": [base.tokenizer.eos_id, *sorted(ends)]})
     elif missing := ends.keys() - known:  # of an adapter: for the merged model, as the base's is what it is
         config = read_json_if_any(base.folder / name)
-        write_json(output_dir / name, {**config, "eos_token_id": sorted(known | missing)})
+        write_json(folder / name, {**config, "eos_token_id": sorted(known | missing)})
         logger.warning(
             "answers of this adapter end with %s, which the base's configs do not name as EOS: merge it, or ask with "
             "that text in `stop`, or add the id to eos_token_id in the base's generation_config.json",

@@ -16,7 +16,7 @@ from alpaca.formats.hf.export import export
 from alpaca.serving.request import AdapterNames, PredictionInputs, make_request
 from alpaca.serving.served_model import adapter_names, open_served_model
 from alpaca.serving.settings import ServerSettings
-from alpaca.text.chat.trained_prompt import CHAT, read_trained_prompt
+from alpaca.text.chat.trained_prompt import CHAT, read_trained_prompt, write_trained_prompt
 from alpaca.text.eos import read_eos_ids
 from alpaca.text.loading import load_tokenizer
 from alpaca.text.sentencepiece import write_llama_tokenizer
@@ -127,6 +127,22 @@ def test_a_model_is_asked_by_the_prompt_it_was_trained_with(configure, tmp_path,
     asked = PredictionInputs(prompt="Name a bird.")
     made = make_request(asked, tokenizer, max_context=256, adapters=adapters)
     assert list(made.prompt_ids) == row.ids[: row.spans[0][0]]
+
+
+def test_an_adapter_of_another_prompt_than_its_bases_says_so(configure, tmp_path, tiny_llama):
+    """Else it would be asked by the base's."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    write_trained_prompt(base, "alpaca_newline")
+    folder = train(configure(model_name_or_path=str(base), max_steps=1, method="lora"))
+    assert read_trained_prompt(folder) == "alpaca"
+    opened = open_served_model(folder, ServerSettings(base_model=str(base)))
+    made = make_request(
+        PredictionInputs(prompt="Hi."),
+        load_tokenizer(opened.base),
+        max_context=256,
+        adapters=adapter_names(opened.adapters),
+    )
+    assert load_tokenizer(base).decode(made.prompt_ids).endswith("### Response:")
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

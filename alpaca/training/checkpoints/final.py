@@ -1,6 +1,7 @@
 """The final model folder of a run: written, read back, compared, and only then moved into place."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,13 +31,21 @@ _PROBES = ("Below is an instruction that describes a task.", " two  spaces\n\tta
 
 
 def save_final(
-    model: nn.Module, base: Base, output_dir: Path, *, dtype: torch.dtype, learned: bool, world: World
+    model: nn.Module,
+    base: Base,
+    output_dir: Path,
+    *,
+    dtype: torch.dtype,
+    learned: bool,
+    world: World,
+    write_beside: Callable[[Path], None],
 ) -> None:
     """Write the model folder, or the adapter's: weights, configs, tokenizer. All processes call it together.
 
     Everything is written aside, read back and compared with the model in memory, and only then moved into place, the
     config last, so that a folder with a config is whole. learned: whether a step had a learning rate above 0; then an
-    adapter must differ from its first, empty state. Raises InputError when what was written is not what is in memory.
+    adapter must differ from its first, empty state. write_beside: writes what else belongs to the folder. Raises
+    InputError when what was written is not what is in memory.
     """
     aside, specs, final = output_dir / _FINAL, final_specs(model, dtype), describe_final(model, base, dtype)
     if world.is_main:
@@ -48,6 +57,7 @@ def save_final(
         for name, config in final.configs.items():
             write_json(aside / name, config)
         base.tokenizer.save(aside)
+        write_beside(aside)
     _verify(final, specs, base.tokenizer, aside, world)
     if CONFIG_NAME in final.configs:
         _verify_adapter(model, base.tokenizer, aside, learned=learned, world=world)
