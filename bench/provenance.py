@@ -4,10 +4,11 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+
+from alpaca.evaluation.provenance import commit, cpu_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,11 +33,6 @@ def provenance(module: str, packages: tuple[str, ...]) -> dict[str, object]:
     }
 
 
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def gpu() -> dict[str, str]:
     """The GPU, its driver and the CUDA that torch was built for; nothing where torch sees none."""
     import torch
@@ -49,20 +45,3 @@ def gpu() -> dict[str, str]:
 def gpu_driver(version_file: Path = Path("/proc/driver/nvidia/version")) -> str:
     found = re.search(r"\d+\.\d+(\.\d+)?", version_file.read_text()) if version_file.is_file() else None
     return found[0] if found else "unknown"
-
-
-def commit() -> str:
-    """HEAD, marked where the tree differs from it; without git or outside of a repository what ALPACA_COMMIT says."""
-    head = git("rev-parse", "HEAD")
-    if not head:
-        return os.environ.get("ALPACA_COMMIT") or "unknown"
-    return head + ("-dirty" if git("status", "--porcelain") else "")
-
-
-def git(*arguments: str) -> str:
-    """What git prints; nothing where it fails or is not installed."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def provenance(*, seed: int) -> dict[str, object]:
     """Versions are of the packages that are installed."""
     return {
-        "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "gpu": _gpu()},
+        "hardware": {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "gpu": _gpu()},
         "versions": {"python": platform.python_version(), **_versions()},
-        "commit": _commit(),
+        "commit": commit(),
         "command": shlex.join(["script/evaluate", *sys.argv[1:]]),
         "seed": seed,
     }
@@ -33,7 +33,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _cpu() -> str:
+def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else ()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -45,7 +45,7 @@ def _gpu() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def _commit() -> str:
+def commit() -> str:
     """HEAD, marked where the tree differs from it; without git what ALPACA_COMMIT says."""
     head = _git("rev-parse", "HEAD")
     if not head:
@@ -55,7 +55,7 @@ def _commit() -> str:
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -5,11 +5,12 @@ import subprocess
 import pytest
 import torch
 
+from alpaca.evaluation import provenance as evaluation_provenance
 from bench import provenance
 
 
 def test_commit_outside_of_a_repository_is_unknown(monkeypatch, tmp_path):
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(evaluation_provenance, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert provenance.commit() == "unknown"
 
