@@ -22,7 +22,8 @@ cpu_threads.set_defaults()  # before anything below imports torch
 
 from alpaca.errors import AlpacaError
 from alpaca.files.places import open_weights
-from alpaca.serving.housekeeping import Phases, PredictionFolders, end_with_parent, process_age_s
+from alpaca.processes import end_with_parent, process_age_s
+from alpaca.serving.housekeeping import Phases, PredictionFolders
 
 if TYPE_CHECKING:
     from alpaca.serving.detokenize import CompletionText

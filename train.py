@@ -17,6 +17,7 @@ from alpaca import cpu_threads
 cpu_threads.set_defaults()  # before anything below imports torch
 
 from alpaca.errors import AlpacaError, run_command
+from alpaca.processes import end_with_parent
 
 
 async def train(
@@ -49,6 +50,7 @@ async def train(
     values = {name: value for name, value in locals().items() if value is not None}
     from alpaca.training.service import serve_training
 
+    end_with_parent()
     stop, record = threading.Event(), current_scope().record_metric
     work = asyncio.ensure_future(asyncio.to_thread(serve_training, values, stop=stop, record=record))
     try:

@@ -1,7 +1,6 @@
-"""Measures how long a server takes to start, and cleans up behind Cog's runtime: empty folders, orphaned workers."""
+"""Measures how long a server takes to start, and removes the empty folders that Cog's runtime leaves."""
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -27,27 +26,6 @@ class Phases:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())
-
-
-def process_age_s() -> float:
-    """Seconds since this process was started."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])  # 22nd field: since boot
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
-def end_with_parent(*, every_s: float = 0.5) -> None:
-    """End this process, from now on, when the one that started it has ended.
-
-    A runtime that is killed leaves its worker (0.23): it goes on computing for up to a minute, with the GPU's memory.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(every_s)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watching the parent", daemon=True).start()
 
 
 class PredictionFolders:

@@ -46,6 +46,20 @@ class Gate:
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        has_begun = False
+
+        async def send_and_note(message: dict[str, Any]) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, send_and_note)
+        except asyncio.CancelledError:  # this program ends
+            if not has_begun:
+                await _send_refusal(send, Refused(503, "the server was ended"))
+
+    async def _answer(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             route = find_route(scope["method"], scope["path"], self._rules)
@@ -158,6 +172,8 @@ class Gate:
                 request.cancel()
                 await _send_json(send, 200, {})
                 return
+            if request is not None:
+                await request.until_handed_over()
             reply = await self._asker.once(route, headers)
             if reply.status != 404 or request is None:
                 await _pass_on(reply, send)

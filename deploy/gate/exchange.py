@@ -8,7 +8,8 @@ gate does with a streamed piece.
 import asyncio
 import math
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from http import HTTPStatus
 
 _PART_BYTES = 1 << 16
 
@@ -26,12 +27,19 @@ class BrokenOff(Exception):
 
 
 class Reply:
-    """The runtime's answer: `status`, `headers` with names in lower case, and its content, which is read but once."""
+    """The runtime's answer: `status`, `headers` with names in lower case, and its content, which is read but once.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    open_s: an answer that is not whole is not given up sooner, in seconds from now.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, open_s: float = 0.0) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
         self._reader, self._writer = reader, writer
+        self._open_until = asyncio.get_running_loop().time() + open_s
+        self._is_whole = False
+        self._first: bytes | None = None
+        self._rest = self._read_pieces()
 
     async def read_head(self) -> None:
         """Raises OSError, EOFError, ValueError, asyncio.LimitOverrunError."""
@@ -42,8 +50,20 @@ class Reply:
         fields = (line.partition(":") for line in lines)
         self.headers = {name.strip().lower(): value.strip() for name, _, value in fields}
 
+    async def first_piece(self) -> bytes:
+        """What `pieces` begins with, b"" where there is nothing. Raises BrokenOff."""
+        if self._first is None:
+            self._first = await anext(self._rest, b"")
+        return self._first
+
     async def pieces(self) -> AsyncIterator[bytes]:
         """The content, whole chunks of it, as they come. Raises BrokenOff."""
+        if first := await self.first_piece():
+            yield first
+        async for piece in self._rest:
+            yield piece
+
+    async def _read_pieces(self) -> AsyncGenerator[bytes, None]:
         is_chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
         left, waiting = float(self.headers.get("content-length", math.inf)), b""
         try:
@@ -55,16 +75,21 @@ class Reply:
                     data, waiting, has_ended = take_chunks(waiting + data)
                     left = 0 if has_ended else left
                 elif not data:
-                    return
+                    left = 0
                 left -= len(data)
+                self._is_whole = left <= 0
                 if data:
                     yield data
         except (OSError, ValueError):
             raise BrokenOff("the connection broke, or what came is no HTTP") from None
 
     def close(self) -> None:
-        """Done with it. Where the answer is not complete the runtime ends what it does for it."""
-        self._writer.close()
+        """Done with it. Where the answer is not whole the runtime ends what it does for it."""
+        loop = asyncio.get_running_loop()
+        if self._is_whole or self.status >= HTTPStatus.BAD_REQUEST or loop.time() >= self._open_until:
+            self._writer.close()
+        else:
+            loop.call_at(self._open_until, self._writer.close)
 
 
 def take_chunks(coded: bytes) -> tuple[bytes, bytes, bool]:
@@ -100,13 +125,17 @@ async def exchange(
     body: bytes,
     *,
     tls: ssl.SSLContext | None = None,
+    open_s: float = 0.0,
 ) -> Reply:
-    """Send a request; returns once the answer's head is there. Raises NotReached, Unanswered."""
+    """Send a request; returns once the answer's head is there. Raises NotReached, Unanswered.
+
+    open_s: for so long the connection stays, also where nobody waits for the answer any more.
+    """
     try:
         reader, writer = await asyncio.open_connection(host, port, ssl=tls)
     except OSError:
         raise NotReached(f"nobody listens at {host}:{port}") from None
-    reply = Reply(reader, writer)
+    reply = Reply(reader, writer, open_s=open_s)
     sent = {"host": f"{host}:{port}", "connection": "close", "content-length": str(len(body)), **headers}
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in sent.items()), "", ""]
     try:

@@ -165,7 +165,7 @@ def test_the_first_phase_may_have_begun_before(clock):
 def test_the_age_of_this_process():
     """By a clock that both processes share, for the wall clock may be set meanwhile."""
     code = (
-        "import time; from alpaca.serving.housekeeping import process_age_s; print(process_age_s(), time.monotonic())"
+        "import time; from alpaca.processes import process_age_s; print(process_age_s(), time.monotonic())"
     )
     started = time.monotonic()
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -191,7 +191,7 @@ def test_folders_are_swept_while_nothing_ends(tmp_path):
 
 
 def test_a_worker_ends_when_the_runtime_is_killed():
-    worker = "import time; from alpaca.serving.housekeeping import end_with_parent as end; end(every_s=0.05); "
+    worker = "import time; from alpaca.processes import end_with_parent as end; end(every_s=0.05); "
     runtime = (
         "import subprocess, sys, time; "
         f"child = subprocess.Popen([sys.executable, '-c', {worker + 'print(1, flush=True); time.sleep(60)'!r}], "

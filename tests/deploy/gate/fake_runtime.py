@@ -2,8 +2,9 @@
 
 `python -m tests.deploy.gate.fake_runtime LOG --host HOST`, with PORT and SLOTS in the environment. The prompt says what
 to do: `sleep S`, `stream N`, `flood N` (pieces of 1 KiB without a pause), `die` (the worker does: UNHEALTHY and 409 for
-ever), `exit`, `exit-once`, `half` (its answer breaks off), `background S` (answered at once), `lose` (its slot is never
-free again), `lose quietly` (and the health report does not show it), `linger S` (goes on when its client has left).
+ever), `crash-once` (so it dies once, and the answer says it as Cog's does; `crash-once events` as an event), `exit`,
+`exit-once`, `half` (its answer breaks off), `background S` (answered at once), `lose` (its slot is never free again),
+`lose quietly` (and the health report does not show it), `linger S` (goes on when its client has left).
 Each prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails; while a file
 LOG.garbled is there, the health report is no text.
 """
@@ -45,6 +46,7 @@ class Handler(AnsweringHandler, BaseHTTPRequestHandler):  # the second for ruff:
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         if self.path.endswith("/cancel"):
+            note("cancel")
             self.reply(200, {})
         elif not isinstance(body["input"], dict):
             self.reply(422, {"detail": "no input"})
@@ -67,8 +69,7 @@ class Handler(AnsweringHandler, BaseHTTPRequestHandler):  # the second for ruff:
     def predict(self, body: dict) -> bool:
         """Answer; whether the slot is kept beyond that."""
         prompt = body["input"]["prompt"]
-        with open(sys.argv[1], "a") as log:
-            log.write(f"{prompt}\n")
+        note(prompt)
         what, _, value = prompt.partition(" ")
         if what == "sleep":
             self.reply_while_connected(float(value.split()[0]), body)
@@ -88,6 +89,17 @@ class Handler(AnsweringHandler, BaseHTTPRequestHandler):  # the second for ruff:
             self.reply(200, {"status": "failed"})
         elif what == "exit" or (what == "exit-once" and asked().count(prompt) == 1):
             os._exit(9)
+        elif what == "crash-once" and asked().count(prompt) == 1:
+            STATE.update(status="UNHEALTHY", user_healthcheck_error="Healthcheck error: channel closed")
+            failed = {"error": "Worker crashed", "id": "p", "status": "failed"}
+            if value:
+                self.begin_events()
+                self.send_chunk(
+                    b"event: completed\ndata: " + json.dumps(failed, separators=(",", ":")).encode() + b"\n\n"
+                )
+                self.send_chunk(b"")
+            else:
+                self.reply(200, failed)
         elif what == "half":
             self.send_response(200)
             self.send_header("Content-Length", "100")
@@ -130,9 +142,13 @@ class Handler(AnsweringHandler, BaseHTTPRequestHandler):  # the second for ruff:
             self.note_gone()
 
     def note_gone(self) -> None:
-        with open(sys.argv[1], "a") as log:
-            log.write("gone\n")
+        note("gone")
         self.close_connection = True
+
+
+def note(line: str) -> None:
+    with open(sys.argv[1], "a") as log:
+        log.write(f"{line}\n")
 
 
 def asked() -> list[str]:

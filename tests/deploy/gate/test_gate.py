@@ -177,6 +177,26 @@ def test_a_client_that_leaves_is_told_to_the_runtime(gate):
     assert gate.health()["gate"]["running"] == 0
 
 
+@pytest.mark.parametrize(("resource", "seconds"), [("predictions", 0.2), ("trainings", 2.0)])
+def test_a_cancel_comes_only_when_the_worker_has_what_it_cancels(tmp_path, resource, seconds):
+    """And so does the end of a connection: Cog's runtime loses one that comes while it hands the request over."""
+    with running(tmp_path, serves_training=resource == "trainings") as gate, ThreadPoolExecutor(1) as pool:
+        begun = time.monotonic()
+        left = pool.submit(
+            gate.client.put, f"/{resource}/left", json={"input": {"prompt": "sleep 9 left"}}, timeout=0.1
+        )
+        with pytest.raises(httpx.ReadTimeout):
+            left.result()
+        gate.wait_for(lambda: gate.asked() == ["sleep 9 left", "gone"])
+        assert seconds <= time.monotonic() - begun < seconds + 1
+        begun = time.monotonic()
+        asking = pool.submit(gate.client.put, f"/{resource}/c", json={"input": {"prompt": f"sleep {seconds + 0.5}"}})
+        gate.wait_for(lambda: len(gate.asked()) == 3)
+        assert gate.client.post(f"/{resource}/c/cancel").status_code == 200
+        assert (gate.asked()[-1], seconds <= time.monotonic() - begun < seconds + 0.5) == ("cancel", True)
+        assert asking.result().status_code == 200
+
+
 def test_every_client_that_leaves_a_stream_is_told_to_the_runtime(gate):
     """Whatever the gate does at that moment: it sends a piece at most of them."""
     for _ in range(10):
@@ -237,6 +257,25 @@ def test_a_prediction_whose_runtime_dies_is_asked_again_once(tmp_path):
     with running(tmp_path) as gate:
         assert gate.predict("exit-once").json()["status"] == "succeeded"
         assert (gate.asked(), gate.health()["gate"]["restarts"]) == (["exit-once"] * 2, 1)
+
+
+@pytest.mark.parametrize("prompt", ["crash-once", "crash-once events"])
+def test_a_prediction_whose_worker_dies_is_asked_again_once(tmp_path, prompt):
+    """The runtime outlives its worker, and answers for it."""
+    with running(tmp_path) as gate:
+        assert gate.predict(prompt).json()["status"] == "succeeded"
+        assert (gate.asked(), gate.health()["gate"]["restarts"]) == ([prompt] * 2, 1)
+
+
+@pytest.mark.parametrize("given", [{"webhook": "http://127.0.0.1:9/"}, {"id": "c"}])
+def test_what_a_worker_died_of_is_told_where_it_may_not_be_asked_again(tmp_path, given):
+    resource = "predictions" if "webhook" in given else "trainings"
+    with running(tmp_path, webhooks=["http://127.0.0.1:9/"], serves_training=resource == "trainings") as gate:
+        body = {"input": {"prompt": "crash-once"}, **given}
+        assert gate.client.post(f"/{resource}", json=body).json()["error"] == "Worker crashed"
+        gate.wait_for(lambda: gate.health()["gate"]["restarts"] == 1)
+        gate.wait_for(lambda: gate.health()["status"] == "READY")
+        assert gate.asked() == ["crash-once"]
 
 
 def test_what_the_runtime_dies_of_is_not_asked_a_third_time(tmp_path):
@@ -430,12 +469,17 @@ def test_all_requests_share_the_memory_for_their_bodies():
 
 
 def test_a_runtime_that_keeps_dying_is_given_up(tmp_path):
-    with running(tmp_path) as gate:
+    """And who still waits is told."""
+    with running(tmp_path) as gate, ThreadPoolExecutor(3) as pool:
         for death in range(3):
             gate.wait_for(lambda death=death: gate.health()["gate"]["restarts"] == death)
             gate.wait_for(lambda: gate.health()["status"] == "READY")
+            waiting = pool.submit(gate.predict, f"sleep {9 * death}")
+            gate.wait_for(lambda death=death: gate.asked()[-1:] == [f"sleep {9 * death}"])
             with contextlib.suppress(httpx.HTTPError):
                 gate.predict("exit", headers={"prefer": "respond-async"})  # else it is asked twice
+        reply = waiting.result()
+        assert (reply.status_code, reply.json()) == (503, {"detail": "the server was ended"})
         assert gate.process.wait(timeout=15) == 1
         gate.reader.join()
         assert "error: the runtime died 3 times within 60 s; its log is above\n" in gate.output
