@@ -15,11 +15,14 @@ from web.openai.inputs import Asked
 
 Document = Mapping[str, Any]
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_MARK = "\0the text"  # no model's name has it
+_END = b"data: [DONE]\n\n"
 _FINISHES = {"context": "length"}  # the Predictor's other words are OpenAI's
 
 
 class Answer:
-    """What is known of the answer to one request. Each document goes to `pieces_of`, or to `add`; then ask the rest."""
+    """What is known of the answer to one request. Each document goes to `events_of`, or to `add`; then ask the rest."""
 
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
@@ -27,6 +30,7 @@ class Answer:
         self._created = int(time.time())
         self._num_choices = asked.n * len(asked.inputs)
         self._choices: dict[int, _Choice] = {}  # that have begun: the server has not refused `n` then
+        self._frames: dict[int, list[bytes]] = {}  # of a choice: what stands before and after a piece's text
         self.output_tokens = 0
         self._prompt_tokens: dict[int, int] = {}
 
@@ -57,29 +61,44 @@ class Answer:
         choices = [choice.whole(index) for index, choice in sorted(self._choices.items())]
         return {**self._head(kind), "choices": choices, "usage": self._usage()}
 
-    def beginning(self) -> list[dict[str, Any]]:
-        """The chunks that are sent before the first document's: in a chat, who speaks."""
+    def beginning(self) -> bytes:
+        """The events that are sent before the first document's: in a chat, who speaks."""
         if not self._asked.is_chat:
-            return []
-        return [self._chunk(index, delta={"role": "assistant", "content": ""}) for index in range(self._num_choices)]
+            return b""
+        delta = {"role": "assistant", "content": ""}
+        return b"".join(event(self._chunk(index, delta=delta)) for index in range(self._num_choices))
 
-    def pieces_of(self, prompt: int, document: Document) -> Iterator[dict[str, Any]]:
-        """The chunks for one more document."""
+    def events_of(self, prompt: int, document: Document) -> bytes:
+        """The events for one more document."""
         choice, index = self.add(prompt, document)
         text, logprobs = choice.take()
-        if self._asked.is_chat:
-            if text or logprobs:
-                yield self._chunk(index, delta={"content": text}, logprobs=logprobs)
-            if choice.finish_reason:
-                yield self._chunk(index, delta={}, finish_reason=choice.finish_reason)
-        elif text or logprobs or choice.finish_reason:
-            yield self._chunk(index, text=text, logprobs=logprobs, finish_reason=choice.finish_reason)
+        if not logprobs and not choice.finish_reason:
+            return self._text_event(index, text) if text else b""
+        return b"".join(map(event, self._chunks(index, text, logprobs, choice.finish_reason)))
 
-    def ending(self) -> list[dict[str, Any]]:
-        """The chunk after all others: the counts, where the client asked for them."""
-        if not self._asked.includes_usage:
-            return []
-        return [{**self._chunk_head(), "choices": [], "usage": self._usage()}]
+    def ending(self) -> bytes:
+        """The events after all others: the counts, where the client asked for them, and the mark of the end."""
+        counts = {**self._chunk_head(), "choices": [], "usage": self._usage()}
+        return (event(counts) if self._asked.includes_usage else b"") + _END
+
+    def _text_event(self, index: int, text: str) -> bytes:
+        """What `_chunks` gives for a text alone, which is nearly all that is sent: only the text is put in."""
+        if index not in self._frames:
+            (chunk,) = self._chunks(index, _MARK, None, None)
+            self._frames[index] = event(chunk).split(_encode(_MARK).encode())
+        before, after = self._frames[index]
+        return before + _encode(text).encode() + after
+
+    def _chunks(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
+    ) -> Iterator[dict[str, Any]]:
+        if not self._asked.is_chat:
+            yield self._chunk(index, text=text, logprobs=logprobs, finish_reason=finish_reason)
+            return
+        if text or logprobs:
+            yield self._chunk(index, delta={"content": text}, logprobs=logprobs)
+        if finish_reason:
+            yield self._chunk(index, delta={}, finish_reason=finish_reason)
 
     def _chunk(self, index: int, *, finish_reason: str | None = None, **content: Any) -> dict[str, Any]:
         content.setdefault("logprobs", None)
@@ -209,7 +228,4 @@ def _token_name(entry: Mapping[str, Any]) -> str:
 
 def event(content: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
-
-
-END = b"data: [DONE]\n\n"
+    return b"data: " + _encode(content).encode() + b"\n\n"

@@ -11,7 +11,7 @@ from deploy.gate.bodies import Memory, Receive, read_body
 from deploy.gate.leaving import unless_client_leaves
 from deploy.gate.rules import MOST_PREDICTION_BYTES, Refused, Route, Rules, check_sender
 from web.openai import inputs
-from web.openai.answers import END, Answer, Document, event
+from web.openai.answers import Answer, Document
 from web.openai.inputs import Asked, Models
 from web.openai.metrics import Metrics
 from web.openai.predictions import predict
@@ -107,14 +107,14 @@ class Endpoint:
     async def _stream(self, answer: Answer, batches: AsyncIterator[tuple[int, list[Document]]], reply: Reply) -> None:
         """The status waits for the first document: until then a refusal still has its own."""
         async for prompt, documents in batches:
-            chunks = [chunk for document in documents for chunk in answer.pieces_of(prompt, document)]
+            events = b"".join([answer.events_of(prompt, document) for document in documents])
             if not reply.status:
                 self._metrics.first_token_seconds.observe(time.monotonic() - reply.begun)
                 await reply.begin_events()
-                chunks = [*answer.beginning(), *chunks]
-            await reply.send_events(b"".join(map(event, chunks)))
+                events = answer.beginning() + events
+            await reply.send_events(events)
         _check_complete(answer)
-        await reply.send_events(b"".join([*map(event, answer.ending()), END]))
+        await reply.send_events(answer.ending())
         await reply.end_events()
 
 

@@ -14,6 +14,7 @@ from web.openai.answers import Document
 from web.openai.refusals import RETRY_AFTER_S, Refusal
 from web.openai.targets import Target, Targets, read_all
 
+_decode = json.JSONDecoder().decode  # json.loads looks for the coding of bytes first
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
 _PATIENCE_S = 60.0  # of pauses, after targets that say that they are up have not taken it
 _MOST_TRIES = 2  # of what was sent and broke off: it may be what a server died of
@@ -133,7 +134,7 @@ class _Events:
 
 def _document(value: bytes) -> Document:
     try:
-        return json.loads(json.loads(value)["chunk"])
+        return _decode(_decode(value.decode())["chunk"])
     except ValueError:
         raise Refusal(
             500, "the model server gives texts where documents were asked for: it is of another version"

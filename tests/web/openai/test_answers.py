@@ -1,5 +1,6 @@
 """The Predictor's documents as OpenAI's answers: in pieces they say what they say whole."""
 
+import json
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ def chunks(asked: Asked) -> list[dict[str, Any]]:
     found = answer.beginning()
     for prompt, values in enumerate(asked.inputs):
         for document in documents(values):
-            found += answer.pieces_of(prompt, document)
+            found += answer.events_of(prompt, document)
     assert answer.is_complete
-    return [*found, *answer.ending()]
+    *events, end, rest = (found + answer.ending()).split(b"\n\n")
+    assert (end, rest) == (b"data: [DONE]", b"")
+    return [json.loads(event.removeprefix(b"data: ")) for event in events]
 
 
 def whole(asked: Asked) -> dict[str, Any]:
@@ -72,6 +75,21 @@ def test_a_streamed_chat_is_the_whole_one(n, fields):
             for i, c in enumerate(expected["choices"])} == joined(streamed)  # fmt: skip
     assert [chunk["choices"][0]["delta"].get("role") for chunk in streamed[: n + 1]] == ["assistant"] * n + [None]
     assert all("usage" not in chunk for chunk in streamed)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_piece_that_is_only_text_is_what_any_other_piece_is(chat):
+    """Its text is put between two parts that are made once."""
+    text = 'a "quote", \\ and \0 \u2028 \U0001f642 </s>\n'
+    asked = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    answer = Answer((read_chat if chat else read_completion)({"model": "m", "stream": True, **asked}, MODELS))
+    (first, again), last = [answer.events_of(0, {"index": 0, "text": text}) for _ in range(2)], document([], text=text)
+    assert first == again
+    plain, ended = json.loads(first[6:]), json.loads(answer.events_of(0, last).split(b"\n\n")[0][6:])
+    if not chat:  # where the end has a chunk of its own
+        ended["choices"][0]["finish_reason"] = None
+    assert plain == ended
+    assert text in (plain["choices"][0]["delta"]["content"] if chat else plain["choices"][0]["text"])
 
 
 def test_a_whole_completion():
