@@ -7,6 +7,7 @@ gradients do not fit, FSDP reduces bfloat16 shards after each micro-batch and ad
 rounding each time.
 """
 
+import contextlib
 import functools
 import math
 
@@ -31,11 +32,19 @@ def accumulate_gradients(run: Run, indices: Tensor) -> float:
     total = torch.zeros((), dtype=torch.float32, device=run.world.device)
     for number, micro_batch in enumerate(micro_batches, start=1):
         sync_gradients(run.trainee.model, last=number == len(micro_batches), whole=run.keeps_gradients)
-        losses = sum_losses(run, run.data, micro_batch, smoothing=run.settings.batch.label_smoothing)
+        with _noisy(run, micro_batch):
+            losses = sum_losses(run, run.data, micro_batch, smoothing=run.settings.batch.label_smoothing)
         loss = losses / loss_divisor(run, indices, micro_batch)
         (loss * run.world.num_processes).backward()  # FSDP takes the mean over the processes, and the sum is needed
         total += loss.detach()
     return total.item()
+
+
+def _noisy(run: Run, micro_batch: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which the embeddings of these examples get the noise that the run asks for."""
+    if run.noise is None:
+        return contextlib.nullcontext()
+    return run.noise.drawn_for(run.progress.step, micro_batch.tolist(), run.data.lengths[micro_batch].tolist())
 
 
 def _micro_batches(run: Run, indices: Tensor) -> list[Tensor]:

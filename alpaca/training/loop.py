@@ -29,7 +29,8 @@ from alpaca.training.checkpoints.output import (
     require_room,
     require_shared_folder,
 )
-from alpaca.training.checkpoints.saving import checkpoint_bytes, save_checkpoint
+from alpaca.training.checkpoints.saving import save_checkpoint
+from alpaca.training.checkpoints.state import state_bytes
 from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.configuration.resolving import resolve_settings
 from alpaca.training.configuration.settings import RunSettings
@@ -120,7 +121,7 @@ def _train_alone(
 def _prepare_output(run: Run, *, resumed: bool) -> None:
     settings, output_dir = run.settings, run.settings.checkpoints.output_dir
     dtype, saves = choose_save_dtype(settings, run.base), settings.checkpoints.saves
-    require_room(run.trainee.model, output_dir, dtype=dtype, checkpoints=saves)
+    require_room(run.trainee, output_dir, dtype=dtype, checkpoints=saves)
     clear_output(output_dir, old_checkpoints=not resumed)
     write_json(output_dir / "train_config.json", {**settings.flags, **_identify_base(run)})
 
@@ -142,7 +143,7 @@ def run_steps(
     settings, progress = run.settings, run.progress
     meter, watch = Meter(), LossWatch([entry["loss"] for entry in progress.log_history if "loss" in entry])
     best = BestModel(run.trainee, settings.best, settings.checkpoints.output_dir)
-    clock = SaveClock(limit_s=settings.checkpoints.minutes * 60, num_bytes=checkpoint_bytes(run.trainee))
+    clock = SaveClock(limit_s=settings.checkpoints.minutes * 60, num_bytes=state_bytes(run.trainee))
     with _stop_signals() as signals, open_log(run) as log, progress_bar(run) as bar:
         if progress.step == 0 and settings.report.eval_strategy != "no":
             log(evaluation_entry(evaluate(run)))

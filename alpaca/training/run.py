@@ -20,8 +20,9 @@ from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.dataset import encode_data
 from alpaca.training.distributed import World, decide_gradient_sync, is_sharded
 from alpaca.training.model.base import Base, open_base
-from alpaca.training.model.building import count_parameters, group_parameters, import_libraries, load_model
-from alpaca.training.model.optimizer import StochasticAdamW
+from alpaca.training.model.building import count_parameters, import_libraries, load_model
+from alpaca.training.model.noise import EmbeddingNoise
+from alpaca.training.model.optimizers import make_optimizer
 from alpaca.training.planning.feasibility import check_plan, find_smallest_hardware
 from alpaca.training.planning.plan import Plan
 from alpaca.training.report.summary import MemoryMeter
@@ -36,7 +37,7 @@ class Run:
 
     held_out: None where nothing is evaluated.    chosen: the layout of both.
     keeps_gradients: see `distributed.decide_gradient_sync`.
-    plan: None for a model of a kind that cannot be planned.
+    plan: None for a model of a kind that cannot be planned.    noise: None where there is none.
     """
 
     settings: RunSettings
@@ -50,6 +51,7 @@ class Run:
     keeps_gradients: bool
     plan: Plan | None = None
     memory: MemoryMeter
+    noise: EmbeddingNoise | None = None
 
     @property
     def world(self) -> World:
@@ -79,6 +81,10 @@ def prepare(settings: RunSettings, world: World) -> Run:
     trainee = _make_trainee(
         load_model(base, settings.model, world), settings, base, data, num_steps=num_steps, world=world
     )
+    noise, alpha = None, settings.batch.noise
+    if alpha:
+        noise = EmbeddingNoise(trainee.model, alpha, settings.batch.seed)
+        logger.info("noise on embeddings in training: %g over the root of an example's length times the width", alpha)
     torch.manual_seed(settings.data.seed + world.rank)  # for dropout, which each process draws by itself
     return Run(
         settings=settings,
@@ -92,6 +98,7 @@ def prepare(settings: RunSettings, world: World) -> Run:
         keeps_gradients=_keeps_gradients(trainee.model, plan, world),
         plan=plan,
         memory=memory,
+        noise=noise,
     )
 
 
@@ -148,7 +155,8 @@ def _keeps_gradients(model: nn.Module, plan: Plan | None, world: World) -> bool:
 def _make_trainee(
     model: nn.Module, settings: RunSettings, base: Base, data: EncodedDataset, *, num_steps: int, world: World
 ) -> Trainee:
-    optimizer = _make_optimizer(model, settings, world)
+    on_gpu = world.device.type == "cuda" and not settings.model.sharding.offload
+    optimizer = make_optimizer(model, settings.optimizer, by_chance=settings.model.is_fast, fused=on_gpu)
     warmup, num_parameters = count_warmup_steps(settings.optimizer, num_steps), count_parameters(model)
     factor = functools.partial(
         learning_rate_factor,
@@ -164,21 +172,11 @@ def _make_trainee(
         model=model,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        optimizer_name=settings.optimizer.name,
         progress=Progress(),
         identity=identity,
         world=world,
     )
-
-
-def _make_optimizer(model: nn.Module, settings: RunSettings, world: World) -> torch.optim.Optimizer:
-    given = settings.optimizer
-    groups = group_parameters(model, weight_decay=given.weight_decay)
-    values = {"lr": given.learning_rate, "betas": given.betas, "eps": given.epsilon}
-    if settings.model.is_fast:
-        logger.info("numerics fast: weights, gradients and moments are bfloat16, updates rounded by chance")
-        return StochasticAdamW(groups, **values, seed=given.seed)
-    on_gpu = world.device.type == "cuda" and not settings.model.sharding.offload
-    return torch.optim.AdamW(groups, **values, fused=on_gpu or None)
 
 
 _BIN_END_BYTES = 1 << 20

@@ -73,7 +73,7 @@ class AdapterFolder:
         """The change of one of `targets`."""
         name = f"{_PREFIX}{target}.lora_"
         a = self.tensors[f"{name}A.weight"]
-        matching = (alpha for key, alpha in self.alphas.items() if re.match(_ending(key), target))
+        matching = (alpha for key, alpha in self.alphas.items() if matches(key, target))
         alpha, rank = next(matching, self.alpha), a.shape[0]
         return LowRank(
             a=a,
@@ -176,6 +176,11 @@ def _is_finite(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # of a whole number beyond float's
         return False
+
+
+def matches(key: str, module: str) -> bool:
+    """Whether a pattern is a module's."""
+    return re.match(_ending(key), module) is not None
 
 
 def _ending(key: str) -> str:

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from alpaca.errors import InputError, OutputExists
 from alpaca.files.outputs import require_free_space
 from alpaca.files.reading import list_folder
 from alpaca.training.checkpoints.final import final_specs
-from alpaca.training.checkpoints.state import WHOLE, list_checkpoints, state_bytes
+from alpaca.training.checkpoints.state import WHOLE, Trainee, list_checkpoints, state_bytes
 from alpaca.training.distributed import World
 
 logger = logging.getLogger(__name__)
@@ -108,8 +107,8 @@ def clear_output(output_dir: Path, *, old_checkpoints: bool) -> None:
         shutil.rmtree(folder)
 
 
-def require_room(model: nn.Module, output_dir: Path, *, dtype: torch.dtype, checkpoints: bool) -> None:
+def require_room(trainee: Trainee, output_dir: Path, *, dtype: torch.dtype, checkpoints: bool) -> None:
     """Raise NotEnoughSpace if the disk has no room for the final weights and, if wanted, a checkpoint."""
-    specs = final_specs(model, dtype)
-    in_checkpoint = state_bytes(model) if checkpoints else 0
+    specs = final_specs(trainee.model, dtype)
+    in_checkpoint = state_bytes(trainee) if checkpoints else 0
     require_free_space(output_dir, sum(spec.num_bytes for spec in specs) + in_checkpoint)

@@ -65,13 +65,8 @@ def _folders(trainee: Trainee, output_dir: Path) -> tuple[Path, Path]:
     return folder, partial_folder(folder)
 
 
-def checkpoint_bytes(trainee: Trainee) -> int:
-    """About how many bytes a checkpoint takes on the disk: the trained weights and AdamW's two moments."""
-    return state_bytes(trainee.model)
-
-
 def _open_aside(aside: contextlib.ExitStack, trainee: Trainee, folder: Path) -> None:
-    require_free_space(folder.parent, checkpoint_bytes(trainee))
+    require_free_space(folder.parent, state_bytes(trainee))
     aside.enter_context(replaced_folder(folder, overwrite=True))
 
 

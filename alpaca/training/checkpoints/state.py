@@ -17,6 +17,8 @@ from alpaca.files.model_folders import CONFIG_NAME
 from alpaca.files.reading import read_json
 from alpaca.training.checkpoints.digests import digest_json
 from alpaca.training.distributed import World, reshard
+from alpaca.training.model.optimizers import list_trained, moment_bytes
+from alpaca.training.model.starts import list_starts
 
 STATE_NAME = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -37,6 +39,7 @@ class Trainee:
     """What a checkpoint saves and restores.
 
     identity: what must be equal for a checkpoint to belong to this run (data, seed, batch, learning rate, steps, ...).
+    optimizer_name: as OptimizerSettings has it.
     """
 
     model: nn.Module
@@ -45,20 +48,31 @@ class Trainee:
     progress: Progress
     identity: Mapping[str, object]
     world: World
+    optimizer_name: str = "adamw_torch"
 
 
-def state_bytes(model: nn.Module) -> int:
-    return sum(math.prod(p.shape) * p.itemsize * 3 for p in model.parameters() if p.requires_grad)
+def state_bytes(trainee: Trainee) -> int:
+    """About how many bytes a checkpoint takes on the disk: what `trained_state` has."""
+    total = 0
+    for trained in list_trained(trainee.model):
+        itemsize = trained.parameter.itemsize
+        moments = moment_bytes([trained], trainee.optimizer_name, itemsize=itemsize)
+        total += math.prod(trained.shape) * itemsize + moments
+    return total + sum(start.nbytes for start in list_starts(trainee.model).values())
 
 
 def trained_state(trainee: Trainee) -> dict[str, dict]:
     """The tensors that training changes: the model's own, and copies of the optimizer's; shards if it is sharded.
 
-    An adapter's frozen base is left out, and so is extra state of quantized layers, which torch cannot name.
+    An adapter's frozen base is left out, and so is extra state of quantized layers, which torch cannot name. Starts
+    that were taken from the base are there: computed again they might have other last digits.
     """
     reshard(trainee.model)
     trained = {name: p.detach() for name, p in trainee.model.named_parameters() if p.requires_grad}
-    return {"model": trained, "optimizer": get_optimizer_state_dict(trainee.model, trainee.optimizer)}
+    return {
+        "model": trained | list_starts(trainee.model),
+        "optimizer": get_optimizer_state_dict(trainee.model, trainee.optimizer),
+    }
 
 
 def step_of(folder: Path) -> int:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from alpaca.architecture.families import USUAL_TARGETS
 from alpaca.errors import InputError
 from alpaca.files.outputs import require_apart
-from alpaca.training.configuration.config import ALL_LINEAR, TrainConfig
+from alpaca.training.configuration.adapters import check_adapter
+from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.configuration.limits import check_each_value
-from alpaca.training.configuration.parsing import parse_checkpointing, parse_fsdp, target_names
+from alpaca.training.configuration.parsing import parse_checkpointing, parse_fsdp
 
 
 def check_values(config: TrainConfig) -> None:
@@ -22,7 +22,8 @@ def check_values(config: TrainConfig) -> None:
         )
     parse_fsdp(config.fsdp)
     parse_checkpointing(config.gradient_checkpointing)
-    _check_method(config)
+    check_adapter(config)
+    _check_optimizer(config)
     _check_numerics(config)
     _check_evaluation(config)
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
@@ -55,43 +56,43 @@ def _check_evaluation(config: TrainConfig) -> None:
         raise InputError(f"--{' and --'.join(given)} both say what to evaluate on; give one of them")
 
 
-_ADAPTER_FLAGS = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora", "base_quantization",
-)  # fmt: skip
-
-
-def _check_method(config: TrainConfig) -> None:
-    """Refuse flags of another method than the one asked for, and numbers that no adapter can have."""
-    for name in _ADAPTER_FLAGS if config.method == "full" else ():
-        if getattr(config, name) not in (None, False, "none"):
-            raise InputError(
-                f"--{name} {getattr(config, name)} is for adapters, and --method full trains every weight: add "
-                "--method lora or qlora, or leave it out"
-            )
-    if config.method == "qlora" and config.base_quantization == "none":
-        raise InputError("--method qlora --base_quantization none contradict each other; --method lora is that")
-    if config.compile_layers and config.base_quantization == "int8":
-        raise InputError(
-            "--compile_layers True does not go with --base_quantization int8 (bitsandbytes' 8-bit layers keep state of "
-            "their own between calls); use --base_quantization nf4 or none, or leave --compile_layers out"
-        )
-    if config.use_dora and config.base_quantization == "int8":
-        raise InputError(
-            "--use_dora True does not go with --base_quantization int8 (PEFT loses the scales of bitsandbytes' 8-bit "
-            "layers when it measures them); use --base_quantization nf4 or none"
-        )
-    if config.lora_alpha is not None and not config.lora_alpha > 0:
-        raise InputError(f"--lora_alpha: expected a number above 0, found {config.lora_alpha}")
-    if config.lora_target_modules is not None and not target_names(config.lora_target_modules):
-        raise InputError(
-            f'--lora_target_modules: expected names such as "{",".join(USUAL_TARGETS)}", or "{ALL_LINEAR}"; '
-            f"found {config.lora_target_modules!r}"
-        )
-
-
 def _check_numerics(config: TrainConfig) -> None:
     if config.numerics == "fast" and config.method != "full":
         raise InputError(
             f"--numerics fast is for --method full, found --method {config.method}: an adapter is a few float32 "
             "matrices on a base that is frozen in bfloat16 or fewer bits already, so nothing would be won; leave it out"
         )
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    if config.numerics == "fast" and not config.optim.startswith("adamw_torch"):
+        raise InputError(
+            f"--numerics fast has an AdamW of its own, which rounds by chance, and does not go with --optim "
+            f"{config.optim}: leave one of them out"
+        )
+    if parse_fsdp(config.fsdp).offload and not config.optim.startswith("adamw_torch"):
+        raise InputError(
+            f'--fsdp "{config.fsdp}" keeps AdamW\'s moments in main memory, which is not done for --optim '
+            f"{config.optim}: use --optim adamw_torch, or leave offload out"
+        )
+
+
+def check_processes(config: TrainConfig, num_processes: int) -> None:
+    """Raise InputError for what cannot be sharded, over processes or to main memory."""
+    if num_processes == 1 and not parse_fsdp(config.fsdp).offload:
+        return
+    if config.base_quantization == "int8":
+        raise InputError(
+            "--base_quantization int8 cannot be sharded over processes or offloaded (the scales of bitsandbytes' "
+            "8-bit layers do not travel); use --base_quantization nf4 or none, or one process"
+        )
+    for flag, value, why in (
+        ("optim", config.optim if not config.optim.startswith("adamw_torch") else None,
+         "it works on whole tensors, and several processes have shards of them; use --optim adamw_torch"),
+        ("lora_init", config.lora_init if config.lora_init.startswith(("pissa", "olora")) else None,
+         "it takes whole matrices apart, and several processes have shards of them"),
+        ("trainable_token_indices", config.trainable_token_indices,
+         "PEFT looks rows up in whole matrices, and several processes have shards of them"),
+    ):  # fmt: skip
+        if value:
+            raise InputError(f"--{flag} {value} cannot be sharded over processes or offloaded: {why}, or one process")

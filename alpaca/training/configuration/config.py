@@ -34,6 +34,10 @@ ADAPTER_LEARNING_RATE = 3e-4  # alpaca-lora's; a full fine-tune's hardly moves a
 ADAPTER_DEFAULTS: dict[str, object] = {"lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05}
 ALL_LINEAR = "all-linear"
 SCHEDULES = ("cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
+DEFAULT_INIT = "default"
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "muon",
+)  # fmt: skip
 METHODS = ("full", "lora", "qlora")
 NUMERICS = ("stanford", "fast")
 
@@ -100,6 +104,31 @@ class TrainConfig:
             "decoder layer"
         ),
     )
+    lora_rank_pattern: str | None = field(
+        default=None, metadata=_flag("ranks of layers by name that differ from lora_r: q_proj=16,v_proj=4")
+    )
+    lora_alpha_pattern: str | None = field(default=None, metadata=_flag("the same for lora_alpha"))
+    lora_init: str = field(
+        default=DEFAULT_INIT,
+        metadata=_flag(
+            "start of its matrices. default: it changes nothing; gaussian: the same, by another distribution; pissa, "
+            "pissa_niter_N (by N iterations) and olora: the base's largest part; the base stays and is not changed, so "
+            "what is written has twice the rank, less the start"
+        ),
+    )
+    lora_modules_to_save: str | None = field(
+        default=None, metadata=_flag("modules trained whole and saved beside it: embed_tokens,lm_head")
+    )
+    trainable_token_indices: str | None = field(
+        default=None,
+        metadata=_flag(
+            "ids of tokens whose rows of embedding and head are trained beside it: 32000,32001; or added: those that "
+            "the tokenizer has beyond its vocabulary"
+        ),
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata=_flag("learning rate of the adapter's B matrices over that of all else (LoRA+)")
+    )
     use_dora: bool = field(default=False, metadata=_flag("learn magnitudes apart from directions (DoRA)"))
     use_rslora: bool = field(default=False, metadata=_flag("rank-stabilized scale (rsLoRA)"))
     base_quantization: str | None = field(
@@ -138,6 +167,11 @@ class TrainConfig:
         metadata=_flag("share of each target's weight spread over the vocabulary, in training; not in evaluation"),
     )
 
+    neftune_noise_alpha: float = field(
+        default=0.0,
+        metadata=_flag("noise on embeddings in training (NEFTune), by each example's own length: 5 is usual; 0: none"),
+    )
+
     learning_rate: float = field(
         default=2e-5, metadata=_flag(f"highest learning rate; with lora and qlora {ADAPTER_LEARNING_RATE:g}")
     )
@@ -148,7 +182,13 @@ class TrainConfig:
     warmup_ratio: float = field(default=0.03, metadata=_flag("share of the steps with a rising learning rate"))
     warmup_steps: float = field(default=0.0, metadata=_flag("their number instead, where above 0 (below 1: a ratio)"))
     optim: str = field(
-        default="adamw_torch", metadata=_flag("optimizer (fused on a GPU)", "adamw_torch", "adamw_torch_fused")
+        default=OPTIMIZERS[0],
+        metadata=_flag(
+            "optimizer. adamw_torch: fused on a GPU; the 8-bit ones: bitsandbytes' (paged: moments move to main memory "
+            "where the GPU's is short); adafactor: transformers', by the rate that is given; muon: torch's for the "
+            "matrices inside the layers, AdamW for the rest",
+            *OPTIMIZERS,
+        ),
     )
     weight_decay: float = field(default=0.0, metadata=_flag("not applied to biases and norms"))
     adam_beta1: float = field(default=0.9, metadata=_flag("AdamW's first beta"))

@@ -61,7 +61,6 @@ REFUSED = {  # flags that would be disobeyed, and what to use
     "use_cpu": "set the environment variable CUDA_VISIBLE_DEVICES to nothing",
     "push_to_hub": "upload output_dir afterwards: hf upload NAME output_dir",
     "save_only_model": "the model alone cannot be resumed; use --save_strategy no",
-    "neftune_noise_alpha": "leave it out: the recipe has none",
     "trust_remote_code": "use a model that transformers knows",
 }
 

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alpaca.errors import InputError
-from alpaca.training.configuration.checks import check_values
+from alpaca.training.configuration.adapters import make_adapter_settings
+from alpaca.training.configuration.checks import check_processes, check_values
 from alpaca.training.configuration.config import (
     ADAPTER_DEFAULTS,
     DEFAULT_GLOBAL_BATCH_SIZE,
+    DEFAULT_INIT,
     DEFAULT_MICRO_BATCH_SIZE,
+    OPTIMIZERS,
     TrainConfig,
     config_json,
 )
-from alpaca.training.configuration.parsing import parse_checkpointing, parse_fsdp, target_names
+from alpaca.training.configuration.parsing import parse_checkpointing, parse_fsdp
 from alpaca.training.configuration.settings import (
-    AdapterSettings,
     BaseSettings,
     BatchSettings,
     BestSettings,
@@ -41,6 +43,15 @@ _IDENTITY_FLAGS = (
     "lora_dropout", "lora_r", "lora_target_modules", "loss_average", "lr_scheduler_type", "max_grad_norm", "method",
     "numerics", "seed", "use_dora", "use_rslora", "weight_decay",
 )  # fmt: skip
+_LATER_FLAGS = (
+    "min_lr_rate", "label_smoothing_factor", "neftune_noise_alpha", "lora_rank_pattern", "lora_alpha_pattern",
+    "lora_init", "lora_modules_to_save", "trainable_token_indices", "loraplus_lr_ratio",
+)  # fmt: skip
+_KINDS = {  # spellings of --optim by what they are; fused or not is the device's
+    **{name: name for name in OPTIMIZERS},
+    "adamw_torch_fused": "adamw_torch",
+    "adamw_bnb_8bit": "adamw_8bit",
+}
 
 
 def resolve_settings(config: TrainConfig, *, num_processes: int, device: "torch.device") -> RunSettings:
@@ -66,15 +77,16 @@ def make_settings(config: TrainConfig) -> RunSettings:
         report=_report_settings(config),
         memory_limit=config.memory_limit,
         tf32=config.tf32,
-        identity={name: getattr(config, name) for name in _IDENTITY_FLAGS}
-        | _given(config, "min_lr_rate", "label_smoothing_factor"),
+        identity={name: getattr(config, name) for name in _IDENTITY_FLAGS} | _later_identity(config),
         flags=config_json(config),
     )
 
 
-def _given(config: TrainConfig, *names: str) -> dict[str, object]:
+def _later_identity(config: TrainConfig) -> dict[str, object]:
     """Flags of later versions, where they are used: checkpoints of earlier ones do not know them."""
-    return {name: value for name in names if (value := getattr(config, name))}
+    values = {**{name: getattr(config, name) for name in _LATER_FLAGS}, "optim": _KINDS[config.optim]}
+    usual = {"lora_init": DEFAULT_INIT, "optim": OPTIMIZERS[0]}
+    return {name: value for name, value in values.items() if value and value != usual.get(name)}
 
 
 def _data_settings(config: TrainConfig) -> DataSettings:
@@ -103,6 +115,7 @@ def _batch_settings(config: TrainConfig) -> BatchSettings:
         max_length=config.model_max_length,
         loss_average=config.loss_average,
         label_smoothing=config.label_smoothing_factor,
+        noise=config.neftune_noise_alpha,
         num_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         seed=config.seed,
@@ -111,6 +124,8 @@ def _batch_settings(config: TrainConfig) -> BatchSettings:
 
 def _optimizer_settings(config: TrainConfig) -> OptimizerSettings:
     return OptimizerSettings(
+        name=_KINDS[config.optim],
+        b_ratio=config.loraplus_lr_ratio,
         learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
         least_rate=config.min_lr_rate,
@@ -152,21 +167,9 @@ def _report_settings(config: TrainConfig) -> ReportSettings:
 
 
 def _model_settings(config: TrainConfig) -> ModelSettings:
-    adapter = None
-    if config.method != "full":
-        adapter = AdapterSettings(
-            rank=config.lora_r,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            targets=tuple(target_names(config.lora_target_modules or "")),
-            use_dora=config.use_dora,
-            use_rslora=config.use_rslora,
-            seed=config.seed,
-            base_name=config.model_name_or_path,
-        )
     return ModelSettings(
         method=config.method,
-        adapter=adapter,
+        adapter=make_adapter_settings(config),
         base_quantization=config.base_quantization or "none",
         numerics=config.numerics,
         bf16=config.bf16,
@@ -184,7 +187,8 @@ def resolve(config: TrainConfig, *, num_processes: int, device: "torch.device") 
     Checks every value; drops bf16 and tf32 where the hardware has none. Raises InputError.
     """
     check_values(config)
-    config = _resolve_method(config, num_processes)
+    check_processes(config, num_processes)
+    config = _resolve_method(config)
     config = _resolve_batch(config, num_processes)
     config = _resolve_hardware(config, device)
     if config.loss_average == "micro_batch" and config.padding_free:
@@ -197,15 +201,10 @@ def resolve(config: TrainConfig, *, num_processes: int, device: "torch.device") 
     )
 
 
-def _resolve_method(config: TrainConfig, num_processes: int) -> TrainConfig:
-    """Fill in an adapter's numbers and its base's precision. Raises InputError for an 8-bit base that is sharded."""
+def _resolve_method(config: TrainConfig) -> TrainConfig:
+    """Fill in an adapter's numbers and its base's precision."""
     if config.method == "full":
         return dataclasses.replace(config, base_quantization="none")
-    if config.base_quantization == "int8" and (num_processes > 1 or parse_fsdp(config.fsdp).offload):
-        raise InputError(
-            "--base_quantization int8 cannot be sharded over processes or offloaded (the scales of bitsandbytes' "
-            "8-bit layers do not travel); use --base_quantization nf4 or none, or one process"
-        )
     given = {name: getattr(config, name) for name in ADAPTER_DEFAULTS if getattr(config, name) is not None}
     quantization = config.base_quantization or ("nf4" if config.method == "qlora" else "none")
     return dataclasses.replace(config, **{**ADAPTER_DEFAULTS, **given}, base_quantization=quantization)

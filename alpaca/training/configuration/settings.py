@@ -50,6 +50,8 @@ class DataSettings:
 class AdapterSettings:
     """A LoRA adapter. targets: names of linear layers, or ("all-linear",); () stands for the usual ones of the model.
 
+    ranks, alphas: of layers whose name ends so, by PEFT's patterns.    init: how its matrices start.
+    modules_to_save: trained whole beside it.    tokens: those whose rows are; "added": see `adapting.choose_tokens`.
     base_name: what adapter_config.json calls the base.
     """
 
@@ -57,6 +59,11 @@ class AdapterSettings:
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    init: str
+    modules_to_save: tuple[str, ...]
+    tokens: tuple[int, ...] | str
     use_dora: bool
     use_rslora: bool
     seed: int
@@ -108,6 +115,7 @@ class BatchSettings:
     """How many examples a step and a micro-batch have, and how many steps there are.
 
     max_steps: instead of epochs, where above 0.    max_length: tokens of an example at the most.
+    noise: NEFTune's alpha; 0 for none.
     """
 
     global_batch_size: int
@@ -117,6 +125,7 @@ class BatchSettings:
     max_length: int
     loss_average: str
     label_smoothing: float
+    noise: float
     num_epochs: float
     max_steps: int
     seed: int
@@ -124,11 +133,14 @@ class BatchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW, the learning rate's schedule, and the norm that gradients are clipped to (0: they are not).
+    """The optimizer, the learning rate's schedule, and the norm that gradients are clipped to (0: they are not).
 
+    name: of `config.OPTIMIZERS`, one for each kind.    b_ratio: LoRA+'s, None for one rate.
     least_rate: the share of the highest learning rate that the schedule ends at.
     """
 
+    name: str
+    b_ratio: float | None
     learning_rate: float
     schedule: str
     least_rate: float

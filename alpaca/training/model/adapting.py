@@ -1,6 +1,9 @@
 """Puts an adapter on a frozen base: which layers it changes, and its matrices."""
 
-from collections.abc import Sequence
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,19 +11,26 @@ from torch import nn
 
 from alpaca.architecture.families import FAMILIES, USUAL_TARGETS
 from alpaca.errors import InputError
+from alpaca.formats.hf.adapters import matches
 from alpaca.formats.hf.quantization import keep_trainable_on_cpu
-from alpaca.training.configuration.config import ALL_LINEAR
-from alpaca.training.configuration.settings import ModelSettings
+from alpaca.text.tokenizer import Tokenizer
+from alpaca.training.configuration.config import ALL_LINEAR, DEFAULT_INIT
+from alpaca.training.configuration.settings import AdapterSettings, ModelSettings
+from alpaca.training.model.beside import check_modules_to_save, choose_tokens, give_losses, train_in_float32
 from alpaca.training.model.layers import find_layer_class
+from alpaca.training.model.starts import add_starts, list_starts, takes_from_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def add_adapter(model: "PreTrainedModel", settings: ModelSettings) -> nn.Module:
+def add_adapter(
+    model: "PreTrainedModel", settings: ModelSettings, tokenizer: Tokenizer, device: torch.device
+) -> nn.Module:
     """Wrap the model in PEFT's LoRA and freeze all else. Full fine-tuning gets the model itself back.
 
-    The adapter's first values depend on the seed alone. Raises InputError for target layers that are not there.
+    The adapter's first values depend on the seed alone, or on the base where its start is taken from there (computed on
+    `device`). Raises InputError for layers, modules and tokens that are not there.
     """
     adapter = settings.adapter
     if adapter is None:
@@ -29,20 +39,55 @@ def add_adapter(model: "PreTrainedModel", settings: ModelSettings) -> nn.Module:
 
     if settings.base_quantization == "nf4":
         keep_trainable_on_cpu(model)
+    targets, from_base = choose_targets(model, adapter.targets), takes_from_base(adapter.init)
+    _check_patterns(model, adapter, targets)
+    check_modules_to_save(model, adapter.modules_to_save, targets)
+    plain = True if from_base or adapter.init == DEFAULT_INIT else adapter.init
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=choose_targets(model, adapter.targets),
+        target_modules=targets,
+        rank_pattern=dict(adapter.ranks),
+        alpha_pattern=dict(adapter.alphas),
+        init_lora_weights=plain,
+        modules_to_save=list(adapter.modules_to_save) or None,
+        trainable_token_indices=choose_tokens(model, adapter.tokens, tokenizer, adapter.modules_to_save),
         bias="none",
         use_dora=adapter.use_dora,
         use_rslora=adapter.use_rslora,
     )
     torch.manual_seed(adapter.seed)
-    adapted = get_peft_model(model, config)
+    with _quiet_about_tying():
+        adapted = get_peft_model(model, config)
+    give_losses(adapted)
+    train_in_float32(adapted)
+    if from_base:
+        add_starts(adapted, adapter.init, device)
     config.base_model_name_or_path = adapter.base_name
     return adapted
+
+
+@contextlib.contextmanager
+def _quiet_about_tying() -> Iterator[None]:
+    """Suppress PEFT's warnings of tied modules: what they say was said before, in terms of the flags."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(ensure_weight_tying|tie_word_embeddings).*")
+        yield
+
+
+def _check_patterns(model: "PreTrainedModel", adapter: AdapterSettings, targets: Sequence[str]) -> None:
+    """Raise InputError for a pattern that is no layer's which gets an adapter: PEFT would pass over it."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adapted = [name for name in layers if name.rpartition(".")[2] in targets]
+    for flag, patterns in (("lora_rank_pattern", adapter.ranks), ("lora_alpha_pattern", adapter.alphas)):
+        for key in patterns:
+            if not any(matches(key, name) for name in adapted):
+                raise InputError(
+                    f"--{flag} {key}: no layer that gets an adapter has a name that ends so; they are "
+                    f"{', '.join(targets)}, as in {adapted[0]}"
+                )
 
 
 def choose_targets(model: "PreTrainedModel", asked: Sequence[str]) -> list[str]:
@@ -74,5 +119,14 @@ def is_adapted(model: nn.Module) -> bool:
 
 def adapter_config(model: nn.Module) -> dict[str, object]:
     """adapter_config.json, as PEFT writes it."""
-    config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
+    own = model.peft_config["default"]
+    config = {**own.to_dict(), "inference_mode": True}
+    if list_starts(model):  # the scale, alpha over the rank or over its root, stays what it is
+        factor = math.sqrt(2) if own.use_rslora else 2
+        config |= {
+            "r": 2 * own.r,
+            "lora_alpha": factor * own.lora_alpha,
+            "rank_pattern": {key: 2 * rank for key, rank in own.rank_pattern.items()},
+            "alpha_pattern": {key: factor * alpha for key, alpha in own.alpha_pattern.items()},
+        }
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -59,14 +59,16 @@ def load_model(base: Base, settings: ModelSettings, world: World) -> nn.Module:
         logger.info("micro-batches are padded: %s has attention or logits of its own", type(model).__name__)
     layers = [module for module in model.modules() if type(module).__name__ == layer_class]
     checkpoint_layers(layers, count_checkpointed(settings.checkpointing, len(layers)) or 0)
-    model = add_adapter(model, settings)
+    model = add_adapter(model, settings, base.tokenizer, world.device)
     if settings.compile_layers:
         padding_free.keep_out_of_graphs()
         compile_layers(layers)
     if sharded:
         weights = None if quantized else {}
         if world.is_main and not quantized:
-            weights = add_adapter(_load_whole(base, settings, world), settings).state_dict()
+            weights = add_adapter(
+                _load_whole(base, settings, world), settings, base.tokenizer, world.device
+            ).state_dict()
         shard_model(model, layer_class, weights, world=world, sharding=sharding, bf16=settings.computes_low)
     elif not quantized:
         model.to(world.device)
@@ -177,15 +179,6 @@ def grow_embeddings(model: "PreTrainedModel", num_tokens: int) -> None:
         for table in tables.values():  # a single table where input and output are tied
             table[old:] = table[:old].mean(dim=0, keepdim=True)
     logger.info("embeddings grown from %d to %d rows; each new row is the mean of the others", old, num_tokens)
-
-
-def group_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
-    """The optimizer's parameter groups: weight decay holds for matrices, not for biases and norms."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def count_parameters(model: nn.Module, *, trained_only: bool = False) -> int:

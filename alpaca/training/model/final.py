@@ -19,6 +19,7 @@ from alpaca.training.model import padding_free
 from alpaca.training.model.adapting import adapter_config, is_adapted
 from alpaca.training.model.base import Base
 from alpaca.training.model.layers import uncompiled
+from alpaca.training.model.starts import join_starts
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def final_tensors(model: nn.Module) -> dict[str, Tensor]:
     if is_adapted(model):
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(model, save_embedding_layers=False)
+        return join_starts(get_peft_model_state_dict(model, save_embedding_layers=False), model)
     persistent = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return {**dict(model.named_parameters()), **buffers}

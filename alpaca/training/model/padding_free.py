@@ -84,7 +84,15 @@ def chunk_rows(vocab_size: int, *, trained: bool) -> int:
 
 
 def is_enabled(model: "PreTrainedModel") -> bool:
-    return isinstance(model.get_output_embeddings(), TargetHead)
+    return bool(_target_heads(model))
+
+
+def _target_heads(model: "PreTrainedModel") -> "list[TargetHead]":
+    """The head; both of them, where an adapter trains a copy of it."""
+    head = model.get_output_embeddings()
+    if isinstance(head, TargetHead):
+        return [head]
+    return [module for module in head.modules() if isinstance(module, TargetHead)] if head is not None else []
 
 
 def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoothing: float = 0.0) -> Tensor:
@@ -92,8 +100,9 @@ def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoot
 
     smoothing: the share of each target's weight that is spread over the whole vocabulary.
     """
-    head = model.get_output_embeddings()
-    head.target_ids, head.smoothing = batch.target_ids, smoothing
+    heads = _target_heads(model)
+    for head in heads:
+        head.target_ids, head.smoothing = batch.target_ids, smoothing
     try:
         with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bf16):
             outputs = model(
@@ -104,7 +113,8 @@ def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoot
                 packing=Packing(batch.lengths),
             )
     finally:
-        head.target_ids = None
+        for head in heads:
+            head.target_ids = None
     return outputs.logits.sum()  # TargetHead gives losses in place of logits
 
 
@@ -120,18 +130,32 @@ class TargetHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, R, D] -> [1, R, 1] losses in float32, or [..., V] logits."""
-        if self.target_ids is None:
-            return super().forward(hidden)
+        return super().forward(hidden) if self.target_ids is None else self.find_losses(hidden)
+
+    def find_losses(self, hidden: Tensor, trained: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """The losses [1, R, 1]. trained: rows [K, D] that stand in for those at `places` [K] of the weight."""
         num_rows = chunk_rows(self.out_features, trained=self.weight.requires_grad)
+        own = (self.weight, self.bias, trained, places)
         losses = [
-            checkpoint(_losses, rows, self.weight, self.bias, ids, self.smoothing, use_reentrant=False)
+            checkpoint(_losses, rows, *own, ids, self.smoothing, use_reentrant=False)
             for rows, ids in zip(hidden[0].split(num_rows), self.target_ids.split(num_rows), strict=True)
         ]
         return torch.cat(losses)[None, :, None] if losses else hidden.new_zeros(1, 0, 1)
 
 
-def _losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, smoothing: float) -> Tensor:
-    return cross_entropy(linear(hidden, weight, bias).float(), ids, reduction="none", label_smoothing=smoothing)
+def _losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    trained: Tensor | None,
+    places: Tensor | None,
+    ids: Tensor,
+    smoothing: float,
+) -> Tensor:
+    logits = linear(hidden, weight, bias).float()
+    if trained is not None:
+        logits = logits.index_copy(-1, places, linear(hidden, trained).float())
+    return cross_entropy(logits, ids, reduction="none", label_smoothing=smoothing)
 
 
 def attend_within_examples(
