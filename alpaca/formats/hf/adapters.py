@@ -23,11 +23,12 @@ from alpaca.files.reading import list_folder, read_json
 WEIGHTS_STEM = "adapter_model"
 _WEIGHTS_NAMES = (f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.bin")  # the second: PEFT's until 2023
 _PREFIX = "base_model.model."
+_ROWS_END = ".token_adapter.trainable_tokens_delta"
 _LOW_RANK_ENDS = ("A.weight", "B.weight", "magnitude_vector")
 # Settings of PEFT's LoRA under which the layers compute something else than W + s B A.
 _OTHER_KINDS = (
     "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 # Values of init_lora_weights: ways to start a training that take from the base what the adapter then holds.
 _BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
@@ -44,6 +45,14 @@ class LowRank:
     b: torch.Tensor
     scale: float
     magnitude: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenRows:
+    """Rows [K, D] that stand in for those of K tokens in an embedding or a head."""
+
+    ids: tuple[int, ...]
+    rows: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,8 +96,29 @@ class AdapterFolder:
         return {
             name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor
             for name, tensor in self.tensors.items()
-            if ".lora_" not in name
+            if ".lora_" not in name and not name.endswith(_ROWS_END)
         }
+
+    def token_rows(self) -> dict[str, TokenRows]:
+        """Rows of the base's tables that the adapter has instead, by the tables' names. Raises InputError."""
+        rows = {}
+        for name, tensor in self.tensors.items():
+            if name.endswith(_ROWS_END):
+                module = name.removeprefix(_PREFIX).removesuffix(_ROWS_END)
+                rows[f"{module}.weight"] = TokenRows(ids=self._token_ids(module, len(tensor)), rows=tensor)
+        return rows
+
+    def _token_ids(self, module: str, number: int) -> tuple[int, ...]:
+        given = self.config.get("trainable_token_indices")
+        if isinstance(given, dict):  # by modules' names, or their ends
+            given = next((ids for end, ids in given.items() if module == end or module.endswith(f".{end}")), None)
+        is_right = isinstance(given, list) and all(isinstance(one, int) and one >= 0 for one in given)
+        if not is_right or len(given) != number:
+            raise InputError(
+                f"{self.path / CONFIG_NAME}: expected {number} ids of tokens for {module} in 'trainable_token_indices', "
+                f"found {given!r}"
+            )
+        return tuple(given)
 
     def unknown_tensors(self) -> list[str]:
         """Names of low-rank tensors that `low_rank` does not read: of adapted embeddings or convolutions, say."""

@@ -15,7 +15,7 @@ import torch
 from alpaca.architecture.tensors import hf_name
 from alpaca.errors import InputError
 from alpaca.files.reading import read_json
-from alpaca.formats.hf.adapters import AdapterFolder, LowRank, open_adapter, unsupported_kind
+from alpaca.formats.hf.adapters import AdapterFolder, LowRank, TokenRows, open_adapter, unsupported_kind
 from alpaca.formats.hf.folder import FLOAT_DTYPES, TensorSpec, find_fingerprint
 from alpaca.formats.hf.pickled import Weights, find_tied, is_table, open_model_weights
 from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight, quantize_int8, quantize_nf4
@@ -67,6 +67,7 @@ class MergedWeights:
         _check_kind(adapter)
         self._target_of = _find_targets(adapter, specs, base.path)
         self._trained = _find_trained(adapter, specs, base.path)
+        self._rows = _find_rows(adapter, specs, base.path)
         _check_grown(adapter, self._trained, specs)
         for name in self._target_of:
             _check_shapes(name, adapter.low_rank(self._target_of[name]), specs[name], adapter)
@@ -156,7 +157,7 @@ class MergedWeights:
 
     def _ends_differ(self, embedding: str) -> bool:
         """Whether the adapter leaves the head and the embedding of a tied base with other values than each other."""
-        if {embedding, _HEAD} & self._target_of.keys():
+        if {embedding, _HEAD} & self._target_of.keys() or _HEAD in self._rows:
             return True
         ends = [self._trained.get(name) for name in (embedding, _HEAD)]
         if ends[0] is not None and ends[1] is not None:
@@ -171,11 +172,21 @@ class MergedWeights:
     def _start(self, name: str) -> torch.Tensor:
         """The base's tensor, or the whole one that the adapter has instead, in the base's dtype."""
         weight = self.base.tensor(self._base_name(name))
+        if name in self._rows:
+            return self._with_rows(name, weight)
         if name not in self._trained:
             return weight
         trained = self._trained[name]
         self._note(name, _length_ratio(trained.to(weight.dtype), weight))
         return trained if self._dtype else trained.to(weight.dtype)
+
+    def _with_rows(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A table with the adapter's own rows for some tokens."""
+        own = self._rows[name]
+        table = weight.to(self._written_dtype(weight.dtype)).clone()
+        table[list(own.ids)] = own.rows.to(table.dtype)
+        self._note(name, _length_ratio(table, weight))
+        return table
 
     def _written_dtype(self, own: torch.dtype) -> torch.dtype:
         return self._dtype if self._dtype and own.is_floating_point else own
@@ -309,7 +320,7 @@ def _check_kind(adapter: AdapterFolder) -> None:
             f"{adapter.path} cannot be merged: it holds {unknown[0]!r} ({len(unknown)} such); expected lora_A.weight, "
             "lora_B.weight and lora_magnitude_vector of linear layers"
         )
-    if adapter.is_base and not adapter.uses_dora and not adapter.trained_tensors():
+    if adapter.is_base and not (adapter.uses_dora or adapter.trained_tensors() or adapter.token_rows()):
         raise InputError(
             f"{adapter.path} changes nothing: every lora_B is zero, so the merged model would be its base again. "
             "Was it saved before it was trained?"
@@ -344,6 +355,21 @@ def _find_trained(adapter: AdapterFolder, specs: Mapping[str, TensorSpec], base:
                 "they are not of one model"
             )
         found[name] = tensor
+    return found
+
+
+def _find_rows(adapter: AdapterFolder, specs: Mapping[str, TensorSpec], base: Path) -> dict[str, TokenRows]:
+    """The adapter's rows for some tokens, by the base's names of the tables."""
+    found: dict[str, TokenRows] = {}
+    for trained, own in adapter.token_rows().items():
+        name = _name_in_base(trained, specs)
+        shape = specs[name].shape if name else None
+        if shape is None or own.rows.shape[1:] != shape[1:] or max(own.ids) >= shape[0]:
+            raise InputError(
+                f"{adapter.path} holds rows {list(own.rows.shape)} of {trained!r} up to number {max(own.ids)}, {base} "
+                f"has {list(shape) if shape else 'no such table'}: they are not of one model"
+            )
+        found[name] = own
     return found
 
 

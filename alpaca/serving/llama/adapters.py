@@ -49,6 +49,8 @@ def _why_not(adapter: AdapterFolder, config: ModelDescription) -> str | None:
         return f"it changes {others[0]}"
     if others := [*adapter.trained_tensors(), *adapter.unknown_tensors()]:
         return f"beside low-rank matrices it holds {min(others)} (modules_to_save, or a bias)"
+    if rows := adapter.token_rows():
+        return f"it has rows of its own for some tokens of {min(rows)} (trainable_token_indices)"
     if used := unsupported_kind(adapter.config):
         return f"its adapter_config.json asks for {used}, which is more than LoRA on the base"
     return None

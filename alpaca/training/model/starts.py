@@ -72,7 +72,7 @@ def list_starts(model: nn.Module) -> dict[str, Tensor]:
 def join_starts(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """An adapter's tensors, by PEFT's names in files, with [A; A0] for A and [B, -B0] for B."""
     starts = list_starts(model)
-    joined = dict(tensors)
+    joined = {name: tensor for name, tensor in tensors.items() if name not in starts}  # PEFT lists all of its layers
     for name, start in starts.items():
         module, _, which = name.rpartition(".start_")
         key = f"{module}.lora_{which.upper()}.weight"
