@@ -522,7 +522,7 @@ MUTATIONS = [
         why="a damaged checkpoint is trained on",
     ),
     Mutation(
-        path="alpaca/training/planning/footprint.py",
+        path="alpaca/training/planning/trained.py",
         old="return 2 * setup.state_bytes * count_trained(shape, setup)",
         new="return setup.state_bytes * count_trained(shape, setup)",
         killed_by="tests/training/planning/test_training_plan.py::test_parts_of_a_known_model",

@@ -189,7 +189,7 @@ def _estimate_archive(config: "TrainConfig") -> int:
     from alpaca.training.configuration.resolving import resolve_settings
     from alpaca.training.model.base import open_base
     from alpaca.training.model.final import choose_save_dtype
-    from alpaca.training.planning.footprint import count_trained
+    from alpaca.training.planning.trained import count_trained
     from alpaca.training.planning.workload import make_setup, read_model
 
     with _quiet():  # the run itself logs the same again

@@ -115,8 +115,8 @@ class AdapterFolder:
         is_right = isinstance(given, list) and all(isinstance(one, int) and one >= 0 for one in given)
         if not is_right or len(given) != number:
             raise InputError(
-                f"{self.path / CONFIG_NAME}: expected {number} ids of tokens for {module} in 'trainable_token_indices', "
-                f"found {given!r}"
+                f"{self.path / CONFIG_NAME}: expected {number} ids of tokens for {module} in "
+                f"'trainable_token_indices', found {given!r}"
             )
         return tuple(given)
 

@@ -16,7 +16,7 @@ from alpaca.formats.hf.quantization import keep_trainable_on_cpu
 from alpaca.text.tokenizer import Tokenizer
 from alpaca.training.configuration.config import ALL_LINEAR, DEFAULT_INIT
 from alpaca.training.configuration.settings import AdapterSettings, ModelSettings
-from alpaca.training.model.beside import check_modules_to_save, choose_tokens, give_losses, train_in_float32
+from alpaca.training.model.beside import check_modules_to_save, choose_tokens, set_up_rows, train_in_float32
 from alpaca.training.model.layers import find_layer_class
 from alpaca.training.model.starts import add_starts, list_starts, takes_from_base
 
@@ -61,7 +61,7 @@ def add_adapter(
     torch.manual_seed(adapter.seed)
     with _quiet_about_tying():
         adapted = get_peft_model(model, config)
-    give_losses(adapted)
+    set_up_rows(adapted)
     train_in_float32(adapted)
     if from_base:
         add_starts(adapted, adapter.init, device)

@@ -129,17 +129,23 @@ def _say_tokens(ids: Sequence[int], *, tied: bool, tokenizer: Tokenizer) -> None
     logger.info("beside the adapter %d tokens are trained (%s): %s", len(ids), shown, where)
 
 
-def give_losses(model: nn.Module) -> None:
-    """Have a head whose rows are trained for some tokens give losses like a TargetHead.
+def set_up_rows(model: nn.Module) -> None:
+    """Where rows of embedding and head are trained: have them looked up apart, and the head give losses.
 
-    PEFT's own layer computes logits from a copy of the whole matrix, past the module that holds it.
+    PEFT's own layer computes logits from a copy of the whole matrix, past the TargetHead that holds it.
     """
-    from alpaca.training.model.token_head import TokenHead
+    adapters = [
+        getattr(end, "token_adapter", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    if adapters == [None, None]:
+        return
+    from alpaca.training.model.token_rows import TokenHead, TokenTable
 
-    head = model.get_output_embeddings()
-    adapter = getattr(head, "token_adapter", None)
-    if adapter is not None and isinstance(adapter.base_layer, TargetHead):
-        adapter.__class__ = TokenHead
+    for adapter in filter(None, adapters):
+        if isinstance(adapter.base_layer, TargetHead):
+            adapter.__class__ = TokenHead
+        elif isinstance(adapter.base_layer, nn.Embedding):
+            adapter.__class__ = TokenTable
 
 
 def train_in_float32(model: nn.Module) -> None:

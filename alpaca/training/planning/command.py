@@ -44,7 +44,8 @@ def print_plan(config: TrainConfig, *, show: Callable[[str], object] = print) ->
     on_machine = config.plan_gpus_per_machine or _own_machine(named=bool(config.plan_gpus))
     settings = _resolve_for(config, num_processes=num_processes, on_gpu=on_gpu)
     planner = open_planner(settings)
-    setup = make_setup(settings, planner.shape, num_processes=num_processes, on_gpu=on_gpu, on_machine=on_machine)
+    layout = {"num_processes": num_processes, "on_gpu": on_gpu, "on_machine": on_machine}
+    setup = make_setup(settings, planner.shape, **layout, num_added=planner.num_added)
     _require_whole_machines(setup)
     hardware = _named_hardware(config) if config.plan_memory else find_hardware(_device(on_gpu))
     plan = planner.plan(setup, limit_hardware(hardware, config.memory_limit))

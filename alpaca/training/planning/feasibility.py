@@ -48,7 +48,9 @@ def check_plan(
     except InputError as error:
         logger.warning("%s; training goes on without one", error)
         return None
-    setup = make_setup(settings, planner.shape, num_processes=num_processes, on_gpu=hardware.on_gpu)
+    setup = make_setup(
+        settings, planner.shape, num_processes=num_processes, on_gpu=hardware.on_gpu, num_added=planner.num_added
+    )
     plan = planner.plan(setup, hardware)
     for line in describe(plan):
         logger.info("%s", line)

@@ -8,6 +8,7 @@ Legend: N packed tokens of a micro-batch, R target positions, D width, F width o
 Q = heads * head width, K = key/value heads * head width, L layers; all bytes are of one process.
 """
 
+import dataclasses
 import os
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from alpaca.architecture.description import ModelDescription
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.training.model.padding_free import chunk_rows
 from alpaca.training.model.rounding import CHUNK_ELEMENTS
+from alpaca.training.planning.trained import count_adapter, count_trained, largest_trained, moments_bytes
 from alpaca.training.planning.workload import Setup, Workload
 
 # On a CPU glibc gives freed blocks back to the system only from 32 MiB on; smaller ones stay in a heap with holes. So
@@ -66,6 +68,8 @@ def count_memory(shape: ModelDescription, setup: Setup, work: Workload) -> Memor
     host = 0
     if setup.offload and setup.on_gpu:
         host, weights, optimizer, gradients = weights + optimizer + gradients, 0, 0, 0
+    if setup.optimizer.startswith("paged") and setup.on_gpu:
+        host, optimizer = host + optimizer, 0
     kept, above = weights + optimizer + overhead, 1 - setup.num_checkpointed / shape.num_layers
     passes = (
         accumulated + copies + saved,  # before the last layer's backward pass
@@ -87,24 +91,14 @@ def count_memory(shape: ModelDescription, setup: Setup, work: Workload) -> Memor
     )  # fmt: skip
 
 
-def count_trained(shape: ModelDescription, setup: Setup) -> int:
-    if setup.method == "full":
-        return shape.num_parameters
-    return shape.num_adapter(rank=setup.lora_rank, targets=setup.lora_targets, dora=setup.dora)
-
-
 def weights_bytes(shape: ModelDescription, setup: Setup) -> int:
     """One process's share of the weights: float32 if trained (fast: bfloat16), else in the dtype of products."""
     if setup.method == "full":
         return setup.state_bytes * shape.num_parameters // setup.num_shards
     per_linear = {"none": setup.compute_bytes, "nf4": _NF4_BYTES, "int8": 1 + 4 / shape.width}[setup.base_quantization]
     frozen = shape.num_linear * per_linear + (shape.num_parameters - shape.num_linear) * setup.compute_bytes
-    return int(frozen + 4 * count_trained(shape, setup)) // setup.num_shards
-
-
-def moments_bytes(shape: ModelDescription, setup: Setup) -> int:
-    """A process's share of AdamW's two moments."""
-    return 2 * setup.state_bytes * count_trained(shape, setup) // setup.num_shards
+    starts = count_adapter(shape, setup) if setup.starts_from_base else 0
+    return int(frozen + 4 * (count_trained(shape, setup) + starts)) // setup.num_shards
 
 
 def gradient_bytes(shape: ModelDescription, setup: Setup) -> int:
@@ -146,7 +140,7 @@ def _logits_rows(shape: ModelDescription, setup: Setup, work: Workload) -> int:
     """The number of positions whose logits exist at the same time."""
     if not setup.padding_free:
         return work.max_targets
-    return min(work.max_targets, chunk_rows(shape.vocab_size, trained=setup.method == "full"))
+    return min(work.max_targets, chunk_rows(shape.vocab_size, trained=setup.has_trained_head))
 
 
 def copies_bytes(shape: ModelDescription, setup: Setup) -> int:
@@ -244,7 +238,7 @@ def logits_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
     """
     rows = _logits_rows(shape, setup, work)
     scores = 3 * 4 * rows * shape.vocab_size + (2 * rows * shape.vocab_size if setup.compute_bytes == 2 else 0)
-    if setup.method != "full":
+    if not setup.has_trained_head:
         return scores
     converted = (setup.bf16 and not setup.fast) or setup.adds_up_in_float32
     weight_gradient = shape.num_head * (setup.gradient_bytes + (2 if converted else 0))
@@ -260,6 +254,8 @@ def backward_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int
     whole = 0
     if setup.method == "full" and setup.sharded:
         whole = 4 * (shape.num_linear // shape.num_layers + shape.num_outside)
+    elif setup.trains_embedding or setup.trains_head:
+        whole = 4 * shape.num_head
     elif setup.method == "full":
         each = setup.gradient_bytes + (2 if setup.adds_up_in_float32 else 0)  # as it comes, and converted
         whole = each * max(rows * columns for rows, columns in shape.linears.values())
@@ -269,11 +265,17 @@ def backward_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int
 def step_bytes(shape: ModelDescription, setup: Setup) -> int:
     """AdamW's temporaries: none when it is fused, else two of the size of the largest parameter.
 
-    With fast numerics AdamW works through chunks, and the largest temporary is the float32 copy of a gradient that a
-    CPU makes to take its norm.
+    Adafactor has three in float32; Muon the momentum's in float32 and four in bfloat16; 8-bit AdamW on a CPU the two
+    moments in float32 with two more. With fast numerics AdamW works through chunks, and the largest temporary is the
+    float32 copy of a gradient that a CPU makes to take its norm.
     """
-    if (setup.on_gpu and not setup.offload) or setup.method != "full":
+    if setup.optimizer != "adamw_torch":
+        each = {"adafactor": 12, "muon": 12}.get(setup.optimizer, 0 if setup.on_gpu else 16)
+        return each * largest_trained(shape, setup)
+    if setup.on_gpu and not setup.offload:
         return 0
+    if setup.method != "full":
+        return 8 * shape.num_head if setup.trains_embedding or setup.trains_head else 0
     if setup.fast:
         norm = 0 if setup.adds_up_in_float32 else 4 * shape.num_head // setup.num_shards
         return norm + _CHUNKS * 4 * CHUNK_ELEMENTS
@@ -281,5 +283,7 @@ def step_bytes(shape: ModelDescription, setup: Setup) -> int:
 
 
 def checkpoint_bytes(shape: ModelDescription, setup: Setup) -> int:
-    """Bytes of a checkpoint: the trained weights and AdamW's two moments."""
-    return 3 * setup.state_bytes * count_trained(shape, setup)
+    """Bytes of a checkpoint: the trained weights and the optimizer's moments."""
+    alone = dataclasses.replace(setup, num_processes=1)
+    starts = 4 * count_adapter(shape, setup) if setup.starts_from_base else 0
+    return setup.state_bytes * count_trained(shape, setup) + moments_bytes(shape, alone) + starts

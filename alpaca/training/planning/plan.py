@@ -26,9 +26,9 @@ from alpaca.training.planning.footprint import (
     bytes_for_gradients,
     checkpoint_bytes,
     count_memory,
-    count_trained,
 )
 from alpaca.training.planning.hardware import GPU_COUNTS, Hardware
+from alpaca.training.planning.trained import count_adapter, count_trained
 from alpaca.training.planning.workload import Setup, Workload, measure_workload, read_model
 from alpaca.training.schedule import count_steps
 
@@ -41,7 +41,7 @@ def count_flops(shape: ModelDescription, setup: Setup, work: Workload) -> float:
     The head works on targets alone; embeddings are looked up; attention's own products are left out (under 3 % at
     512 tokens of a 7B model). Checkpointing repeats its layers' forward pass.
     """
-    adapter = count_trained(shape, setup) if setup.method != "full" else 0
+    adapter = count_adapter(shape, setup) if setup.method != "full" else 0
     per_weight = (6 if setup.method == "full" else 4) + 2 * setup.num_checkpointed / shape.num_layers
     head_rows = work.num_targets if setup.padding_free else work.num_tokens
     return work.num_tokens * (per_weight * shape.num_linear + 6 * adapter) + 6 * head_rows * shape.num_head
@@ -87,6 +87,7 @@ class Planner:
     data: EncodedDataset
     dtype: torch.dtype  # of the final weights
     num_steps: int
+    num_added: int = 0  # tokens that the tokenizer has beyond its vocabulary
 
     def plan(self, setup: Setup, hardware: Hardware) -> Plan:
         """The plan for a setup; an open number of recomputed layers becomes the fewest that fit, else least memory."""
@@ -123,9 +124,13 @@ class Planner:
             num_trained=trained,
             checkpoint_bytes=checkpoint_bytes(self.shape, setup),
             num_checkpoints=self.settings.checkpoints.keep + 1 if saves else 0,
-            final_bytes=trained * self.dtype.itemsize,
+            final_bytes=self._final_bytes(setup, trained),
             seconds=count_flops(self.shape, setup, work) / (hardware.flops * setup.num_processes),
         )
+
+    def _final_bytes(self, setup: Setup, trained: int) -> int:
+        starts = count_adapter(self.shape, setup) if setup.starts_from_base else 0  # it has twice the rank
+        return (trained + starts) * self.dtype.itemsize
 
     def memory(self, setup: Setup) -> Memory:
         """The memory of a setup in which no number is open. It does not depend on the hardware."""
@@ -161,16 +166,17 @@ def _changes(setup: Setup, targets: tuple[str, ...]) -> Iterator[list[tuple[str,
     small, both = {"num_checkpointed": None, "micro_batch_size": 1}, f"{recompute} {micro}"
     if setup.num_checkpointed is None:  # it stays open in all changed setups
         single, both = single[1:], micro
+    shards = setup.optimizer == "adamw_torch" and not (setup.starts_from_base or setup.num_token_rows)
     back = " --numerics stanford" if setup.fast else ""
     methods = [
         (f"--method lora{back}", _adapted(setup, targets, method="lora", quantization="none")),
         (f"--method qlora{back}", _adapted(setup, targets, method="qlora", quantization="nf4")),
     ]
-    fast = [("--numerics fast", {"numerics": "fast"})] if setup.method == "full" and not setup.fast else []
+    fast = [("--numerics fast", {"numerics": "fast"})] if setup.method == "full" and not setup.fast and shards else []
     if setup.method != "full":
         methods = methods[1:] if setup.base_quantization == "none" else []
-    offload = [('--fsdp "full_shard auto_wrap offload"', {"offload": True})] if setup.on_gpu else []
-    counts = [number for number in GPU_COUNTS if number > setup.num_processes] if setup.on_gpu else []
+    offload = [('--fsdp "full_shard auto_wrap offload"', {"offload": True})] if setup.on_gpu and shards else []
+    counts = [number for number in GPU_COUNTS if number > setup.num_processes] if setup.on_gpu and shards else []
     more = [(f"{number} GPUs (torchrun --nproc_per_node={number})", {"num_processes": number}) for number in counts]
     yield [(text, change(**values)) for text, values in [*single, *offload, *more[:1], *fast, *methods]]
     yield [(both, change(**small))]
@@ -224,4 +230,5 @@ def make_planner(settings: RunSettings, base: Base, data: EncodedDataset) -> Pla
         data=data,
         dtype=choose_save_dtype(settings, base),
         num_steps=steps,
+        num_added=base.tokenizer.size - base.tokenizer.base_size,
     )

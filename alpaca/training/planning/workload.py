@@ -1,5 +1,6 @@
 """What of a run decides its memory and time: its setup, and the largest micro-batch of its data."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +9,17 @@ from pathlib import Path
 import torch
 
 from alpaca.architecture.description import ModelDescription
+from alpaca.architecture.tensors import hf_name
 from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_by_tokens, step_examples
 from alpaca.data.examples import EncodedDataset
 from alpaca.errors import InputError
+from alpaca.formats.hf.adapters import matches
 from alpaca.formats.hf.folder import read_description
 from alpaca.formats.hf.pickled import read_as_stored
+from alpaca.training.configuration.adapters import ADDED
 from alpaca.training.configuration.config import ALL_LINEAR
 from alpaca.training.configuration.parsing import count_checkpointed
-from alpaca.training.configuration.settings import RunSettings
+from alpaca.training.configuration.settings import AdapterSettings, RunSettings
 
 _MOST_SIMULATED = 500  # the largest micro-batch is looked for in that many steps
 GPUS_PER_MACHINE = 8  # assumed where nothing says their number
@@ -30,6 +34,13 @@ class Setup:
     lora_targets: tuple[str, ...] = ()
     lora_dropout: float = 0.0
     dora: bool = False
+    lora_ranks: tuple[tuple[str, int], ...] = ()  # where they differ: the sum over all layers, by targets
+    starts_from_base: bool = False  # frozen matrices of the same size are there, too
+    trains_embedding: bool = False  # beside an adapter
+    trains_head: bool = False
+    num_token_rows: int = 0
+    num_others: int = 0  # parameters of other modules that are trained whole
+    optimizer: str = "adamw_torch"
     base_quantization: str = "none"
     micro_batch_size: int = 4
     global_batch_size: int = 128
@@ -83,7 +94,12 @@ class Setup:
     @property
     def stream_bytes(self) -> int:
         """Bytes of one element of the residual stream, which has the embeddings' dtype: float32 under autocast."""
-        return 2 if self.fast or (self.bf16 and (self.sharded or self.method != "full")) else 4
+        lower = self.sharded or (self.method != "full" and not self.trains_embedding)
+        return 2 if self.fast or (self.bf16 and lower) else 4
+
+    @property
+    def has_trained_head(self) -> bool:
+        return self.method == "full" or self.trains_head
 
     def trains(self, linear: str) -> bool:
         """Whether the backward pass needs this matrix's input: the matrix is trained, or an adapter on it is."""
@@ -105,9 +121,18 @@ def read_model(folder: Path, *, num_tokens: int = 0) -> ModelDescription:
 
 
 def make_setup(
-    settings: RunSettings, shape: ModelDescription, *, num_processes: int, on_gpu: bool, on_machine: int | None = None
+    settings: RunSettings,
+    shape: ModelDescription,
+    *,
+    num_processes: int,
+    on_gpu: bool,
+    on_machine: int | None = None,
+    num_added: int = 0,
 ) -> Setup:
-    """The setup of a run. on_machine: processes of a machine; left out, torchrun's number, else all of them."""
+    """The setup of a run. on_machine: processes of a machine; left out, torchrun's number, else all of them.
+
+    num_added: tokens that the tokenizer has beyond its vocabulary.
+    """
     model, batch, adapter = settings.model, settings.batch, settings.model.adapter
     adapted: dict[str, object] = {}
     if adapter is not None:
@@ -116,9 +141,12 @@ def make_setup(
             "lora_targets": _targets(adapter.targets, shape),
             "lora_dropout": adapter.dropout,
             "dora": adapter.use_dora,
+            "starts_from_base": adapter.init.startswith(("pissa", "olora")),
+            **_beside(adapter, shape, num_added),
         }
     return Setup(
         method=model.method,
+        optimizer=settings.optimizer.name,
         **adapted,
         base_quantization=model.base_quantization,
         micro_batch_size=batch.micro_batch_size,
@@ -135,6 +163,36 @@ def make_setup(
         hybrid=model.sharding.hybrid,
         on_gpu=on_gpu,
     )
+
+
+def _beside(adapter: AdapterSettings, shape: ModelDescription, num_added: int) -> dict[str, object]:
+    """Differing ranks, and what is trained beside the adapter. Names that the model does not have are refused later."""
+    values: dict[str, object] = {"num_token_rows": 0, "num_others": 0}
+    if adapter.ranks:
+        targets, layers = _targets(adapter.targets, shape), range(shape.num_layers)
+        values["lora_ranks"] = tuple(
+            (name, sum(_rank(adapter, shape, layer, name) for layer in layers)) for name in targets
+        )
+        values["lora_rank"] = max(adapter.rank, *adapter.ranks.values())
+    embedding, head = next(iter(shape.outer_shapes)), hf_name("head")
+    for name, size in {**shape.tensor_shapes(), head: (shape.vocab_size, shape.width)}.items():
+        if not any(f".{module}." in f".{name}" for module in adapter.modules_to_save):
+            continue
+        if name in (embedding, head):
+            values["trains_embedding" if name == embedding else "trains_head"] = True
+        else:
+            values["num_others"] += math.prod(size)
+    if adapter.tokens:
+        number = num_added if adapter.tokens == ADDED else len(set(adapter.tokens))
+        values["num_token_rows"] = number * (2 if hf_name("head") in shape.outer_shapes else 1)
+    return values
+
+
+def _rank(adapter: AdapterSettings, shape: ModelDescription, layer: int, target: str) -> int:
+    """The rank of one layer's matrix, by the first pattern that is its name's, as in PEFT."""
+    inside = next(name for name in shape.layer_shapes if name.removesuffix(".weight").rpartition(".")[2] == target)
+    module = f"{shape.family.prefix}{layer}.{inside.removesuffix('.weight')}"
+    return next((rank for key, rank in adapter.ranks.items() if matches(key, module)), adapter.rank)
 
 
 def _targets(asked: Sequence[str], shape: ModelDescription) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Pa
     return folder
 
 
+ROOTS = {"use_rslora": True}
 KINDS = {  # base, our flags, PEFT's settings
     "ranks": (
         "tiny_llama",
@@ -52,8 +53,8 @@ KINDS = {  # base, our flags, PEFT's settings
     "pissa": ("tiny_llama", {"lora_init": "pissa"}, {"init_lora_weights": "pissa"}),
     "olora": (
         "tiny_llama",
-        {"lora_init": "olora", "use_rslora": True, "lora_rank_pattern": "v_proj=5", "lora_alpha_pattern": "q_proj=4"},
-        {"init_lora_weights": "olora", "use_rslora": True, "rank_pattern": {"v_proj": 5}, "alpha_pattern": {"q_proj": 4}},
+        {**ROOTS, "lora_init": "olora", "lora_rank_pattern": "v_proj=5", "lora_alpha_pattern": "q_proj=4"},
+        {**ROOTS, "init_lora_weights": "olora", "rank_pattern": {"v_proj": 5}, "alpha_pattern": {"q_proj": 4}},
     ),
     "whole modules": (
         "tiny_llama",
@@ -115,9 +116,11 @@ def test_what_starts_from_the_base_is_written_with_twice_the_rank(
         module, _, which = name.rpartition(".start_")
         own = adapter_tensors(folder)[f"{module}.lora_{which.upper()}.weight"]
         if which == "a":
-            assert torch.equal(own[4:], start) and not torch.equal(own[:4], start)
+            assert torch.equal(own[4:], start)
+            assert not torch.equal(own[:4], start)
         else:
-            assert torch.equal(own[:, 4:], -start) and not torch.equal(own[:, :4], start)
+            assert torch.equal(own[:, 4:], -start)
+            assert not torch.equal(own[:, :4], start)
     base = load_file(tiny_llama / "model.safetensors")
     for name, weight in model.state_dict().items():  # the base stays, bit for bit
         if name.endswith("base_layer.weight"):
@@ -198,7 +201,7 @@ def test_added_are_the_tokens_beyond_the_vocabulary(configure: Configure, tiny_l
     base = grown(tiny_llama, tmp_path / "grown")
     model = load(configure(method="lora", trainable_token_indices="added", model_name_or_path=str(base)))
     rows = {name: p for name, p in model.named_parameters() if "trainable_tokens_delta" in name}
-    assert {tuple(row.shape) for row in rows.values()} == {(1, 48)} and len(rows) == 2
+    assert [tuple(row.shape) for row in rows.values()] == [(1, 48)] * 2
     assert all(row.requires_grad for row in rows.values())
     assert torch.equal(
         next(iter(rows.values()))[0], load_file(base / "model.safetensors")["model.embed_tokens.weight"][480]

@@ -74,10 +74,8 @@ def test_losses_do_not_depend_on_the_layout(configure: Configure, tmp_path: Path
 
 
 def test_evaluation_has_no_noise_and_a_resumed_run_has_the_same(configure: Configure, tmp_path: Path):
-    values = {
-        **NOISY, "model_max_length": 200, "max_steps": 3, "save_steps": 1, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1,
-        "val_set_size": 4,
-    }  # fmt: skip
+    values = {**NOISY, "model_max_length": 200, "max_steps": 3, "save_steps": 1, "save_strategy": "steps"}
+    values |= {"eval_strategy": "steps", "eval_steps": 1, "val_set_size": 4}
     whole = train(configure(**values, output_dir=str(tmp_path / "whole")))
     interrupted = {**values, "output_dir": str(tmp_path / "interrupted")}
     with pytest.raises(Crash, match="crashed on purpose"):
@@ -89,5 +87,5 @@ def test_evaluation_has_no_noise_and_a_resumed_run_has_the_same(configure: Confi
 
 
 def test_a_negative_noise_is_refused(configure: Configure):
-    with pytest.raises(InputError, match="--neftune_noise_alpha: expected at least 0, found -1.0"):
+    with pytest.raises(InputError, match=r"--neftune_noise_alpha: expected at least 0, found -1\.0"):
         train(configure(neftune_noise_alpha=-1.0))

@@ -15,12 +15,14 @@ from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.configuration.resolving import resolve_settings
 from alpaca.training.loop import train
 from alpaca.training.model.optimizers import group_parameters, list_trained, make_optimizer, moment_bytes
+from tests.samples import sampled
 from tests.training.checkpoints.test_checkpoint import Crash, assert_same_run, crash_after
 from tests.training.model.peers import PLAIN, train_plainly
 from tests.training.test_loop import history
 
 Configure = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
+RESUMED = ("adamw_8bit", "adafactor", "muon")
 FULL = {**PLAIN, "weight_decay": 0.1, "learning_rate": 3e-3}
 
 
@@ -87,7 +89,7 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest(
     assert_equal_training(config, model, losses, atol=2e-3)  # its products are bfloat16
 
 
-@pytest.mark.parametrize("optim", ["adamw_8bit", "adafactor", "muon", pytest.param("paged_adamw_8bit", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("optim", sampled([*RESUMED, "paged_adamw_8bit"], *RESUMED))
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(optim: str, configure: Configure, tmp_path: Path):
     values = {"optim": optim, "max_steps": 4, "save_steps": 2, "weight_decay": 0.1, "model_max_length": 120}

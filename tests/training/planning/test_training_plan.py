@@ -34,14 +34,18 @@ from alpaca.text.sentencepiece import write_llama_tokenizer
 from alpaca.training import run
 from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.configuration.resolving import make_settings, resolve
-from alpaca.training.distributed import keeps_gradients_whole
+from alpaca.training.distributed import World, keeps_gradients_whole
 from alpaca.training.loop import train
 from alpaca.training.model import padding_free
+from alpaca.training.model.base import open_base
+from alpaca.training.model.building import load_model
 from alpaca.training.model.layers import checkpoint_layers
+from alpaca.training.model.optimizers import list_trained, moment_bytes
 from alpaca.training.planning import feasibility, hardware, words
 from alpaca.training.planning.command import format_table, open_planner, print_plan
-from alpaca.training.planning.footprint import count_memory, count_trained, saved_bytes
+from alpaca.training.planning.footprint import count_memory, saved_bytes
 from alpaca.training.planning.hardware import Hardware
+from alpaca.training.planning.trained import count_trained, moments_bytes
 from alpaca.training.planning.workload import Setup, Workload, make_setup, read_model
 from tests.conftest import ROOT
 from tests.processes import Finished, run_code, run_module
@@ -563,6 +567,53 @@ def test_the_plan_is_what_training_does(configure: Configure, caplog: pytest.Log
     train(config)
     assert "plan: 0.1 M parameters, 0.1 M trained; 10 steps" in caplog.text
     assert "10 steps, 1 of warm-up; 0.1 of 0.1 M parameters are trained" in caplog.text
+
+
+TRAINED = {
+    "8 bit": {"optim": "adamw_8bit"},
+    "adafactor": {"optim": "adafactor"},
+    "muon": {"optim": "muon"},
+    "ranks": {"method": "lora", "lora_rank_pattern": "q_proj=3,layers.1.self_attn.v_proj=5"},
+    "whole": {"method": "lora", "lora_modules_to_save": "embed_tokens,lm_head,model.norm", "optim": "adamw_8bit"},
+    "rows": {"method": "lora", "trainable_token_indices": "4,7", "lora_target_modules": "all-linear", "optim": "muon"},
+    "dora": {"method": "lora", "use_dora": True, "optim": "adafactor"},
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_what_is_trained_and_its_moments_are_planned_to_the_byte(kind: str, configure: Configure):
+    settings = make_settings(resolve(configure(**TRAINED[kind]), num_processes=1, device=CPU))
+    planner = open_planner(settings)
+    setup = make_setup(settings, planner.shape, num_processes=1, on_gpu=False)
+    model = load_model(open_base(settings.base), settings.model, World(rank=0, num_processes=1, device=CPU))
+    trained = list_trained(model)
+    assert count_trained(planner.shape, setup) == sum(one.parameter.numel() for one in trained)
+    assert moments_bytes(planner.shape, setup) == moment_bytes(trained, settings.optimizer.name)
+
+
+def test_frozen_starts_are_in_the_plan(configure: Configure):
+    plans = {}
+    for init in ("default", "pissa"):
+        settings = make_settings(resolve(configure(method="lora", lora_init=init), num_processes=1, device=CPU))
+        planner = open_planner(settings)
+        setup = dataclasses.replace(
+            make_setup(settings, planner.shape, num_processes=1, on_gpu=False), num_checkpointed=0
+        )
+        plans[init] = planner.plan(setup, hardware.find_hardware(CPU))
+    plain, started = plans["default"], plans["pissa"]
+    in_bytes = 4 * plain.num_trained
+    assert started.num_trained == plain.num_trained
+    assert started.memory.weights_bytes == plain.memory.weights_bytes + in_bytes
+    assert started.checkpoint_bytes == plain.checkpoint_bytes + in_bytes
+    assert started.final_bytes == 2 * plain.final_bytes
+
+
+def test_paged_moments_are_in_main_memory_on_a_gpu(llama_7b: Path):
+    shape = read_model(llama_7b)
+    plain, paged = (count_memory(shape, Setup(optimizer=name), work()) for name in ("adamw_8bit", "paged_adamw_8bit"))
+    assert plain.optimizer_bytes == paged.host_bytes
+    assert paged.optimizer_bytes == plain.host_bytes == 0
+    assert plain.optimizer_bytes / shape.num_parameters == pytest.approx(2.15, abs=0.01)
 
 
 def test_table_names_every_part(configure: Configure):
