@@ -140,8 +140,23 @@ def test_a_file_gives_flags_and_the_command_line_goes_over_it(tmp_path):
     assert parse_flags([f"--config={file}", "--data_path", "c.json"]).data_path == "c.json"
 
 
+def test_lists_of_names_and_ids_are_whole(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"{MODEL}method: lora\nlora_target_modules: [q_proj, v_proj]\nlora_modules_to_save: [embed_tokens, lm_head]\n"
+        "trainable_token_indices: [5, 7]\nlora_rank_pattern: [q_proj=16, v_proj=4]\n"
+    )
+    config = parse_flags(["--config", str(file)])
+    assert (config.lora_target_modules, config.lora_modules_to_save) == ("q_proj,v_proj", "embed_tokens,lm_head")
+    assert (config.trainable_token_indices, config.lora_rank_pattern) == ("5,7", "q_proj=16,v_proj=4")
+
+
 def test_an_earlier_runs_configuration_is_one(tmp_path):
-    before = parse_flags(["--model_name_or_path", "m", "--data_path", "d", "--method", "lora", "--seed", "7"])
+    before = parse_flags(
+        "--model_name_or_path m --data_path d --method lora --seed 7 --lora_init pissa --loraplus_lr_ratio 16 "
+        "--lora_rank_pattern q_proj=16,v_proj=4 --trainable_token_indices added --lora_modules_to_save model.norm "
+        "--neftune_noise_alpha 5 --optim adamw_8bit".split()
+    )
     file = tmp_path / "train_config.json"
     file.write_text(json.dumps({**config_json(before), "base_fingerprint": "ab"}))
     assert parse_flags(["--config", str(file)]) == before

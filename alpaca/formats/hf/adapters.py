@@ -21,6 +21,8 @@ from alpaca.files.model_folders import CONFIG_NAME
 from alpaca.files.reading import list_folder, read_json
 
 WEIGHTS_STEM = "adapter_model"
+# Published ones have 4 to 128; in the LLaMA engine all adapters of a server take as much room as the largest.
+MOST_SERVED_RANK = 256
 _WEIGHTS_NAMES = (f"{WEIGHTS_STEM}.safetensors", f"{WEIGHTS_STEM}.bin")  # the second: PEFT's until 2023
 _PREFIX = "base_model.model."
 _ROWS_END = ".token_adapter.trainable_tokens_delta"

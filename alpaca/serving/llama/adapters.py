@@ -11,13 +11,12 @@ import torch
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.errors import InputError
-from alpaca.formats.hf.adapters import AdapterFolder, LowRank, unsupported_kind
+from alpaca.formats.hf.adapters import MOST_SERVED_RANK, AdapterFolder, LowRank, unsupported_kind
 from alpaca.serving.kernels.linear_base import Linear
 from alpaca.serving.kernels.low_rank import LowRankStack
 from alpaca.serving.llama.network import Adapters, LlamaModel
 
 logger = logging.getLogger(__name__)
-MOST_RANK = 256  # published ones have 4 to 128; all adapters of a server take as much room as the largest
 _IDENTITY_ROWS = 512  # of DoRA's base weights at a time
 
 
@@ -71,8 +70,8 @@ def _check_shape(what: str, low_rank: LowRank, shape: tuple[int, int] | None, co
         )
     if found != shape:
         raise InputError(f"{what} is for weights {list(found)}, the base model's are {list(shape)}: another model's")
-    if rank > MOST_RANK:
-        raise InputError(f"{what} has rank {rank}; this engine takes up to {MOST_RANK}")
+    if rank > MOST_SERVED_RANK:
+        raise InputError(f"{what} has rank {rank}; this engine takes up to {MOST_SERVED_RANK}")
 
 
 def stacked_bytes(adapters: Mapping[str, AdapterFolder], config: ModelDescription, dtype: torch.dtype) -> int:

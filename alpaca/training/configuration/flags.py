@@ -65,7 +65,10 @@ REFUSED = {  # flags that would be disobeyed, and what to use
 }
 
 
-_JOINED = ("data_path",)  # given more than once, their values are one, between commas
+_JOINED = (  # given more than once (or as lists in a file), their values are one, between commas
+    "data_path", "lora_target_modules", "lora_modules_to_save", "trainable_token_indices", "lora_rank_pattern",
+    "lora_alpha_pattern",
+)  # fmt: skip
 
 
 class _Join(argparse.Action):
@@ -130,7 +133,9 @@ def _add_flag(parser: argparse.ArgumentParser, item: dataclasses.Field, hint: ob
     elif kind is bool:
         parser.add_argument(f"--{item.name}", nargs="?", const=True, type=_parse_bool, help=text, metavar="True|False")
     elif item.name in _JOINED:
-        parser.add_argument(f"--{item.name}", action=_Join, help=text, metavar="PATH")
+        parser.add_argument(
+            f"--{item.name}", action=_Join, help=text, metavar="PATH" if item.name == "data_path" else "STR"
+        )
     else:
         metavar = None if choices else kind.__name__.upper()
         parser.add_argument(f"--{item.name}", type=kind, choices=choices, help=text, metavar=metavar)

@@ -1,6 +1,7 @@
 """Puts an adapter on a frozen base: which layers it changes, and its matrices."""
 
 import contextlib
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from torch import nn
 
 from alpaca.architecture.families import FAMILIES, USUAL_TARGETS
 from alpaca.errors import InputError
-from alpaca.formats.hf.adapters import matches
+from alpaca.formats.hf.adapters import MOST_SERVED_RANK, matches
 from alpaca.formats.hf.quantization import keep_trainable_on_cpu
 from alpaca.text.tokenizer import Tokenizer
 from alpaca.training.configuration.config import ALL_LINEAR, DEFAULT_INIT
@@ -22,6 +23,8 @@ from alpaca.training.model.starts import add_starts, list_starts, takes_from_bas
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def add_adapter(
@@ -65,8 +68,20 @@ def add_adapter(
     train_in_float32(adapted)
     if from_base:
         add_starts(adapted, adapter.init, device)
+        _say_rank(adapter)
     config.base_model_name_or_path = adapter.base_name
     return adapted
+
+
+def _say_rank(adapter: AdapterSettings) -> None:
+    rank = 2 * max([adapter.rank, *adapter.ranks.values()])
+    logger.info("--lora_init %s: the base stays as it is, and the adapter is written with rank %d", adapter.init, rank)
+    if rank > MOST_SERVED_RANK:
+        logger.warning(
+            "an adapter of rank %d is more than the LLaMA engine serves (%d): it can be merged, or served by "
+            "ALPACA_ENGINE=transformers; --lora_r %d would do",
+            rank, MOST_SERVED_RANK, MOST_SERVED_RANK // 2,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

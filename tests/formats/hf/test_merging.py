@@ -70,7 +70,11 @@ def save_adapter(folder: Path, base: Path, *, std: float = 0.1, **values: object
                 parameter.normal_(std=std)
             elif "magnitude" in name:
                 parameter *= 1 + std * torch.rand_like(parameter)
-            elif "modules_to_save" in name or (parameter.requires_grad and name.endswith("bias")):
+            elif (
+                "modules_to_save" in name
+                or "trainable_tokens" in name
+                or (parameter.requires_grad and name.endswith("bias"))
+            ):
                 parameter += std * torch.randn_like(parameter)
     adapted.save_pretrained(folder)
     return folder
@@ -128,6 +132,8 @@ CASES = {
     "biases": ("opt", {"target_modules": ALL["opt"], "bias": "all"}),
     "head and embedding": ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "rows": ("llama", {"trainable_token_indices": [3, 7]}),
+    "rows of both": ("llama", {"trainable_token_indices": {"embed_tokens": [5, 3], "lm_head": [9]}}),
 }
 
 
@@ -346,6 +352,34 @@ ENDS = {
     "the embedding": {"modules_to_save": ["embed_tokens"]},
     "both": {"modules_to_save": ["lm_head", "embed_tokens"]},
 }
+
+
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning", "ignore:.*tied:UserWarning")
+def test_rows_of_a_tied_base_stay_one(tmp_path: Path):
+    base = save_base(tmp_path / "base", "llama", tie_word_embeddings=True)
+    adapter = save_adapter(tmp_path / "adapter", base, trainable_token_indices=[3, 7])
+    expected, merged = merged_by_peft(base, adapter), open_merged(base, adapter)
+    assert merged.is_tied
+    name = "model.embed_tokens.weight"
+    changed = (merged.tensor(name) != WeightsFolder(base).tensor(name)).any(dim=1).nonzero().flatten()
+    assert changed.tolist() == [3, 7]
+    assert torch.equal(merged.tensor(name), expected[name])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (None, r"expected 2 ids of tokens for model\.embed_tokens in 'trainable_token_indices', found None"),
+        ([3], r"expected 2 ids of tokens .* found \[3\]"),
+        ([3, 10**6], r"up to number 1000000, .* they are not of one model"),
+    ],
+)
+def test_rows_without_their_ids_are_refused(ids: list[int] | None, message: str, tmp_path: Path):
+    base = save_base(tmp_path / "base", "llama")
+    adapter = save_adapter(tmp_path / "adapter", base, trainable_token_indices=[3, 7])
+    edit_config(adapter, trainable_token_indices=ids)
+    with pytest.raises(InputError, match=message):
+        open_merged(base, adapter)
 
 
 @pytest.mark.filterwarnings("ignore:.*tie:UserWarning", "ignore:.*tied:UserWarning")

@@ -465,6 +465,7 @@ def test_what_the_llama_engine_cannot_serve_is_refused_by_name(refuse):
     [
         (dict(target_modules=["q_proj", "embed_tokens"]), r"holds model\.embed_tokens\.lora_embedding_A"),
         (dict(modules_to_save=["lm_head"]), r"holds lm_head\.weight \(modules_to_save, or a bias\)"),
+        (dict(trainable_token_indices=[3]), r"rows of its own for some tokens of model\.embed_tokens\.weight"),
         (dict(config={"layer_replication": [[0, 2]]}), "asks for layer_replication, which is more than LoRA"),
         (dict(config={"init_lora_weights": "pissa_niter_4"}), "asks for init_lora_weights pissa_niter_4 .it changed"),
         (dict(r=300), "has rank 300; this engine takes up to 256"),

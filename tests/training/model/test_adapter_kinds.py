@@ -15,15 +15,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from alpaca.errors import InputError
+from alpaca.formats.hf.adapters import open_adapter
 from alpaca.formats.hf.merging import open_merged
+from alpaca.serving.llama.adapters import with_adapters
 from alpaca.text.loading import load_tokenizer
-from alpaca.training.configuration.config import TrainConfig
+from alpaca.training.configuration.config import TrainConfig, config_json
 from alpaca.training.loop import train
 from alpaca.training.model.started_linear import StartedLinear
 from alpaca.training.model.starts import add_starts, list_starts
+from tests.serving.llama.test_llama import load as load_network
+from tests.serving.llama.test_serving_adapters import adapted_logits
 from tests.training.checkpoints.test_checkpoint import Crash, crash_after, without_rates
 from tests.training.model.peers import PLAIN, train_plainly
 from tests.training.model.test_methods import IDS, adapter_tensors, keep_run, load, logits, reload
+from tests.training.test_distributed import train_in_processes
 from tests.training.test_loop import history
 
 Configure = Callable[..., TrainConfig]
@@ -166,6 +171,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert torch.equal(tensor, adapter_tensors(resumed)[name]), name
 
 
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_the_engine_serves_what_was_trained(kind: str, configure: Configure, tiny_llama: Path):
+    folder = train(configure(**LORA, **KINDS[kind][1]))
+    model = with_adapters(load_network(tiny_llama), {"own": open_adapter(folder)})
+    with torch.inference_mode():
+        assert torch.allclose(adapted_logits(model, IDS).float(), logits(reload(tiny_llama, folder)), atol=1e-4)
+
+
 # Merging --------------------------------------------------------------------------------------------------------
 
 
@@ -256,3 +269,21 @@ def test_a_bfloat16_base_has_float32_copies_of_whole_modules(configure: Configur
     train_in_float32(model)
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(configure: Configure, tmp_path: Path):
+    """Whole modules, ranks by name, two rates and noise, on shards."""
+    values = {
+        **LORA, "lora_modules_to_save": "embed_tokens,lm_head,model.norm", "lora_rank_pattern": "q_proj=3",
+        "loraplus_lr_ratio": 2.0, "neftune_noise_alpha": 5.0, "learning_rate": 3e-3,
+    }  # fmt: skip
+    alone = train(configure(**values, output_dir=str(tmp_path / "alone")))
+    together = configure(**values, output_dir=str(tmp_path / "together"))
+    finished = train_in_processes(2, [config_json(together)], tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert history(Path(together.output_dir)) == pytest.approx(history(alone), abs=5e-5)
+    tensors = adapter_tensors(Path(together.output_dir))
+    assert len(tensors) == 11
+    for name, tensor in adapter_tensors(alone).items():
+        assert torch.allclose(tensors[name], tensor, atol=1e-4), name

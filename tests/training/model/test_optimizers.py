@@ -127,7 +127,7 @@ def test_loraplus_groups_are_pefts(configure: Configure, tiny_llama: Path):
     from peft import LoraConfig, get_peft_model
     from peft.optimizers import create_loraplus_optimizer
 
-    settings = LoraConfig(target_modules=["q_proj"], use_dora=True, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_llama), settings)
     peer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1)
     own = group_parameters(model, weight_decay=0.1, rate=1e-3, ratio=16)
