@@ -152,11 +152,12 @@ def test_lists_of_names_and_ids_are_whole(tmp_path):
 
 
 def test_an_earlier_runs_configuration_is_one(tmp_path):
-    before = parse_flags(
-        "--model_name_or_path m --data_path d --method lora --seed 7 --lora_init pissa --loraplus_lr_ratio 16 "
-        "--lora_rank_pattern q_proj=16,v_proj=4 --trainable_token_indices added --lora_modules_to_save model.norm "
-        "--neftune_noise_alpha 5 --optim adamw_8bit".split()
-    )
+    given = {
+        "model_name_or_path": "m", "data_path": "d", "method": "lora", "seed": 7, "lora_init": "pissa",
+        "loraplus_lr_ratio": 16, "lora_rank_pattern": "q_proj=16,v_proj=4", "trainable_token_indices": "added",
+        "lora_modules_to_save": "model.norm", "neftune_noise_alpha": 5, "optim": "adamw_8bit",
+    }  # fmt: skip
+    before = parse_flags([f"--{name}={value}" for name, value in given.items()])
     file = tmp_path / "train_config.json"
     file.write_text(json.dumps({**config_json(before), "base_fingerprint": "ab"}))
     assert parse_flags(["--config", str(file)]) == before

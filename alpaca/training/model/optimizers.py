@@ -78,7 +78,7 @@ def make_optimizer(
         logger.info("numerics fast: weights, gradients and moments are bfloat16, updates rounded by chance")
         return StochasticAdamW(groups, **values, seed=settings.seed)
     if settings.name in ("adamw_8bit", "paged_adamw_8bit"):
-        return _make_eight_bit(groups, is_paged=settings.name.startswith("paged"), **values)
+        return _make_eight_bit(groups, is_paged=_pages(model, settings.name), **values)
     if settings.name == "adafactor":
         from transformers.optimization import Adafactor
 
@@ -88,6 +88,16 @@ def make_optimizer(
 
         return MuonWithAdamW(groups, **values)
     return torch.optim.AdamW(groups, **values, fused=fused or None)
+
+
+def _pages(model: nn.Module, optimizer: str) -> bool:
+    """Whether moments are paged: where there is a GPU whose memory they could leave."""
+    if optimizer != "paged_adamw_8bit":
+        return False
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    if not on_gpu:
+        logger.warning("--optim paged_adamw_8bit: there is no GPU to page from, so this is adamw_8bit")
+    return on_gpu
 
 
 def _make_eight_bit(groups: list[dict[str, object]], *, is_paged: bool, **values: object) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ from alpaca.errors import InputError
 from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.configuration.resolving import resolve_settings
 from alpaca.training.loop import train
+from alpaca.training.model.eight_bit import EightBitAdamW
 from alpaca.training.model.optimizers import group_parameters, list_trained, make_optimizer, moment_bytes
 from tests.samples import sampled
 from tests.training.checkpoints.test_checkpoint import Crash, assert_same_run, crash_after
@@ -90,7 +91,6 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest(
 
 
 @pytest.mark.parametrize("optim", sampled([*RESUMED, "paged_adamw_8bit"], *RESUMED))
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(optim: str, configure: Configure, tmp_path: Path):
     values = {"optim": optim, "max_steps": 4, "save_steps": 2, "weight_decay": 0.1, "model_max_length": 120}
     whole = train(configure(**values, output_dir=str(tmp_path / "whole")))
@@ -98,6 +98,28 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(optim: str, configur
     with pytest.raises(Crash, match="crashed on purpose"):
         train(configure(**interrupted), on_step=crash_after(3))
     assert_same_run(whole, train(configure(**interrupted, resume_from_checkpoint="auto")))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_paged_moments_are_paged_again_once_loaded(monkeypatch: pytest.MonkeyPatch):
+    """On a CPU nothing is paged; the buffers that would be are told by who asks for them."""
+    parameter = nn.Parameter(torch.randn(64, 80))
+    optimizer = EightBitAdamW([{"params": [parameter]}], is_paged=True, lr=1e-2)
+    parameter.grad = torch.randn(64, 80)
+    optimizer.step()
+    saved, real, given = optimizer.state_dict(), EightBitAdamW.get_state_buffer, []
+
+    def get_buffer(self: EightBitAdamW, *arguments: object, **named: object) -> torch.Tensor:
+        given.append(real(self, *arguments, **named))
+        return given[-1]
+
+    monkeypatch.setattr(EightBitAdamW, "get_state_buffer", get_buffer)
+    other = EightBitAdamW([{"params": [parameter]}], is_paged=True, lr=1e-2)
+    other.load_state_dict(saved)
+    for buffer, name in zip(given, ("state1", "state2"), strict=True):
+        assert other.state[parameter][name] is buffer
+        assert torch.equal(buffer, optimizer.state[parameter][name])
+        assert buffer.any()
 
 
 def test_another_optimizer_does_not_go_on(configure: Configure):
