@@ -99,6 +99,27 @@ def test_every_request_gets_its_own_adapter(family, load):
         engine.submit(request(adapter="three"))
 
 
+@pytest.mark.parametrize("kind", ["whole", "rows"])
+def test_whole_modules_and_rows_of_tokens_are_served(kind: str, tmp_path, load, llama_folder):
+    folder = write_family(tmp_path, FAMILIES["llama"][0], ["q_proj"], llama_folder)
+    rows = {"embed_tokens": [300, 310], "lm_head": [5]}
+    values = {"whole": {"modules_to_save": ["lm_head"]}, "rows": {"trainable_token_indices": rows}}[kind]
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    write_adapter(
+        model, folder / kind, seed=5, r=4, target_modules=["q_proj"], base_name=str(folder / "base"), **values
+    )
+    others = {"whole": ["two"], "rows": []}[kind]
+    settings = {"adapters": ",".join(f"{name}={folder / name}" for name in others), "engine": "transformers"}
+    engine = load(folder / kind, **settings)
+    expected = {name: [generate(folder, name)] for name in (None, kind, *others)}
+    assert len({str(found) for found in expected.values()}) == len(expected)
+    for name in ("default", *others, None, *others, "default"):
+        assert tokens(engine.submit(request(adapter=name))) == expected[kind if name == "default" else name], name
+    if kind == "rows":  # PEFT's own limit
+        with pytest.raises(InputError, match=r"adapter two .* cannot be laid on this model"):
+            load(folder / "rows", adapters=f"two={folder / 'two'}", engine="transformers")
+
+
 def test_bloom_and_opt_need_no_flag(family, load, caplog):
     """Alpacoom: an adapter's folder is enough."""
     caplog.set_level("INFO")

@@ -48,6 +48,8 @@ def write_adapter(base: torch.nn.Module, folder: Path, *, seed: int, base_name: 
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.mul_(1.3) if "magnitude" in name else parameter.normal_(0, 0.2)
+            elif parameter.requires_grad:  # whole modules, and rows of tokens
+                parameter.normal_(0, 0.2)
     model.peft_config["default"].base_model_name_or_path = base_name
     model.save_pretrained(folder, save_embedding_layers=False)
     model.unload()
