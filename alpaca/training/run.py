@@ -22,7 +22,7 @@ from alpaca.training.distributed import World, decide_gradient_sync, is_sharded
 from alpaca.training.model.base import Base, open_base
 from alpaca.training.model.building import count_parameters, import_libraries, load_model
 from alpaca.training.model.noise import EmbeddingNoise
-from alpaca.training.model.optimizers import make_optimizer
+from alpaca.training.model.optimizers import import_optimizer, make_optimizer
 from alpaca.training.planning.feasibility import check_plan, find_smallest_hardware
 from alpaca.training.planning.plan import Plan
 from alpaca.training.report.summary import MemoryMeter
@@ -71,6 +71,7 @@ def prepare(settings: RunSettings, world: World) -> Run:
     num_steps = count_steps(settings.batch, steps_per_epoch)
     _say_what_is_left_out(len(data), steps_per_epoch, settings.batch.global_batch_size)
     import_libraries()
+    import_optimizer(settings.optimizer.name)
     memory = MemoryMeter(world.device)
     hardware = find_smallest_hardware(settings, world)
     plan = world.run_in_all(lambda: check_plan(settings, base, data, hardware, num_processes=world.num_processes))

@@ -164,9 +164,7 @@ def test_the_first_phase_may_have_begun_before(clock):
 
 def test_the_age_of_this_process():
     """By a clock that both processes share, for the wall clock may be set meanwhile."""
-    code = (
-        "import time; from alpaca.processes import process_age_s; print(process_age_s(), time.monotonic())"
-    )
+    code = "import time; from alpaca.processes import process_age_s; print(process_age_s(), time.monotonic())"
     started = time.monotonic()
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     age, now = map(float, printed.split())

@@ -62,6 +62,21 @@ def list_trained(model: nn.Module) -> list[Trained]:
     ]
 
 
+def import_optimizer(name: str) -> None:
+    """Import what an optimizer is in, before a run's memory is measured. Raises MissingPackage."""
+    if name == "adafactor":
+        import transformers.optimization  # noqa: F401
+    if name not in ("adamw_8bit", "paged_adamw_8bit"):
+        return
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise MissingPackage(
+            f"--optim {name} is bitsandbytes', which cannot be imported ({error}): pip install bitsandbytes, or use "
+            "--optim adamw_torch"
+        ) from error
+
+
 def make_optimizer(
     model: nn.Module, settings: OptimizerSettings, *, by_chance: bool, fused: bool
 ) -> torch.optim.Optimizer:
@@ -78,7 +93,9 @@ def make_optimizer(
         logger.info("numerics fast: weights, gradients and moments are bfloat16, updates rounded by chance")
         return StochasticAdamW(groups, **values, seed=settings.seed)
     if settings.name in ("adamw_8bit", "paged_adamw_8bit"):
-        return _make_eight_bit(groups, is_paged=_pages(model, settings.name), **values)
+        from alpaca.training.model.eight_bit import EightBitAdamW
+
+        return EightBitAdamW(groups, is_paged=_pages(model, settings.name), **values)
     if settings.name == "adafactor":
         from transformers.optimization import Adafactor
 
@@ -98,17 +115,6 @@ def _pages(model: nn.Module, optimizer: str) -> bool:
     if not on_gpu:
         logger.warning("--optim paged_adamw_8bit: there is no GPU to page from, so this is adamw_8bit")
     return on_gpu
-
-
-def _make_eight_bit(groups: list[dict[str, object]], *, is_paged: bool, **values: object) -> torch.optim.Optimizer:
-    try:
-        from alpaca.training.model.eight_bit import EightBitAdamW
-    except ImportError as error:
-        raise MissingPackage(
-            f"--optim adamw_8bit and paged_adamw_8bit are bitsandbytes', which cannot be imported ({error}): "
-            "pip install bitsandbytes, or use --optim adamw_torch"
-        ) from error
-    return EightBitAdamW(groups, is_paged=is_paged, **values)
 
 
 def group_parameters(

@@ -26,7 +26,6 @@ from alpaca.training.planning.workload import Setup, Workload
 _HEAP_BLOCK = 32 << 20
 _PROCESS_BYTES = 6 << 20  # Python objects and late imports; measured too
 _PEFT_BYTES = 50 << 20  # what importing PEFT, with bitsandbytes, adds to the process; measured too
-_BITSANDBYTES_BYTES = 40 << 20  # bitsandbytes alone; measured, too
 _CHUNKS = 16  # of the stochastic AdamW's float32 and int32 temporaries, at the most
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, an 8-bit scale for 64, a float32 scale for 256 of those
 
@@ -130,8 +129,6 @@ def overhead_bytes(
         return CUDA_CONTEXT_BYTES
     limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", _HEAP_BLOCK))
     in_heap = _PROCESS_BYTES + (_PEFT_BYTES if setup.method != "full" else 0)
-    if setup.method == "full" and setup.optimizer.endswith("8bit"):
-        in_heap += _BITSANDBYTES_BYTES
     if work.max_tokens * shape.ffn_width * setup.compute_bytes < limit:
         in_heap += transient_bytes
     if 4 * _logits_rows(shape, setup, work) * shape.vocab_size < limit:

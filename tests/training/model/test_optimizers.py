@@ -1,5 +1,6 @@
 """--optim: each as transformers' Trainer has it or its author says, resumed bit for bit, its moments counted."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from alpaca.errors import InputError
+from alpaca.errors import InputError, MissingPackage
 from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.configuration.resolving import resolve_settings
 from alpaca.training.loop import train
@@ -159,6 +160,12 @@ def test_loraplus_groups_are_pefts(configure: Configure, tiny_llama: Path):
     )
     assert found == expected
     assert {rate for rate, _ in found.values()} == {1e-3, 1.6e-2}
+
+
+def test_without_bitsandbytes_it_is_said(configure: Configure, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingPackage, match="--optim adamw_8bit is bitsandbytes', which cannot be imported"):
+        train(configure(optim="adamw_8bit"))
 
 
 REFUSED = {
