@@ -522,6 +522,27 @@ MUTATIONS = [
         why="a damaged checkpoint is trained on",
     ),
     Mutation(
+        path="alpaca/training/model/starts.py",
+        old="[tensors[key], -start]",
+        new="[tensors[key], start]",
+        killed_by="tests/training/model/test_adapter_kinds.py::test_each_is_pefts_own_training_and_reloads_plainly[pissa]",
+        why="an adapter that started from the base adds its start instead of taking it away",
+    ),
+    Mutation(
+        path="alpaca/training/checkpoints/state.py",
+        old='"model": trained | list_starts(trainee.model)',
+        new='"model": trained',
+        killed_by="tests/training/model/test_adapter_kinds.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit[flags0]",
+        why="a resumed run subtracts another start than the one that it began with",
+    ),
+    Mutation(
+        path="alpaca/training/model/noise.py",
+        old="math.sqrt(length * width)",
+        new="math.sqrt(like.shape[-2] * width)",
+        killed_by="tests/training/model/test_noise.py::test_losses_do_not_depend_on_the_layout",
+        why="an example's noise depends on its neighbours in the batch",
+    ),
+    Mutation(
         path="alpaca/training/planning/trained.py",
         old="return 2 * setup.state_bytes * count_trained(shape, setup)",
         new="return setup.state_bytes * count_trained(shape, setup)",

@@ -76,8 +76,8 @@ def join_starts(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     for name, start in starts.items():
         module, _, which = name.rpartition(".start_")
         key = f"{module}.lora_{which.upper()}.weight"
-        joined[key] = torch.cat([tensors[key].detach(), start] if which == "a" else [tensors[key].detach(), -start],
-                                dim=0 if which == "a" else 1)  # fmt: skip
+        parts, dim = ([tensors[key], start], 0) if which == "a" else ([tensors[key], -start], 1)
+        joined[key] = torch.cat([part.detach() for part in parts], dim=dim)
     return joined
 
 
