@@ -112,7 +112,8 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # worker idle.
 LONGEST = (
     "test_predict.py", "deploy/gate/test_gate.py", "test_triton_interpreter.py",
-    "training/checkpoints/test_checkpoint.py", "training/model/test_optimizer.py", "training/model/test_methods.py",
+    "training/checkpoints/test_checkpoint.py", "training/model/optimizers/test_optimizer.py",
+    "training/model/test_methods.py",
     "test_train.py", "training/test_distributed.py", "training/test_loop.py", "serving/llama/test_llama_engine.py",
     "data/generation/test_generate_instruction.py", "deploy/gate/test_places.py", "serving/llama/test_families.py",
     "test_readme_calls.py", "serving/kernels/test_triton_ops.py", "deploy/gate/test_real_runtime.py",

@@ -487,17 +487,17 @@ MUTATIONS = [
         why="the loss of an incomplete batch is scaled wrongly",
     ),
     Mutation(
-        path="alpaca/training/model/optimizer.py",
+        path="alpaca/training/model/optimizers/by_chance.py",
         old="learning_rate / (1 - beta1**step)",
         new="learning_rate",
-        killed_by="tests/training/model/test_optimizer.py::test_in_float32_it_is_torchs",
+        killed_by="tests/training/model/optimizers/test_optimizer.py::test_in_float32_it_is_torchs",
         why="the first steps are ten times too small",
     ),
     Mutation(
-        path="alpaca/training/model/optimizer.py",
+        path="alpaca/training/model/optimizers/by_chance.py",
         old='1 - learning_rate * group["weight_decay"]',
         new='1 - group["weight_decay"]',
-        killed_by="tests/training/model/test_optimizer.py::test_in_float32_it_is_torchs",
+        killed_by="tests/training/model/optimizers/test_optimizer.py::test_in_float32_it_is_torchs",
         why="weight decay is thousands of times too strong",
     ),
     Mutation(
@@ -522,17 +522,17 @@ MUTATIONS = [
         why="a damaged checkpoint is trained on",
     ),
     Mutation(
-        path="alpaca/training/model/starts.py",
+        path="alpaca/training/model/adapters/starts.py",
         old="[tensors[key], -start]",
         new="[tensors[key], start]",
-        killed_by="tests/training/model/test_adapter_kinds.py::test_each_is_pefts_own_training_and_reloads_plainly[pissa]",
+        killed_by="tests/training/model/adapters/test_adapter_kinds.py::test_each_is_pefts_own_training_and_reloads_plainly[pissa]",
         why="an adapter that started from the base adds its start instead of taking it away",
     ),
     Mutation(
         path="alpaca/training/checkpoints/state.py",
         old='"model": trained | list_starts(trainee.model)',
         new='"model": trained',
-        killed_by="tests/training/model/test_adapter_kinds.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit[flags0]",
+        killed_by="tests/training/model/adapters/test_adapter_kinds.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit[flags0]",
         why="a resumed run subtracts another start than the one that it began with",
     ),
     Mutation(

@@ -18,7 +18,7 @@ TESTS = (
     "tests/serving/kernels/test_triton_low_rank.py",
     "tests/serving/kernels/test_triton_ops.py",
     "tests/serving/llama/test_gpu_path.py",
-    "tests/training/model/test_optimizer.py::test_the_kernel_writes_the_twins_bits",
+    "tests/training/model/optimizers/test_optimizer.py::test_the_kernel_writes_the_twins_bits",
 )
 
 

@@ -22,7 +22,7 @@ from alpaca.training.distributed import World, decide_gradient_sync, is_sharded
 from alpaca.training.model.base import Base, open_base
 from alpaca.training.model.building import count_parameters, import_libraries, load_model
 from alpaca.training.model.noise import EmbeddingNoise
-from alpaca.training.model.optimizers import import_optimizer, make_optimizer
+from alpaca.training.model.optimizers.choosing import import_optimizer, make_optimizer
 from alpaca.training.planning.feasibility import check_plan, find_smallest_hardware
 from alpaca.training.planning.plan import Plan
 from alpaca.training.report.summary import MemoryMeter

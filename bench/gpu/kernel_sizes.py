@@ -23,8 +23,8 @@ from alpaca.formats.hf.quantization import Int8Weight, Nf4Weight
 from alpaca.serving.kernels import triton_linear, triton_low_rank, triton_ops
 from alpaca.serving.kernels.low_rank import AdapterRows, LowRankStack
 from alpaca.serving.kernels.ops import AttentionBatch
-from alpaca.training.model import triton_adamw
-from alpaca.training.model.rounding import Update
+from alpaca.training.model.optimizers import triton_adamw
+from alpaca.training.model.optimizers.rounding import Update
 
 Row = dict[str, object]
 

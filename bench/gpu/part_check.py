@@ -208,7 +208,7 @@ def build_other_kernels(report: Report) -> None:
         report.row(name, left_out="not run: Triton builds kernels for a GPU alone, and there is none")
         return
     from alpaca.serving.kernels import triton_low_rank
-    from alpaca.training.model import triton_adamw
+    from alpaca.training.model.optimizers import triton_adamw
 
     log = BuildLog()
     with report.guarded(name):
@@ -233,7 +233,7 @@ def _run_adapter(num_rows: int, *, width: int = 4096, rank: int = 8) -> None:
 
 
 def _run_optimizer() -> None:
-    from alpaca.training.model.optimizer import StochasticAdamW
+    from alpaca.training.model.optimizers.by_chance import StochasticAdamW
 
     parameter = torch.nn.Parameter(torch.zeros(4096, 4096, dtype=torch.bfloat16, device=DEVICE))
     parameter.grad = torch.zeros_like(parameter)

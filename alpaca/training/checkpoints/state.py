@@ -17,8 +17,8 @@ from alpaca.files.model_folders import CONFIG_NAME
 from alpaca.files.reading import read_json
 from alpaca.training.checkpoints.digests import digest_json
 from alpaca.training.distributed import World, reshard
-from alpaca.training.model.optimizers import list_trained, moment_bytes
-from alpaca.training.model.starts import list_starts
+from alpaca.training.model.adapters.starts import list_starts
+from alpaca.training.model.optimizers.choosing import list_trained, moment_bytes
 
 STATE_NAME = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -1,4 +1,4 @@
-"""Builds the model that is trained. Full fine-tuning, LoRA and QLoRA differ here and in `adapting`, nowhere else."""
+"""Builds the model that is trained. Full fine-tuning, LoRA and QLoRA differ here and in `adapters`, nowhere else."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ from alpaca.training.configuration.parsing import count_checkpointed
 from alpaca.training.configuration.settings import ModelSettings
 from alpaca.training.distributed import World, needs_sharding, shard_model
 from alpaca.training.model import padding_free
-from alpaca.training.model.adapting import add_adapter
+from alpaca.training.model.adapters.adapting import add_adapter
 from alpaca.training.model.base import Base
 from alpaca.training.model.layers import (
     check_layer_class,

@@ -16,10 +16,10 @@ from alpaca.formats.hf.folder import FLOAT_DTYPES
 from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.distributed import is_sharded
 from alpaca.training.model import padding_free
-from alpaca.training.model.adapting import adapter_config, is_adapted
+from alpaca.training.model.adapters.adapting import adapter_config, is_adapted
+from alpaca.training.model.adapters.starts import join_starts
 from alpaca.training.model.base import Base
 from alpaca.training.model.layers import uncompiled
-from alpaca.training.model.starts import join_starts
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.memory import CUDA_CONTEXT_BYTES
+from alpaca.training.model.optimizers.rounding import CHUNK_ELEMENTS
 from alpaca.training.model.padding_free import chunk_rows
-from alpaca.training.model.rounding import CHUNK_ELEMENTS
 from alpaca.training.planning.trained import count_adapter, count_trained, largest_trained, moments_bytes
 from alpaca.training.planning.workload import Setup, Workload
 

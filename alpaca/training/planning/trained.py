@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.architecture.tensors import hf_name
-from alpaca.training.model.optimizers import Trained, moment_bytes
+from alpaca.training.model.optimizers.choosing import Trained, moment_bytes
 from alpaca.training.planning.workload import Setup
 
 

@@ -442,7 +442,7 @@ def test_the_trap_is_there_to_fall_into(configure: Configure, packable_llama: Pa
 
     if not has_avx512bf16():
         pytest.skip("a CPU without AVX512-BF16")
-    monkeypatch.setattr("alpaca.training.model.adapting.keep_trainable_on_cpu", lambda model: None)
+    monkeypatch.setattr("alpaca.training.model.adapters.adapting.keep_trainable_on_cpu", lambda model: None)
     model = load(configure(**QLORA, model_name_or_path=str(packable_llama)))
     probe_logits(model, IDS, CPU)
     loss = model(input_ids=torch.tensor([IDS]), labels=torch.tensor([IDS]), position_ids=torch.arange(8)[None],

@@ -17,7 +17,7 @@ from alpaca.training.distributed import World
 from alpaca.training.model.base import open_base
 from alpaca.training.model.building import _make_empty, count_parameters, grow_embeddings, load_model
 from alpaca.training.model.layers import check_layer_class, find_layer_class
-from alpaca.training.model.optimizers import group_parameters
+from alpaca.training.model.optimizers.choosing import group_parameters
 
 ALONE = World(rank=0, num_processes=1, device=torch.device("cpu"))
 Configure = Callable[..., TrainConfig]

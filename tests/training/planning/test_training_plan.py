@@ -40,7 +40,7 @@ from alpaca.training.model import padding_free
 from alpaca.training.model.base import open_base
 from alpaca.training.model.building import load_model
 from alpaca.training.model.layers import checkpoint_layers
-from alpaca.training.model.optimizers import list_trained, moment_bytes
+from alpaca.training.model.optimizers.choosing import list_trained, moment_bytes
 from alpaca.training.planning import feasibility, hardware, words
 from alpaca.training.planning.command import format_table, open_planner, print_plan
 from alpaca.training.planning.footprint import count_memory, saved_bytes

@@ -139,7 +139,7 @@ def set_up_rows(model: nn.Module) -> None:
     ]
     if adapters == [None, None]:
         return
-    from alpaca.training.model.token_rows import TokenHead, TokenTable
+    from alpaca.training.model.adapters.token_rows import TokenHead, TokenTable
 
     for adapter in filter(None, adapters):
         if isinstance(adapter.base_layer, TargetHead):

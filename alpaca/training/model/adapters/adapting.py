@@ -17,9 +17,9 @@ from alpaca.formats.hf.quantization import keep_trainable_on_cpu
 from alpaca.text.tokenizer import Tokenizer
 from alpaca.training.configuration.config import ALL_LINEAR, DEFAULT_INIT
 from alpaca.training.configuration.settings import AdapterSettings, ModelSettings
-from alpaca.training.model.beside import check_modules_to_save, choose_tokens, set_up_rows, train_in_float32
+from alpaca.training.model.adapters.beside import check_modules_to_save, choose_tokens, set_up_rows, train_in_float32
+from alpaca.training.model.adapters.starts import add_starts, list_starts, takes_from_base
 from alpaca.training.model.layers import find_layer_class
-from alpaca.training.model.starts import add_starts, list_starts, takes_from_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from alpaca.training.model.rounding import FIRST_FACTOR, INFINITY, LAST_FINITE, QUIET, SECOND_FACTOR, Update
+from alpaca.training.model.optimizers.rounding import FIRST_FACTOR, INFINITY, LAST_FINITE, QUIET, SECOND_FACTOR, Update
 
 _BLOCK = 1024  # elements of one program; with 4 warps each thread has 8 of them, 16 bytes of bfloat16
 _FIRST_FACTOR, _SECOND_FACTOR = tl.constexpr(FIRST_FACTOR), tl.constexpr(SECOND_FACTOR)

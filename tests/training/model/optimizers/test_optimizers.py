@@ -15,8 +15,8 @@ from alpaca.errors import InputError, MissingPackage
 from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.configuration.resolving import resolve_settings
 from alpaca.training.loop import train
-from alpaca.training.model.eight_bit import EightBitAdamW
-from alpaca.training.model.optimizers import group_parameters, list_trained, make_optimizer, moment_bytes
+from alpaca.training.model.optimizers.choosing import group_parameters, list_trained, make_optimizer, moment_bytes
+from alpaca.training.model.optimizers.eight_bit import EightBitAdamW
 from tests.samples import sampled
 from tests.training.checkpoints.test_checkpoint import Crash, assert_same_run, crash_after
 from tests.training.model.peers import PLAIN, train_plainly

@@ -21,8 +21,8 @@ from alpaca.serving.llama.adapters import with_adapters
 from alpaca.text.loading import load_tokenizer
 from alpaca.training.configuration.config import TrainConfig, config_json
 from alpaca.training.loop import train
-from alpaca.training.model.started_linear import StartedLinear
-from alpaca.training.model.starts import add_starts, list_starts
+from alpaca.training.model.adapters.started_linear import StartedLinear
+from alpaca.training.model.adapters.starts import add_starts, list_starts
 from tests.serving.llama.test_llama import load as load_network
 from tests.serving.llama.test_serving_adapters import adapted_logits
 from tests.training.checkpoints.test_checkpoint import Crash, crash_after, without_rates
@@ -264,7 +264,7 @@ def test_shards_are_refused_by_name(flags: dict, configure: Configure):
 
 def test_a_bfloat16_base_has_float32_copies_of_whole_modules(configure: Configure):
     model = nn.Module.to(load(configure(method="lora", lora_modules_to_save="lm_head")), torch.bfloat16)
-    from alpaca.training.model.beside import train_in_float32
+    from alpaca.training.model.adapters.beside import train_in_float32
 
     train_in_float32(model)
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in model.parameters()}

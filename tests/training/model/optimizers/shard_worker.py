@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from alpaca.training.model.optimizer import StochasticAdamW
+from alpaca.training.model.optimizers.by_chance import StochasticAdamW
 
 
 def main() -> None:

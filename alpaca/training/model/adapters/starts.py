@@ -31,7 +31,7 @@ def add_starts(model: nn.Module, init: str, device: torch.device) -> None:
     """
     from peft.tuners.lora import Linear
 
-    from alpaca.training.model.started_linear import StartedLinear
+    from alpaca.training.model.adapters.started_linear import StartedLinear
 
     for name, layer in _adapted_layers(model).items():
         if type(layer) is not Linear or type(layer.base_layer) is not nn.Linear:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from alpaca.training.model.rounding import Update, as_signed, update_parameter
+from alpaca.training.model.optimizers.rounding import Update, as_signed, update_parameter
 
 STORAGE_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -68,7 +68,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         )
         own = [_own_row(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         if own[0].is_cuda:
-            from alpaca.training.model import triton_adamw
+            from alpaca.training.model.optimizers import triton_adamw
 
             triton_adamw.update_parameter(*own, update)
         else:

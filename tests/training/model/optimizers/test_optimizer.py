@@ -19,8 +19,14 @@ from alpaca.training.configuration.config import TrainConfig, config_json
 from alpaca.training.configuration.resolving import make_settings, resolve
 from alpaca.training.distributed import clip_gradients, join_world
 from alpaca.training.loop import train
-from alpaca.training.model.optimizer import StochasticAdamW, make_keys, make_update
-from alpaca.training.model.rounding import CHUNK_ELEMENTS, Update, draw_bits, round_stochastically, update_parameter
+from alpaca.training.model.optimizers.by_chance import StochasticAdamW, make_keys, make_update
+from alpaca.training.model.optimizers.rounding import (
+    CHUNK_ELEMENTS,
+    Update,
+    draw_bits,
+    round_stochastically,
+    update_parameter,
+)
 from tests.conftest import ROOT
 from tests.samples import sampled
 from tests.training.checkpoints.test_checkpoint import Crash, assert_same_run, crash_after
@@ -263,7 +269,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 def test_the_kernel_writes_the_twins_bits(dtype, gradient, num_elements, first_element, monkeypatch):
     pytest.importorskip("triton")
     need_kernels(monkeypatch)
-    from alpaca.training.model import triton_adamw
+    from alpaca.training.model.optimizers import triton_adamw
 
     expected = make_rows(num_elements, dtype)
     expected[1] = make_rows(num_elements, gradient)[1]
@@ -283,7 +289,7 @@ def test_the_kernel_compiles_for_an_h100_without_fused_products(dtype: str, monk
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from alpaca.training.model import triton_adamw
+    from alpaca.training.model.optimizers import triton_adamw
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = triton_adamw._adamw_kernel

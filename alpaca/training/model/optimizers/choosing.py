@@ -10,7 +10,7 @@ from torch import nn
 
 from alpaca.errors import MissingPackage
 from alpaca.training.configuration.settings import OptimizerSettings
-from alpaca.training.model.optimizer import StochasticAdamW
+from alpaca.training.model.optimizers.by_chance import StochasticAdamW
 
 logger = logging.getLogger(__name__)
 _FEWEST_QUANTIZED = 4096  # elements of a tensor whose moments bitsandbytes keeps in 8 bits
@@ -93,7 +93,7 @@ def make_optimizer(
         logger.info("numerics fast: weights, gradients and moments are bfloat16, updates rounded by chance")
         return StochasticAdamW(groups, **values, seed=settings.seed)
     if settings.name in ("adamw_8bit", "paged_adamw_8bit"):
-        from alpaca.training.model.eight_bit import EightBitAdamW
+        from alpaca.training.model.optimizers.eight_bit import EightBitAdamW
 
         return EightBitAdamW(groups, is_paged=_pages(model, settings.name), **values)
     if settings.name == "adafactor":
@@ -101,7 +101,7 @@ def make_optimizer(
 
         return Adafactor(groups, lr=settings.learning_rate, scale_parameter=False, relative_step=False)
     if settings.name == "muon":
-        from alpaca.training.model.muon import MuonWithAdamW
+        from alpaca.training.model.optimizers.muon import MuonWithAdamW
 
         return MuonWithAdamW(groups, **values)
     return torch.optim.AdamW(groups, **values, fused=fused or None)
