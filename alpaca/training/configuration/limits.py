@@ -22,7 +22,7 @@ _MOST = {  # far beyond any use, and within what torch and a float can count
     "max_steps": 10**9, "logging_steps": 10**9, "eval_steps": 10**9, "save_steps": 10**9, "save_total_limit": 10**6,
     "save_minutes": 10**9, "warmup_steps": 10**9, "num_samples": 1000, "plan_gpus": 10**5,
     "plan_gpus_per_machine": 10**3, "plan_tflops": 10**6, "lora_r": 10**5,
-    "data_limit_mib": 10**9, "early_stopping_patience": 10**6, "neftune_noise_alpha": 10**6,
+    "data_limit_mib": 10**9, "early_stopping_patience": 10**6, "neftune_noise_alpha": 10**6, "loraplus_lr_ratio": 10**6,
     "seed": 2**32 - 1,  # as transformers has it; each process adds its rank, and torch takes 64 bits
 }  # fmt: skip
 _POSITIVE = ("num_train_epochs", "adam_epsilon")
