@@ -84,12 +84,7 @@ def _check_start(config: TrainConfig) -> None:
 
 
 def _check_rates(config: TrainConfig) -> None:
-    ratio = config.loraplus_lr_ratio
-    if ratio is None:
-        return
-    if not ratio > 0:
-        raise InputError(f"--loraplus_lr_ratio: expected a number above 0, found {ratio}")
-    if config.optim in ("adafactor", "muon"):
+    if config.loraplus_lr_ratio is not None and config.optim in ("adafactor", "muon"):
         raise InputError(
             f"--loraplus_lr_ratio goes with AdamW, found --optim {config.optim}, whose updates have another size: use "
             "--optim adamw_torch or adamw_8bit, or leave it out"

@@ -14,7 +14,7 @@ _LEAST = {
     "save_steps": 1, "save_total_limit": 1, "save_minutes": 0, "warmup_steps": 0, "weight_decay": 0,
     "max_grad_norm": 0, "learning_rate": 0, "seed": 0, "num_samples": 0, "plan_gpus": 1, "plan_gpus_per_machine": 1,
     "plan_tflops": 0.001, "lora_r": 1, "lora_dropout": 0, "data_limit_mib": 1,
-    "early_stopping_patience": 0, "neftune_noise_alpha": 0,
+    "early_stopping_patience": 0, "neftune_noise_alpha": 0, "loraplus_lr_ratio": 0.001,
 }  # fmt: skip
 _MOST = {  # far beyond any use, and within what torch and a float can count
     "model_max_length": 10**7, "val_set_size": 10**9, "global_batch_size": 10**9, "per_device_train_batch_size": 10**6,
