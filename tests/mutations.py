@@ -487,6 +487,20 @@ MUTATIONS = [
         why="the loss of an incomplete batch is scaled wrongly",
     ),
     Mutation(
+        path="alpaca/training/objectives/losses.py",
+        old="delta = beta * (ratios[:, 0] - ratios[:, 1])",
+        new="delta = beta * (logps[:, 0] - logps[:, 1])",
+        killed_by="tests/training/objectives/test_steps.py::test_steps_equal_a_plain_implementation",
+        why="the model is not held to what it was before",
+    ),
+    Mutation(
+        path="alpaca/training/checkpoints/loading.py",
+        old='if REFERENCE_NAME in state["files"]:',
+        new="if False:",
+        killed_by="tests/training/objectives/test_steps.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit",
+        why="a resumed run has nothing to compare with",
+    ),
+    Mutation(
         path="alpaca/training/model/optimizers/by_chance.py",
         old="learning_rate / (1 - beta1**step)",
         new="learning_rate",

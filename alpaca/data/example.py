@@ -1,6 +1,7 @@
-"""What training takes: an instruction with its answer, a conversation, or a text that is continued.
+"""What training takes: an instruction with its answer, a conversation, or a text that is continued; and judgements.
 
-Each has `instruction`, `input` and `output`, so that reports and searches for copies look at all three alike.
+Each of the first three has `instruction`, `input` and `output`, so that reports and searches for
+copies look at them alike.
 """
 
 from dataclasses import dataclass
@@ -67,3 +68,19 @@ class Completion:
 
 
 AnyExample = Example | Conversation | Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, of which the first is preferred."""
+
+    chosen: AnyExample
+    rejected: AnyExample
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """An answer, and whether it is one to give."""
+
+    answer: AnyExample
+    is_good: bool

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -62,10 +63,11 @@ class EncodingReport:
     num_asked_otherwise: int  # a server's prompt for one of the answers is not what stands before it
     num_tokens: int
     num_targets: int  # tokens that carry loss
+    counted: str = "examples"  # what the counts are of
 
     def lines(self) -> list[str]:
         """The report for a log: totals first, then a line for each thing that occurs."""
-        totals = f"{self.num_kept:,} of {self.num_read:,} examples: {self.num_tokens:,} tokens"
+        totals = f"{self.num_kept:,} of {self.num_read:,} {self.counted}: {self.num_tokens:,} tokens"
         findings = {
             f"dropped: their prompt fills all {self.max_length} tokens, nothing is left to learn": self.num_all_masked,
             f"longer than {self.max_length} tokens: cut, and without their EOS": self.num_without_eos,
@@ -91,12 +93,23 @@ class EncodedDataset:
     ids: int32 [N].   offsets: int64 [E + 1], where each example starts and the last one ends.
     trained: bool [N], the labels that carry loss.
     report: the counts of the encoding; a subset keeps the report of the whole set.
+    width: the sequences that one example of a run has, here and in `PreferenceDataset`.
     """
 
     ids: Tensor
     offsets: Tensor
     trained: Tensor
     report: EncodingReport
+    width: ClassVar[int] = 1
+
+    @property
+    def sequences(self) -> "EncodedDataset":
+        """All of its sequences."""
+        return self
+
+    def places(self, indices: Tensor) -> Tensor:
+        """Where the sequences of examples are: int64 [width * B]."""
+        return indices
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -155,28 +168,45 @@ def encode_examples(
     train_on_inputs: bool = False,
     progress: bool = True,
 ) -> EncodedDataset:
-    """Encode examples by a layout, and keep those that have a label to learn from.
+    """`encode_groups` of single examples."""
+    options = {"max_length": max_length, "train_on_inputs": train_on_inputs, "progress": progress}
+    return encode_groups(examples, layout, width=1, counted="examples", **options)[0]
 
-    max_length: the tokens that an example is cut to, on the right. train_on_inputs: no label is masked, so that prompts
-    carry loss too, as in alpaca-lora. progress: show a bar on a terminal when it takes over a second.
+
+def encode_groups(
+    examples: Sequence[AnyExample],
+    layout: Layout,
+    *,
+    width: int,
+    counted: str,
+    max_length: int,
+    train_on_inputs: bool,
+    progress: bool,
+) -> tuple[EncodedDataset, Tensor]:
+    """Encode examples by a layout, and keep those that have a label to learn from. Returns also which were kept, bool.
+
+    width: of so many in a row all are kept or none. counted: what the report calls them. max_length: the tokens that an
+    example is cut to, on the right. train_on_inputs: no label is masked, so that prompts carry loss too, as in
+    alpaca-lora. progress: show a bar on a terminal when it takes over a second.
     Raises InputError when there were examples and none is left.
     """
     parts = []
     with tqdm(total=len(examples), desc="encode", unit=" examples", delay=1, disable=None if progress else True) as bar:
         for start in range(0, max(len(examples), 1), _CHUNK):
             chunk = examples[start : start + _CHUNK]
-            parts.append(_pack(layout.encode(chunk), max_length=max_length, mask_prompts=not train_on_inputs))
+            rows = layout.encode(chunk)
+            parts.append(_pack(rows, max_length=max_length, mask_prompts=not train_on_inputs, width=width))
             bar.update(len(chunk))
     names = [field.name for field in dataclasses.fields(_Encoded)]
     whole = _Encoded(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
     offsets = _offsets(whole.full_lengths[whole.kept].clamp(max=max_length))
-    report = _make_report(examples, whole, max_length=max_length)
+    report = _make_report(examples, whole, max_length=max_length, counted=counted)
     if report.num_read and not report.num_kept:
         raise InputError(
-            f"none of the {report.num_read:,} examples has a token to learn from: every prompt fills the "
+            f"none of the {report.num_read:,} {counted} has a token to learn from: every prompt fills the "
             f"{max_length} tokens an example is cut to; raise --model_max_length"
         )
-    return EncodedDataset(ids=whole.ids, offsets=offsets, trained=whole.trained, report=report)
+    return EncodedDataset(ids=whole.ids, offsets=offsets, trained=whole.trained, report=report), whole.kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,24 +219,26 @@ class _Encoded:
     merged: Tensor  # bool [E]
     asked_otherwise: Tensor  # bool [E]
     num_targets: Tensor  # int64 [E]
-
-    @property
-    def kept(self) -> Tensor:
-        """bool [E]."""
-        return self.num_targets > 0
+    kept: Tensor  # bool [E]
 
 
-def _pack(rows: Sequence[Row], *, max_length: int, mask_prompts: bool) -> _Encoded:
+def _pack(rows: Sequence[Row], *, max_length: int, mask_prompts: bool, width: int) -> _Encoded:
     ids: list[int] = []
     trained: list[bool] = []
-    num_targets = []
-    for row in rows:
-        kept = row.ids[:max_length]
-        labels = _labels(len(kept), row.spans) if mask_prompts else [True] * len(kept)
-        num_targets.append(sum(labels[1:]))
-        if num_targets[-1]:
-            ids += kept
-            trained += labels
+    num_targets: list[int] = []
+    kept: list[bool] = []
+    for first in range(0, len(rows), width):
+        group = [row.ids[:max_length] for row in rows[first : first + width]]
+        labels = [
+            _labels(len(own), row.spans) if mask_prompts else [True] * len(own)
+            for own, row in zip(group, rows[first : first + width], strict=True)
+        ]
+        counts = [sum(own[1:]) for own in labels]
+        num_targets += counts
+        kept += [all(counts)] * len(group)
+        for own, own_labels in zip(group, labels, strict=True) if all(counts) else ():
+            ids += own
+            trained += own_labels
     return _Encoded(
         ids=torch.tensor(ids, dtype=torch.int32),
         trained=torch.tensor(trained, dtype=torch.bool),
@@ -214,6 +246,7 @@ def _pack(rows: Sequence[Row], *, max_length: int, mask_prompts: bool) -> _Encod
         merged=torch.tensor([row.is_merged for row in rows], dtype=torch.bool),
         asked_otherwise=torch.tensor([row.is_asked_otherwise for row in rows], dtype=torch.bool),
         num_targets=torch.tensor(num_targets, dtype=torch.int64),
+        kept=torch.tensor(kept, dtype=torch.bool),
     )
 
 
@@ -226,7 +259,7 @@ def _labels(length: int, spans: Sequence[tuple[int, int]]) -> list[bool]:
     return labels + [False] * (length - len(labels))
 
 
-def _make_report(examples: Sequence[AnyExample], encoded: _Encoded, *, max_length: int) -> EncodingReport:
+def _make_report(examples: Sequence[AnyExample], encoded: _Encoded, *, max_length: int, counted: str) -> EncodingReport:
     kept = [example for example, keep in zip(examples, encoded.kept.tolist(), strict=True) if keep]
     return EncodingReport(
         max_length=max_length,
@@ -239,7 +272,8 @@ def _make_report(examples: Sequence[AnyExample], encoded: _Encoded, *, max_lengt
         num_merged=int(encoded.merged[encoded.kept].sum()),
         num_asked_otherwise=int(encoded.asked_otherwise[encoded.kept].sum()),
         num_tokens=len(encoded.ids),
-        num_targets=int(encoded.num_targets.sum()),
+        num_targets=int(encoded.num_targets[encoded.kept].sum()),
+        counted=counted,
     )
 
 

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from alpaca.data.example import AnyExample
+from alpaca.data.example import AnyExample, Judged, Pair
 from alpaca.data.sources.formats import FORMATS, RESPONSE_MARK, RecordReader, recognise
 from alpaca.data.sources.json_text import Placed, json_records, json_texts
 from alpaca.data.sources.notes import Notes
@@ -40,6 +40,35 @@ def read_data(
     response_mark: str = RESPONSE_MARK,
     most_bytes: int = MOST_BYTES,
 ) -> tuple[list[AnyExample], RecordReader]:
+    """Read all examples of a file or a data set, of any format of `DATA_FORMATS` that has one answer for each prompt.
+
+    Returns also what they were read by. Raises as `read_any_data` does, and BadExamples for data that compares answers.
+    """
+    examples, reader = read_any_data(
+        data_path, data_format=data_format, response_mark=response_mark, most_bytes=most_bytes
+    )
+    if reader.format.judges:
+        raise BadExamples(f"{data_path}: {one_answer_expected(reader)}")
+    return examples, reader  # type: ignore[return-value]
+
+
+def one_answer_expected(reader: RecordReader) -> str:
+    """What to say where data that compares answers cannot be used."""
+    known = {"pairs": "--objective dpo, orpo or kto", "labels": "--objective kto"}[reader.format.judges]
+    return (
+        f"expected one answer for each prompt, found {reader.format.title} ({reader.format.expected}). train.py takes "
+        f"them with {known}; --data_format alpaca or prompt_completion reads a single field of answers (output, "
+        "completion) and passes over the rest"
+    )
+
+
+def read_any_data(
+    data_path: str | Path,
+    *,
+    data_format: str = AUTO,
+    response_mark: str = RESPONSE_MARK,
+    most_bytes: int = MOST_BYTES,
+) -> tuple[list[AnyExample | Pair | Judged], RecordReader]:
     """Read all examples of a file or a data set, of any format of `DATA_FORMATS`; and what they were read by.
 
     A path that exists is read as a file, and the file's content decides of which kind it is: JSON (a list, lines,

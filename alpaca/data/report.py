@@ -15,7 +15,7 @@ from alpaca.data.analysis.cleaning import Change, clean_records, log_path, write
 from alpaca.data.analysis.page import make_page
 from alpaca.data.analysis.summary import analyse, summary_lines
 from alpaca.data.analysis.verb_plot import count_verbs, draw_png
-from alpaca.data.records import AUTO, DATA_FORMATS, make_reader, read_records
+from alpaca.data.records import AUTO, DATA_FORMATS, make_reader, one_answer_expected, read_records
 from alpaca.data.sources.formats import RESPONSE_MARK
 from alpaca.errors import InputError, run_command
 from alpaca.files.atomic import write_bytes, write_text
@@ -46,6 +46,8 @@ def write_outputs(arguments: argparse.Namespace) -> list[Path]:
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     records = list(read_records(arguments.data_path))
     reader = make_reader(records, data_format=arguments.data_format, response_mark=arguments.response_mark)
+    if reader.format.judges:
+        raise InputError(f"{arguments.data_path}: {one_answer_expected(reader)}")
     analysis = analyse(arguments.data_path, records, reader, tokenizer, max_length=arguments.model_max_length)
     for line in reader.lines():
         print(line)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from alpaca.data.encoding.choosing import Chosen, choose_layout
-from alpaca.data.example import AnyExample
-from alpaca.data.examples import EncodedDataset, encode_examples, split_examples
-from alpaca.data.records import read_data
+from alpaca.data.examples import split_examples
+from alpaca.data.preferences import AnyUnit, TrainingData, answers_of, arrange, encode_units
+from alpaca.data.records import read_any_data
 from alpaca.errors import InputError
 from alpaca.text.tokenizer import Tokenizer
 from alpaca.training.configuration.settings import DataSettings
@@ -26,8 +26,8 @@ _MOST_WEIGHT = 1000
 class RunData:
     """Examples to train on, those to evaluate on (None where there are none), and the layout of both."""
 
-    train: EncodedDataset
-    held_out: EncodedDataset | None
+    train: TrainingData
+    held_out: TrainingData | None
     chosen: Chosen
 
 
@@ -47,13 +47,15 @@ def encode_data(data: DataSettings, tokenizer: Tokenizer, *, progress: bool) -> 
         train = range(len(examples))
         held_out = _read(data.eval_path, data) if data.eval_path else []
     train = _weighted(torch.tensor(train), source_of, sources, seed=data.seed)
-    chosen = choose_layout(data.prompt_template, [*examples, *held_out], tokenizer, boundary=data.prompt_boundary)
+    answers = answers_of([*examples, *held_out])
+    chosen = choose_layout(data.prompt_template, answers, tokenizer, boundary=data.prompt_boundary)
     logger.info("examples are laid out by %s", chosen.layout.description)
     parts = {"training data": [examples[index] for index in train], "held-out data": held_out}
     encoded = {
-        name: encode_examples(
+        name: encode_units(
             part,
             chosen.layout,
+            objective=data.objective,
             max_length=data.max_length,
             train_on_inputs=data.train_on_inputs,
             progress=progress,
@@ -87,13 +89,13 @@ def parse_sources(data_path: str) -> list[tuple[str, float]]:
     return sources
 
 
-def _read(path: str, data: DataSettings) -> list[AnyExample]:
-    examples, reader = read_data(
+def _read(path: str, data: DataSettings) -> list[AnyUnit]:
+    examples, reader = read_any_data(
         path, data_format=data.format, response_mark=data.response_mark, most_bytes=data.most_bytes
     )
     for line in reader.lines():
         logger.info("%s: %s", path, line)
-    return examples
+    return list(arrange(examples, reader, objective=data.objective, path=path))
 
 
 def _weighted(

@@ -1,43 +1,51 @@
 """A step's gradients and losses, by micro-batches; and the loss of the held-out examples.
 
-The loss is the sum of the target tokens' cross entropies over the number of target tokens in the whole step, which
-every process knows from the data; so the layout of processes and micro-batches does not change it. The
-gradients of micro-batches are added up in float32, those of bfloat16 weights, too. There is one exception: where whole
-gradients do not fit, FSDP reduces bfloat16 shards after each micro-batch and adds them up in bfloat16,
-rounding each time.
+For SFT the loss is the sum of the target tokens' cross entropies over the number of target tokens in the whole step,
+which every process knows from the data; so the layout of processes and micro-batches does not change it. Preference
+objectives have theirs in `objectives`. The gradients of micro-batches are added up in float32, those of bfloat16
+weights, too. There is one exception: where whole gradients do not fit, FSDP reduces bfloat16 shards after each
+micro-batch and adds them up in bfloat16, rounding each time.
 """
 
 import contextlib
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from alpaca.data.batching import MicroBatch, collate, pack, split_step, split_step_by_tokens
-from alpaca.data.examples import MASKED_LABEL, EncodedDataset
+from alpaca.data.batching import split_step
+from alpaca.data.preferences import PreferenceDataset, TrainingData
 from alpaca.training.configuration.settings import ModelSettings
 from alpaca.training.distributed import is_sharded, sync_gradients
 from alpaca.training.guards import describe_not_finite
-from alpaca.training.model import padding_free
 from alpaca.training.model.building import add_up_in_float32
+from alpaca.training.objectives.preference import Share, Step, mean_measures
+from alpaca.training.objectives.reference import part_of
+from alpaca.training.report.recorders import Entry
+from alpaca.training.report.summary import evaluation_entry
 from alpaca.training.run import Run
 
 
-def accumulate_gradients(run: Run, indices: Tensor) -> float:
-    """Add up the gradients of this process's micro-batches; returns its share of the step's loss."""
-    micro_batches = _micro_batches(run, indices)
+def accumulate_gradients(run: Run, indices: Tensor) -> tuple[float, list[float]]:
+    """Add up the gradients of this process's micro-batches.
+
+    Returns its share of the step's loss, and its sums and counts for `mean_measures`.
+    """
+    micro_batches = run.passes.split(indices, run.data.lengths, width=run.data.width)
     if run.settings.batch.num_micro_batches > 1 and not is_sharded(run.trainee.model):
         add_up_in_float32(run.trainee.model)
-    total = torch.zeros((), dtype=torch.float32, device=run.world.device)
+    total, sums = torch.zeros((), dtype=torch.float32, device=run.world.device), None
+    share = _begin_step(run, indices)
     for number, micro_batch in enumerate(micro_batches, start=1):
         sync_gradients(run.trainee.model, last=number == len(micro_batches), whole=run.keeps_gradients)
         with _noisy(run, micro_batch):
-            losses = sum_losses(run, run.data, micro_batch, smoothing=run.settings.batch.label_smoothing)
-        loss = losses / loss_divisor(run, indices, micro_batch)
+            loss, own_sums = share(micro_batch)
         (loss * run.world.num_processes).backward()  # FSDP takes the mean over the processes, and the sum is needed
         total += loss.detach()
-    return total.item()
+        sums = own_sums if sums is None else sums + own_sums
+    return total.item(), [] if sums is None else sums.flatten().tolist()
 
 
 def _noisy(run: Run, micro_batch: Tensor) -> contextlib.AbstractContextManager:
@@ -47,16 +55,22 @@ def _noisy(run: Run, micro_batch: Tensor) -> contextlib.AbstractContextManager:
     return run.noise.drawn_for(run.progress.step, micro_batch.tolist(), run.data.lengths[micro_batch].tolist())
 
 
-def _micro_batches(run: Run, indices: Tensor) -> list[Tensor]:
-    """Cut this process's part of a step into micro-batches, each a tensor of example numbers.
+def _begin_step(run: Run, indices: Tensor) -> Share:
+    """What gives the micro-batches of a training step their shares of its loss."""
+    if isinstance(run.data, PreferenceDataset):
+        return _preference_step(run, "train", run.data, indices).begin()
 
-    Without padding a micro-batch holds as many tokens as a padded one holds at the most.
-    """
-    settings, layout = run.settings, {"rank": run.world.rank, "num_processes": run.world.num_processes}
-    if not padding_free.is_enabled(run.trainee.model):
-        return split_step(indices, micro_batch_size=settings.batch.micro_batch_size, **layout)
-    max_tokens = settings.batch.micro_batch_size * settings.batch.max_length
-    return split_step_by_tokens(indices, run.data.lengths, max_tokens=max_tokens, **layout)
+    def share(micro_batch: Tensor) -> tuple[Tensor, Tensor]:
+        losses = sum_losses(run, run.data, micro_batch, smoothing=run.settings.batch.label_smoothing)
+        return losses / loss_divisor(run, indices, micro_batch), torch.zeros(2, 0)
+
+    return share
+
+
+def _preference_step(run: Run, part: str, data: PreferenceDataset, indices: Tensor) -> Step:
+    """part: the name of `data` in the reference."""
+    reference = part_of(run.progress.reference, part)
+    return Step(passes=run.passes, settings=run.settings.objective, data=data, indices=indices, reference=reference)
 
 
 def loss_divisor(run: Run, indices: Tensor, micro_batch: Tensor) -> int:
@@ -71,30 +85,13 @@ def loss_divisor(run: Run, indices: Tensor, micro_batch: Tensor) -> int:
     return int(counts[micro_batch].sum()) * math.ceil(len(indices) / run.settings.batch.micro_batch_size)
 
 
-def sum_losses(run: Run, data: EncodedDataset, indices: Tensor, *, smoothing: float = 0.0) -> Tensor:
+def sum_losses(run: Run, data: TrainingData, indices: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """The summed cross entropy (float32 scalar) of the target tokens of some examples of `data`.
 
     smoothing: the share of each target's weight that is spread over the whole vocabulary.
     """
-    model, pad_id = run.trainee.model, run.base.tokenizer.fill_id
-    examples = [data.example(index) for index in indices.tolist()]
-    if padding_free.is_enabled(model):
-        batch = pack(examples, pad_id=pad_id).to(run.world.device)
-        return padding_free.sum_packed_losses(model, batch, bf16=run.settings.model.autocasts, smoothing=smoothing)
-    batch = collate(examples, pad_id=pad_id).to(run.world.device)
-    return _sum_padded_losses(model, batch, bf16=run.settings.model.autocasts, smoothing=smoothing)
-
-
-def _sum_padded_losses(model: nn.Module, batch: MicroBatch, *, bf16: bool, smoothing: float) -> Tensor:
-    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bf16):
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1),
-        batch.labels[:, 1:].flatten(),
-        ignore_index=MASKED_LABEL,
-        reduction="sum",
-        label_smoothing=smoothing,
-    )
+    examples = [data.sequences.example(place) for place in data.places(indices).tolist()]
+    return run.passes.sum_losses(examples, smoothing=smoothing)
 
 
 @torch.no_grad()
@@ -129,15 +126,31 @@ def _name_example(run: Run, index: int) -> str:
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> float:
-    """The mean loss over the target tokens of the held-out examples. It draws no random numbers."""
+def evaluate(run: Run) -> Entry:
+    """What an evaluation adds to the log: the mean loss of the held-out examples, and the objective's measures.
+
+    It draws no random numbers.
+    """
     model, data = run.trainee.model.eval(), run.held_out
+    indices = torch.arange(len(data))
     micro_batches = split_step(
-        torch.arange(len(data)),
+        indices,
         rank=run.world.rank,
         num_processes=run.world.num_processes,
         micro_batch_size=run.settings.batch.eval_micro_batch_size,
     )
-    total = sum(sum_losses(run, data, micro_batch).item() for micro_batch in micro_batches)
+    if isinstance(data, PreferenceDataset):
+        entry = _evaluate_preferences(run, _preference_step(run, "held_out", data, indices).begin(), micro_batches)
+    else:
+        total = sum(sum_losses(run, data, micro_batch).item() for micro_batch in micro_batches)
+        entry = evaluation_entry(run.world.sum([total])[0] / int(data.target_counts.sum()))
     model.train()
-    return run.world.sum([total])[0] / int(data.target_counts.sum())
+    return entry
+
+
+def _evaluate_preferences(run: Run, share: Share, micro_batches: Sequence[Tensor]) -> Entry:
+    parts = [share(micro_batch) for micro_batch in micro_batches]
+    own = [torch.stack([loss for loss, _ in parts]).sum(), *torch.stack([sums for _, sums in parts]).sum(0).flatten()]
+    loss, *sums = run.world.sum([value.item() for value in own])
+    measures = mean_measures(run.settings.objective.name, sums)
+    return {"eval_loss": loss, **{f"eval_{name}": value for name, value in measures.items()}}

@@ -39,12 +39,13 @@ from alpaca.training.finishing import finish
 from alpaca.training.gradients import accumulate_gradients, evaluate, explain_not_finite
 from alpaca.training.guards import LossWatch, SaveClock
 from alpaca.training.model.final import choose_save_dtype
+from alpaca.training.objectives.preference import mean_measures
+from alpaca.training.objectives.reference import measure_reference
 from alpaca.training.planning.command import print_plan
 from alpaca.training.progress import Meter, open_log, progress_bar, tell
 from alpaca.training.report.answers import Sample, answer_before, choose_samples
 from alpaca.training.report.recorders import Entry, check_recorder
 from alpaca.training.report.scores import Scores
-from alpaca.training.report.summary import evaluation_entry
 from alpaca.training.run import Run, prepare
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,10 @@ def _train_alone(
     if checkpoint:
         load_checkpoint(run.trainee, checkpoint)
         logger.info("resumed from %s, after step %d", checkpoint, run.progress.step)
+    else:
+        parts = {"train": run.data, "held_out": run.held_out}
+        objective, given = settings.objective.name, {name: part for name, part in parts.items() if part is not None}
+        run.progress.reference = measure_reference(objective, run.passes, given, progress=world.is_main)
     with kept_once_begun(output_dir, lambda: run.progress.step > 0) if world.is_main else contextlib.nullcontext():
         world.run_in_all(lambda: _prepare_output(run, resumed=checkpoint is not None) if world.is_main else None)
         samples = _answer_before(run, resumed=checkpoint is not None)
@@ -146,7 +151,7 @@ def run_steps(
     clock = SaveClock(limit_s=settings.checkpoints.minutes * 60, num_bytes=state_bytes(run.trainee))
     with _stop_signals() as signals, open_log(run) as log, progress_bar(run) as bar:
         if progress.step == 0 and settings.report.eval_strategy != "no":
-            log(evaluation_entry(evaluate(run)))
+            log(evaluate(run))
         while progress.step < run.num_steps:
             with meter.measure():
                 entry, requests = take_step(run, functools.partial(_own_requests, signals, should_stop, clock))
@@ -155,7 +160,7 @@ def run_steps(
                 logger.warning("step %d: %s", progress.step, warning)
             tell(run, entry, meter, log=log, bar=bar, on_step=on_step)
             if _is_due(run, settings.report.eval_strategy, settings.report.eval_steps, at_end=True):
-                log(evaluation_entry(evaluate(run)))
+                log(evaluate(run))
             if _wants_checkpoint(run, requests) or best.wants_checkpoint:
                 with clock.saving():
                     save_checkpoint(
@@ -192,10 +197,10 @@ def take_step(run: Run, ask: Callable[[], _Requests]) -> tuple[Entry, _Requests]
     indices = step_examples(
         len(run.data), global_batch_size=settings.batch.global_batch_size, seed=settings.batch.seed, step=progress.step
     )
-    own_loss = accumulate_gradients(run, indices)
+    own_loss, own_sums = accumulate_gradients(run, indices)
     grad_norm = clip_gradients(trainee.model, settings.optimizer.max_grad_norm)
     own = ask()
-    loss, stop, save = run.world.sum([own_loss, float(own.stop), float(own.save)])
+    loss, stop, save, *sums = run.world.sum([own_loss, float(own.stop), float(own.save), *own_sums])
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise InputError(explain_not_finite(run, indices, loss, grad_norm))
     learning_rate = trainee.scheduler.get_last_lr()[0]
@@ -205,7 +210,9 @@ def take_step(run: Run, ask: Callable[[], _Requests]) -> tuple[Entry, _Requests]
     progress.step += 1
     progress.losses.append(loss)
     entry = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
-    entry |= {"epoch": progress.step / run.steps_per_epoch, "step": progress.step}
+    if measures := mean_measures(settings.objective.name, sums):
+        progress.measures.append(measures)
+    entry |= measures | {"epoch": progress.step / run.steps_per_epoch, "step": progress.step}
     return {**entry, "tokens": int(run.data.lengths[indices].sum())}, _Requests(stop=stop > 0, save=save > 0)
 
 

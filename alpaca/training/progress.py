@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from alpaca.training.objectives.preference import average
 from alpaca.training.planning.plan import share_of_peak
 from alpaca.training.report.recorders import Entry, NoRecorder, open_recorder
-from alpaca.training.report.summary import describe_progress
+from alpaca.training.report.summary import describe_progress, describe_quality
 from alpaca.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,7 @@ def open_log(run: Run) -> Iterator[Callable[[Entry], None]]:
         progress.log_history.append(entry)
         recorder.record(entry)
         if "eval_loss" in entry:
-            values = (progress.step, entry["eval_loss"], entry["eval_perplexity"])
-            logger.info("step %d: held-out loss %.4f, perplexity %.2f", *values)
+            logger.info("step %d: held-out loss %.4f%s", progress.step, entry["eval_loss"], describe_quality(entry))
 
     try:
         yield log
@@ -82,7 +82,8 @@ def tell(
         on_step({**entry, "max_steps": run.num_steps})
     if progress.step % run.settings.report.logging_steps == 0 or progress.step == run.num_steps:
         mean_loss, progress.losses = sum(progress.losses) / len(progress.losses), []
-        log({**entry, "loss": mean_loss, "tokens_per_second": meter.rate()})
+        means, progress.measures = average(progress.measures), []
+        log({**entry, "loss": mean_loss, **means, "tokens_per_second": meter.rate()})
 
 
 def progress_bar(run: Run) -> tqdm:

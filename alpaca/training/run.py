@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from alpaca.data.batching import count_steps_per_epoch
+from alpaca.data.batching import count_steps_per_epoch, epoch_permutation
 from alpaca.data.encoding.choosing import Chosen
-from alpaca.data.examples import EncodedDataset
-from alpaca.errors import NotEnoughSpace
+from alpaca.data.preferences import KTO, PreferenceDataset, TrainingData, mismatch
+from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.memory import CUDA_CONTEXT_BYTES
 from alpaca.training.checkpoints.state import Progress, Trainee
 from alpaca.training.configuration.parsing import AUTO, parse_memory_limit
@@ -23,6 +23,7 @@ from alpaca.training.model.base import Base, open_base
 from alpaca.training.model.building import count_parameters, import_libraries, load_model
 from alpaca.training.model.noise import EmbeddingNoise
 from alpaca.training.model.optimizers.choosing import import_optimizer, make_optimizer
+from alpaca.training.model.passes import Passes
 from alpaca.training.planning.feasibility import check_plan, find_smallest_hardware
 from alpaca.training.planning.plan import Plan
 from alpaca.training.report.summary import MemoryMeter
@@ -42,10 +43,11 @@ class Run:
 
     settings: RunSettings
     base: Base
-    data: EncodedDataset
-    held_out: EncodedDataset | None
+    data: TrainingData
+    held_out: TrainingData | None
     chosen: Chosen
     trainee: Trainee
+    passes: Passes
     num_steps: int
     steps_per_epoch: int
     keeps_gradients: bool
@@ -66,7 +68,9 @@ def prepare(settings: RunSettings, world: World) -> Run:
     """Read the data, load the model, make optimizer and schedule."""
     base = open_base(settings.base)
     read = encode_data(settings.data, base.tokenizer, progress=world.is_main)
-    data = read.train
+    data, held_out = read.train, read.held_out
+    if settings.objective.name == KTO:
+        data, held_out = _mismatch(settings, data, held_out)
     steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=settings.batch.global_batch_size)
     num_steps = count_steps(settings.batch, steps_per_epoch)
     _say_what_is_left_out(len(data), steps_per_epoch, settings.batch.global_batch_size)
@@ -91,15 +95,42 @@ def prepare(settings: RunSettings, world: World) -> Run:
         settings=settings,
         base=base,
         data=data,
-        held_out=read.held_out,
+        held_out=held_out,
         chosen=read.chosen,
         trainee=trainee,
+        passes=_make_passes(trainee.model, settings, base, world),
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
         keeps_gradients=_keeps_gradients(trainee.model, plan, world),
         plan=plan,
         memory=memory,
         noise=noise,
+    )
+
+
+def _mismatch(
+    settings: RunSettings, data: PreferenceDataset, held_out: PreferenceDataset | None
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """KTO's data with mismatched answers: of the first epoch's batches, and of all held-out examples together."""
+    if len(data) < 2 or (held_out is not None and len(held_out) < 2):
+        raise InputError("--objective kto needs at least two examples to train on, and two held out where any are")
+    batch = settings.batch
+    order = epoch_permutation(len(data), seed=batch.seed, epoch=0)
+    data = mismatch(data, order, batch_size=batch.global_batch_size, max_length=batch.max_length)
+    if held_out is not None:
+        order = torch.arange(len(held_out))
+        held_out = mismatch(held_out, order, batch_size=len(held_out), max_length=batch.max_length)
+    return data, held_out
+
+
+def _make_passes(model: nn.Module, settings: RunSettings, base: Base, world: World) -> Passes:
+    return Passes(
+        model=model,
+        pad_id=base.tokenizer.fill_id,
+        bf16=settings.model.autocasts,
+        micro_batch_size=settings.batch.micro_batch_size,
+        max_length=settings.batch.max_length,
+        world=world,
     )
 
 
@@ -154,7 +185,7 @@ def _keeps_gradients(model: nn.Module, plan: Plan | None, world: World) -> bool:
 
 
 def _make_trainee(
-    model: nn.Module, settings: RunSettings, base: Base, data: EncodedDataset, *, num_steps: int, world: World
+    model: nn.Module, settings: RunSettings, base: Base, data: TrainingData, *, num_steps: int, world: World
 ) -> Trainee:
     on_gpu = world.device.type == "cuda" and not settings.model.sharding.offload
     optimizer = make_optimizer(model, settings.optimizer, by_chance=settings.model.is_fast, fused=on_gpu)
@@ -184,16 +215,19 @@ _BIN_END_BYTES = 1 << 20
 
 
 def _identify(
-    settings: RunSettings, base: Base, data: EncodedDataset, *, num_parameters: int, num_steps: int, warmup: int
+    settings: RunSettings, base: Base, data: TrainingData, *, num_parameters: int, num_steps: int, warmup: int
 ) -> dict[str, object]:
     """What must be equal in a checkpoint and in the run that resumes it. The number of processes may differ.
 
     An adapter's checkpoint does not hold the frozen base, so its base must be the same model, too.
     """
     digest = hashlib.sha256()
-    tensors = [data.ids, data.offsets, data.prompt_lengths]
-    if not data.trains_ends_alone:
-        tensors.append(data.trained)
+    sequences = data.sequences
+    tensors = [sequences.ids, sequences.offsets, sequences.prompt_lengths]
+    if not sequences.trains_ends_alone:
+        tensors.append(sequences.trained)
+    if isinstance(data, PreferenceDataset) and data.is_good is not None:
+        tensors.append(data.is_good)
     for tensor in tensors:
         digest.update(tensor.numpy())
     frozen = {} if settings.model.is_full else {"base": f"sha256 {_digest_base(base)[:16]}"}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load as load_tensors
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
@@ -13,6 +14,7 @@ from alpaca.errors import AlpacaError, InputError, MissingInput
 from alpaca.files.reading import list_folder, read_json
 from alpaca.training.checkpoints.digests import check_files
 from alpaca.training.checkpoints.state import (
+    REFERENCE_NAME,
     STATE_NAME,
     Trainee,
     list_checkpoints,
@@ -76,6 +78,9 @@ def load_checkpoint(trainee: Trainee, folder: Path) -> None:
     progress.step, progress.losses, progress.log_history = (
         state[key] for key in ("global_step", "losses_since_log", "log_history")
     )
+    progress.measures = state.get("measures_since_log", [])
+    if REFERENCE_NAME in state["files"]:
+        progress.reference = load_tensors((folder / REFERENCE_NAME).read_bytes())
     _restore_random_state(folder, state["num_processes"], trainee.world)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
@@ -19,6 +20,7 @@ from alpaca.files.atomic import partial_folder, replaced_folder, write_bytes, wr
 from alpaca.files.outputs import require_free_space
 from alpaca.training.checkpoints.digests import FileDigest, HashedFiles, check_files, digest_bytes, digest_json
 from alpaca.training.checkpoints.state import (
+    REFERENCE_NAME,
     STATE_NAME,
     Trainee,
     list_checkpoints,
@@ -99,7 +101,12 @@ def _write_shards(trainee: Trainee, folder: Path) -> dict[str, FileDigest]:
     name, content = f"random-{trainee.world.rank}.pt", io.BytesIO()
     torch.save(_random_state(trainee.world), content)
     write_bytes(folder / name, content.getvalue())
-    return {**files.digests, name: digest_bytes(content.getvalue())}
+    written = {**files.digests, name: digest_bytes(content.getvalue())}
+    if trainee.world.is_main and trainee.progress.reference:
+        values = save_tensors(dict(trainee.progress.reference))
+        write_bytes(folder / REFERENCE_NAME, values)
+        written[REFERENCE_NAME] = digest_bytes(values)
+    return written
 
 
 def _read_back(folder: Path, files: Mapping[str, FileDigest]) -> None:
@@ -120,6 +127,7 @@ def _write_state(trainee: Trainee, folder: Path, files: Mapping[str, FileDigest]
         "identity": dict(trainee.identity),
         "scheduler": _scheduler_state(trainee.scheduler),
         "losses_since_log": progress.losses,
+        **({"measures_since_log": progress.measures} if progress.measures else {}),
         "log_history": progress.log_history,
         "files": dict(sorted(files.items())),
     }

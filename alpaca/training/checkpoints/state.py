@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from alpaca.errors import InputError
@@ -21,17 +21,23 @@ from alpaca.training.model.adapters.starts import list_starts
 from alpaca.training.model.optimizers.choosing import list_trained, moment_bytes
 
 STATE_NAME = "trainer_state.json"
+REFERENCE_NAME = "reference.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 WHOLE = ("config.json", CONFIG_NAME)  # a final folder's config is moved into place last, so a folder with one is whole
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run has come. losses: those of the steps since the last log entry."""
+    """How far a run has come. losses, measures: those of the steps since the last log entry.
+
+    reference: what `objectives.reference` measured before the first step.
+    """
 
     step: int = 0
     log_history: list[dict[str, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    measures: list[dict[str, float]] = field(default_factory=list)
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

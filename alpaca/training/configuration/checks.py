@@ -7,6 +7,7 @@ from alpaca.files.outputs import require_apart
 from alpaca.training.configuration.adapters import check_adapter
 from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.configuration.limits import check_each_value
+from alpaca.training.configuration.objective import check_objective
 from alpaca.training.configuration.parsing import parse_checkpointing, parse_fsdp
 
 
@@ -23,6 +24,7 @@ def check_values(config: TrainConfig) -> None:
     parse_fsdp(config.fsdp)
     parse_checkpointing(config.gradient_checkpointing)
     check_adapter(config)
+    check_objective(config)
     _check_optimizer(config)
     _check_numerics(config)
     _check_evaluation(config)

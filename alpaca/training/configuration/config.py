@@ -39,6 +39,14 @@ OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "muon",
 )  # fmt: skip
 METHODS = ("full", "lora", "qlora")
+# What a preference objective's own flags are where they are not given: TRL's.
+OBJECTIVE_DEFAULTS: dict[str, dict[str, object]] = {
+    "sft": {},
+    "dpo": {"dpo_beta": 0.1, "dpo_label_smoothing": 0.0},
+    "orpo": {"orpo_beta": 0.1},
+    "kto": {"kto_beta": 0.1, "kto_desirable_weight": 1.0, "kto_undesirable_weight": 1.0},
+}
+PREFERENCE_RATES = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}  # learning rates; SFT's would break the model
 NUMERICS = ("stanford", "fast")
 
 
@@ -92,6 +100,23 @@ class TrainConfig:
             "full: every weight; lora: an adapter on a frozen base; qlora: the same on a base in 4 bit", *METHODS
         ),
     )
+    objective: str = field(
+        default="sft",
+        metadata=_flag(
+            "sft: learn the answers; dpo, orpo: prefer chosen answers to rejected ones; kto: learn from answers that "
+            "are labelled good or bad",
+            *OBJECTIVE_DEFAULTS,
+        ),
+    )
+    dpo_beta: float | None = field(default=None, metadata=_flag("dpo: how closely the base is kept to: 0.1"))
+    dpo_label_smoothing: float | None = field(
+        default=None, metadata=_flag("dpo: the probability that a pair is the wrong way round: 0")
+    )
+    orpo_beta: float | None = field(default=None, metadata=_flag("orpo: weight of the odds ratio (lambda): 0.1"))
+    kto_beta: float | None = field(default=None, metadata=_flag("kto: how closely the base is kept to: 0.1"))
+    kto_desirable_weight: float | None = field(default=None, metadata=_flag("kto: weight of good answers: 1"))
+    kto_undesirable_weight: float | None = field(default=None, metadata=_flag("kto: weight of bad answers: 1"))
+
     lora_r: int | None = field(default=None, metadata=_flag("rank of the adapter: 8"))
     lora_alpha: float | None = field(
         default=None, metadata=_flag("scale of the adapter, divided by its rank (rsLoRA: by the root of it): 16")
@@ -173,7 +198,11 @@ class TrainConfig:
     )
 
     learning_rate: float = field(
-        default=2e-5, metadata=_flag(f"highest learning rate; with lora and qlora {ADAPTER_LEARNING_RATE:g}")
+        default=2e-5,
+        metadata=_flag(
+            f"highest learning rate; with lora and qlora {ADAPTER_LEARNING_RATE:g}; of objectives that compare answers "
+            f"{PREFERENCE_RATES['full']:g}, with adapters {PREFERENCE_RATES['lora']:g}"
+        ),
     )
     lr_scheduler_type: str = field(default="cosine", metadata=_flag("schedule of the learning rate", *SCHEDULES))
     min_lr_rate: float = field(
@@ -279,6 +308,11 @@ def make_config(given: Mapping[str, object]) -> TrainConfig:
     values = {**RECIPES[recipe], **given}
     if values.get("method", "full") != "full" and "learning_rate" not in given:
         values["learning_rate"] = ADAPTER_LEARNING_RATE
+    objective = values.get("objective", "sft")
+    if objective != "sft" and "learning_rate" not in given:
+        values["learning_rate"] = PREFERENCE_RATES.get(str(values.get("method", "full")), ADAPTER_LEARNING_RATE)
+    if objective in ("dpo", "kto") and "train_on_inputs" not in given:
+        values["train_on_inputs"] = False  # a recipe's gives way: prompts are not compared
     if given.get("method") == "qlora" and given.get("base_quantization") is None:
         values["base_quantization"] = None  # a recipe's gives way: qlora is 4 bit
     if "val_set_size" not in given and (given.get("eval_fraction") or given.get("eval_data_path")):

@@ -14,7 +14,8 @@ _LEAST = {
     "save_steps": 1, "save_total_limit": 1, "save_minutes": 0, "warmup_steps": 0, "weight_decay": 0,
     "max_grad_norm": 0, "learning_rate": 0, "seed": 0, "num_samples": 0, "plan_gpus": 1, "plan_gpus_per_machine": 1,
     "plan_tflops": 0.001, "lora_r": 1, "lora_dropout": 0, "data_limit_mib": 1,
-    "early_stopping_patience": 0, "neftune_noise_alpha": 0, "loraplus_lr_ratio": 0.001,
+    "early_stopping_patience": 0, "neftune_noise_alpha": 0, "loraplus_lr_ratio": 0.001, "kto_desirable_weight": 0,
+    "kto_undesirable_weight": 0,
 }  # fmt: skip
 _MOST = {  # far beyond any use, and within what torch and a float can count
     "model_max_length": 10**7, "val_set_size": 10**9, "global_batch_size": 10**9, "per_device_train_batch_size": 10**6,
@@ -23,11 +24,14 @@ _MOST = {  # far beyond any use, and within what torch and a float can count
     "save_minutes": 10**9, "warmup_steps": 10**9, "num_samples": 1000, "plan_gpus": 10**5,
     "plan_gpus_per_machine": 10**3, "plan_tflops": 10**6, "lora_r": 10**5,
     "data_limit_mib": 10**9, "early_stopping_patience": 10**6, "neftune_noise_alpha": 10**6, "loraplus_lr_ratio": 10**6,
+    "dpo_beta": 10**6, "orpo_beta": 10**6, "kto_beta": 10**6, "kto_desirable_weight": 10**6,
+    "kto_undesirable_weight": 10**6,
     "seed": 2**32 - 1,  # as transformers has it; each process adds its rank, and torch takes 64 bits
 }  # fmt: skip
-_POSITIVE = ("num_train_epochs", "adam_epsilon")
+_POSITIVE = ("num_train_epochs", "adam_epsilon", "dpo_beta", "orpo_beta", "kto_beta")
 _BELOW_ONE = (
     "label_smoothing_factor",
+    "dpo_label_smoothing",
     "min_lr_rate",
     "adam_beta1",
     "adam_beta2",
@@ -50,7 +54,7 @@ def check_each_value(config: object) -> None:
         if value is not None and not value <= most:
             raise InputError(f"--{name}: expected at most {most:,}, found {value}")
     for name in _POSITIVE:
-        if not getattr(config, name) > 0:
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise InputError(f"--{name}: expected a number above 0, found {getattr(config, name)}")
     for name in _BELOW_ONE:
         value = getattr(config, name)

@@ -18,6 +18,7 @@ from alpaca.training.configuration.config import (
     TrainConfig,
     config_json,
 )
+from alpaca.training.configuration.objective import objective_identity, objective_settings, resolve_objective
 from alpaca.training.configuration.parsing import parse_checkpointing, parse_fsdp
 from alpaca.training.configuration.settings import (
     BaseSettings,
@@ -69,6 +70,7 @@ def make_settings(config: TrainConfig) -> RunSettings:
             needs_pad_token=config.method == "full",
         ),
         data=_data_settings(config),
+        objective=objective_settings(config),
         model=_model_settings(config),
         batch=_batch_settings(config),
         optimizer=_optimizer_settings(config),
@@ -77,7 +79,9 @@ def make_settings(config: TrainConfig) -> RunSettings:
         report=_report_settings(config),
         memory_limit=config.memory_limit,
         tf32=config.tf32,
-        identity={name: getattr(config, name) for name in _IDENTITY_FLAGS} | _later_identity(config),
+        identity={name: getattr(config, name) for name in _IDENTITY_FLAGS}
+        | _later_identity(config)
+        | objective_identity(config),
         flags=config_json(config),
     )
 
@@ -103,6 +107,7 @@ def _data_settings(config: TrainConfig) -> DataSettings:
         max_length=config.model_max_length,
         train_on_inputs=config.train_on_inputs,
         seed=config.seed,
+        objective=config.objective,
     )
 
 
@@ -188,7 +193,7 @@ def resolve(config: TrainConfig, *, num_processes: int, device: "torch.device") 
     """
     check_values(config)
     check_processes(config, num_processes)
-    config = _resolve_method(config)
+    config = resolve_objective(_resolve_method(config))
     config = _resolve_batch(config, num_processes)
     config = _resolve_hardware(config, device)
     if config.loss_average == "micro_batch" and config.padding_free:
@@ -206,6 +211,8 @@ def _resolve_method(config: TrainConfig) -> TrainConfig:
     if config.method == "full":
         return dataclasses.replace(config, base_quantization="none")
     given = {name: getattr(config, name) for name in ADAPTER_DEFAULTS if getattr(config, name) is not None}
+    if config.objective != "sft":  # dropout in one of two models that are compared is noise
+        given = {"lora_dropout": 0.0, **given}
     quantization = config.base_quantization or ("nf4" if config.method == "qlora" else "none")
     return dataclasses.replace(config, **{**ADAPTER_DEFAULTS, **given}, base_quantization=quantization)
 

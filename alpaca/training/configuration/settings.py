@@ -44,6 +44,21 @@ class DataSettings:
     max_length: int
     train_on_inputs: bool
     seed: int
+    objective: str = "sft"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """What is learnt from the data. name: sft, dpo, orpo or kto.    beta: the preference objectives' strength.
+
+    smoothing: DPO's.    weights: KTO's, of good and of bad answers.
+    """
+
+    name: str = "sft"
+    beta: float = 0.1
+    smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +221,7 @@ class RunSettings:
 
     base: BaseSettings
     data: DataSettings
+    objective: ObjectiveSettings
     model: ModelSettings
     batch: BatchSettings
     optimizer: OptimizerSettings

@@ -96,7 +96,12 @@ def _target_heads(model: "PreTrainedModel") -> "list[TargetHead]":
 
 
 def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoothing: float = 0.0) -> Tensor:
-    """The summed cross entropy (float32 scalar) of a batch's target tokens, differentiable.
+    """The summed cross entropy (float32 scalar) of a batch's target tokens, differentiable."""
+    return packed_losses(model, batch, bf16=bf16, smoothing=smoothing).sum()
+
+
+def packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoothing: float = 0.0) -> Tensor:
+    """The cross entropies (float32 [R]) of a batch's target tokens, differentiable.
 
     smoothing: the share of each target's weight that is spread over the whole vocabulary.
     """
@@ -115,7 +120,7 @@ def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoot
     finally:
         for head in heads:
             head.target_ids = None
-    return outputs.logits.sum()  # TargetHead gives losses in place of logits
+    return outputs.logits.flatten()  # TargetHead gives losses in place of logits
 
 
 class TargetHead(nn.Linear):

@@ -129,6 +129,7 @@ def format_table(plan: Plan, cards: list[dict[str, object]]) -> str:
         f"{'trained (' + plan.setup.method + ')':<34}{plan.num_trained / 1e6:14,.1f} M",
         f"{'examples':<34}{work.num_examples:14,}",
         f"{'tokens of the run':<34}{work.num_tokens:14,}",
+        *([f"{'tokens that only go forward':<34}{work.num_forward:14,}"] if work.num_forward else []),
         f"{'steps':<34}{work.num_steps:14,}",
         f"{'micro-batches of a step':<34}{work.num_micro_batches:14,}  on each of {plan.setup.num_processes} devices"
         f"{_describe_copies(plan.setup)}",

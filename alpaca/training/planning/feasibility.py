@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 
-from alpaca.data.examples import EncodedDataset
+from alpaca.data.preferences import TrainingData
 from alpaca.errors import InputError, NotEnoughSpace
 from alpaca.training.configuration.parsing import count_checkpointed, parse_memory_limit
 from alpaca.training.configuration.settings import RunSettings
@@ -36,7 +36,7 @@ def limit_hardware(hardware: Hardware, limit: str | None) -> Hardware:
 
 
 def check_plan(
-    settings: RunSettings, base: Base, data: EncodedDataset, hardware: Hardware, *, num_processes: int
+    settings: RunSettings, base: Base, data: TrainingData, hardware: Hardware, *, num_processes: int
 ) -> Plan | None:
     """Make the plan for this hardware and log it. Returns None for a kind of model that cannot be planned.
 

@@ -15,7 +15,7 @@ import torch
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.data.batching import count_steps_per_epoch
-from alpaca.data.examples import EncodedDataset
+from alpaca.data.preferences import TrainingData
 from alpaca.training.configuration.config import ADAPTER_DEFAULTS
 from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.distributed import keeps_gradients_whole
@@ -45,6 +45,13 @@ def count_flops(shape: ModelDescription, setup: Setup, work: Workload) -> float:
     per_weight = (6 if setup.method == "full" else 4) + 2 * setup.num_checkpointed / shape.num_layers
     head_rows = work.num_targets if setup.padding_free else work.num_tokens
     return work.num_tokens * (per_weight * shape.num_linear + 6 * adapter) + 6 * head_rows * shape.num_head
+
+
+def count_forward_flops(shape: ModelDescription, setup: Setup, work: Workload) -> float:
+    """FLOP of what only goes forward: the reference before the first step, and KTO's mismatched answers."""
+    adapter = count_trained(shape, setup) if setup.method != "full" else 0
+    targets = 1 if not setup.padding_free else work.num_targets / work.num_tokens
+    return 2 * work.num_forward * (shape.num_linear + adapter + targets * shape.num_head)
 
 
 def share_of_peak(plan: "Plan", tokens_per_second: float) -> float | None:
@@ -84,7 +91,7 @@ class Planner:
 
     settings: RunSettings
     shape: ModelDescription
-    data: EncodedDataset
+    data: TrainingData
     dtype: torch.dtype  # of the final weights
     num_steps: int
     num_added: int = 0  # tokens that the tokenizer has beyond its vocabulary
@@ -115,6 +122,7 @@ class Planner:
     def _plan_exactly(self, setup: Setup, hardware: Hardware) -> Plan:
         work, memory = self._work(setup), self.memory(setup)
         trained, saves = count_trained(self.shape, setup), self.settings.checkpoints.saves
+        flops = count_flops(self.shape, setup, work) + count_forward_flops(self.shape, setup, work)
         return Plan(
             shape=self.shape,
             setup=setup,
@@ -125,7 +133,7 @@ class Planner:
             checkpoint_bytes=checkpoint_bytes(self.shape, setup),
             num_checkpoints=self.settings.checkpoints.keep + 1 if saves else 0,
             final_bytes=self._final_bytes(setup, trained),
-            seconds=count_flops(self.shape, setup, work) / (hardware.flops * setup.num_processes),
+            seconds=flops / (hardware.flops * setup.num_processes),
         )
 
     def _final_bytes(self, setup: Setup, trained: int) -> int:
@@ -219,7 +227,7 @@ def plan_json(plan: Plan) -> dict[str, object]:
     }
 
 
-def make_planner(settings: RunSettings, base: Base, data: EncodedDataset) -> Planner:
+def make_planner(settings: RunSettings, base: Base, data: TrainingData) -> Planner:
     """A planner for a run. Raises InputError for a model whose sizes are not known."""
     steps = count_steps(
         settings.batch, count_steps_per_epoch(len(data), global_batch_size=settings.batch.global_batch_size)

@@ -11,7 +11,7 @@ import torch
 from alpaca.architecture.description import ModelDescription
 from alpaca.architecture.tensors import hf_name
 from alpaca.data.batching import count_steps_per_epoch, split_step, split_step_by_tokens, step_examples
-from alpaca.data.examples import EncodedDataset
+from alpaca.data.preferences import DPO, KTO, TrainingData
 from alpaca.errors import InputError
 from alpaca.formats.hf.adapters import matches
 from alpaca.formats.hf.folder import read_description
@@ -42,6 +42,7 @@ class Setup:
     num_others: int = 0  # parameters of other modules that are trained whole
     optimizer: str = "adamw_torch"
     base_quantization: str = "none"
+    objective: str = "sft"
     micro_batch_size: int = 4
     global_batch_size: int = 128
     max_length: int = 512
@@ -149,6 +150,7 @@ def make_setup(
         optimizer=settings.optimizer.name,
         **adapted,
         base_quantization=model.base_quantization,
+        objective=settings.objective.name,
         micro_batch_size=batch.micro_batch_size,
         global_batch_size=batch.global_batch_size,
         max_length=batch.max_length,
@@ -210,14 +212,15 @@ class Workload:
     num_examples: int
     num_tokens: int  # tokens of the whole run
     num_targets: int
+    num_forward: int = 0  # tokens of the run that only go forward: a preference objective compares with them
     num_steps: int
     num_micro_batches: int  # the most in one step of one process
     max_tokens: int  # N of the largest micro-batch, padding included
     max_targets: int  # R of the largest; padded micro-batches make logits of all N
-    max_length: int  # of an example
+    max_length: int  # of a sequence
 
 
-def measure_workload(setup: Setup, data: EncodedDataset, *, num_steps: int, seed: int) -> Workload:
+def measure_workload(setup: Setup, data: TrainingData, *, num_steps: int, seed: int) -> Workload:
     """Lay out the micro-batches of the first steps as training does, and take the largest."""
     largest, targets, most = 0, 0, 0
     for step in range(min(num_steps, _MOST_SIMULATED)):
@@ -226,27 +229,30 @@ def measure_workload(setup: Setup, data: EncodedDataset, *, num_steps: int, seed
         most = max(most, len(micro_batches))
         for own in micro_batches:
             if len(own):
-                lengths = data.lengths[own]
-                size = int(lengths.sum()) if setup.padding_free else int(lengths.max()) * len(own)
+                lengths = data.sequences.lengths[data.places(own)]
+                size = int(lengths.sum()) if setup.padding_free else int(lengths.max()) * len(lengths)
                 largest = max(largest, size)
                 targets = max(targets, int(data.target_counts[own].sum()))
     steps_per_epoch = count_steps_per_epoch(len(data), global_batch_size=setup.global_batch_size)
     share = num_steps * min(setup.global_batch_size * steps_per_epoch, len(data)) / steps_per_epoch / len(data)
+    once = int(data.lengths.sum())
+    num_tokens = round(share * once)
     return Workload(
         num_examples=len(data),
-        num_tokens=round(share * int(data.lengths.sum())),
+        num_tokens=num_tokens,
+        num_forward={DPO: once, KTO: 2 * once + num_tokens}.get(setup.objective, 0),
         num_targets=round(share * int(data.target_counts.sum())),
         num_steps=num_steps,
         num_micro_batches=most,
         max_tokens=largest,
         max_targets=targets if setup.padding_free else largest,
-        max_length=int(data.lengths.max()),
+        max_length=int(data.sequences.lengths.max()),
     )
 
 
-def _lay_out(setup: Setup, data: EncodedDataset, indices: torch.Tensor) -> list[torch.Tensor]:
+def _lay_out(setup: Setup, data: TrainingData, indices: torch.Tensor) -> list[torch.Tensor]:
     layout = {"rank": 0, "num_processes": setup.num_processes}
     if not setup.padding_free:
         return split_step(indices, micro_batch_size=setup.micro_batch_size, **layout)
-    max_tokens = setup.micro_batch_size * setup.max_length
+    max_tokens = setup.micro_batch_size * setup.max_length * data.width
     return split_step_by_tokens(indices, data.lengths, max_tokens=max_tokens, **layout)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from alpaca.data.examples import EncodedDataset
+from alpaca.data.preferences import TrainingData
 from alpaca.files.atomic import write_json
 from alpaca.files.reading import read_json
 from alpaca.text.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class Sample:
     after: str = ""
 
 
-def choose_samples(data: EncodedDataset, tokenizer: Tokenizer, num_samples: int) -> list[Sample]:
+def choose_samples(data: TrainingData, tokenizer: Tokenizer, num_samples: int) -> list[Sample]:
     """The first examples' prompts and answers, from their tokens."""
     samples = []
     for index in range(min(num_samples, len(data))):

@@ -84,12 +84,16 @@ def make_page(record: Record) -> str:
 def _highlights(record: Record) -> dict[str, str]:
     summary, flags = record.summary, record.flags
     rows = {"base model": flags["model_name_or_path"], "method": flags["method"], "recipe": flags["recipe"]}
+    is_sft = flags.get("objective", "sft") == "sft"
+    if not is_sft:
+        rows["objective"] = flags["objective"]
     if "first_loss" in summary:
         rows["training loss, first and last"] = f"{summary['first_loss']:.4f} → {summary['last_loss']:.4f}"
     if "first_eval_loss" in summary:
         first, last = summary["first_eval_loss"], summary["last_eval_loss"]
         rows["held-out loss"] = f"{first:.4f} → {last:.4f}"
-        rows["held-out perplexity"] = f"{_number(math.exp(min(first, 700)))} → {_number(math.exp(min(last, 700)))}"
+        if is_sft:
+            rows["held-out perplexity"] = f"{_number(math.exp(min(first, 700)))} → {_number(math.exp(min(last, 700)))}"
     rows["time in training steps"] = format_seconds(float(summary["train_runtime"]))
     rows["useful tokens a second"] = f"{record.tokens_per_second:,.0f}"
     return rows
@@ -100,7 +104,14 @@ def _charts(history: Sequence[Entry]) -> dict[str, list[Markup]]:
     loss, held_out = _points(history, "loss"), _points(history, "eval_loss")
     perplexity, rates = _points(history, "eval_perplexity"), _points(history, "learning_rate")
     speeds = _points(history, "tokens_per_second")
+    rewards = [
+        Line(f"rewards of {name} answers", _points(history, f"rewards/{name}"), is_second=name == "rejected")
+        for name in ("chosen", "rejected")
+    ]
+    accuracy = Line("rewards/accuracies", _points(history, "rewards/accuracies"))
+    held_out_accuracy = Line("held out", _points(history, "eval_rewards/accuracies"), is_second=True)
     charts = {
+        "rewards": [draw_lines(rewards, y="reward"), draw_lines([accuracy, held_out_accuracy], y="accuracy")],
         "loss": [
             draw_lines([Line("loss", loss), Line("held-out loss", held_out, is_second=True)], y="loss"),
             draw_lines([Line("held-out perplexity", perplexity, is_second=True)], y="perplexity"),

@@ -135,6 +135,12 @@ def evaluation_entry(loss: float) -> Entry:
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 
+def describe_quality(entry: Entry) -> str:
+    """What an evaluation's entry says besides its loss: perplexity, or how answers are told apart."""
+    names = {"eval_perplexity": "perplexity", "eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin"}
+    return "".join(f", {said} {entry[name]:.2f}" for name, said in names.items() if name in entry)
+
+
 def describe_progress(loss: float, rate: float, memory_bytes: int, share: float | None) -> str:
     """The progress bar's last words (tqdm itself says the time that is left)."""
     text = f"loss {loss:.4f}, {rate:,.0f} tok/s"
