@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +23,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 _MOST_WAITING, _MOST_BYTES = 2048, 256 << 20
 _RETRY_AFTER_S = 5
-_CANCEL_TRIES, _CANCEL_PAUSE_S = 10, 0.02
+_CANCEL_S, _CANCEL_PAUSE_S = 5.0, 0.02  # for a request to get so far that it can be canceled
 _ANSWERED = ("content-type", "cache-control", "content-length", "preference-applied", "allow")
 _BROKEN_OFF = "The server was interrupted before the answer was complete."
 
@@ -36,6 +38,7 @@ class Gate:
         self._turns = Turns(concurrency, most_waiting=_MOST_WAITING)
         self._webhooks = Webhooks(webhook_token)
         self._known: dict[str, Request] = {}  # those with ids that wait or run
+        self._open: Counter[str] = Counter()  # ids of requests by PUT, from their heads on
         self._memory = Memory(_MOST_BYTES)
         self._parsing = asyncio.Semaphore(2)  # Python objects take many times a body's size
 
@@ -64,7 +67,7 @@ class Gate:
         try:
             route = find_route(scope["method"], scope["path"], self._rules)
             check_sender(headers, route, self._rules)
-            with self._memory.held() as held:
+            with self._memory.held() as held, self._is_open(route):
                 content = await read_body(headers, receive, self._rules.most_bytes, held)
                 if route.kind != "start":
                     work = self._look(route, headers, send)
@@ -77,6 +80,20 @@ class Gate:
                 await unless_client_leaves(work, receive)
         except Refused as refused:
             await _send_refusal(send, refused)
+
+    @contextlib.contextmanager
+    def _is_open(self, route: Route) -> Iterator[None]:
+        """Note that a request with this id is here, long before `_known` has it: its body is read first."""
+        if route.kind != "start" or route.id is None:
+            yield
+            return
+        self._open[route.id] += 1
+        try:
+            yield
+        finally:
+            self._open[route.id] -= 1
+            if not self._open[route.id]:
+                del self._open[route.id]
 
     async def _look(self, route: Route, headers: Mapping[str, str], send: Send) -> None:
         if route.path == "/health-check":
@@ -166,7 +183,8 @@ class Gate:
 
     async def _cancel(self, route: Route, headers: Mapping[str, str], send: Send) -> None:
         """Of one that waits here; else by the runtime, which may not know yet of what was just sent to it."""
-        for _ in range(_CANCEL_TRIES):
+        deadline = time.monotonic() + _CANCEL_S
+        while True:
             request = self._known.get(route.id or "")
             if request is not None and not request.is_asked:
                 request.cancel()
@@ -174,13 +192,14 @@ class Gate:
                 return
             if request is not None:
                 await request.until_handed_over()
-            reply = await self._asker.once(route, headers)
-            if reply.status != 404 or request is None:
-                await _pass_on(reply, send)
-                return
-            reply.close()
+            is_last = route.id not in self._open or time.monotonic() > deadline
+            if request is not None or is_last:
+                reply = await self._asker.once(route, headers)
+                if reply.status != 404 or is_last:
+                    await _pass_on(reply, send)
+                    return
+                reply.close()
             await asyncio.sleep(_CANCEL_PAUSE_S)
-        await _send_json(send, 404, {})
 
 
 def _canceled(request: Request) -> dict[str, object]:

@@ -18,6 +18,10 @@ _HEAD_S = 20.0  # for a request's head to arrive, or the first one's first byte
 _IDLE_S = 65.0  # after an answer: longer than clients keep a connection, so that none meets one that is being closed
 _LEFT_S = 1.0  # for a refused client to read why
 _READING_S = 60.0  # for a client to take what is ready for it, about twice the next
+# What one client may leave unread before its answer waits for it, and all together. Until then an answer is made at its
+# own pace, and its place is free for others once it is made, not once it is read.
+_UNREAD_BYTES, _MOST_UNREAD_BYTES = 4 << 20, 256 << 20
+_READ_BYTES = 48 << 10  # and what the kernel has for it, within `_READING_S`
 _SEND_BYTES = 1 << 17  # the kernel would take megabytes, and who reads slowly be taken for one who does not read
 _FILES = 2 * _MOST_CONNECTIONS + 512  # each may have one to the runtime, too
 
@@ -102,7 +106,12 @@ class Connection(H11Protocol):
         super().data_received(data)
 
     def handle_events(self) -> None:
+        before = self.cycle
         super().handle_events()
+        if self.cycle is not before:
+            unread = sum(other.transport.get_write_buffer_size() for other in self.connections)
+            most = _UNREAD_BYTES if unread < _MOST_UNREAD_BYTES else 2 * _READ_BYTES
+            self.transport.set_write_buffer_limits(high=most, low=most - _READ_BYTES)
         if self.conn.refused is None and self.cycle is not None and not self.cycle.response_complete:
             self._stop_head_timer()
             if not self.cycle.more_body:
@@ -154,9 +163,21 @@ class Connection(H11Protocol):
             oldest.transport.abort()
         self._stop_head_timer()
         if self.transport.get_write_buffer_size():
-            self._head_timer = self.loop.call_later(_READING_S, self.transport.abort)
+            self._wait_for_reader()
         elif not self._has_answered() or self.conn.their_state is not h11.DONE or self.conn.trailing_data[0]:
             self._head_timer = self.loop.call_later(_HEAD_S, self.transport.abort)
+
+    def _wait_for_reader(self) -> None:
+        """Of what is left of an answer, as long as the client goes on taking it."""
+        left = self.transport.get_write_buffer_size()
+
+        def look_again() -> None:
+            if left - self.transport.get_write_buffer_size() < min(left, _READ_BYTES):
+                self.transport.abort()
+            else:
+                self._wait_for_reader()
+
+        self._head_timer = self.loop.call_later(_READING_S, look_again) if left else None
 
     def _has_answered(self) -> bool:
         return self.cycle is not None and self.cycle.response_complete

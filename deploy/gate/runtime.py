@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
 
 import httpx
 
@@ -58,6 +59,7 @@ class Runtime:
         self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
         self._changed = asyncio.Event()
         self._ending = asyncio.Event()  # this life of the runtime is to end
+        self._has_had_worker = False  # in this life
 
     async def keep_running(self) -> None:
         """Start the runtime, and start it again whenever it dies. Raises GivenUp; ends only so, or when cancelled.
@@ -100,6 +102,7 @@ class Runtime:
         self._process = await asyncio.create_subprocess_exec(
             *self._command, env=self._environment, start_new_session=True, preexec_fn=die_with_parent
         )
+        self._has_had_worker = False
         ended = asyncio.ensure_future(self._process.wait())
         watching = asyncio.ensure_future(self._watch())
         ending = asyncio.ensure_future(self._ending.wait())
@@ -129,7 +132,7 @@ class Runtime:
         async with httpx.AsyncClient(base_url=self.url, timeout=_HEALTH_S, trust_env=False) as client:
             while True:
                 try:
-                    if self._is_dead(await _ask_health(client)):
+                    if self._is_dead(await _ask_health(client)) or self._has_lost_worker():
                         return
                 except Exception as error:  # the runtime may be well, and what it does would be lost
                     _say(f"the runtime's health could not be read: {type(error).__name__}: {error}")
@@ -152,6 +155,15 @@ class Runtime:
             self._silent_since = self._silent_since or time.monotonic()
             return time.monotonic() - self._silent_since > _STOPPED_S
         return False
+
+    def _has_lost_worker(self) -> bool:
+        """Whether the worker died while it was being started, for whose first word the runtime waits for ever."""
+        assert self._process is not None
+        if self.state is not State.STARTING or sys.platform != "linux":
+            return False
+        lives = _has_living_child(self._process.pid)
+        self._has_had_worker |= lives
+        return self._has_had_worker and not lives
 
     def _set(self, state: State, health: dict[str, object]) -> None:
         self.health = health
@@ -178,6 +190,17 @@ async def _ask_health(client: httpx.AsyncClient) -> dict[str, object]:
     except (httpx.HTTPError, json.JSONDecodeError):
         return {}
     return report if isinstance(report, dict) else {}
+
+
+def _has_living_child(pid: int) -> bool:
+    """Whether a process has a child that has not ended (Linux)."""
+    with contextlib.suppress(OSError):
+        for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in listed.read_text().split():
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] != "Z":
+                        return True
+    return False
 
 
 def _private_address() -> tuple[str, int]:

@@ -5,12 +5,14 @@ to do: `sleep S`, `stream N`, `flood N` (pieces of 1 KiB without a pause), `die`
 ever), `crash-once` (so it dies once, and the answer says it as Cog's does; `crash-once events` as an event), `exit`,
 `exit-once`, `half` (its answer breaks off), `background S` (answered at once), `lose` (its slot is never free again),
 `lose quietly` (and the health report does not show it), `linger S` (goes on when its client has left).
-Each prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails; while a file
+Each prediction's prompt goes into LOG. Where a file LOG.fails is there at the start, the set-up fails; where LOG.starts
+is, it is STARTING for ever, with a child; while a file
 LOG.garbled is there, the health report is no text.
 """
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +24,9 @@ SLOTS = threading.Semaphore(int(os.environ["SLOTS"]))
 RUNNING: set[str] = set()
 TAKEN: list[str] = []  # paths of what holds a slot without an open request
 STATE = {"status": "SETUP_FAILED" if os.path.exists(sys.argv[1] + ".fails") else "READY"}  # noqa: PTH110
+if os.path.exists(sys.argv[1] + ".starts"):  # noqa: PTH110
+    STATE["status"] = "STARTING"
+    subprocess.Popen(["sleep", "60"])
 
 
 class Handler(AnsweringHandler, BaseHTTPRequestHandler):  # the second for ruff: do_GET is its word

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from deploy.gate.bodies import Memory
@@ -197,6 +198,25 @@ def test_a_cancel_comes_only_when_the_worker_has_what_it_cancels(tmp_path, resou
         assert asking.result().status_code == 200
 
 
+def test_a_cancel_that_comes_before_its_requests_body_waits_for_it(tmp_path):
+    with running(tmp_path) as gate, ThreadPoolExecutor(1) as pool:
+        body = b'{"input": {"prompt": "sleep 0.5"}}'
+        host, port = gate.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=9) as connection:
+            head = b"PUT /predictions/c HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+            connection.sendall(head + body[:9])
+            canceling = pool.submit(gate.client.post, "/predictions/c/cancel")
+            time.sleep(0.3)
+            assert not canceling.done()
+            connection.sendall(body[9:])
+            assert canceling.result().status_code == 200
+            assert gate.asked() == ["sleep 0.5", "cancel"]
+            assert b" 200 OK" in connection.recv(100)
+        assert (
+            gate.client.post("/predictions/other/cancel").status_code == 200
+        )  # the fake's answer to any: asked at once
+
+
 def test_every_client_that_leaves_a_stream_is_told_to_the_runtime(gate):
     """Whatever the gate does at that moment: it sends a piece at most of them."""
     for _ in range(10):
@@ -326,6 +346,25 @@ def test_a_report_that_cannot_be_read_is_no_death(tmp_path):
         Path(f"{gate.log}.garbled").unlink()
         time.sleep(0.6)
         assert (gate.health()["status"], gate.health()["gate"]["restarts"]) == ("READY", 0)
+
+
+def test_a_worker_that_dies_while_it_is_started_is_a_death(tmp_path):
+    """Its runtime would say STARTING for ever."""
+    with running(tmp_path) as gate:
+        Path(f"{gate.log}.starts").touch()  # so long the next runtime is starting, with a child for a worker
+        with contextlib.suppress(httpx.HTTPError):
+            gate.predict("exit", headers={"prefer": "respond-async"})
+        gate.wait_for(lambda: (found := gate.runtimes()) and children(found[0]))
+        time.sleep(0.3)
+        assert gate.health()["gate"]["restarts"] == 1
+        Path(f"{gate.log}.starts").unlink()
+        os.kill(children(gate.runtimes()[0])[0], signal.SIGKILL)
+        gate.wait_for(lambda: gate.health()["status"] == "READY")
+        assert gate.health()["gate"]["restarts"] == 2
+
+
+def children(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def test_a_set_up_that_fails_after_a_death_is_tried_again(tmp_path):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import httpx
 import psutil
 
 from tests.deploy.gate.test_gate import RunningGate, running
@@ -136,3 +137,25 @@ def test_who_reads_slowly_but_reads_gets_all(tmp_path):
                 got += piece.count(b"event: output")
                 time.sleep(0.03 if at < 60 else 0)
         assert got > 5_800  # a piece may end within the words
+
+
+def test_a_place_is_free_when_the_answer_is_made_not_when_it_is_read(tmp_path):
+    with running(tmp_path, slots=1) as gate:
+        with gate.client.stream("POST", "/predictions", json={"input": {"prompt": "flood 3000"}}) as reply:
+            pieces = reply.iter_raw(1 << 12)
+            got = next(pieces)
+            gate.wait_for(lambda: gate.health()["gate"]["running"] == 0)  # 3 MB of it are unread
+            assert httpx.post(f"{gate.url}/predictions", json={"input": {"prompt": "x"}}).status_code == 200
+            got += b"".join(pieces)
+        assert got.count(b"event: output") == 3000
+
+
+def test_where_much_is_unread_already_an_answer_waits_for_its_reader(tmp_path):
+    with running(tmp_path, slots=1, bounds={"_MOST_UNREAD_BYTES": 0}) as gate:
+        with gate.client.stream("POST", "/predictions", json={"input": {"prompt": "flood 3000"}}) as reply:
+            pieces = reply.iter_raw(1 << 12)
+            next(pieces)
+            time.sleep(0.5)
+            assert gate.health()["gate"]["running"] == 1
+            assert b"".join(pieces)
+        gate.wait_for(lambda: gate.health()["gate"]["running"] == 0)
