@@ -57,7 +57,7 @@ async def train(
         output = await asyncio.shield(work)
         return output if isinstance(output, str) else Path(output)
     except asyncio.CancelledError:
-        stop.set()  # the loop ends after its step
+        stop.set()
         await asyncio.wait([work])
         work.exception()  # that it was stopped is no news
         raise

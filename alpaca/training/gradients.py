@@ -19,7 +19,7 @@ from alpaca.data.batching import split_step
 from alpaca.data.preferences import PreferenceDataset, TrainingData
 from alpaca.training.configuration.settings import ModelSettings
 from alpaca.training.distributed import is_sharded, sync_gradients
-from alpaca.training.guards import describe_not_finite
+from alpaca.training.guards import describe_not_finite, end_if_stopped
 from alpaca.training.model.building import add_up_in_float32
 from alpaca.training.objectives.preference import Share, Step, mean_measures
 from alpaca.training.objectives.reference import part_of
@@ -39,6 +39,7 @@ def accumulate_gradients(run: Run, indices: Tensor) -> tuple[float, list[float]]
     total, sums = torch.zeros((), dtype=torch.float32, device=run.world.device), None
     share = _begin_step(run, indices)
     for number, micro_batch in enumerate(micro_batches, start=1):
+        end_if_stopped()
         sync_gradients(run.trainee.model, last=number == len(micro_batches), whole=run.keeps_gradients)
         with _noisy(run, micro_batch):
             loss, own_sums = share(micro_batch)

@@ -1,8 +1,11 @@
-"""What a run watches while it goes on: a loss that is not finite, a loss that stays too high, and when to save."""
+"""What a run watches while it goes on: a loss that is not finite or too high, when to save, and whether to end."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+
+from alpaca.errors import AlpacaError
 
 _NUM_START_STEPS = 2  # the mean loss of the first two steps is the start: warm-up has hardly changed the model by then
 _FACTOR = 1.5  # a loss above 1.5 times the start is too high: batches of 128 differ by a tenth, and a loss should fall
@@ -102,3 +105,29 @@ class SaveClock:
         yield
         self._saved_at = self._step_at = self._now()
         self._save_s = self._saved_at - began
+
+
+# Ending a training whose result nobody wants any more, wherever it is ---------------------------------------------
+
+_is_stopped: ContextVar[Callable[[], bool] | None] = ContextVar("_is_stopped", default=None)
+
+
+class Interrupted(AlpacaError):
+    """The training was asked to end, and nothing of it was to be saved."""
+
+
+@contextlib.contextmanager
+def stoppable(is_stopped: Callable[[], bool]) -> Iterator[None]:
+    """Within the block `end_if_stopped` asks this."""
+    token = _is_stopped.set(is_stopped)
+    try:
+        yield
+    finally:
+        _is_stopped.reset(token)
+
+
+def end_if_stopped() -> None:
+    """To be called between two parts of the work, by one process alone. Raises Interrupted."""
+    is_stopped = _is_stopped.get()
+    if is_stopped is not None and is_stopped():
+        raise Interrupted("the training was stopped")

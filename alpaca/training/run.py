@@ -19,6 +19,7 @@ from alpaca.training.configuration.parsing import AUTO, parse_memory_limit
 from alpaca.training.configuration.settings import RunSettings
 from alpaca.training.dataset import encode_data
 from alpaca.training.distributed import World, decide_gradient_sync, is_sharded
+from alpaca.training.guards import end_if_stopped
 from alpaca.training.model.base import Base, open_base
 from alpaca.training.model.building import count_parameters, import_libraries, load_model
 from alpaca.training.model.noise import EmbeddingNoise
@@ -68,6 +69,7 @@ def prepare(settings: RunSettings, world: World) -> Run:
     """Read the data, load the model, make optimizer and schedule."""
     base = open_base(settings.base)
     read = encode_data(settings.data, base.tokenizer, progress=world.is_main)
+    end_if_stopped()
     data, held_out = read.train, read.held_out
     if settings.objective.name == KTO:
         data, held_out = _mismatch(settings, data, held_out)
@@ -79,6 +81,7 @@ def prepare(settings: RunSettings, world: World) -> Run:
     memory = MemoryMeter(world.device)
     hardware = find_smallest_hardware(settings, world)
     plan = world.run_in_all(lambda: check_plan(settings, base, data, hardware, num_processes=world.num_processes))
+    end_if_stopped()
     settings = _choose_checkpointing(settings, plan)
     _limit_memory(settings, world.device)
     if settings.tf32:

@@ -26,6 +26,7 @@ from alpaca.files.outputs import require_free_space
 from alpaca.files.places import choose_base, open_weights
 from alpaca.files.reading import read_json
 from alpaca.files.uploads import upload
+from alpaca.training.guards import stoppable
 from alpaca.training.received import MOST_BYTES, ReceivedData, receive_data
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def serve_training(
 ) -> Path | str:
     """Train with train.py's inputs `values`. Returns the archive's path, or the address it was uploaded to.
 
-    Only one training runs at a time. Setting `stop` ends it after a step. Raises AlpacaErrors, TrainingStopped among
+    Only one training runs at a time. Setting `stop` ends it, within a step, too. Raises AlpacaErrors, Interrupted among
     them.
     """
     global _stop_of_last
@@ -103,7 +104,7 @@ def _train_to_archive(
     config = _make_config(values, base=base, data_path=data.path, output_dir=folder / "alpaca_out")
     _check_size(config, folder)
     report = _Report(record)
-    with _hides_what_was_not_sent(data):
+    with _hides_what_was_not_sent(data), stoppable(stop.is_set):
         trained = run_training(config, on_step=report.step, should_stop=stop.is_set)
     data.path.unlink()
     report.end(read_json(trained / "trainer_state.json")["log_history"])

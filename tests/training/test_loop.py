@@ -20,6 +20,7 @@ from alpaca.training import gradients
 from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.configuration.resolving import resolve_settings
 from alpaca.training.dataset import encode_data
+from alpaca.training.guards import Interrupted, stoppable
 from alpaca.training.loop import TrainingStopped, train
 
 Configure = Callable[..., TrainConfig]
@@ -268,6 +269,21 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
         train(config)
     names = {path.name for path in Path(config.output_dir).iterdir()}
     assert names == {"checkpoint-2", "checkpoint-4", "train_config.json"}
+
+
+@pytest.mark.parametrize("num_asked", [1, 2, 5])
+def test_one_that_nobody_wants_ends_within_a_step(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, num_asked: int
+):
+    """Once before the model is loaded, then before each micro-batch; of the first step there are two."""
+    config, real, summed, asked = configure(save_steps=1), gradients.sum_losses, [], []
+    monkeypatch.setattr(gradients, "sum_losses", lambda *given, **named: summed.append(1) or real(*given, **named))
+    with (
+        stoppable(lambda: asked.append(1) or len(asked) == num_asked),
+        pytest.raises(Interrupted, match="the training was stopped"),
+    ):
+        train(config)
+    assert len(summed) == max(0, num_asked - 3)
 
 
 def test_a_caller_can_stop_it(configure: Configure):
