@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attent
 from torch.utils.checkpoint import checkpoint
 
 from alpaca.data.batching import PackedBatch
+from alpaca.training.model.head_loss import sum_target_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ def enable(model: "PreTrainedModel") -> bool:
     AttentionMaskInterface.register(ATTENTION, _no_mask)
     model.set_attn_implementation(ATTENTION)
     head.__class__ = TargetHead
-    head.target_ids, head.smoothing = None, 0.0
+    head.target_ids, head.smoothing, head.sums = None, 0.0, False
     return True
 
 
@@ -96,18 +97,22 @@ def _target_heads(model: "PreTrainedModel") -> "list[TargetHead]":
 
 
 def sum_packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoothing: float = 0.0) -> Tensor:
-    """The summed cross entropy (float32 scalar) of a batch's target tokens, differentiable."""
-    return packed_losses(model, batch, bf16=bf16, smoothing=smoothing).sum()
-
-
-def packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoothing: float = 0.0) -> Tensor:
-    """The cross entropies (float32 [R]) of a batch's target tokens, differentiable.
+    """The summed cross entropy (float32 scalar) of a batch's target tokens, differentiable once.
 
     smoothing: the share of each target's weight that is spread over the whole vocabulary.
     """
+    return _head_losses(model, batch, bf16=bf16, smoothing=smoothing, sums=True).sum()
+
+
+def packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool) -> Tensor:
+    """The cross entropies (float32 [R]) of a batch's target tokens, differentiable."""
+    return _head_losses(model, batch, bf16=bf16, smoothing=0.0, sums=False)
+
+
+def _head_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoothing: float, sums: bool) -> Tensor:
     heads = _target_heads(model)
     for head in heads:
-        head.target_ids, head.smoothing = batch.target_ids, smoothing
+        head.target_ids, head.smoothing, head.sums = batch.target_ids, smoothing, sums
     try:
         with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bf16):
             outputs = model(
@@ -126,16 +131,22 @@ def packed_losses(model: nn.Module, batch: PackedBatch, *, bf16: bool, smoothing
 class TargetHead(nn.Linear):
     """The output layer; where `target_ids` are set it gives their cross entropies instead of logits.
 
-    Logits are computed a chunk of rows at a time, and again for the gradient, so they never all exist. The layer is
-    called and sharded like the one it replaces.
+    Logits are computed a chunk of rows at a time, so they never all exist. Where only the losses' sum is wanted
+    (`sums`) their gradient comes with them; else they are computed again for it. The layer is called and sharded like
+    the one it replaces.
     """
 
     target_ids: Tensor | None
     smoothing: float
+    sums: bool
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[1, R, D] -> [1, R, 1] losses in float32, or [..., V] logits."""
-        return super().forward(hidden) if self.target_ids is None else self.find_losses(hidden)
+        """[1, R, D] -> [1, R, 1] losses in float32, or [1, 1, 1] their sum, or [..., V] logits."""
+        if self.target_ids is None:
+            return super().forward(hidden)
+        if not self.sums:
+            return self.find_losses(hidden)
+        return sum_target_losses(hidden[0], self.weight, self.bias, self.target_ids, self.smoothing)[None, None, None]
 
     def find_losses(self, hidden: Tensor, trained: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """The losses [1, R, 1]. trained: rows [K, D] that stand in for those at `places` [K] of the weight."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.memory import CUDA_CONTEXT_BYTES
+from alpaca.training.model import head_loss
 from alpaca.training.model.optimizers.rounding import CHUNK_ELEMENTS
 from alpaca.training.model.padding_free import chunk_rows
 from alpaca.training.planning.trained import count_adapter, count_trained, largest_trained, moments_bytes
@@ -140,6 +141,8 @@ def _logits_rows(shape: ModelDescription, setup: Setup, work: Workload) -> int:
     """The number of positions whose logits exist at the same time."""
     if not setup.padding_free:
         return work.max_targets
+    if setup.sums_losses:
+        return min(work.max_targets, head_loss.chunk_rows(shape.vocab_size, on_gpu=setup.on_gpu))
     return min(work.max_targets, chunk_rows(shape.vocab_size, trained=setup.has_trained_head))
 
 
@@ -215,7 +218,9 @@ def layer_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
 
 
 def saved_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
-    """Bytes that the forward pass saves: all layers (of recomputed ones the input), the last norm, the head's input."""
+    """Bytes that the forward pass saves: all layers (of recomputed ones the input), the last norm, and of the head its
+    input or, where it sums losses, the gradients of that and of its weight.
+    """
     num_kept = shape.num_layers - setup.num_checkpointed
     return recomputed_bytes(shape, setup, work) + num_kept * layer_bytes(shape, setup, work)
 
@@ -226,17 +231,25 @@ def recomputed_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> i
     full = setup.method == "full"
     rotary = 2 * s * (shape.query_width // shape.num_heads)
     per_token = 4 * width + 4 + (s * width if full and shape.family.block == "llama" else 0) + rotary + 16
-    outside = work.max_tokens * per_token + work.max_targets * (s * width + 16)
+    outside = work.max_tokens * per_token + work.max_targets * (s * width + 8)
+    if setup.sums_losses and setup.has_trained_head:
+        outside += (setup.state_bytes if full else 4) * shape.num_head
     return outside + setup.num_checkpointed * work.max_tokens * s * width
 
 
 def logits_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
     """The most bytes that computing the loss takes: for a chunk of logits (padding-free), or for all of them.
 
+    Where losses are summed: logits, and log_softmax's output that becomes their gradient, in float32; of products in
+    bfloat16 logits and gradient also so, and the gradient of the head's weight, of a chunk and their sum. Else
     log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
     beside the gradient of the head's weight before it is added up.
     """
     rows = _logits_rows(shape, setup, work)
+    if setup.sums_losses:
+        in_bfloat16 = setup.compute_bytes == 2
+        scores = (12 if in_bfloat16 else 8) * rows * shape.vocab_size
+        return scores + (6 * shape.num_head if in_bfloat16 and setup.has_trained_head else 0)
     scores = 3 * 4 * rows * shape.vocab_size + (2 * rows * shape.vocab_size if setup.compute_bytes == 2 else 0)
     if not setup.has_trained_head:
         return scores

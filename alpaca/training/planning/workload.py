@@ -102,6 +102,11 @@ class Setup:
     def has_trained_head(self) -> bool:
         return self.method == "full" or self.trains_head
 
+    @property
+    def sums_losses(self) -> bool:
+        """Whether the head gives the losses' sum, and its gradient with it."""
+        return self.padding_free and self.objective == "sft"
+
     def trains(self, linear: str) -> bool:
         """Whether the backward pass needs this matrix's input: the matrix is trained, or an adapter on it is."""
         return self.method == "full" or linear in self.lora_targets
