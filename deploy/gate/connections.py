@@ -2,9 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
 import json
+import math
 import resource
 import socket
+import sys
+import time
 from http import HTTPStatus
 from typing import Any
 
@@ -23,6 +27,7 @@ _READING_S = 60.0  # for a client to take what is ready for it, about twice the 
 _UNREAD_BYTES, _MOST_UNREAD_BYTES = 4 << 20, 256 << 20
 _READ_BYTES = 48 << 10  # and what the kernel has for it, within `_READING_S`
 _SEND_BYTES = 1 << 17  # the kernel would take megabytes, and who reads slowly be taken for one who does not read
+_SAID_AGAIN_S = 60.0
 _FILES = 2 * _MOST_CONNECTIONS + 512  # each may have one to the runtime, too
 
 
@@ -190,6 +195,22 @@ class Connection(H11Protocol):
 def _stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
+
+
+def say_when_files_run_out(loop: asyncio.AbstractEventLoop) -> None:
+    """Once a minute: asyncio logs a traceback for each connection that it cannot take, thousands a second."""
+    said_at = -math.inf
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal said_at
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - said_at > _SAID_AGAIN_S:
+            said_at = time.monotonic()
+            print("new connections wait: this process may open no more files (ulimit -n)", file=sys.stderr, flush=True)
+
+    loop.set_exception_handler(handle)
 
 
 def allow_files() -> None:

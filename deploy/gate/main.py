@@ -11,7 +11,7 @@ import uvicorn
 
 from deploy.gate.app import Gate
 from deploy.gate.companion import Companion
-from deploy.gate.connections import Connection, allow_files
+from deploy.gate.connections import Connection, allow_files, say_when_files_run_out
 from deploy.gate.rules import Rules
 from deploy.gate.runtime import GivenUp, Runtime
 from deploy.listening import listen, show_address
@@ -49,6 +49,7 @@ async def _serve(
         gate, http=Connection, ws="none", lifespan="off", access_log=False, log_level="warning", server_header=False
     )
     server = uvicorn.Server(config)
+    say_when_files_run_out(asyncio.get_running_loop())
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, setattr, server, "should_exit", True)
     host, port = listener.getsockname()[:2]

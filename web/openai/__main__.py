@@ -90,7 +90,7 @@ async def serve(options: argparse.Namespace, keys: tuple[str, ...], listening: s
     """Serve until SIGTERM or SIGINT; open requests are finished first."""
     import uvicorn
 
-    from deploy.gate.connections import Connection, allow_files
+    from deploy.gate.connections import Connection, allow_files, say_when_files_run_out
     from deploy.gate.rules import Rules
     from web.openai.app import Endpoint
     from web.openai.inputs import Models
@@ -100,6 +100,7 @@ async def serve(options: argparse.Namespace, keys: tuple[str, ...], listening: s
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn heeds them first, and then raises them again
         signal.signal(number, lambda number, frame: None)
     allow_files()
+    say_when_files_run_out(asyncio.get_running_loop())
     token = os.environ.get(TOKEN_VARIABLE)
     targets = Targets(
         [Target(url, token=token) for url in options.target],

@@ -1,6 +1,7 @@
 """Clients that send or read slowly: for a time, in a number, and to nobody else's harm."""
 
 import contextlib
+import resource
 import socket
 import threading
 import time
@@ -159,3 +160,17 @@ def test_where_much_is_unread_already_an_answer_waits_for_its_reader(tmp_path):
             assert gate.health()["gate"]["running"] == 1
             assert b"".join(pieces)
         gate.wait_for(lambda: gate.health()["gate"]["running"] == 0)
+
+
+def test_where_files_run_out_newcomers_wait_and_the_log_says_it_once(tmp_path):
+    with running(tmp_path) as gate, contextlib.ExitStack() as stack:
+        most = psutil.Process(gate.process.pid).num_fds() + 20
+        resource.prlimit(gate.process.pid, resource.RLIMIT_NOFILE, (most, most))
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(address(gate)))
+        said = "new connections wait: this process may open no more files (ulimit -n)\n"
+        gate.wait_for(lambda: said in gate.output)
+        time.sleep(1.2)  # asyncio tries again
+        assert [line for line in gate.output if "Traceback" in line or line == said] == [said]
+        stack.close()
+        assert served_at_once(gate)
