@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from alpaca.errors import AlpacaError, BadExamples, InputError, MissingInput, MissingPackage
 from alpaca.files.archives import pack
+from alpaca.files.locks import ScratchFolder
 from alpaca.files.network.addresses import parse_address, split_list
 from alpaca.files.outputs import require_free_space
 from alpaca.files.places import choose_base, open_weights
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _one_training = threading.Lock()
 _stop_of_last = threading.Event()  # set to stop the training that runs now, if one does
-_last_output: tempfile.TemporaryDirectory | None = None  # kept, for the runtime reads it after `train` has returned
+_last_output: ScratchFolder | None = None  # kept, for the runtime reads it after `train` has returned
 _STOPPING_S = 10  # how long a training waits for one that was cancelled to end its step
 _TELL_S = 10.0  # seconds between two lines of the log
 # The runtime returns a file in base64 inside its answer, and holds some 8 times the file in memory meanwhile: measured
@@ -78,7 +78,7 @@ def serve_training(
 def _remove_last_output() -> None:
     global _last_output
     if _last_output is not None:
-        _last_output.cleanup()
+        _last_output.remove()
     _last_output = None
 
 
@@ -97,8 +97,8 @@ def _train_to_archive(
     from alpaca.training.loop import train as run_training
 
     base = _open_base(str(values["model"]))
-    _last_output = tempfile.TemporaryDirectory(prefix="alpaca-training-")
-    folder = Path(_last_output.name)
+    _last_output = ScratchFolder("alpaca-training-")
+    folder = _last_output.path
     allowed = split_list(os.environ.get("ALPACA_DATA_ADDRESSES", ""))
     data = receive_data(str(values["data"]), folder, allowed=allowed, stop=stop)
     config = _make_config(values, base=base, data_path=data.path, output_dir=folder / "alpaca_out")
