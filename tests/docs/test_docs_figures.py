@@ -91,6 +91,13 @@ def structured(results: Results) -> list[str]:
     return [f"costs {'; '.join(costs)}", "", ""]
 
 
+def openai(results: Results) -> list[str]:
+    costs = (f"{percent(1 - found['share'])}, {found['added_ms']:+.1f} ms" for found in map(
+        results["figures"].get, ("openai", "details")
+    ))  # fmt: skip
+    return [f"costs {'; '.join(costs)}", "", ""]
+
+
 def libraries(results: Results) -> list[str]:
     def means(name: str) -> str:
         found = results["speed"][name].values()
@@ -127,6 +134,7 @@ CELLS = {
     "families-cpu": families,
     "structured-cpu": structured,
     "structured-libraries": libraries,
+    "openai-cpu": openai,
 }
 
 
