@@ -38,6 +38,7 @@ class Gate:
         self._turns = Turns(concurrency, most_waiting=_MOST_WAITING)
         self._webhooks = Webhooks(webhook_token)
         self._known: dict[str, Request] = {}  # those with ids that wait or run
+        self._handed: dict[str, Request] = {}  # those with ids that were answered before their worker surely has them
         self._open: Counter[str] = Counter()  # ids of requests by PUT, from their heads on
         self._memory = Memory(_MOST_BYTES)
         self._parsing = asyncio.Semaphore(2)  # Python objects take many times a body's size
@@ -162,6 +163,9 @@ class Gate:
             request.taken.set()
             if is_first:
                 del self._known[request.id]
+            if request.id and request.is_asked and (rest := request.rest_of_handing_over_s) > 0:
+                self._handed[request.id] = request
+                asyncio.get_running_loop().call_later(rest, self._handed.pop, request.id, None)
 
     async def _has_been_taken(self, first: Request, second: Request, send: Send) -> bool:
         """Whether the runtime has the first of two PUTs of one id, so that it answers the second; else that is done.
@@ -190,8 +194,8 @@ class Gate:
                 request.cancel()
                 await _send_json(send, 200, {})
                 return
-            if request is not None:
-                await request.until_handed_over()
+            if asked := request or self._handed.get(route.id or ""):
+                await asyncio.sleep(asked.rest_of_handing_over_s)
             is_last = route.id not in self._open or time.monotonic() > deadline
             if request is not None or is_last:
                 reply = await self._asker.once(route, headers)

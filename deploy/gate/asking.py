@@ -51,9 +51,10 @@ class Request:
         """Of the prediction itself: where it is found by its id."""
         return self.route.path if self.route.id else f"{self.route.path}/{self.id}"
 
-    async def until_handed_over(self) -> None:
-        """Wait until its worker has what the runtime was asked, so that a cancel is heard."""
-        await asyncio.sleep(self.asked_at + self.handed_over_s - time.monotonic())
+    @property
+    def rest_of_handing_over_s(self) -> float:
+        """Seconds until its worker has what the runtime was asked, so that a cancel is heard."""
+        return self.asked_at + self.handed_over_s - time.monotonic()
 
     def cancel(self) -> None:
         """Take it out of the line: by a CancelledError in its task. Not while it is asked: that the runtime cancels."""

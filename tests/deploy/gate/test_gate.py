@@ -198,6 +198,16 @@ def test_a_cancel_comes_only_when_the_worker_has_what_it_cancels(tmp_path, resou
         assert asking.result().status_code == 200
 
 
+def test_a_cancel_waits_so_long_for_what_was_answered_at_once_too(tmp_path):
+    with running(tmp_path) as gate:
+        begun = time.monotonic()
+        body = {"input": {"prompt": "background 1"}}
+        assert gate.client.put("/predictions/b", json=body, headers={"prefer": "respond-async"}).status_code == 202
+        assert gate.client.post("/predictions/b/cancel").status_code == 200
+        assert 0.2 <= time.monotonic() - begun < 0.9
+        assert gate.asked() == ["background 1", "cancel"]
+
+
 def test_a_cancel_that_comes_before_its_requests_body_waits_for_it(tmp_path):
     with running(tmp_path) as gate, ThreadPoolExecutor(1) as pool:
         body = b'{"input": {"prompt": "sleep 0.5"}}'
