@@ -111,7 +111,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Files whose tests take longest come first: each file is one worker's, and a long one at the end would leave the other
 # worker idle.
 LONGEST = (
-    "test_predict.py", "deploy/gate/test_gate.py", "test_triton_interpreter.py",
+    "bench/test_model_types.py", "test_mutations.py", "test_predict.py", "deploy/gate/test_gate.py", "test_triton_interpreter.py",
     "training/checkpoints/test_checkpoint.py", "training/model/optimizers/test_optimizer.py",
     "training/model/test_methods.py",
     "test_train.py", "training/test_distributed.py", "training/test_loop.py", "serving/llama/test_llama_engine.py",

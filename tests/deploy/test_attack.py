@@ -114,6 +114,7 @@ def memory(server: LocalServer) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_server_stays_as_it_was(server):
     expected = server.predict(CONTROL)["output"]
     for _ in range(20):  # what the first requests allocate stays
@@ -161,6 +162,7 @@ BEYOND = {
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_no_size_of_a_request_takes_a_place_for_ever(llama_folder: Path):
     """The largest that the gate takes, in each field that is passed on, more often than there are places."""
     flags = ["--weights", str(llama_folder), "--concurrency", str(NUM_PLACES)]

@@ -15,7 +15,7 @@ import pytest
 from deploy.local_server import LocalServer, running_server
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 CONCURRENCY = 4
 ASKED = {"prompt": "Name a bird.", "temperature": 0, "max_new_tokens": 8, "min_new_tokens": 8}

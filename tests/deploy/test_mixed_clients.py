@@ -20,7 +20,7 @@ from bench.random_model import model_folder
 from deploy.local_server import LocalServer, running_server
 from tests.deploy.mixed_clients import MixedClients, make_questions
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 SECONDS = float(os.environ.get("ALPACA_ATTACK_SECONDS", "300"))
 NUM_CLIENTS = 200

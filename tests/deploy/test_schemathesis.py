@@ -14,7 +14,7 @@ import pytest
 from deploy.local_server import running_server
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 PINS = ROOT / "tests" / "deploy" / "schemathesis.txt"
 SECONDS = 60

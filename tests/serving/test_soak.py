@@ -24,7 +24,7 @@ from deploy.local_server import LocalServer, running_server
 from tests.serving.llama.test_llama import load, save_model
 from tests.serving.llama.test_llama_engine import CONTEXT, MODES, make_engine, request
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 CLIENTS = 16
 RUNTIME_FOLDERS = Path("/tmp/coglet/predictions")
