@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 # A room imports itself and the rooms before it; of those on one line, none imports another.
 LAYERS = (
-    {"alpaca.errors", "alpaca.memory", "alpaca.cpu_threads", "alpaca.processes"},
+    {"alpaca.errors", "alpaca.memory", "alpaca.cpu_threads", "alpaca.processes", "alpaca.subprocesses"},
     {"alpaca.architecture", "alpaca.files", "alpaca.pages"},
     {"alpaca.text"},
     {"alpaca.formats"},

@@ -25,6 +25,7 @@ def tokenizer(request, llama_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast_rows(4)
 def test_what_fits_is_tokenized_as_ever(tokenizer, kind):
     for num_characters in (0, 1, 500, 70_000):
         text = (kind * (num_characters // len(kind) + 1))[:num_characters]

@@ -134,6 +134,7 @@ def specials_out(texts: list[str]) -> list[str]:
     return [text for text in texts if "<|" not in text]
 
 
+@pytest.mark.slow
 def test_ids_are_tiktokens(ranks, ours):
     texts = corpus()
     assert sum(map(len, texts)) > 150_000

@@ -16,7 +16,7 @@ from alpaca.errors import InputError
 from alpaca.serving.structured.constraints import Constraint
 from alpaca.serving.structured.grammars import build, make_tokenizer
 from alpaca.serving.structured.vocabulary import Vocabulary
-from alpaca.text.chat.wire import read_message, write_message
+from alpaca.subprocesses.wire import read_message, write_message
 
 MOST_SECONDS = 1.0  # of processor time, for one constraint
 MOST_BYTES = 1 << 30  # of address space, the interpreter's and the vocabulary's included

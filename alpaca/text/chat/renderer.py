@@ -1,23 +1,16 @@
 """The way to the process that renders chat templates: started when first needed, and again when it had to be ended."""
 
 import atexit
-import contextlib
-import selectors
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from alpaca.errors import InputError, ServiceFailed
-from alpaca.text.chat import wire
+from alpaca.subprocesses.bounded import TOOK_TOO_LONG, BoundedProcess, Ended
+from alpaca.text.chat.bounds import MOST_CHARACTERS, MOST_SECONDS
 from alpaca.text.chat.files import ChatTemplate
 
-_ROOT = Path(__file__).resolve().parents[3]
 _SANDBOX = "alpaca.text.chat.sandbox"
-_MOST_WAITING_S = 60.0  # of wall-clock time: far more than the process's own limit, on the busiest machine
 _MOST_TOGETHER = 16  # texts asked for in one message: each may take the process's whole limit of time
 _SHOWN_CHARACTERS = 500
 
@@ -30,7 +23,7 @@ class Renderer:
     """Renders one text after another, for any number of threads."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = BoundedProcess(_SANDBOX)
         self._lock = threading.Lock()
         atexit.register(self.close)
 
@@ -66,9 +59,7 @@ class Renderer:
                 "asked": "text", "source": template.source, "messages": list(messages), "values": dict(values),
                 "now": now, "prefixes": prefixes[start : start + _MOST_TOGETHER],
             }  # fmt: skip
-            with self._lock:
-                replies = self._exchange(request)["all"]
-            texts += [_checked(template, reply)["text"] for reply in replies]
+            texts += [_checked(template, reply)["text"] for reply in self._exchange(request)["all"]]
         return texts
 
     def read_words(self, template: ChatTemplate) -> frozenset[str]:
@@ -78,61 +69,31 @@ class Renderer:
     def close(self) -> None:
         """End the process, if there is one. The next text starts another."""
         with self._lock:
-            self._end()
+            self._process.end()
 
     def _ask(self, template: ChatTemplate, request: Mapping[str, Any]) -> dict[str, Any]:
-        with self._lock:
-            reply = self._exchange(request)
-        return _checked(template, reply)
+        return _checked(template, self._exchange(request))
 
     def _exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One request and its reply. A process that is gone is replaced first; one that ends at work fails it."""
-        process = self._process if self._process is not None and self._process.poll() is None else self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        reply = None
-        try:
-            wire.write_message(process.stdin, request)
-            with selectors.DefaultSelector() as selector:
-                selector.register(process.stdout, selectors.EVENT_READ)
-                reply = wire.read_message(process.stdout) if selector.select(_MOST_WAITING_S) else None
-        except OSError:  # it has ended; the line below says how
-            pass
-        if reply is None:
-            raise self._describe_end(process)
-        return reply
-
-    def _describe_end(self, process: subprocess.Popen[bytes]) -> Exception:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=1)  # its output closes just before it is gone
-        status = process.poll()
-        self._end()
-        if status in (None, -signal.SIGPROF):
-            return InputError(
-                f"this model's chat template takes more than {wire.MOST_SECONDS:g} s of processor time for the "
-                "messages: send fewer or shorter ones"
-            )
-        return ServiceFailed(f"the process that renders chat templates ended with status {status}; try again")
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self._end()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", _SANDBOX], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        return self._process
-
-    def _end(self) -> None:
-        if self._process is None:
-            return
-        process, self._process = self._process, None
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # what it did not read any more
-                stream.close()
+        with self._lock:
+            try:
+                return self._process.ask(request)
+            except Ended as ended:
+                raise _describe(ended) from None
 
 
 RENDERER = Renderer()  # one process for the whole server
+
+
+def _describe(ended: Ended) -> Exception:
+    if ended.status == TOOK_TOO_LONG:
+        return InputError(
+            f"this model's chat template takes more than {MOST_SECONDS:g} s of processor time for the messages: send "
+            "fewer or shorter ones"
+        )
+    if ended.status is None:
+        return ServiceFailed("the process that renders chat templates does not answer; try again")
+    return ServiceFailed(f"the process that renders chat templates ended with status {ended.status}; try again")
 
 
 def _checked(template: ChatTemplate, reply: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +102,7 @@ def _checked(template: ChatTemplate, reply: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"this model's chat template refuses the messages: {_shorten(reply['refused'])}")
     if "too_long" in reply:
         raise InputError(
-            f"this model's chat template makes more than {wire.MOST_CHARACTERS:,} characters of the messages, "
+            f"this model's chat template makes more than {MOST_CHARACTERS:,} characters of the messages, "
             "or needs too much memory for it: send fewer or shorter ones"
         )
     if "broken" in reply:

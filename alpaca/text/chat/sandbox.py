@@ -18,7 +18,8 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from alpaca.text.chat.wire import MOST_BYTES, MOST_CHARACTERS, MOST_SECONDS, read_message, write_message
+from alpaca.subprocesses.wire import read_message, write_message
+from alpaca.text.chat.bounds import MOST_BYTES, MOST_CHARACTERS, MOST_SECONDS
 
 
 class TemplateRefusal(jinja2.TemplateError):

@@ -147,6 +147,7 @@ def test_any_mix_gives_what_each_gives_alone(models, compiler, num_blocks, mode,
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda constraint: constraint.text[:9])
+@pytest.mark.fast_rows(4)
 def test_both_engines_give_what_the_slow_way_gives(engine, models, compiler, constraint):
     asked = request(constraint=constraint, n=3, temperature=1.0, max_new_tokens=60)
     rows, reasons = read(engine.submit(asked))
@@ -247,6 +248,7 @@ class SlowMatcher:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.fast_rows(1)
 def test_a_mask_that_takes_long_holds_up_its_own_row_alone(models, compiler, mode, monkeypatch):
     engine = make_engine(models[1], mode=mode, tokenizer=Letters(SIZE))
     asked = request(constraint=CONSTRAINTS[0], max_new_tokens=6)
@@ -280,6 +282,7 @@ def test_a_cancel_does_not_wait_for_a_mask(models, mode, monkeypatch):
     engine.close()
 
 
+@pytest.mark.fast_rows(1)
 def test_a_constraint_that_becomes_too_much_fails_its_request_alone(engine, models, monkeypatch):
     SlowMatcher(monkeypatch, 0.0, fails_after=3)
     free = request(max_new_tokens=40, min_new_tokens=40)

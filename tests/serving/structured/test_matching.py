@@ -97,6 +97,7 @@ def follow(compiler: Compiler, constraint: Constraint, choose: Callable[[set[int
 
 
 @pytest.mark.parametrize("regex", LANGUAGES)
+@pytest.mark.fast_rows(3)
 def test_exactly_the_tokens_that_lead_to_a_text(known, compiler, regex):
     tokenizer, eos_ids = known
     pieces = {i: tokenizer.bytes_inside(i) for i in set(range(tokenizer.size)) - tokenizer.special_ids - eos_ids}

@@ -61,6 +61,7 @@ def check(engine: LlamaEngine, seeds: range) -> int:
     return num_finished
 
 
+@pytest.mark.slow
 def test_a_few_schemas(engine):
     assert check(engine, range(12)) >= 10
 

@@ -112,6 +112,7 @@ def their_ids(tokenizer, source: str, messages: list[dict]) -> list[int]:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast_rows(30)
 def test_ordinary_contents_have_transformers_ids(kind, name, ours, theirs):
     for messages in conversations(12, seed=name):
         if name == "upper case":  # which refuses what might be parts of control tokens
@@ -164,6 +165,7 @@ def special(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "upper case"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast_rows(28)
 def test_control_tokens_are_those_of_plain_contents(kind, name, ours, theirs):
     """The same control tokens in the same order as with plain contents, and the ids stand for transformers' text."""
     tokenizer, source = ours[kind], TEMPLATES[name]

@@ -1,8 +1,6 @@
 """Conversations are rendered as transformers renders them, and no template makes a server wait or swell."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +10,7 @@ import psutil
 import pytest
 
 from alpaca.errors import InputError, ServiceFailed
-from alpaca.text.chat import renderer as renderer_module
+from alpaca.subprocesses import bounded
 from alpaca.text.chat import sandbox
 from alpaca.text.chat.files import ChatTemplate, read_chat_template
 from alpaca.text.chat.renderer import Renderer, TemplateFailed
@@ -140,25 +138,42 @@ def test_a_template_that_never_ends_is_stopped(renderer, name):
 def test_a_process_that_was_killed_is_started_again(renderer):
     render(renderer, "", HELLO)
     for _ in range(2):
-        os.kill(renderer._process.pid, signal.SIGKILL)
-        renderer._process.wait()
+        killed = psutil.Process(renderer._process.pid)
+        killed.kill()
+        psutil.wait_procs([killed])
         assert render(renderer, "again", HELLO) == "again"
 
 
-def test_a_process_killed_at_work_fails_that_text_alone(renderer):
+def test_a_process_killed_at_work_is_replaced_once(renderer, monkeypatch):
     render(renderer, "", HELLO)
-    threading.Timer(0.3, os.kill, (renderer._process.pid, signal.SIGKILL)).start()
+    first = psutil.Process(renderer._process.pid)
+    first.suspend()
+    timer = threading.Timer(0.1, first.kill)
+    timer.start()
+    assert render(renderer, "{{ messages[0].content }}", HELLO) == "hello"
+    timer.join()
+
+    monkeypatch.setattr(renderer._process, "_module", "tests.text.chat.dying_sandbox")
+    renderer.close()
     with pytest.raises(ServiceFailed, match="ended with status -9; try again"):
-        render(renderer, ENDLESS["loops"], HELLO)
-    assert render(renderer, "again", HELLO) == "again"
+        render(renderer, "a", HELLO)
 
 
-def test_a_process_that_does_not_answer_is_ended(renderer, monkeypatch):
-    monkeypatch.setattr(renderer_module, "_MOST_WAITING_S", 0.2)
-    with pytest.raises(InputError, match="takes more than 2 s"):
-        render(renderer, ENDLESS["loops"], HELLO)
-    monkeypatch.undo()
+def test_a_process_that_does_not_answer_is_replaced_once(renderer, monkeypatch):
+    waits, ask_once = [0.2, 60], renderer._process._ask_once
+
+    def wait_less_at_first(request):
+        monkeypatch.setattr(bounded, "_MOST_WAITING_S", waits.pop(0))
+        return ask_once(request)
+
+    render(renderer, "", HELLO)
+    psutil.Process(renderer._process.pid).suspend()
+    monkeypatch.setattr(renderer._process, "_ask_once", wait_less_at_first)
     assert render(renderer, "again", HELLO) == "again"
+    assert waits == []
+    waits[:] = [0.2, 0.2]
+    with pytest.raises(ServiceFailed, match="does not answer; try again"):
+        render(renderer, ENDLESS["loops"], HELLO)
 
 
 def test_the_process_ends_with_the_one_that_asks():

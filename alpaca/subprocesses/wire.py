@@ -1,15 +1,9 @@
-"""What the server and the process that renders chat templates have in common: messages through a pipe, and bounds.
-
-The template language is not imported here, nor therefore by the server.
-"""
+"""Messages through a pipe, between a server and a process that it asks."""
 
 import json
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-MOST_SECONDS = 2.0  # of processor time, for one text
-MOST_BYTES = 1 << 29  # of address space, the interpreter's own included
-MOST_CHARACTERS = 1 << 23  # of one text
 _SIZE_BYTES = 8  # a message begins with its length
 
 
