@@ -111,7 +111,8 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Files whose tests take longest come first: each file is one worker's, and a long one at the end would leave the other
 # worker idle.
 LONGEST = (
-    "bench/test_model_types.py", "test_mutations.py", "test_predict.py", "deploy/gate/test_gate.py", "test_triton_interpreter.py",
+    "bench/test_model_types.py", "test_mutations.py", "test_predict.py", "deploy/gate/test_gate.py",
+    "test_triton_interpreter.py",
     "training/checkpoints/test_checkpoint.py", "training/model/optimizers/test_optimizer.py",
     "training/model/test_methods.py",
     "test_train.py", "training/test_distributed.py", "training/test_loop.py", "serving/llama/test_llama_engine.py",
@@ -126,7 +127,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Costs(), "costs")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from tests.samples import mark_slow_rows
+
+    mark_slow_rows(items)
+
     def rank(item: pytest.Item) -> int:
         path = item.path.relative_to(ROOT / "tests").as_posix() if item.path.is_relative_to(ROOT / "tests") else ""
         return LONGEST.index(path) if path in LONGEST else len(LONGEST)

@@ -207,6 +207,7 @@ def train_here(**changes) -> dict:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_an_uploaded_model_answers_what_it_learned(folder, llama_folder, uploads, tmp_path, monkeypatch):
     """The same without servers: train.py's function, and the engine of the predictions."""
     from alpaca.serving.detokenize import CompletionText

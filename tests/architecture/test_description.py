@@ -261,6 +261,7 @@ def shapes_of_transformers(config) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.fast_rows(17)
 def test_tensors_and_counts_are_those_of_transformers(tmp_path, name):
     config = given(MODELS[name])
     model = ModelDescription.from_config(config)
@@ -309,6 +310,7 @@ def test_constants_are_those_of_transformers(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith(("OPT", "BLOOM"))])
+@pytest.mark.fast_rows(14)
 def test_layers_and_multipliers_are_those_of_transformers(tmp_path, name):
     """Read off its modules: their configs alone do not say what is used."""
     config = given(MODELS[name])

@@ -103,6 +103,7 @@ def of_ours(config: dict[str, object]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("theta", "older", "newer"), list(itertools.product(THETAS, OLDER, NEWER)))
+@pytest.mark.fast_rows(48)
 def test_every_spelling_gives_the_angles_of_transformers(theta, older, newer):
     config = given(rope_theta=theta, rope_scaling=older, rope_parameters=newer)
     torch.testing.assert_close(of_ours(config), of_transformers(config), rtol=3e-7, atol=0)
@@ -131,6 +132,7 @@ def test_scaled_kinds_give_the_angles_and_factors_of_transformers(name):
 
 
 @pytest.mark.parametrize(("theta", "older", "newer"), list(itertools.product(THETAS, OLDER, NEWER)))
+@pytest.mark.fast_rows(48)
 def test_what_is_written_for_all_programs_keeps_the_angles(theta, older, newer):
     """In the new spelling alone, in the old one alone, and in both: none of them may say another model."""
     config = given(rope_theta=theta, rope_scaling=older, rope_parameters=newer)

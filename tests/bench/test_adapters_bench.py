@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from bench import adapters
 from bench.random_model import SHAPES, Shape
 
 
+@pytest.mark.slow
 def test_every_case_is_measured(monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "20m", Shape(width=32, num_layers=1, num_heads=2, ffn_width=64))
     flags = ["--shape", "20m", "--clients", "4", "--prompt_tokens", "8", "--new_tokens", "4", "--rounds", "1"]

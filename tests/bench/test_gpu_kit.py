@@ -47,6 +47,7 @@ def test_a_hollow_folder_is_a_model_folder_without_bytes(tmp_path):
         assert all((folder / name).read_text() == (tmp_path / name).read_text() for name in same)
 
 
+@pytest.mark.slow
 def test_the_engine_draws_what_a_written_model_holds(tmp_path):
     """Drawn in the order of reading, which is not the file's: the same distribution, other numbers."""
     with hollow_folder("tiny", "float32") as folder:

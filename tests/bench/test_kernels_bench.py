@@ -56,6 +56,7 @@ def test_table_and_json(run, tmp_path):
         assert choice["chosen_over_winner"] >= 1
 
 
+@pytest.mark.slow
 def test_wrong_kernel_is_a_failed_row(run, monkeypatch):
     right = ops.silu_mul
     monkeypatch.setattr(ops, "silu_mul", lambda gate_up: right(gate_up) * 1.1)
@@ -82,6 +83,7 @@ def test_rows_after_the_budget_are_left_out(run):
     assert {row["left_out"] for row in result["rows"]} == {"no time"}
 
 
+@pytest.mark.slow
 def test_families_after_a_lost_device_go_on_in_a_fresh_process(run, monkeypatch):
     def lose(gate_up):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -24,6 +24,7 @@ from bench.model_types import ROOT, TABLE, make_table, serve_and_compare, try_ty
         ("musicgen", "not tried", "no tiny model: StrictDataclassFieldValidationError"),
     ],
 )
+@pytest.mark.fast_rows(2)
 def test_a_type_is_told_as_it_is(name, outcome, note, monkeypatch):
     monkeypatch.setattr(model_types, "_PROMPTS", {"short": 30})
     monkeypatch.setattr("alpaca.serving.hugging_face.proof._CHEAP", {"cpu": 0})

@@ -249,6 +249,7 @@ def test_a_base_that_is_not_in_the_image_is_an_error(adapted: Path):
         ("ALPACA_ADAPTERS=a=weights/a.txt", "neither a folder nor an archive"),
     ],
 )
+@pytest.mark.fast_rows(2)
 def test_what_the_environment_names_is_looked_at(line: str, message: str, adapted: Path):
     (adapted / "weights" / "a.txt").write_text("no archive")
     setting(line)(adapted)

@@ -91,6 +91,7 @@ def test_another_models_tokenizer_is_refused(tmp_path, llama_folder, sentencepie
     assert [one.role for one in find_candidates(str(same), str(llama_folder))] == ["fine-tune", "base"]
 
 
+@pytest.mark.slow
 def test_the_result_has_both_models_and_the_page_shows_it(tmp_path, llama_folder):
     data, prompts = tmp_path / "held_out.json", tmp_path / "prompts.jsonl"
     data.write_text(json.dumps(json.loads(SAMPLE.read_text())[:4]))

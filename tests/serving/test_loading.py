@@ -114,6 +114,7 @@ def test_both_engines_answer_alike(load):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma2, strong caps", "gemma3", "mixtral"])
+@pytest.mark.fast_rows(1)
 def test_other_families_are_served_by_the_llama_engine_and_answer_alike(load, llama_folder, tmp_path, name):
     save_family(tmp_path, name, torch.float32, vocab_size=400)
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

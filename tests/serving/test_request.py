@@ -222,6 +222,7 @@ def hostile(size: int) -> dict[str, dict[str, object]]:
 
 
 @pytest.mark.parametrize("kind", hostile(0))
+@pytest.mark.fast_rows(4)
 def test_no_request_costs_more_than_a_few_times_its_size(tokenizer, monkeypatch, kind):
     """Characters that are tokenized, memory of Python's, and the length of the message, against the request's size."""
     num_read, encode_batch = 0, tokenizer.encode_batch

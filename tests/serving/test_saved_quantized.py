@@ -74,6 +74,7 @@ def save_by_bitsandbytes(whole: Path, folder: Path, **how: object) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["gptq, columns in another order", "compressed w8a8", "fp8 by blocks"])
+@pytest.mark.fast_rows(1)
 def test_unpacked_weights_answer_as_the_whole_ones(kind: str, whole: Path, tmp_path: Path, load, caplog):
     tensors = save_quantized(whole, tmp_path / "saved", kind)
     shutil.copytree(whole, tmp_path / "unpacked")
@@ -188,6 +189,7 @@ def test_pickles_are_served_by_the_llama_engine(llama_folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", HOW)
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gemma2", "qwen3_moe"])
+@pytest.mark.fast_rows(2)
 def test_saved_families_are_what_the_engine_makes_of_the_whole_ones(name: str, kind: str, tmp_path: Path):
     """Biases, fused projections, norms and routers stay whole, or are read as they were saved."""
     save_family(tmp_path / "whole", name, torch.bfloat16, hidden_size=64, num_attention_heads=8, intermediate_size=128)

@@ -136,6 +136,7 @@ def test_a_loss_far_above_its_start_is_said_once():
     assert any(map(LossWatch([2.0] * 30).add, [3.1] * 20))  # resumed
 
 
+@pytest.mark.slow
 def test_too_high_a_learning_rate_is_said_and_does_not_stop(configure: Configure, caplog: pytest.LogCaptureFixture):
     folder = train(configure(
         learning_rate=1.0, max_steps=40, lr_scheduler_type="constant", save_strategy="no", global_batch_size=4

@@ -118,6 +118,7 @@ def test_losses_equal_a_plain_implementation(
 # Equalities with itself -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accumulation_8_times_1_is_1_times_8(configure: Configure, tmp_path: Path):
     layouts = [(8, 1), (1, 8), (3, 3)]
     folders = [
@@ -186,6 +187,7 @@ def test_a_set_smaller_than_the_batch_is_one_step_an_epoch(configure: Configure)
 # What the model learns ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_its_examples_by_heart(configure: Configure, records: Path, tmp_path: Path):
     few = [r for r in json.loads(records.read_text()) if len(r["output"]) < 60 and len(r.get("input") or "") < 40][:6]
     path = tmp_path / "few.json"
@@ -209,6 +211,7 @@ def test_a_tiny_model_learns_its_examples_by_heart(configure: Configure, records
     assert ids == [*tokenizer.prefix_ids, *tokenizer.encode("Name a fruit.")]
 
 
+@pytest.mark.slow
 def test_bf16_training_stays_near_float32(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     full = train(configure(output_dir=str(tmp_path / "float32"), max_steps=4))
     monkeypatch.setattr("alpaca.training.configuration.resolving._has_bf16", lambda device: True)

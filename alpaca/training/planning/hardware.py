@@ -1,5 +1,6 @@
 """What a run has to work with: its devices, their memory and the rate of their products."""
 
+import functools
 import time
 from dataclasses import dataclass
 
@@ -23,8 +24,9 @@ def find_device_peak(name: str) -> float | None:
     return next((peak for part, peak in DEVICE_PEAKS.items() if all(word in words for word in part.split())), None)
 
 
+@functools.cache  # plans are made again and again, and what else runs here changes it more than time does
 def measure_cpu_flops() -> float:
-    """FLOP/s of float32 matrix products on this CPU now, in some 50 ms."""
+    """FLOP/s of float32 matrix products on this CPU now, in some 50 ms; measured once for a process."""
     left = right = torch.ones(512, 512)
     left @ right
     start = time.perf_counter()

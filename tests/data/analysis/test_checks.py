@@ -92,6 +92,7 @@ def test_an_ordinary_example_is_clean():
     "piece",
     ["(", "<", " ", "\n", "1 + ", "1", "1,", "[image ", "#", "![", "```\n", "a. ", "<!--", "8. Instruction", "\t"],
 )
+@pytest.mark.fast_rows(4)
 def test_long_texts_take_no_time(piece: str):
     """No pattern may run away on a text made to hurt it."""
     text = piece * (50_000 // len(piece))

@@ -277,6 +277,7 @@ def test_one_verb_alone_is_a_full_ring_and_letters_beyond_the_font_do_no_harm():
 # The command --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_writes_page_figure_and_mended_set(tmp_path: Path):
     source = tmp_path / "data.json"
     source.write_text(json.dumps([{"instruction": "Name it.", "input": "<noinput>", "output": "Red."}] * 2))

@@ -136,6 +136,7 @@ def test_rejections_are_counted_once_however_often_the_run_was_stopped(tmp_path:
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.fast_rows(1)
 def test_a_journal_cut_anywhere_is_continued_to_the_same_data(tmp_path: Path, seed: int):
     flags = ("--num_instructions_to_generate", 30, "--request_batch_size", 1)
     run(tmp_path / "whole", FakeClient(), *flags)

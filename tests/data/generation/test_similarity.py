@@ -52,6 +52,7 @@ POOLS = make_pools()
 
 
 @pytest.mark.parametrize("number", range(len(POOLS)))
+@pytest.mark.fast_rows(1)
 def test_scores_are_those_of_rouge_score(number: int):
     texts, candidates = POOLS[number]
     pool = InstructionPool(texts)
@@ -88,6 +89,7 @@ def test_nearest_and_mean_are_the_originals(number: int):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.7, 0.99])
+@pytest.mark.fast_rows(1)
 def test_rejection_is_the_originals(threshold: float):
     texts, candidates = POOLS[0]
     pool = InstructionPool(texts)

@@ -87,6 +87,7 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("pack", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("kind", ALPACA_FILES)
+@pytest.mark.fast_rows(45)
 def test_all_containers_give_the_same_examples(tmp_path: Path, kind: str, pack: Callable[[bytes], bytes]):
     (tmp_path / "data").write_bytes(pack(ALPACA_FILES[kind].encode()))
     examples, reader = read_data(tmp_path / "data")

@@ -517,6 +517,7 @@ def test_all_requests_share_the_memory_for_their_bodies():
     assert memory.num_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_runtime_that_keeps_dying_is_given_up(tmp_path):
     """And who still waits is told."""
     with running(tmp_path) as gate, ThreadPoolExecutor(3) as pool:

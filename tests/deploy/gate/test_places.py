@@ -18,6 +18,7 @@ def restarts(gate: RunningGate) -> int:
 
 
 @pytest.mark.parametrize("how", sampled(["lose", "lose quietly"], "lose quietly"))
+@pytest.mark.slow
 def test_lost_places_come_back_and_who_waits_is_served(tmp_path, how):
     """More often than a runtime may die: this is no death."""
     with running(tmp_path, slots=1, bounds=SOON) as gate:
@@ -59,6 +60,7 @@ def test_what_ran_in_the_background_is_forgotten_when_it_has_ended(tmp_path):
         gate.wait_for(lambda: restarts(gate) == 1)
 
 
+@pytest.mark.slow
 def test_what_was_left_has_longer_to_end(tmp_path):
     """A client that leaves from the line, as everybody does where places are lost, gives nothing more time."""
     with running(tmp_path, slots=1, bounds=SOON) as gate:

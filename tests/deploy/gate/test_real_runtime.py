@@ -84,6 +84,7 @@ def test_what_runs_in_the_background_is_found_by_an_input_that_is_none(server):
     assert server.request("/health-check")["gate"]["running"] == 0
 
 
+@pytest.mark.slow
 def test_a_killed_runtime_answers_who_ran_and_who_waited_after_its_restart(server):
     values = {**RAW, "max_new_tokens": 300, "min_new_tokens": 300, "temperature": 0}
     whole = put(server, "before", values).json()["output"]

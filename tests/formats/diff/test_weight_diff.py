@@ -59,6 +59,7 @@ def without_residual(raw: Path, diff: Path, dtype: torch.dtype) -> Tensors:
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES.values(), ids=FLOAT_DTYPES)
 @pytest.mark.parametrize("max_shard_size", [5 * 10**9, 100_000])
+@pytest.mark.fast_rows(2)
 def test_every_bit_comes_back(tmp_path, llama_folder, trained, dtype, max_shard_size):
     tuned = rewrite(trained, tmp_path / "tuned", cast_with_oddities(dtype))
     target = DiffConfig(
@@ -126,6 +127,7 @@ def test_without_a_target_nothing_is_written(tmp_path, llama_folder, made):
 
 
 @pytest.mark.parametrize("is_written", [True, False])
+@pytest.mark.slow
 def test_recovered_model_answers_as_the_tuned_one(tmp_path, llama_folder, trained, made, capsys, is_written):
     target = tmp_path / "back" if is_written else None
     recover(RecoverConfig(path_raw=llama_folder, path_diff=made, path_tuned=target, test_inference=True))

@@ -156,6 +156,7 @@ def test_pickled_weights_are_read_too(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gptq, columns in another order", "awq", "compressed w4a16", "fp8 by blocks"])
+@pytest.mark.fast_rows(1)
 def test_weights_that_were_saved_quantized_are_exported_whole(kind, tmp_path):
     tensors = save_quantized(write_model(tmp_path / "m"), tmp_path / "saved", kind)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "m" / "model.safetensors")

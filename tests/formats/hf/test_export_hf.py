@@ -77,6 +77,7 @@ def only(work: Path, *names: str) -> bool:
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "bloom"])
 @pytest.mark.parametrize("values", [{}, {"use_dora": True, "use_rslora": True}], ids=["lora", "dora"])
+@pytest.mark.fast_rows(2)
 def test_transformers_loads_what_peft_computes_unmerged(
     kind: str, values: dict[str, object], tokenizer_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):

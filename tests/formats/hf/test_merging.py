@@ -139,6 +139,7 @@ CASES = {
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.fast_rows(3)
 def test_the_tensors_are_pefts_after_its_merge(case: str, tmp_path: Path):
     kind, values = CASES[case]
     base = save_base(tmp_path / "base", kind)
@@ -206,6 +207,7 @@ def test_bloom_files_without_the_prefix_of_the_head(tmp_path: Path):
 @with_bitsandbytes
 @pytest.mark.parametrize("kind", ["llama", "opt", "bloom"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.fast_rows(2)
 def test_a_quantized_base_is_merged_as_the_adapter_saw_it(quantization: str, kind: str, tmp_path: Path):
     """Logits of transformers' quantized model with PEFT's adapter; the unquantized base's are far from them."""
     base = save_base(tmp_path / "base", kind, torch.float16)

@@ -60,6 +60,7 @@ def test_a_zero_point_of_0_borrows_from_its_neighbours_and_gets_it_back():
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.fast_rows(4)
 def test_whole_tensors_are_what_the_format_stands_for(kind: str, whole: Path, tmp_path: Path):
     expected = save_quantized(whole, tmp_path, kind)
     weights = open_model_weights(tmp_path)
@@ -70,6 +71,7 @@ def test_whole_tensors_are_what_the_format_stands_for(kind: str, whole: Path, tm
         assert bits_of(found) == bits_of(expected[spec.name]), spec.name
 
 
+@pytest.mark.slow
 def test_blocks_of_rows_make_no_difference(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for number, kind in enumerate(FORMATS):
         expected = save_quantized(whole, tmp_path / str(number), kind)
@@ -235,6 +237,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.fast_rows(1)
 def test_parts_that_do_not_fit_are_named(damage: str, whole: Path, tmp_path: Path):
     save_quantized(whole, tmp_path, "gptq")
     tensors = load_file(tmp_path / "model.safetensors")

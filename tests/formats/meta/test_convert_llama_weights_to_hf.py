@@ -63,6 +63,7 @@ def hf_logits(folder: Path, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(
     "sizes", [{}, {"n_kv_heads": 8, "n_heads": 16, "dim": 128}, {"rope_theta": 1e6, "norm_eps": 1e-3}]
 )
+@pytest.mark.fast_rows(3)
 def test_logits_equal_metas_forward(tmp_path, tokenizer_model, vocab_size, num_shards, sizes):
     model = TinyLlama(vocab_size=vocab_size - vocab_size % 8, **sizes)
     tensors = model.tensors()

@@ -101,6 +101,7 @@ def edit_config(hf: Path, **values: object) -> None:
     "sizes",
     [{}, {"n_kv_heads": 4}, {"rope_theta": 1e6, "norm_eps": 1e-3}, {"dim": 96, "n_heads": 8, "multiple_of": 32}],
 )
+@pytest.mark.fast_rows(4)
 def test_metas_checkpoint_comes_back_tensor_for_tensor(num_shards: int, sizes: dict, tokenizer_model, tmp_path: Path):
     model = make_meta(tmp_path / "in" / "T", tokenizer_model, **sizes)
     hf = convert_back(tmp_path / "in" / "T", tmp_path / "hf")

@@ -95,6 +95,7 @@ IDS = [(7 + i * i * 31) % 390 for i in range(160)]  # long enough for the scaled
 @pytest.mark.parametrize(
     ("name", "num_shards"), [(name, shards) for name, family in FAMILIES.items() for shards in family.shards]
 )
+@pytest.mark.fast_rows(6)
 def test_logits_equal_metas_forward_on_the_shards(tmp_path, tokenizers, name, num_shards):
     family = FAMILIES[name]
     tokenizer, vocab_size = tokenizers[family.has_tiktoken]

@@ -87,6 +87,7 @@ def generate(folder: Path, adapter: str | None, *, quantization: str = "none", *
     return [token_id for token_id in out[0, len(PROMPT) :].tolist() if token_id != 2]
 
 
+@pytest.mark.fast_rows(1)
 def test_every_request_gets_its_own_adapter(family, load):
     engine = load(family / "one", adapters=f"two={family / 'two'}", engine="transformers")
     expected = {name: [generate(family, name)] for name in (None, "one", "two")}
@@ -137,6 +138,7 @@ def test_bloom_and_opt_need_no_flag(family, load, caplog):
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.slow
 def test_on_a_quantized_base(tmp_path, load, llama_folder, quantization):
     folder = write_family(tmp_path, *FAMILIES["bloom"], llama_folder)
     engine = load(folder / "one", quantization=quantization)
@@ -183,6 +185,7 @@ def test_another_tokenizer_is_refused(tmp_path, load, llama_folder):
 
 
 @pytest.mark.parametrize("is_shared", [True, False], ids=["its own weights", "loaded again"])
+@pytest.mark.slow
 def test_beam_search_with_an_adapter(llama_folder, tmp_path, load, monkeypatch, is_shared):
     if is_shared:
         monkeypatch.setattr("alpaca.serving.kernels.linear.make_packed", lambda *weight: None)

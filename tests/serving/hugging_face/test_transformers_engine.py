@@ -80,6 +80,7 @@ def test_greedy_with_repetition_penalty_is_generates(engine):
     assert tokens(engine.submit(request(repetition_penalty=1.8))) == [generate(engine, repetition_penalty=1.8)]
 
 
+@pytest.mark.fast_rows(1)
 def test_beam_search_is_generates(engine):
     assert tokens(engine.submit(request(num_beams=3))) == [generate(engine, num_beams=3)]
     assert len(tokens(engine.submit(request(num_beams=3, n=2)))) == 2
@@ -91,6 +92,7 @@ def test_long_prompts_read_in_pieces_give_the_same(engine, monkeypatch):
     assert tokens(engine.submit(request(prompt_ids=tuple(range(3, 103))))) == whole
 
 
+@pytest.mark.fast_rows(1)
 def test_seed_repeats_and_completions_differ(engine):
     def sample(**changes) -> list[list[int]]:
         return tokens(engine.submit(request(temperature=5.0, **changes)))
@@ -156,6 +158,7 @@ def test_cancelled_in_the_queue_is_never_run(engine):
     assert second.metrics()["output_tokens"] == 0
 
 
+@pytest.mark.fast_rows(1)
 def test_requests_are_served_in_order_from_many_threads(engine):
     expected = tokens(engine.submit(request()))
     results: list[list[list[int]]] = []
@@ -204,6 +207,7 @@ def test_close_fails_what_is_running_and_waiting(tokenizer):
     assert not engine.is_healthy()
 
 
+@pytest.mark.fast_rows(1)
 def test_text_streamed_is_text_whole(engine, tokenizer):
     def texts(n: int) -> list[CompletionText]:
         return [CompletionText(tokenizer, DEFAULTS["prompt_ids"], stop=["e"]) for _ in range(n)]

@@ -49,6 +49,7 @@ ASKED = [
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.fast_rows(1)
 def test_scores_are_the_models(tokenizer, kind):
     engine = make_engine(kind, tokenizer)
     for asked in [*ASKED, {"echo": True, "logprobs": 2, "prompt_ids": LONG}]:
@@ -57,6 +58,7 @@ def test_scores_are_the_models(tokenizer, kind):
 
 
 @pytest.mark.parametrize("way", OTHER_WAYS)
+@pytest.mark.fast_rows(1)
 def test_in_other_ways_too_and_long_prompts_are_refused_where_they_are_computed_whole(tokenizer, way, monkeypatch):
     engine = make_engine("llama", tokenizer, way=way)
     for asked in ASKED:

@@ -67,12 +67,14 @@ def served(request, tokenizer):
     engine.close()
 
 
+@pytest.mark.fast_rows(2)
 def test_answers_are_those_of_plain_forward_passes(served):
     model, engine = served
     for case in (asked(), asked(n=3, temperature=1.0), asked(n=2, temperature=2.0, prompt_ids=(7,))):
         assert tokens(engine.submit(case)) == plain_answers(model, case, 400)
 
 
+@pytest.mark.fast_rows(2)
 def test_several_at_once_and_one_cancelled(served):
     model, engine = served
     cases = [asked(), asked(max_new_tokens=30, min_new_tokens=30), asked(n=2, temperature=1.0, seed=8)]
@@ -87,6 +89,7 @@ def test_several_at_once_and_one_cancelled(served):
 @pytest.mark.parametrize(
     "way", WAYS, ids=lambda way: f"{way.memory}-{way.in_pieces}-{way.copies_rows}-{way.rows_apart}"
 )
+@pytest.mark.fast_rows(2)
 def test_all_ways_answer_alike_where_the_usual_one_is_right(tokenizer, way, monkeypatch):
     monkeypatch.setattr("alpaca.serving.hugging_face.decoding.PREFILL_TOKENS", 7)
     torch.manual_seed(0)
@@ -243,6 +246,7 @@ def long_phi(**rope) -> Phi3ForCausalLM:
 
 
 @pytest.mark.parametrize("num_tokens", [20, 31, 40, 41, 90])
+@pytest.mark.fast_rows(1)
 def test_longrope_turns_by_the_texts_whole_length(tokenizer, monkeypatch, num_tokens):
     """Prompts on both sides of the old context of 40 tokens, and answers that cross it, where all is computed again."""
     monkeypatch.setattr("alpaca.serving.hugging_face.decoding.PREFILL_TOKENS", 16)
@@ -290,6 +294,7 @@ def test_the_border_is_found_in_every_spelling():
 
 
 @pytest.mark.parametrize("name", ["mamba", "openai-gpt", "rwkv", "gpt_oss"])
+@pytest.mark.fast_rows(1)
 def test_beams_are_those_of_plain_forward_passes(tokenizer, name):
     model = tiny_model(name)
     engine = TransformersEngine(model, tokenizer, max_context=64, way=find_way(model, IDS, max_context=64))

@@ -147,6 +147,7 @@ def test_without_a_working_compiler_torch_is_used_and_the_log_says_so(fresh, mon
     assert [record.message for record in caplog.records if "torch's own operations are used" in record.message]
 
 
+@pytest.mark.slow
 def test_a_build_is_kept(fresh, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         first = library.load()

@@ -286,6 +286,7 @@ def test_padding_tokens_may_share_a_slot():
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
+@pytest.mark.fast_rows(9)
 def test_attention_is_naive_attention(name, heads):
     step = build_step(**STEPS[name], heads=heads)
     check(ops.paged_attention(step.q, step.key_cache, step.value_cache, step.batch, 0.3),
@@ -294,6 +295,7 @@ def test_attention_is_naive_attention(name, heads):
 
 @pytest.mark.parametrize("window", [1, 7, 16, 30, 100])
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.fast_rows(15)
 def test_attention_in_a_window_is_naive_attention(name, window):
     """What lies behind the window is never read: it may be anything."""
     step = build_step(**STEPS[name])

@@ -73,6 +73,7 @@ def assert_product(found: torch.Tensor, x: torch.Tensor, weight: Int8Weight | Nf
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_outputs", "width"), [(48, 64), (33, 320)])
+@pytest.mark.fast_rows(4)
 def test_products(kernels, num_outputs, width, dtype, quantization):
     weight = make_weight(num_outputs, width, quantization)
     for num_rows in (1, 2, 16, 17, 64):

@@ -114,23 +114,27 @@ def test_the_twin_keeps_what_another_adapter_makes_of_a_row_out_of_it():
 
 
 @pytest.mark.parametrize("indices", SLOTS.values(), ids=SLOTS)
+@pytest.mark.fast_rows(2)
 def test_any_mixture(kernels, indices):
     check(kernels, "qkv", indices, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("indices", ["mixed", "many sorted"])
+@pytest.mark.fast_rows(1)
 def test_narrow_types(kernels, indices, dtype):
     check(kernels, "gate", SLOTS[indices], dtype)
 
 
 @pytest.mark.parametrize("indices", ["mixed", "many mixed"])
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer != "qkv"])
+@pytest.mark.fast_rows(2)
 def test_any_layer(kernels, layer, indices):
     check(kernels, layer, SLOTS[indices], torch.float32)
 
 
 @pytest.mark.parametrize("indices", ["mixed", "many mixed"])
+@pytest.mark.fast_rows(1)
 def test_dora(kernels, indices):
     check(kernels, "q and v", SLOTS[indices], torch.float32, has_factors=True)
 

@@ -113,6 +113,7 @@ SLOW_MIXED = pytest.param([1, 9], id="mixed", marks=pytest.mark.slow)
         for queries in both
     ],
 )
+@pytest.mark.fast_rows(1)
 def test_attention_compiles_for_an_h100(compiling, queries, heads, width, dtype, num_splits):
     kernels, compiled = compiling
     step = build_step([20, 33], queries, heads=heads, width=width, dtype=dtype)
@@ -124,6 +125,7 @@ def test_attention_compiles_for_an_h100(compiling, queries, heads, width, dtype,
 @pytest.mark.parametrize(
     ("window", "softcap"), [(9, 50.0), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((9, 0.0), (0, 50.0)))]
 )
+@pytest.mark.slow
 def test_windows_and_caps_compile_for_an_h100(compiling, queries, window, softcap):
     kernels, compiled = compiling
     step = build_step([20, 33], queries, heads=(4, 2), width=256, dtype=torch.bfloat16)
@@ -133,6 +135,7 @@ def test_windows_and_caps_compile_for_an_h100(compiling, queries, window, softca
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_small_kernels_compile_for_an_h100(compiling, dtype):
     kernels, compiled = compiling
     x, weight = torch.zeros(2, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
@@ -258,6 +261,7 @@ def test_attention_is_naive_attention(kernels, name, num_splits):
 
 
 @pytest.mark.parametrize(("window", "softcap", "num_splits"), [(1, 0.0, 1), (20, 0.0, 3), (7, 2.0, 1), (0, 2.0, 3)])
+@pytest.mark.fast_rows(2)
 def test_windows_and_caps_are_naive_attention(kernels, num_splits, window, softcap):
     """What lies behind the window is never read: it may be anything."""
     for lengths, queries in (([1, 33, 16, 50], [1] * 4), ([30, 60, 7], [1, 25, 3])):
@@ -270,12 +274,14 @@ def test_windows_and_caps_are_naive_attention(kernels, num_splits, window, softc
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 32])
+@pytest.mark.fast_rows(2)
 def test_attention_over_several_blocks_of_keys(kernels, num_splits):
     step = build_step([150, 64, 1], [1, 1, 1], heads=(2, 1), dtype=torch.float32)
     check_attention(kernels, step, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.fast_rows(1)
 def test_prefill_over_several_tiles(kernels, num_splits):
     """Of 21 queries: a step's first sequence has two whole ones and part of a third."""
     step = build_step([70, 40, 3, 23], [45, 1, 3, 22], heads=(3, 1), dtype=torch.float32, spare_rows=2)
@@ -294,6 +300,7 @@ _LIKE_OTHERS = [pytest.param(width, marks=pytest.mark.slow) for width in (32, 64
 
 
 @pytest.mark.parametrize("width", [8, 80, 128, 256, *_LIKE_OTHERS])
+@pytest.mark.fast_rows(2)
 def test_attention_of_any_head_width(kernels, width):
     for queries in ([1, 1], [1, 9]):
         step = build_step([20, 33], queries, width=width, dtype=torch.float32)
@@ -304,6 +311,7 @@ _WIDE_GROUPS = [pytest.param(heads, marks=pytest.mark.slow) for heads in ((24, 1
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (3, 1), (16, 1), (10, 2), *_WIDE_GROUPS], ids=str)
+@pytest.mark.fast_rows(2)
 def test_attention_of_any_group(kernels, heads):
     for queries in ([1, 1], [1, 3 if heads[0] < 16 else 2]):
         step = build_step([20, 33], queries, heads=heads, dtype=torch.float32)
@@ -320,6 +328,7 @@ def test_attention_of_any_group(kernels, heads):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.fast_rows(1)
 def test_attention_in_narrow_types(kernels, dtype, name, num_splits):
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter's tl.dot multiplies bfloat16's bits as integers")
@@ -327,6 +336,7 @@ def test_attention_in_narrow_types(kernels, dtype, name, num_splits):
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.fast_rows(1)
 def test_one_batch_follows_its_tensors(kernels, num_splits):
     """What a captured graph replays: the same launch, other lengths, tables and padding."""
     steps = [build_step(lengths, queries, dtype=torch.float32) for lengths, queries in

@@ -38,6 +38,7 @@ def expected_logits(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.fast_rows(14)
 def test_logits_are_transformers(tmp_path, name):
     expected = save(tmp_path, name)
     model = load(tmp_path)
@@ -67,6 +68,7 @@ def load_with(folder: Path, name: str) -> LlamaModel:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-3), (torch.bfloat16, 0.5)])
+@pytest.mark.fast_rows(2)
 def test_narrower_types(tmp_path, name, dtype, atol):
     """In bfloat16 another expert may be chosen where two are nearly alike: there only the type is looked at."""
     expected = save(tmp_path, name, torch.float32)
@@ -79,6 +81,7 @@ def test_narrower_types(tmp_path, name, dtype, atol):
 
 @pytest.mark.usefixtures("two_threads")  # which share a layer's rows
 @pytest.mark.parametrize("name", sampled(MODELS, *COVERING, "llama", "granite", "mixtral, window, all experts"))
+@pytest.mark.fast_rows(2)
 def test_layers_in_one_call_of_cpp(tmp_path, name):
     """The same bits as op by op where every op is in C++, and torch's numbers."""
     save(tmp_path, name, torch.float32)
@@ -102,6 +105,7 @@ def test_layers_in_one_call_of_cpp(tmp_path, name):
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.fast_rows(2)
 def test_quantized_layers_give_what_transformers_gives_with_their_weights(tmp_path, name, quantization):
     sizes = dict(hidden_size=64, num_attention_heads=8, intermediate_size=128)
     expected = save(tmp_path, name, torch.float32, **sizes) if fits(name, sizes) else pytest.skip("own head width")
@@ -152,6 +156,7 @@ _QUICK = {("qwen3, biases and windows", "in step"), ("gemma2", "graphs"), ("phi3
         for mode, num_blocks in (("in step", 28), ("ahead", 28), ("graphs", 200))
     ],
 )
+@pytest.mark.fast_rows(1)
 def test_any_interleaving_gives_what_naive_decoding_gives_alone(tmp_path, name, mode, num_blocks, one_thread):
     reference, chance = save(tmp_path, name), random.Random(f"{name}:{mode}")
     asked = [random_request(chance) for _ in range(6)]
@@ -162,6 +167,7 @@ def test_any_interleaving_gives_what_naive_decoding_gives_alone(tmp_path, name, 
     assert found == naive_of_all(reference, asked, found)
 
 
+@pytest.mark.slow
 def test_blocks_behind_every_layers_window_are_freed(tmp_path):
     """A long answer holds little, others take what it gives back, and what is remembered of it is still found."""
     reference, model = save(tmp_path, "mistral"), load(tmp_path)
@@ -212,6 +218,7 @@ def test_a_longrope_answer_turns_anew_where_it_grows_long(tmp_path, name):
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("name", [*FAMILIES, "qwen2"])
+@pytest.mark.fast_rows(3)
 def test_adapters_give_pefts_logits(tmp_path, name, use_dora, one_thread):
     base = save(tmp_path / "base", name)
     targets = ["q_proj", "v_proj", "o_proj"] if base.config.model_type in ("mixtral", "qwen3_moe") else "all-linear"

@@ -99,6 +99,7 @@ def logits(model: LlamaModel, prompts: list[list[int]], *, chunk: int, size: int
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast_rows(2)
 def test_logits_are_transformers(tmp_path, kind):
     expected = save_model(tmp_path, **KINDS[kind])
     model = load(tmp_path)

@@ -169,6 +169,7 @@ def random_request(chance: random.Random) -> Request:
 @pytest.mark.parametrize("num_blocks", [200, 28], ids=["roomy", "preempting"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", sampled([0, 1, 2], 0))
+@pytest.mark.fast_rows(2)
 def test_any_interleaving_gives_what_naive_decoding_gives_alone(models, num_blocks, mode, seed):
     reference, model = models
     chance = random.Random(f"{seed}:{num_blocks}:{mode}")
@@ -275,6 +276,7 @@ def test_cancel_frees_state_row_and_blocks(engine):
     assert not engine._scheduler.running
 
 
+@pytest.mark.fast_rows(1)
 def test_a_stopped_completion_ends_and_the_others_go_on(engine, models):
     asked = request(temperature=1.0, n=3, max_new_tokens=20, min_new_tokens=20)
     full = naive(models[0], asked)
@@ -340,6 +342,7 @@ def test_a_failing_step_fails_the_requests_concerned_and_no_other(models, caplog
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fails", ["before", "after"])
+@pytest.mark.fast_rows(2)
 def test_a_step_that_failed_and_is_tried_again_changes_no_answer(models, caplog, mode, fails):
     """Every third step fails, before or after its tokens were chosen; every request is then run alone."""
     reference, model = models

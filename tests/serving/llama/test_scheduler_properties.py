@@ -278,6 +278,7 @@ def run(seed: int, ahead: bool, window: int) -> History:
 
 
 @pytest.mark.parametrize(("seed", "ahead", "window"), CASES)
+@pytest.mark.fast_rows(24)
 def test_random_histories_keep_the_rules(seed, ahead, window):
     history = run(seed, ahead, window)
     scheduler = history.scheduler

@@ -107,6 +107,7 @@ def expect(oracle: Oracle, asked: Request, found: list[list[int]] | None = None)
 
 @pytest.mark.parametrize("num_blocks", [200, 28], ids=["roomy", "preempting"])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.fast_rows(2)
 def test_any_mixture_gives_what_pefts_model_gives_alone(both, num_blocks, mode, one_thread):
     oracle, model = both
     chance = random.Random(f"{num_blocks}:{mode}")
@@ -135,6 +136,7 @@ def test_adapters_answer_differently(both):
 
 
 @pytest.mark.parametrize("kind", ["LLaMA 1", "own head width", "Llama 3.2"])
+@pytest.mark.fast_rows(1)
 def test_logits_are_pefts(tmp_path, kind, one_thread):
     oracle, adapters = make_both(tmp_path, **KINDS[kind])
     plain = load(tmp_path / "base")
@@ -167,6 +169,7 @@ def ops_rows(num_rows: int):
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.fast_rows(1)
 def test_quantized_and_packed_weights_stay_as_they_are(tmp_path, quantization, one_thread):
     """PEFT's model on the very weights that the layers multiply by; DoRA's lengths are of these, too."""
     oracle, adapters = make_both(tmp_path, torch.float32, hidden_size=64, num_attention_heads=4, intermediate_size=128)
@@ -200,6 +203,7 @@ def put(ours, *theirs) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.fast_rows(1)
 def test_a_prompt_cached_under_one_adapter_serves_no_other(both, mode):
     oracle, model = both
     engine = make_engine(model, mode=mode)
@@ -475,5 +479,6 @@ def test_what_the_llama_engine_cannot_serve_is_refused_by_name(refuse):
         (dict(base={"num_hidden_layers": 4, "num_key_value_heads": 2}), r"layers\.3\.\S+ is no layer of this base"),
     ],
 )  # fmt: skip
+@pytest.mark.fast_rows(2)
 def test_and_so_is_what_does_not_fit(refuse, values, message):
     refuse(message, **values)

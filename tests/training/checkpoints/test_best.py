@@ -54,6 +54,7 @@ def test_patience_ends_a_run(configure: Configure):
     assert len(losses) - 1 == best_step(losses) + 3 < 50
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_the_best(configure: Configure, tmp_path: Path):
     whole = train(configure(**LEAVES, load_best_model_at_end=True))
     best, other = best_step(held_out(whole)), str(tmp_path / "other")

@@ -87,6 +87,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert_same_run(whole, resumed)
 
 
+@pytest.mark.slow
 def test_dropout_goes_on_where_it_was(
     configure: Configure, tiny_opt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -166,11 +167,13 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 # When checkpoints are written ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_by_steps_with_a_limit(configure: Configure):
     folder = train(configure(save_steps=2, save_total_limit=2, max_steps=7))
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-6", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_by_epoch_by_time_or_not_at_all(configure: Configure, tmp_path: Path):
     def names(**values: object) -> list[str]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -184,6 +187,7 @@ def test_by_epoch_by_time_or_not_at_all(configure: Configure, tmp_path: Path):
     assert names(save_minutes=0) == []
 
 
+@pytest.mark.slow
 def test_half_written_and_damaged_checkpoints_are_passed_over(configure: Configure, caplog: pytest.LogCaptureFixture):
     config = configure(save_steps=4, save_total_limit=9)
     folder = train(config)
@@ -221,6 +225,7 @@ def flip_bit(path: Path, position: int) -> None:
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "random-0.pt", "trainer_state.json"])
 @pytest.mark.parametrize("damage", ["first bit", "a bit in the middle", "last bit", "truncated", "empty", "missing"])
+@pytest.mark.fast_rows(6)
 def test_a_damaged_checkpoint_is_skipped_with_the_file_named(
     name: str, damage: str, saved: tuple[TrainConfig, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -397,6 +402,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(configure: Configure, monkeypat
         ({"model_max_length": 200}, "data was '40 examples, sha256 [0-9a-f]{16}' and is "),
     ],
 )
+@pytest.mark.fast_rows(1)
 def test_another_configuration_is_refused(changed: dict, text: str, configure: Configure):
     config = configure(save_steps=1, max_steps=-1)
     with pytest.raises(Crash, match="on purpose"):
@@ -412,6 +418,7 @@ def test_a_mean_of_means_needs_its_micro_batches(configure: Configure):
         train(dataclasses.replace(config, resume_from_checkpoint="auto", per_device_train_batch_size=2))
 
 
+@pytest.mark.slow
 def test_other_micro_batches_may_resume(configure: Configure):
     config = configure(save_steps=2, max_steps=5)
     with pytest.raises(Crash, match="on purpose"):
@@ -493,6 +500,7 @@ def test_a_mistake_leaves_no_trace_that_blocks_the_next_try(configure: Configure
 
 
 @pytest.mark.usefixtures("charts")
+@pytest.mark.slow
 def test_the_final_folder_is_what_was_trained(configure: Configure, tiny_llama: Path, tmp_path: Path, monkeypatch):
     half = shutil.copytree(tiny_llama, tmp_path / "half")
     LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).save_pretrained(half)

@@ -10,6 +10,7 @@ from tests.serving.llama.families import MODELS, make
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "longrope" not in name])
+@pytest.mark.fast_rows(9)
 def test_packed_examples_lose_what_each_loses_alone(name, one_thread):
     model = make(name, torch.float32)
     examples = []

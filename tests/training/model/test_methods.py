@@ -135,6 +135,7 @@ CASES = {  # base, flags, layers that get an adapter
 
 
 @pytest.mark.parametrize("case", sampled(CASES, "bloom all", "all", "dora", "padded"))
+@pytest.mark.fast_rows(1)
 def test_an_adapter_reloads_and_merges_to_what_was_trained(
     case: str, configure: Configure, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ):
@@ -157,6 +158,7 @@ def test_an_adapter_reloads_and_merges_to_what_was_trained(
     assert torch.allclose(logits(reloaded.merge_and_unload()), own, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_padded_checkpointed_and_padding_free_runs_are_one(configure: Configure, tmp_path: Path):
     """What is padded is padded with EOS here, which the attention mask does not take for padding (row 7)."""
     ways = {"free": {}, "padded": {"padding_free": False}, "checkpointing": {"gradient_checkpointing": True}}
@@ -277,6 +279,7 @@ def tamper(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, torch.Tensor]
     ],
     ids=["base", "empty", "half", "other"],
 )  # fmt: skip
+@pytest.mark.fast_rows(1)
 def test_an_adapter_that_is_not_the_trained_one_is_never_put_in_place(change, text, configure: Configure, monkeypatch):
     """Row 2: alpaca-lora's adapters of 443 bytes, saved without an error."""
     tamper(monkeypatch, change)
@@ -299,6 +302,7 @@ def test_a_rounded_adapter_is_still_the_trained_one(configure: Configure, tmp_pa
     assert {tensor.dtype for tensor in adapter_tensors(folder).values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_full_and_adapter_take_turns_in_one_folder(configure: Configure, tmp_path: Path):
     config = configure(output_dir=str(tmp_path / "out"), max_steps=2, save_strategy="no")
     train(config)
@@ -326,6 +330,7 @@ def test_full_and_adapter_take_turns_in_one_folder(configure: Configure, tmp_pat
     ],
     ids=["lora", "dora", "qlora", "int8"],
 )
+@pytest.mark.slow
 def test_a_resumed_adapter_is_the_uninterrupted_one_bit_for_bit(base, values, configure, tmp_path, request):
     """Row 10: alpaca-lora's resume took the weights alone, or the wrong ones; optimizer and schedule began anew."""
     values = {**values, "model_name_or_path": str(request.getfixturevalue(base)), "learning_rate": 1e-2}
@@ -629,6 +634,7 @@ def test_training_on_inputs_is_transformers_loss_over_everything(configure: Conf
     ],
     ids=["combined", "one by one"],
 )
+@pytest.mark.slow
 def test_two_processes_train_the_adapter_that_one_does(
     names: tuple[str, ...], configure, tiny_opt: Path, packable_llama: Path, tmp_path: Path
 ):

@@ -73,6 +73,7 @@ def test_losses_do_not_depend_on_the_layout(configure: Configure, tmp_path: Path
     assert losses[2] == pytest.approx(losses[0], abs=2e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_has_no_noise_and_a_resumed_run_has_the_same(configure: Configure, tmp_path: Path):
     values = {**NOISY, "model_max_length": 200, "max_steps": 3, "save_steps": 1, "save_strategy": "steps"}
     values |= {"eval_strategy": "steps", "eval_steps": 1, "val_set_size": 4}

@@ -212,6 +212,7 @@ def test_steps_equal_a_plain_implementation(
 
 
 @pytest.mark.parametrize("case", ["dpo", "orpo", "kto"])
+@pytest.mark.fast_rows(1)
 def test_held_out_examples_are_measured_alike(case: str, prefer: Configure, pairs: Path):
     """What is held out is what was trained on: the evaluation after a step is the next step's own entry."""
     one_batch = {"global_batch_size": NUM * (2 if case == "kto" else 1), "max_steps": 3, "save_strategy": "no"}
@@ -264,6 +265,7 @@ def test_an_adapters_reference_is_its_base(
     assert torch.allclose(reference, expected, atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(prefer: Configure, tmp_path: Path):
     folders = [
         train(

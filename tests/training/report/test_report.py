@@ -144,6 +144,7 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_answers")
+@pytest.mark.slow
 def test_answers_are_those_of_the_base_and_of_the_trained_model(configure: Configure, tiny_llama: Path):
     folder = train(configure(max_steps=6, learning_rate=1e-2, num_samples=2))
     tokenizer = load_tokenizer(folder)
@@ -170,6 +171,7 @@ def test_samples_change_nothing(configure: Configure, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("short_answers")
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_first_answers(configure: Configure):
     steps: list[int] = []
     config = configure(num_samples=2, max_steps=4, save_steps=2, resume_from_checkpoint="auto")

@@ -75,6 +75,7 @@ KINDS = {  # base, our flags, PEFT's settings
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|ensure_weight_tying|Rank-Stabilized)")
+@pytest.mark.fast_rows(4)
 def test_each_is_pefts_own_training_and_reloads_plainly(
     kind: str,
     configure: Configure,
@@ -154,6 +155,7 @@ def test_a_start_with_dropout_is_pefts(tiny_llama: Path):
 
 
 @pytest.mark.parametrize("flags", [{"lora_init": "pissa_niter_4"}, {"trainable_token_indices": "5,17"}])
+@pytest.mark.fast_rows(1)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     flags: dict, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -184,6 +186,7 @@ def test_the_engine_serves_what_was_trained(kind: str, configure: Configure, tin
 
 @pytest.mark.parametrize("kind", ["pissa", "whole modules", "rows", "rows of a tied base"])
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|ensure_weight_tying|Rank-Stabilized)")
+@pytest.mark.fast_rows(1)
 def test_merged_is_what_was_trained(kind: str, configure: Configure, request: pytest.FixtureRequest):
     fixture, flags, _ = KINDS[kind]
     base = request.getfixturevalue(fixture)

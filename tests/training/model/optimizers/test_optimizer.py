@@ -378,6 +378,7 @@ def test_everything_is_bfloat16_and_the_losses_are_float32(configure: Configure,
     assert json.loads((folder / "train_config.json").read_text())["numerics"] == "fast"
 
 
+@pytest.mark.slow
 def test_a_steps_gradient_is_its_micro_batches_sum_to_float32s_precision(configure: Configure, tmp_path: Path):
     """Against float64's sum of 40 gradients; added up in bfloat16 it is several times as far off as one rounding."""
     path = tmp_path / "many.json"
@@ -445,6 +446,7 @@ def test_it_learns_what_float32_does_and_rounding_to_the_nearest_does_not(
 
 
 @pytest.mark.parametrize("base", sampled(["tiny_llama", "tiny_opt"], "tiny_opt"))
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(base: str, configure: Configure, tmp_path: Path, request):
     values = {"model_name_or_path": str(request.getfixturevalue(base)), "numerics": "fast", "save_steps": 2,
               "weight_decay": 0.1, "save_dtype": "float32", "max_steps": 6}  # fmt: skip
@@ -459,6 +461,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(base: str, configure: Configure,
 
 
 @pytest.mark.parametrize("sharding", ["full_shard", pytest.param("hybrid_shard", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_two_processes_train_near_one_and_resume(configure: Configure, tmp_path: Path, sharding: str):
     """Gradients are added up in float32, but reduced in another order; the draws are the same."""
     values = {"numerics": "fast", "learning_rate": 2e-4, "max_steps": 3, "save_steps": 2, "save_dtype": "float32",

@@ -93,6 +93,7 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest(
 
 
 @pytest.mark.parametrize("optim", sampled([*RESUMED, "paged_adamw_8bit"], *RESUMED))
+@pytest.mark.fast_rows(1)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(optim: str, configure: Configure, tmp_path: Path):
     values = {"optim": optim, "max_steps": 4, "save_steps": 2, "weight_decay": 0.1, "model_max_length": 120}
     whole = train(configure(**values, output_dir=str(tmp_path / "whole")))
