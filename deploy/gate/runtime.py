@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import os
 import random
 import signal
 import sys
@@ -115,7 +116,7 @@ class Runtime:
         finally:
             watching.cancel()
             ending.cancel()
-            self._send(signal.SIGKILL)
+            self._kill_all()
             await ended
         return self.state is not State.STARTING
 
@@ -125,6 +126,12 @@ class Runtime:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
+
+    def _kill_all(self) -> None:
+        """Kill what is left of the runtime, its worker and what that has started: its session's group of processes."""
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _watch(self) -> None:
         """Follow the runtime's health; returns when its worker is dead. A fault in looking is no death."""

@@ -373,6 +373,19 @@ def test_a_worker_that_dies_while_it_is_started_is_a_death(tmp_path):
         assert gate.health()["gate"]["restarts"] == 2
 
 
+def test_a_stopped_worker_ends_with_the_server(tmp_path):
+    with running(tmp_path) as gate:
+        Path(f"{gate.log}.starts").touch()
+        os.kill(gate.runtimes()[0], signal.SIGKILL)
+        gate.wait_for(lambda: (found := gate.runtimes()) and children(found[0]))
+        worker = psutil.Process(children(gate.runtimes()[0])[0])
+        worker.suspend()
+        gate.process.send_signal(signal.SIGTERM)
+        assert gate.process.wait(timeout=15) == 0
+        psutil.wait_procs([worker], timeout=5)
+        assert not worker.is_running()
+
+
 def children(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children()]
 
