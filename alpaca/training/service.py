@@ -26,7 +26,7 @@ from alpaca.files.outputs import require_free_space
 from alpaca.files.places import choose_base, open_weights
 from alpaca.files.reading import read_json
 from alpaca.files.uploads import upload
-from alpaca.training.guards import stoppable
+from alpaca.training.guards import Interrupted, stoppable
 from alpaca.training.received import MOST_BYTES, ReceivedData, receive_data
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _one_training = threading.Lock()
 _stop_of_last = threading.Event()  # set to stop the training that runs now, if one does
 _last_output: ScratchFolder | None = None  # kept, for the runtime reads it after `train` has returned
-_STOPPING_S = 10  # how long a training waits for one that was cancelled to end its step
+_STOPPING_S = 120.0  # how long a training waits for one that was cancelled to end what it is at
+_CANCEL_S = 3.0  # and for the cancel of one that still runs: the gate passes it on when the worker has the training
 _TELL_S = 10.0  # seconds between two lines of the log
 # The runtime returns a file in base64 inside its answer, and holds some 8 times the file in memory meanwhile: measured
 # with Cog 0.23.1, 64 MiB took 0.5 GB and 0.5 s, 256 MiB 2.2 GB and 4.6 s.
@@ -52,8 +53,7 @@ def serve_training(
     them.
     """
     global _stop_of_last
-    if not _one_training.acquire(timeout=_STOPPING_S if _stop_of_last.is_set() else 0):
-        raise InputError("a training is running already; wait for its end, or cancel it")
+    _wait_for_turn(stop)
     _stop_of_last = stop
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -73,6 +73,19 @@ def serve_training(
     finally:
         _free_memory()
         _one_training.release()
+
+
+def _wait_for_turn(stop: threading.Event) -> None:
+    """Take `_one_training`, which one that was cancelled gives back only when it has ended its step.
+
+    Raises InputError where another training goes on, Interrupted when `stop` is set.
+    """
+    begun = time.monotonic()
+    while not _one_training.acquire(timeout=0.1):
+        if stop.is_set():
+            raise Interrupted("the training was stopped before it began")
+        if time.monotonic() - begun > (_STOPPING_S if _stop_of_last.is_set() else _CANCEL_S):
+            raise InputError("a training is running already; wait for its end, or cancel it")
 
 
 def _remove_last_output() -> None:

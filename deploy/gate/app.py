@@ -80,6 +80,7 @@ class Gate:
                     work = self._start(Request(route, headers, body), send)
                 await unless_client_leaves(work, receive)
         except Refused as refused:
+            refused.__traceback__ = None  # its frames hold the body, and asyncio holds them in a circle
             await _send_refusal(send, refused)
 
     @contextlib.contextmanager

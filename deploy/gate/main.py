@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import uvicorn
 
 from deploy.gate.app import Gate
+from deploy.gate.bodies import give_large_ones_back
 from deploy.gate.companion import Companion
 from deploy.gate.connections import Connection, allow_files, say_when_files_run_out
 from deploy.gate.rules import Rules
@@ -35,6 +36,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn heeds them first, and then raises them again
         signal.signal(number, lambda number, frame: None)
     allow_files()
+    give_large_ones_back()
     with listen(host, port) as listener:
         beside = Companion(companion, environment)
         return asyncio.run(_serve(Runtime(command, environment), rules, listener, environment, beside))
