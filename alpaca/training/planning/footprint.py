@@ -233,7 +233,7 @@ def recomputed_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> i
     per_token = 4 * width + 4 + (s * width if full and shape.family.block == "llama" else 0) + rotary + 16
     outside = work.max_tokens * per_token + work.max_targets * (s * width + 8)
     if setup.sums_losses and setup.has_trained_head:
-        outside += (setup.state_bytes if full else 4) * shape.num_head
+        outside += (setup.state_bytes if full and not setup.is_wide else 4) * shape.num_head
     return outside + setup.num_checkpointed * work.max_tokens * s * width
 
 
@@ -241,12 +241,15 @@ def logits_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
     """The most bytes that computing the loss takes: for a chunk of logits (padding-free), or for all of them.
 
     Where losses are summed: logits, and log_softmax's output that becomes their gradient, in float32; of products in
-    bfloat16 logits and gradient also so, and the gradient of the head's weight, of a chunk and their sum. Else
+    bfloat16 logits and gradient also so, and the gradient of the head's weight, of a chunk and their sum; of bfloat16
+    weights that are multiplied in float32, the copies of weight and input. Else
     log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
     beside the gradient of the head's weight before it is added up.
     """
     rows = _logits_rows(shape, setup, work)
     if setup.sums_losses:
+        if setup.is_wide:
+            return 8 * rows * shape.vocab_size + 4 * shape.num_head + 4 * work.max_targets * shape.width
         in_bfloat16 = setup.compute_bytes == 2
         scores = (12 if in_bfloat16 else 8) * rows * shape.vocab_size
         return scores + (6 * shape.num_head if in_bfloat16 and setup.has_trained_head else 0)
@@ -261,9 +264,12 @@ def logits_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
 def backward_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
     """Gradients alive inside one layer: two of feed-forward width, three of the residual stream's, and one matrix's.
 
+    Where bfloat16 is multiplied in float32 a product's input and gradient are there in float32, too.
     FSDP holds the gradients of a layer, and of all outside the layers, whole before it reduces them.
     """
     per_token = 2 * setup.compute_bytes * shape.ffn_width + 3 * setup.stream_bytes * shape.width
+    if setup.is_wide:
+        per_token += 4 * (shape.ffn_width + shape.width)
     whole = 0
     if setup.method == "full" and setup.sharded:
         whole = 4 * (shape.num_linear // shape.num_layers + shape.num_outside)
@@ -271,6 +277,8 @@ def backward_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int
         whole = 4 * shape.num_head
     elif setup.method == "full":
         each = setup.gradient_bytes + (2 if setup.adds_up_in_float32 else 0)  # as it comes, and converted
+        if setup.is_wide:
+            each = 4 if setup.adds_up_in_float32 else 6
         whole = each * max(rows * columns for rows, columns in shape.linears.values())
     return work.max_tokens * per_token + whole
 
