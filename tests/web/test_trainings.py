@@ -142,7 +142,7 @@ def test_leaving_cancels(server, data, monkeypatch):
     ],
 )
 def test_what_is_refused_is_said(server, data, changes, expected):
-    end = asyncio.run(run_to_end(server, inputs(data, **changes)))
+    end = asyncio.run(run_to_end(server, {**inputs(data), **changes}))
     assert end.status == "failed"
     assert re.search(expected, end.error), end.error
     assert 'class="complaint"' in describe(end, 1.0)

@@ -132,9 +132,23 @@ def overhead_bytes(
     in_heap = _PROCESS_BYTES + (_PEFT_BYTES if setup.method != "full" else 0)
     if work.max_tokens * shape.ffn_width * setup.compute_bytes < limit:
         in_heap += transient_bytes
+    of_head = head_pass_bytes(shape, setup)
     if 4 * _logits_rows(shape, setup, work) * shape.vocab_size < limit:
-        in_heap += logits_bytes
+        in_heap += max(logits_bytes, of_head)
+    elif 4 * shape.num_head < limit:
+        in_heap += of_head
     return in_heap
+
+
+def head_pass_bytes(shape: ModelDescription, setup: Setup) -> int:
+    """Bytes in blocks as large as the head's weight that summing the losses takes and frees in each micro-batch.
+
+    They are the summed gradient in float32, and of a bfloat16 head one chunk's with the one that is handed on, or the
+    copy that is multiplied in float32.
+    """
+    if not (setup.sums_losses and setup.has_trained_head):
+        return 0
+    return (8 if setup.compute_bytes == 2 else 4) * shape.num_head
 
 
 def _logits_rows(shape: ModelDescription, setup: Setup, work: Workload) -> int:
