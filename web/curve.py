@@ -42,7 +42,9 @@ def describe(progress: Progress, elapsed_s: float) -> str:
     steps = f"step {progress.metrics['step']} of {progress.metrics['max_steps']}" if _has(progress, "max_steps") else ""
     if progress.status == "succeeded":
         place = "" if progress.output.startswith("data:") else f"The weights are at {progress.output}"
-        return note(" · ".join(["Done", *filter(None, [steps]), *parts, f"{elapsed_s:.0f} s in all", *filter(None, [place])]))
+        return note(
+            " · ".join(["Done", *filter(None, [steps]), *parts, f"{elapsed_s:.0f} s in all", *filter(None, [place])])
+        )
     if not steps:
         return note(f"The server reads the data and loads the model. {elapsed_s:.0f} s")
     rest = [f"about {progress.metrics['eta_s']:.0f} s to go"] if _has(progress, "eta_s") else []

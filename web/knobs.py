@@ -111,7 +111,7 @@ class Knob:
 
 
 def read_knobs(document: dict[str, Any], *, of: str = "Input") -> list[Knob]:
-    """The predictor's inputs in their order, or a training's ("TrainingInput"). Raises InputError where there are none."""
+    """The predictor's inputs in their order, or a training's ("TrainingInput"). Raises InputError without any."""
     schemas = document.get("components", {}).get("schemas", {})
     found = schemas.get(of, {}).get("properties")
     if not found:

@@ -33,7 +33,9 @@ def draw_training(
     others = [knob for knob in knobs if knob.name != DATA]
     with gr.Row(elem_id="training"):
         with gr.Column(scale=5, min_width=320):
-            data = gr.File(label="Data", file_count="single", type="filepath", elem_id="training-data", key="training-data")
+            data = gr.File(
+                label="Data", file_count="single", type="filepath", elem_id="training-data", key="training-data"
+            )
             gr.HTML(note(described), elem_id="training-about")
             with gr.Row(elem_id="training-buttons"):
                 start = gr.Button("Train", variant="primary", elem_id="training-start")
@@ -60,7 +62,13 @@ def draw_training(
                 said = describe(now, time.monotonic() - begun)
                 with _Archive(now) as archive:
                     button = gr.DownloadButton(value=archive, visible=archive is not None)
-                    yield drawn, said, button, gr.Button(interactive=now.is_over), gr.Button(interactive=not now.is_over)
+                    yield (
+                        drawn,
+                        said,
+                        button,
+                        gr.Button(interactive=now.is_over),
+                        gr.Button(interactive=not now.is_over),
+                    )
         finally:
             end(request.session_hash)
 

@@ -1,8 +1,8 @@
 """A training at a server of this project, as HTTP shows it: started, watched, canceled, and its weights at the end.
 
-The server has no route to ask how a training goes. But a request with the id of one that is under way starts nothing: it
-is answered with that training's state. Without the required `data` it starts nothing afterwards, either. Just before the
-training is known there it may take its id for a moment, so that the training is answered with 202, and is asked again.
+The server has no route to ask how a training goes. But a request with the id of one that is under way starts nothing:
+it is answered with that training's state. Without the required `data` it starts nothing afterwards, either. Just before
+the training is known there it may take its id for a moment: the training is then answered with 202, and asked again.
 """
 
 import asyncio

@@ -41,7 +41,8 @@ _TELL_S = 10.0  # seconds between two lines of the log
 # with Cog 0.23.1, 64 MiB took 0.5 GB and 0.5 s, 256 MiB 2.2 GB and 4.6 s.
 _MOST_INLINE_BYTES = 256 << 20
 _FLOATS = (
-    "learning_rate", "num_train_epochs", "lora_alpha", "lora_dropout", "eval_fraction", "dpo_beta", "orpo_beta", "kto_beta",
+    "learning_rate", "num_train_epochs", "lora_alpha", "lora_dropout", "eval_fraction", "dpo_beta", "orpo_beta",
+    "kto_beta",
 )  # fmt: skip
 _OTHER_FILES_BYTES = 1 << 20  # what a training adds to the base's own JSON files and tokenizer
 

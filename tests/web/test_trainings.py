@@ -1,7 +1,6 @@
 """The page's trainings against the real training server: watched, canceled, refused, and their weights; the curve."""
 
 import asyncio
-import base64
 import contextlib
 import inspect
 import io

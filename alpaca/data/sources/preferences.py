@@ -74,9 +74,7 @@ def convert_labelled(record: Mapping[str, Any], where: str, notes: Notes) -> Jud
     return Judged(convert(rest, where, notes), is_good)
 
 
-def _convert_whole_texts(
-    record: Mapping[str, Any], names: tuple[str, str], where: str, notes: Notes
-) -> Pair:
+def _convert_whole_texts(record: Mapping[str, Any], names: tuple[str, str], where: str, notes: Notes) -> Pair:
     """Two texts that hold the prompt themselves. Raises InputError where they do not begin alike."""
     note_ignored(record, ("prompt", *names), notes)
     texts = [read_text(record, name, where, notes) for name in names]
@@ -94,7 +92,7 @@ def _common_prompt(chosen: str, rejected: str) -> int:
     """The length of the prompt that two texts begin with; 0 for none.
 
     Of transcripts (Anthropic's hh-rlhf) it ends where an assistant begins to speak, of other texts before the space in
-    front of the first word that differs. TRL cuts between characters, inside of words, which are then tokenized in parts.
+    front of the first word that differs. TRL cuts between characters, inside words, which are then tokenized in parts.
     """
     pairs = zip(chosen, rejected, strict=False)
     alike = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(chosen), len(rejected)))

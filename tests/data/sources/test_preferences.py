@@ -149,7 +149,7 @@ BAD_RECORDS: dict[str, tuple[dict[str, object], str]] = {
         {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 3+3?\n\nAssistant: 6"},
         r"from 0\): expected a prompt, or chosen and rejected as whole texts that begin alike",
     ),
-    "texts that begin with a space": ({"chosen": " a b", "rejected": " c d"}, r"from 0\): expected a prompt, or chosen"),
+    "texts that begin with a space": ({"chosen": " a b", "rejected": " c d"}, r"from 0\): expected a prompt, or"),
     "another prompt": (
         {"prompt": "And 3+3?", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
         r"from 0\), field 'prompt': chosen and rejected hold another prompt in their own turns",

@@ -33,7 +33,9 @@ def has_units(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
         monkeypatch.setattr(module, "multiplies_bfloat16", lambda: there)
 
 
-@pytest.mark.parametrize(("machine", "wanted"), [("x86_64", "_is_avx512_bf16_supported"), ("AMD64", "_is_amx_tile_supported")])
+@pytest.mark.parametrize(
+    ("machine", "wanted"), [("x86_64", "_is_avx512_bf16_supported"), ("AMD64", "_is_amx_tile_supported")]
+)
 def test_torch_is_asked_for_the_units(machine: str, wanted: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("platform.machine", lambda: machine)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -93,7 +95,9 @@ def test_what_is_kept_is_bfloat16():
 
 @pytest.mark.parametrize("base", sampled(["tiny_llama", "tiny_opt"], "tiny_opt"))
 @pytest.mark.parametrize("padding_free", [True, False])
-def test_a_run_is_the_one_on_units(base: str, padding_free: bool, configure: Configure, tmp_path, monkeypatch, caplog, request):
+def test_a_run_is_the_one_on_units(
+    base: str, padding_free: bool, configure: Configure, tmp_path, monkeypatch, caplog, request
+):
     """Losses differ by the order of sums alone; weights and what is written stay bfloat16."""
     caplog.set_level("INFO", logger="alpaca")
     losses = {}

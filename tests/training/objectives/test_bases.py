@@ -13,15 +13,27 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.loop import train
 from tests.samples import sampled
-from tests.training.objectives.test_steps import answers, entries, pairs, prefer, token_logps  # noqa: F401
+from tests.training.objectives.test_steps import answers, entries, token_logps
 
 Configure = Callable[..., TrainConfig]
 BASES = {  # flags, what transformers calls the base, and how far its products may be off in a sum of log-probabilities
     "pissa": ({"method": "lora", "lora_init": "pissa"}, None, 2e-2),
-    "nf4": ({"method": "qlora"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, 2e-2),
+    "nf4": (
+        {"method": "qlora"},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        2e-2,
+    ),
     "int8": ({"method": "lora", "base_quantization": "int8"}, {"load_in_8bit": True}, 0.2),
 }
-KINDS = [("pissa", "orpo"), ("pissa", "dpo"), ("pissa", "kto"), ("nf4", "dpo"), ("nf4", "orpo"), ("nf4", "kto"), ("int8", "dpo")]
+KINDS = [
+    ("pissa", "orpo"),
+    ("pissa", "dpo"),
+    ("pissa", "kto"),
+    ("nf4", "dpo"),
+    ("nf4", "orpo"),
+    ("nf4", "kto"),
+    ("int8", "dpo"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,12 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 @pytest.mark.parametrize("kind", sampled(KINDS, KINDS[0], KINDS[3]))
 def test_what_is_written_is_what_was_measured(
-    kind: tuple[str, str], prefer: Configure, base: Path, pairs: Path, sentencepiece_model: Path, tmp_path: Path  # noqa: F811
+    kind: tuple[str, str],
+    prefer: Configure,
+    base: Path,
+    pairs: Path,
+    sentencepiece_model: Path,
+    tmp_path: Path,
 ):
     """Before the first step the model is its base; after the last, PEFT's loader gives the model that was evaluated."""
     name, objective = kind
