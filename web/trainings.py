@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import itertools
 import math
 import mimetypes
 import re
@@ -27,6 +28,7 @@ DATA = "data"  # the input that is a file
 MOST_DATA_BYTES = 256 << 20
 _LOOK_S = 1.0  # between two looks at how it goes
 _AGAIN_S = 0.2
+_STOPPING_S = 10.0  # for a server to hear that nobody waits any more
 _SHARE = 0.1  # of the time, at the most, that looking takes: the server's reply repeats the data
 _STEP = re.compile(r"step (\d+)/\d+: loss (\S+?),?(?:\s|$)")
 _PACKED = re.compile(r"packed: ([\w.-]+\.tar)")
@@ -97,14 +99,18 @@ class Training:
             yield asking.result()
         finally:
             if not asking.done():
-                await self.stop()
-                asking.cancel()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.stop(), _STOPPING_S)
+                asking.cancel()  # which closes the connection, and cancels it as well
                 await asyncio.gather(asking, return_exceptions=True)
 
     async def stop(self) -> None:
-        """Cancel it at the server, which then answers the request that started it."""
+        """Cancel it at the server, which then answers the request that started it.
+
+        While its data are on their way the server does not know it yet, so it is told again.
+        """
         self._stopped.set()
-        for pause in (0.0, 0.1, 0.3, 1.0):  # a request just sent may not be known there yet
+        for pause in itertools.chain((0.0, 0.1, 0.3), itertools.repeat(1.0)):
             await asyncio.sleep(pause)
             if self._seen.is_over or await self._server.cancel(self.id, of="trainings"):
                 return
@@ -116,6 +122,9 @@ class Training:
             while reply.status_code == 202 and not self._stopped.is_set():
                 await asyncio.sleep(_AGAIN_S)
                 reply = await self._put()
+            if reply.status_code == 202:
+                self._seen = dataclasses.replace(self._seen, status="canceled")
+                return self._seen
             if reply.status_code != 200:
                 raise ServerTrouble(await self._server.why_refused(reply))
             self._seen = self._read(json_object(reply))

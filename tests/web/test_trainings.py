@@ -118,6 +118,7 @@ def test_two_see_only_their_own(server, data, monkeypatch):
     assert after.status == "succeeded", "a canceled training makes room"
 
 
+@pytest.mark.slow
 def test_leaving_cancels(server, data, monkeypatch):
     monkeypatch.setattr(trainings, "_LOOK_S", 0.05)
 
