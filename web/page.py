@@ -76,7 +76,7 @@ class Desk:
         self._looked_at, self._health = 0.0, Health(state="gone", sentence="")
         self.knobs: list[Knob] = []
         self.chats = False  # whether the model takes conversations
-        self.trains = False  # whether the knobs are those of trainings
+        self.trains, self._knows_kind = False, False  # whether the knobs are those of trainings
         self._knows_chat, self._tried_at = False, -math.inf
         self._looking = asyncio.Lock()
 
@@ -92,7 +92,9 @@ class Desk:
         self._health = await self._server.health()
         if self._health.answers:
             try:
-                document, self.trains = await self._server.schema(), await serves_trainings(self._server)
+                if not self._knows_kind:
+                    self.trains, self._knows_kind = await serves_trainings(self._server), True
+                document = await self._server.schema()
                 self.knobs = read_knobs(document, of="TrainingInput" if self.trains else "Input")
             except (ServerTrouble, InputError) as trouble:
                 self._health = Health(state="broken", sentence=as_sentence(str(trouble)))
@@ -100,6 +102,7 @@ class Desk:
                 await self._find_chat()
         else:
             self._knows_chat, self._tried_at = False, -math.inf  # what comes up next may be another model
+            self._knows_kind = False
         self._looked_at = time.monotonic()
 
     async def _find_chat(self) -> None:

@@ -27,6 +27,7 @@ from web.client import Server, ServerTrouble, json_object, plain_error
 DATA = "data"  # the input that is a file
 MOST_DATA_BYTES = 256 << 20
 _LOOK_S = 1.0  # between two looks at how it goes
+_CONNECT_TIMEOUT_S = 5.0
 _AGAIN_S = 0.2
 _STOPPING_S = 10.0  # for a server to hear that nobody waits any more
 _SHARE = 0.1  # of the time, at the most, that looking takes: the server's reply repeats the data
@@ -68,11 +69,12 @@ def read_data_url(text: str) -> bytes | None:
 
 
 async def serves_trainings(server: Server) -> bool:
-    """Whether the server has the route. One that is for predictions has no such path at all."""
-    with contextlib.suppress(httpx.HTTPError):
+    """Whether the server has the route. One that is for predictions has no such path at all. Raises ServerTrouble."""
+    try:
         async with server.open() as client:
-            return (await client.get("trainings", timeout=5.0)).status_code == 405
-    return False
+            return (await client.get("trainings", timeout=_CONNECT_TIMEOUT_S)).status_code == 405
+    except httpx.HTTPError:
+        raise ServerTrouble((await server.health()).sentence) from None
 
 
 class Training:

@@ -18,7 +18,7 @@ from alpaca.errors import InputError
 from deploy import schema
 from deploy.local_server import LocalServer, running_server
 from web import trainings
-from web.client import Server
+from web.client import Server, ServerTrouble
 from web.curve import describe, draw_curve
 from web.knobs import read_knobs
 from web.trainings import Progress, Training, as_data_url, read_data_url, serves_trainings
@@ -74,7 +74,8 @@ def test_the_inputs_are_train_pys_own():
 
 def test_the_server_is_asked_whether_it_trains(server):
     assert asyncio.run(serves_trainings(server))
-    assert not asyncio.run(serves_trainings(Server("http://127.0.0.1:1")))
+    with pytest.raises(ServerTrouble, match=r"No server answers at http://127\.0\.0\.1:1"):
+        asyncio.run(serves_trainings(Server("http://127.0.0.1:1")))
 
 
 def test_a_training_is_watched_and_its_weights_come(server, data, monkeypatch):

@@ -143,12 +143,12 @@ def overhead_bytes(
 def head_pass_bytes(shape: ModelDescription, setup: Setup) -> int:
     """Bytes in blocks as large as the head's weight that summing the losses takes and frees in each micro-batch.
 
-    They are the summed gradient in float32, and of a bfloat16 head one chunk's with the one that is handed on, or the
-    copy that is multiplied in float32.
+    They are a bfloat16 head's: the summed gradient in float32, and one chunk's with the one that is handed on, or the
+    copy that is multiplied in float32. A float32 head adds to the sum in place.
     """
-    if not (setup.sums_losses and setup.has_trained_head):
+    if not (setup.sums_losses and setup.has_trained_head and setup.compute_bytes == 2):
         return 0
-    return (8 if setup.compute_bytes == 2 else 4) * shape.num_head
+    return 8 * shape.num_head
 
 
 def _logits_rows(shape: ModelDescription, setup: Setup, work: Workload) -> int:
