@@ -61,5 +61,5 @@ class _WideProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = gradient.float()
         by_x = (gradient @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        by_weight = gradient.t() @ x.float() if ctx.needs_input_grad[1] else None
-        return by_x, by_weight  # autograd rounds where the weight adds up bfloat16
+        by_weight = (gradient.t() @ x.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return by_x, by_weight

@@ -248,7 +248,7 @@ def backward_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int
     elif setup.method == "full":
         each = setup.gradient_bytes + (2 if setup.adds_up_in_float32 else 0)  # as it comes, and converted
         if setup.is_wide:
-            each = 4 if setup.adds_up_in_float32 else 6
+            each = 6
         whole = each * max(rows * columns for rows, columns in shape.linears.values())
     return work.max_tokens * per_token + whole
 

@@ -72,13 +72,15 @@ def test_a_product_is_the_exact_one_rounded(shape: tuple[int, ...]):
         torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=1e-5)
 
 
-def test_bias_is_added_and_weights_that_add_up_in_float32_get_float32():
+def test_bias_is_added_and_weights_that_add_up_in_float32_get_rounded_gradients():
+    """As units would give them: a run's sums are the same on both."""
     layer = nn.Linear(8, 3).to(LOW)
     layer.weight.grad_dtype = torch.float32
     x = torch.randn(4, 8).to(LOW)
     torch.testing.assert_close(multiply_wide(x, layer.weight, layer.bias), layer(x), rtol=2**-7, atol=2**-7)
     multiply_wide(x, layer.weight, layer.bias).sum().backward()
-    assert torch.equal(layer.weight.grad, x.float().sum(0).expand(3, 8))
+    assert layer.weight.grad.dtype == torch.float32
+    assert torch.equal(layer.weight.grad, x.float().sum(0).to(LOW).float().expand(3, 8))
     assert layer.bias.grad.tolist() == [4, 4, 4]
 
 
