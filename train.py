@@ -21,10 +21,14 @@ from alpaca.processes import end_with_parent
 
 
 async def train(
-    data: str = Input(description="Examples as an upload (-i data=@file, a data URL), or at an address the operator lists in ALPACA_DATA_ADDRESSES: a JSON list or JSON lines of instruction, input (optional) and output"),
+    data: str = Input(description="Examples as an upload (-i data=@file, a data URL), or at an address the operator lists in ALPACA_DATA_ADDRESSES: instruction, input (optional) and output, or any other form that train.py reads, as JSON or CSV"),
     model: str = Input(default="weights/llama-7b", description="Base model: a folder or archive in weights/ or alpaca_out/, or a name the operator listed in ALPACA_BASE_MODELS"),
     recipe: str = Input(default="alpaca-7b", choices=["alpaca-7b", "alpaca-13b", "alpaca-lora"], description="Values of what is not given below"),
     method: str = Input(default="lora", choices=["full", "lora", "qlora"], description="An adapter on a frozen base; or the same on a base in 4 bit; or train every weight, for which the server mostly needs an upload address"),
+    objective: str = Input(default="sft", choices=["sft", "dpo", "orpo", "kto"], description="Learn the answers; or prefer chosen ones to rejected ones (dpo, orpo), or good ones to bad ones (kto), for which the data needs prompt, chosen and rejected, or of kto prompt, completion and label"),
+    dpo_beta: float | None = Input(default=None, ge=0.001, description="How closely dpo keeps to the base: 0.1"),
+    orpo_beta: float | None = Input(default=None, ge=0.001, description="Weight of orpo's odds ratio: 0.1"),
+    kto_beta: float | None = Input(default=None, ge=0.001, description="How closely kto keeps to the base: 0.1"),
     lora_r: int | None = Input(default=None, ge=1, description="Rank of an adapter: 8"),
     lora_alpha: float | None = Input(default=None, ge=0.01, description="Scale of an adapter, divided by its rank: 16"),
     lora_dropout: float | None = Input(default=None, ge=0, le=0.99, description="Dropout before an adapter's matrices: 0.05"),
@@ -32,7 +36,7 @@ async def train(
     base_quantization: str | None = Input(default=None, choices=["none", "int8", "nf4"], description="Precision of an adapter's frozen base: none with lora, nf4 with qlora, int8 in the recipe alpaca-lora"),
     num_train_epochs: float | None = Input(default=None, ge=0.01, description="Passes over the data; the recipes have 3, for 13B 5"),
     max_steps: int | None = Input(default=None, ge=1, description="Optimizer steps instead of epochs"),
-    learning_rate: float | None = Input(default=None, ge=0, description="Highest learning rate: 3e-4 of adapters, 2e-5 of every weight, for 13B 1e-5"),
+    learning_rate: float | None = Input(default=None, ge=0, description="Highest learning rate: 3e-4 of adapters, 2e-5 of every weight, for 13B 1e-5; of dpo, orpo and kto 1e-5, and 1e-6"),
     global_batch_size: int = Input(default=128, ge=1, description="Examples of an optimizer step"),
     per_device_train_batch_size: int = Input(default=4, ge=1, description="Examples of a micro-batch: less takes less memory"),
     model_max_length: int | None = Input(default=None, ge=2, description="Tokens an example is cut to: 512, in the recipe alpaca-lora 256"),

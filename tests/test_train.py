@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import io
 import json
 import os
 import shutil
@@ -158,6 +159,22 @@ def test_the_recipe_of_alpaca_lora(server):
     assert training["status"] == "succeeded", training
     assert training["metrics"]["eval_loss"] > 0
     assert "(float16), verified" in training["logs"]
+
+
+def test_preferences_are_trained_on(server):
+    """With a number that JSON writes without a point; the rate is the objective's own."""
+    pairs = [{"prompt": f"Say {word}.", "chosen": f"{word}!", "rejected": "no"} for word in ("red", "green", "blue")]
+    data = "data:application/json;base64," + base64.b64encode(json.dumps(pairs).encode()).decode()
+    training = train(server, data=data, objective="dpo", dpo_beta=1, max_steps=2)
+    assert training["status"] == "succeeded", training
+    assert "read as preferences" in training["logs"]
+    content = base64.b64decode(training["output"].partition(",")[2])
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        config = json.load(tar.extractfile("train_config.json"))
+    asked = {name: config[name] for name in ("objective", "dpo_beta", "learning_rate")}
+    assert asked == {"objective": "dpo", "dpo_beta": 1.0, "learning_rate": 1e-5}
+    refused = train(server, objective="kto", dpo_beta=0.2)
+    assert "--dpo_beta is for --objective dpo, found --objective kto" in refused["error"]
 
 
 def check_uploads(train: Callable[..., dict], uploads: Uploads, folder: Path) -> str:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from web.client import Server
 from web.page import build_page
+from web.trainings import MOST_DATA_BYTES
 
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
@@ -46,6 +47,8 @@ main.fillable { max-width: 90rem; margin: auto }
 .turn header { font-size: .8rem; color: var(--body-text-color-subdued) }
 .turn .text { white-space: pre-wrap; overflow-wrap: anywhere; min-height: 1.5em; line-height: 1.5 }
 .turn.running .text::after { content: "▍"; opacity: .5 }
+.curve { width: 100%; max-width: 48rem; color: var(--color-accent) }
+.curve text { fill: var(--body-text-color-subdued); font-size: 12px; stroke: none }
 .note { color: var(--body-text-color-subdued); font-size: .85rem; margin: 0 }
 .complaint { border-left: 4px solid #d33; padding: .5rem .75rem; margin: 0; background: var(--block-background-fill);
     overflow-wrap: anywhere }
@@ -59,7 +62,7 @@ def build_app(server: Server) -> ASGIApp:
         build_page(server),
         path="/",
         footer_links=[],
-        max_file_size="1b",  # nothing here takes files
+        max_file_size=MOST_DATA_BYTES,  # a training's data; nothing else takes files
         ssr_mode=False,
         enable_monitoring=False,
         theme=_theme(),

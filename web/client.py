@@ -130,18 +130,18 @@ class Server:
         except httpx.HTTPError:
             raise ServerTrouble((await self.health()).sentence) from None
         if reply.status_code != 200:
-            raise ServerTrouble(await self._why_refused(reply))
+            raise ServerTrouble(await self.why_refused(reply))
         return json_object(reply)
 
-    async def cancel(self, identifier: str) -> bool:
-        """Stop a prediction; False when the server knows none of that id (any more, or not yet)."""
+    async def cancel(self, identifier: str, *, of: str = "predictions") -> bool:
+        """Stop a prediction (or training); False when the server knows none of that id (any more, or not yet)."""
         with contextlib.suppress(httpx.HTTPError):
             async with self.open() as client:
-                path = f"predictions/{identifier}/cancel"
+                path = f"{of}/{identifier}/cancel"
                 return (await client.post(path, timeout=_CONNECT_TIMEOUT_S)).status_code == 200
         return False
 
-    async def _why_refused(self, reply: httpx.Response) -> str:
+    async def why_refused(self, reply: httpx.Response) -> str:
         """Why a request got this answer: by its health where the server is not ready, which other replies hide."""
         if reply.status_code in (401, 403):
             return f"{self.name} wants a token (status {reply.status_code}): set ALPACA_SERVER_TOKEN for the page."
@@ -266,7 +266,7 @@ class Generation:
             await reply.aread()
         if reply.status_code == 409:
             raise _NoSlotError
-        raise ServerTrouble(await self._server._why_refused(reply))
+        raise ServerTrouble(await self._server.why_refused(reply))
 
     async def _check_wait(self, waited_s: float) -> None:
         """Raises ServerTrouble when no slot can be hoped for: a runtime whose worker is dead says 409 for ever."""

@@ -110,13 +110,13 @@ class Knob:
         return f"Default {text}"
 
 
-def read_knobs(document: dict[str, Any]) -> list[Knob]:
-    """The predictor's inputs in their order. Raises InputError when the document describes none."""
+def read_knobs(document: dict[str, Any], *, of: str = "Input") -> list[Knob]:
+    """The predictor's inputs in their order, or a training's ("TrainingInput"). Raises InputError without any."""
     schemas = document.get("components", {}).get("schemas", {})
-    found = schemas.get("Input", {}).get("properties")
+    found = schemas.get(of, {}).get("properties")
     if not found:
         raise InputError("the server describes no inputs; was it started with script/serve, without --train?")
-    required = schemas["Input"].get("required", [])
+    required = schemas[of].get("required", [])
     entries = sorted(found.items(), key=lambda item: item[1].get("x-order", len(found)))
     resolved = [(name, _resolve(entry, schemas)) for name, entry in entries]
     return [_knob(name, entry, name in required) for name, entry in resolved if not entry.get("deprecated")]

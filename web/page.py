@@ -1,7 +1,7 @@
 """The page: an instruction, the server's knobs beside it, and the answers as they are written; or a chat.
 
 The form is made from the server's inputs, so it appears once the server has answered, and again when those change. A
-model with a chat template gets a chat beside it.
+model with a chat template gets a chat beside it. A server that trains gets a tab for its trainings instead.
 """
 
 import asyncio
@@ -19,8 +19,11 @@ from alpaca.errors import InputError
 from web.chat import has_chat
 from web.chat_form import draw_chat
 from web.client import Generation, Health, Server, ServerTrouble
+from web.fields import MAIN, field, main_field
 from web.knobs import Knob, read_knobs
 from web.sheet import Sheet, as_sentence, complaint, status_line, values_to_send
+from web.training_form import draw_training
+from web.trainings import Training, serves_trainings
 
 TITLE = "Alpaca"
 EXAMPLES = {  # name: (instruction, input)
@@ -32,24 +35,26 @@ EXAMPLES = {  # name: (instruction, input)
         "We climbed for six hours, the llamas carried everything, and the view made us forget our feet.",
     ),
 }
-_MAIN_WORDS = {"prompt": ("Instruction", 3, "Shift+Enter sends"), "input": ("Input", 2, "may stay empty")}
-_MAIN = tuple(_MAIN_WORDS)  # these two have a place of their own
 _POLL_S = 3.0
 _REDRAW_S = 0.04  # pieces that come faster than this are drawn together
+_FILES_S = (3600, 86400)  # how often files of trainings are looked through, and how long they stay
 _TRY_AGAIN_S = 60.0  # until a server that could not be asked for a chat is asked again
 
 
 def build_page(server: Server) -> gr.Blocks:
     """The page for one server; any number of people may have it open, each with a prediction of their own."""
     desk = Desk(server)
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=_FILES_S) as page:
         gr.HTML(f"<h1>{TITLE}</h1>", elem_id="title")
         status = gr.HTML(status_line(Health(state="starting", sentence="Asking the server …")), elem_id="status")
         version, timer = gr.Textbox(visible="hidden"), gr.Timer(_POLL_S)
 
         @gr.render(inputs=[version], triggers=[version.change])
         def form(known: str) -> None:
-            if known:
+            if known and desk.trains:
+                with gr.Tabs(elem_id="ways"), gr.Tab("Training", elem_id="way-training"):
+                    draw_training(desk.server, desk.knobs, begin=desk.begin, end=desk.end, stop=desk.stop)
+            elif known:
                 draw_form(desk, desk.knobs, chats=desk.chats)
 
         for event in (page.load, timer.tick):
@@ -63,14 +68,15 @@ def build_page(server: Server) -> gr.Blocks:
 
 
 class Desk:
-    """What runs for whom: at most one prediction for each open page, by Gradio's session."""
+    """What runs for whom: at most one prediction or training for each open page, by Gradio's session."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._running: dict[str, Generation] = {}
+        self._running: dict[str, Generation | Training] = {}
         self._looked_at, self._health = 0.0, Health(state="gone", sentence="")
         self.knobs: list[Knob] = []
         self.chats = False  # whether the model takes conversations
+        self.trains, self._knows_kind = False, False  # whether the knobs are those of trainings
         self._knows_chat, self._tried_at = False, -math.inf
         self._looking = asyncio.Lock()
 
@@ -79,24 +85,30 @@ class Desk:
         async with self._looking:  # many pages ask the server once a second
             if time.monotonic() - self._looked_at > 1:
                 await self._ask()
-        known = repr((self.knobs, self.chats)) if self.knobs else ""
+        known = repr((self.knobs, self.chats, self.trains)) if self.knobs else ""
         return status_line(self._health), hashlib.sha256(known.encode()).hexdigest() if known else ""
 
     async def _ask(self) -> None:
         self._health = await self._server.health()
         if self._health.answers:
             try:
-                self.knobs = read_knobs(await self._server.schema())
+                if not self._knows_kind:
+                    self.trains, self._knows_kind = await serves_trainings(self._server), True
+                document = await self._server.schema()
+                self.knobs = read_knobs(document, of="TrainingInput" if self.trains else "Input")
             except (ServerTrouble, InputError) as trouble:
                 self._health = Health(state="broken", sentence=as_sentence(str(trouble)))
             else:
                 await self._find_chat()
         else:
             self._knows_chat, self._tried_at = False, -math.inf  # what comes up next may be another model
+            self._knows_kind = False
         self._looked_at = time.monotonic()
 
     async def _find_chat(self) -> None:
         """Learn once whether the server takes conversations, while it has a slot free to be asked."""
+        if self.trains:
+            return
         is_due = self._health.state == "ready" and time.monotonic() - self._tried_at > _TRY_AGAIN_S
         if self._knows_chat or not is_due:
             return
@@ -105,9 +117,9 @@ class Desk:
         if found is not None:
             self.chats, self._knows_chat = found, True
 
-    def begin(self, session: str, generation: Generation) -> None:
-        """A page's chat has asked."""
-        self._running[session] = generation
+    def begin(self, session: str, started: Generation | Training) -> None:
+        """A page's chat has asked, or its training has begun."""
+        self._running[session] = started
 
     def end(self, session: str) -> None:
         self._running.pop(session, None)
@@ -137,7 +149,7 @@ class Desk:
                 del self._running[session]
 
     async def stop(self, request: gr.Request) -> None:
-        """Cancel this page's prediction; its last event then ends `answer`."""
+        """Cancel this page's prediction or training; its last event then ends it here, too."""
         if generation := self._running.get(request.session_hash):
             await generation.stop()
 
@@ -159,7 +171,7 @@ def draw_form(desk: Desk, knobs: list[Knob], *, chats: bool) -> None:
                 with gr.Tab("Chat", elem_id="way-chat"):
                     join_chat = draw_chat(desk.server, knobs, begin=desk.begin, end=desk.end, stop=desk.stop)
             with gr.Tab("Instruction", elem_id="way-instruction") if chats else contextlib.nullcontext():
-                fields |= {knob.name: main_field(knob) for knob in knobs if knob.name in _MAIN}
+                fields |= {knob.name: main_field(knob) for knob in knobs if knob.name in MAIN}
                 draw_examples(fields)
                 with gr.Row(elem_id="buttons"):
                     start = gr.Button("Generate", variant="primary", elem_id="start")
@@ -167,7 +179,7 @@ def draw_form(desk: Desk, knobs: list[Knob], *, chats: bool) -> None:
                 answers = gr.HTML(elem_id="answers", key="answers")
                 line = gr.HTML(elem_id="line", key="line")
         with gr.Column(scale=2, min_width=300), gr.Accordion("Settings", open=True, elem_id="settings"):
-            fields |= {knob.name: field(knob) for knob in knobs if knob.name not in _MAIN}
+            fields |= {knob.name: field(knob) for knob in knobs if knob.name not in MAIN}
     join_chat(fields)
 
     async def run(shown: dict[gr.components.Component, Any], request: gr.Request) -> AsyncIterator[tuple[Any, ...]]:
@@ -176,7 +188,7 @@ def draw_form(desk: Desk, knobs: list[Knob], *, chats: bool) -> None:
         ):
             yield drawn, said, gr.Button(interactive=done), gr.Button(interactive=not done)
 
-    triggers = [start.click] + [fields[name].submit for name in _MAIN if name in fields]
+    triggers = [start.click] + [fields[name].submit for name in MAIN if name in fields]
     gr.on(
         triggers, run, set(fields.values()), [answers, line, start, stop],
         show_progress="hidden", concurrency_limit=None, trigger_mode="once", api_visibility="private",
@@ -188,40 +200,12 @@ def _no_chat(fields: dict[str, gr.components.Component]) -> None:
     """Nothing to join where there is no chat."""
 
 
-def main_field(knob: Knob) -> gr.Textbox:
-    """The two texts people write: wide, Shift+Enter sends."""
-    label, lines, placeholder = _MAIN_WORDS[knob.name]
-    return gr.Textbox(
-        knob.shown or "", label=label, info=knob.description, lines=lines, max_lines=12, placeholder=placeholder,
-        interactive=True, key=knob.name, elem_id=f"knob-{knob.name}",
-    )  # fmt: skip
-
-
-def field(knob: Knob) -> gr.components.Component:
-    """The component for a knob, with the server's words, bounds and default."""
-    common = dict(interactive=True, label=knob.name, info=knob.hint, key=knob.name, elem_id=f"knob-{knob.name}")
-    if knob.name == "stream":  # the page is for reading along; its box starts ticked
-        return gr.Checkbox(True, **{**common, "info": knob.description})
-    if knob.choices:
-        return gr.Dropdown([*([] if knob.required else [("", None)]), *knob.choices], value=knob.shown, **common)
-    if knob.kind == "boolean":
-        if knob.default is None:
-            return gr.Dropdown([("", None), ("yes", True), ("no", False)], value=None, **common)
-        return gr.Checkbox(knob.shown, **common)
-    if knob.slides:
-        return gr.Slider(knob.minimum, knob.maximum, value=knob.shown, step=knob.step, **common)
-    if knob.kind in ("integer", "number"):
-        return gr.Number(knob.shown, step=1 if knob.kind == "integer" else 0.01, **common)
-    lines = 2 if knob.kind == "strings" else 1
-    return gr.Textbox(knob.shown, lines=lines, type="password" if knob.secret else "text", **common)
-
-
 def draw_examples(fields: dict[str, gr.components.Component]) -> None:
     """A button for each example; it fills the two texts in the browser."""
-    if not set(_MAIN) <= fields.keys():
+    if not set(MAIN) <= fields.keys():
         return
     with gr.Row(elem_id="examples"):
         for name, texts in EXAMPLES.items():
             fill = f"() => {json.dumps(texts)}"
-            targets = [fields[main] for main in _MAIN]
+            targets = [fields[main] for main in MAIN]
             gr.Button(name, size="sm", min_width=100).click(None, None, targets, js=fill, api_visibility="private")

@@ -41,6 +41,10 @@ _TELL_S = 10.0  # seconds between two lines of the log
 # The runtime returns a file in base64 inside its answer, and holds some 8 times the file in memory meanwhile: measured
 # with Cog 0.23.1, 64 MiB took 0.5 GB and 0.5 s, 256 MiB 2.2 GB and 4.6 s.
 _MOST_INLINE_BYTES = 256 << 20
+_FLOATS = (
+    "learning_rate", "num_train_epochs", "lora_alpha", "lora_dropout", "eval_fraction", "dpo_beta", "orpo_beta",
+    "kto_beta",
+)  # fmt: skip
 _OTHER_FILES_BYTES = 1 << 20  # what a training adds to the base's own JSON files and tokenizer
 
 
@@ -172,7 +176,7 @@ def _make_config(values: Mapping[str, object], *, base: Path, data_path: Path, o
     if "eval_fraction" in flags:
         often = RECIPES[str(flags["recipe"])].get("eval_strategy", "epoch")
         flags |= {"val_set_size": 0, "eval_strategy": often if flags["eval_fraction"] else "no"}
-    for name in ("learning_rate", "num_train_epochs", "lora_alpha", "lora_dropout", "eval_fraction"):
+    for name in _FLOATS:
         if name in flags:
             flags[name] = float(flags[name])  # a JSON client may write 1 for 1.0
     return make_config({**flags, "output_dir": str(output_dir), "save_strategy": "no", "report_to": "none"})

@@ -32,6 +32,7 @@ from web.client import (
     read_events,
 )
 from web.knobs import read_knobs
+from web.trainings import serves_trainings
 
 RAW = {"prompt": "", "prompt_template": "{prompt}"}
 LONG = {**RAW, "max_new_tokens": 2000, "min_new_tokens": 2000, "stream": True}
@@ -50,6 +51,10 @@ def server(running) -> Server:
 
 async def collect(generation: Generation) -> list[Event]:
     return [event async for batch in generation.batches() for event in batch]
+
+
+def test_a_server_of_predictions_serves_no_trainings(server):
+    assert not asyncio.run(serves_trainings(server))
 
 
 def run(server: Server, values: dict, **options: float) -> list[Event]:

@@ -1,5 +1,6 @@
 """Records that compare answers: a chosen and a rejected one (TRL's, Alpaca-like), or one with a label (KTO's)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from alpaca.errors import InputError
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 LABELLED_FIELDS = ("prompt", "completion", "label")
 _LABELS = ("label", "kto_tag")  # TRL's, and LLaMA-Factory's
+_SPEAKER = "\n\nAssistant:"  # in hh-rlhf's transcripts
+_SPACE = re.compile(r"\s+")
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -40,14 +43,20 @@ def convert_pair(record: Mapping[str, Any], where: str, notes: Notes) -> Pair:
         texts = [read_text(record, name, where, notes) for name in (better, "rejected")]
         return Pair(*(Example(instruction, text, context) for text in texts))
     turns_field = find_turns(record)[0]
+    if not turns_field and record.get("prompt") is None and _are_texts(record, better, "rejected"):
+        return _convert_whole_texts(record, (better, "rejected"), where, notes)
     note_ignored(record, ("prompt", better, "rejected", turns_field, *SYSTEM_FIELDS), notes)
-    if all(isinstance(record.get(name), str) for name in ("prompt", better, "rejected")):
+    if _are_texts(record, "prompt", better, "rejected"):
         prompt = read_text(record, "prompt", where, notes)
         return Pair(*(Completion(prompt, read_text(record, name, where, notes)) for name in (better, "rejected")))
     answers = [_read_turns(record, name, "assistant", where, notes) for name in (better, "rejected")]
     prompt, answers = _find_prompt(_read_prompt(record, turns_field, where, notes), answers, record, where)
     made = zip((better, "rejected"), answers, strict=True)
     return Pair(*(_join(prompt, answer, f"{where}, field {name!r}", notes) for name, answer in made))
+
+
+def _are_texts(record: Mapping[str, Any], *names: str) -> bool:
+    return all(isinstance(record.get(name), str) for name in names)
 
 
 def convert_labelled(record: Mapping[str, Any], where: str, notes: Notes) -> Judged:
@@ -63,6 +72,35 @@ def convert_labelled(record: Mapping[str, Any], where: str, notes: Notes) -> Jud
     rest = {key: content for key, content in record.items() if key != name}
     convert = convert_alpaca if "instruction" in record else convert_completion
     return Judged(convert(rest, where, notes), is_good)
+
+
+def _convert_whole_texts(record: Mapping[str, Any], names: tuple[str, str], where: str, notes: Notes) -> Pair:
+    """Two texts that hold the prompt themselves. Raises InputError where they do not begin alike."""
+    note_ignored(record, ("prompt", *names), notes)
+    texts = [read_text(record, name, where, notes) for name in names]
+    length = _common_prompt(*texts)
+    if not texts[0][:length].strip():
+        raise InputError(
+            f"{where}: expected a prompt, or chosen and rejected as whole texts that begin alike (or as conversations "
+            f"that part with the assistant's turn); found {list_fields(record)}. Put what both answer under 'prompt'"
+        )
+    notes.found_prompts += 1
+    return Pair(*(Completion(text[:length], text[length:]) for text in texts))
+
+
+def _common_prompt(chosen: str, rejected: str) -> int:
+    """The length of the prompt that two texts begin with; 0 for none.
+
+    Of transcripts (Anthropic's hh-rlhf) it ends where an assistant begins to speak, of other texts before the space in
+    front of the first word that differs. TRL cuts between characters, inside words, which are then tokenized in parts.
+    """
+    pairs = zip(chosen, rejected, strict=False)
+    alike = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(chosen), len(rejected)))
+    if _SPEAKER in chosen and _SPEAKER in rejected:
+        start = chosen.rfind(_SPEAKER, 0, alike)
+        return start + len(_SPEAKER) if start >= 0 else 0
+    words = [space.start() for space in _SPACE.finditer(chosen, 0, alike)]
+    return words[-1] if words else 0
 
 
 def _read_turns(record: Mapping[str, Any], name: str, role: str, where: str, notes: Notes) -> list[Turn]:

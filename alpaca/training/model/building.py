@@ -30,6 +30,7 @@ from alpaca.training.model.layers import (
     find_layer_class,
     require_compiler,
 )
+from alpaca.training.model.wide_products import multiplies_bfloat16, widen_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +58,9 @@ def load_model(base: Base, settings: ModelSettings, world: World) -> nn.Module:
     check_layer_class(settings.layer_class, layer_class)
     if settings.padding_free and not padding_free.enable(model):
         logger.info("micro-batches are padded: %s has attention or logits of its own", type(model).__name__)
+    if settings.is_fast and world.device.type == "cpu" and not multiplies_bfloat16():
+        widen_products(model)
+        padding_free.widen_head(model)
     layers = [module for module in model.modules() if type(module).__name__ == layer_class]
     checkpoint_layers(layers, count_checkpointed(settings.checkpointing, len(layers)) or 0)
     model = add_adapter(model, settings, base.tokenizer, world.device)

@@ -6,6 +6,7 @@ function that is registered by name, and `logits_to_keep` with the wanted positi
 Legend: N packed tokens, R target positions, H heads, K key/value heads, d head width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alpaca.data.batching import PackedBatch
 from alpaca.training.model.head_loss import sum_target_losses
+from alpaca.training.model.wide_products import multiply_wide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +70,7 @@ def enable(model: "PreTrainedModel") -> bool:
     AttentionMaskInterface.register(ATTENTION, _no_mask)
     model.set_attn_implementation(ATTENTION)
     head.__class__ = TargetHead
-    head.target_ids, head.smoothing, head.sums = None, 0.0, False
+    head.target_ids, head.smoothing, head.sums, head.is_wide = None, 0.0, False, False
     return True
 
 
@@ -82,6 +84,12 @@ def keep_out_of_graphs() -> None:
 def chunk_rows(vocab_size: int, *, trained: bool) -> int:
     """The number of positions whose logits exist at the same time."""
     return max(1, (CHUNK_LOGITS if trained else FROZEN_CHUNK_LOGITS) // vocab_size)
+
+
+def widen_head(model: "PreTrainedModel") -> None:
+    """Have the head multiply in float32: see `wide_products`."""
+    for head in _target_heads(model):
+        head.is_wide = True
 
 
 def is_enabled(model: "PreTrainedModel") -> bool:
@@ -134,32 +142,38 @@ class TargetHead(nn.Linear):
     Logits are computed a chunk of rows at a time, so they never all exist. Where only the losses' sum is wanted
     (`sums`) their gradient comes with them; else they are computed again for it. The layer is called and sharded like
     the one it replaces.
+
+    is_wide: whether a bfloat16 head multiplies in float32.
     """
 
     target_ids: Tensor | None
     smoothing: float
     sums: bool
+    is_wide: bool
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, R, D] -> [1, R, 1] losses in float32, or [1, 1, 1] their sum, or [..., V] logits."""
         if self.target_ids is None:
-            return super().forward(hidden)
+            return multiply_wide(hidden, self.weight, self.bias) if self.is_wide else super().forward(hidden)
         if not self.sums:
             return self.find_losses(hidden)
-        return sum_target_losses(hidden[0], self.weight, self.bias, self.target_ids, self.smoothing)[None, None, None]
+        rows, weight = (hidden[0].float(), self.weight.float()) if self.is_wide else (hidden[0], self.weight)
+        return sum_target_losses(rows, weight, self.bias, self.target_ids, self.smoothing)[None, None, None]
 
     def find_losses(self, hidden: Tensor, trained: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """The losses [1, R, 1]. trained: rows [K, D] that stand in for those at `places` [K] of the weight."""
         num_rows = chunk_rows(self.out_features, trained=self.weight.requires_grad)
         own = (self.weight, self.bias, trained, places)
+        multiply = multiply_wide if self.is_wide else linear
         losses = [
-            checkpoint(_losses, rows, *own, ids, self.smoothing, use_reentrant=False)
+            checkpoint(_losses, multiply, rows, *own, ids, self.smoothing, use_reentrant=False)
             for rows, ids in zip(hidden[0].split(num_rows), self.target_ids.split(num_rows), strict=True)
         ]
         return torch.cat(losses)[None, :, None] if losses else hidden.new_zeros(1, 0, 1)
 
 
 def _losses(
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -168,7 +182,7 @@ def _losses(
     ids: Tensor,
     smoothing: float,
 ) -> Tensor:
-    logits = linear(hidden, weight, bias).float()
+    logits = multiply(hidden, weight, bias).float()
     if trained is not None:
         logits = logits.index_copy(-1, places, linear(hidden, trained).float())
     return cross_entropy(logits, ids, reduction="none", label_smoothing=smoothing)

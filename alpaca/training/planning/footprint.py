@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from alpaca.architecture.description import ModelDescription
 from alpaca.memory import CUDA_CONTEXT_BYTES
-from alpaca.training.model import head_loss
 from alpaca.training.model.optimizers.rounding import CHUNK_ELEMENTS
-from alpaca.training.model.padding_free import chunk_rows
+from alpaca.training.planning.head_memory import head_pass_bytes, logits_bytes, logits_rows
 from alpaca.training.planning.trained import count_adapter, count_trained, largest_trained, moments_bytes
 from alpaca.training.planning.workload import Setup, Workload
 
@@ -132,18 +131,12 @@ def overhead_bytes(
     in_heap = _PROCESS_BYTES + (_PEFT_BYTES if setup.method != "full" else 0)
     if work.max_tokens * shape.ffn_width * setup.compute_bytes < limit:
         in_heap += transient_bytes
-    if 4 * _logits_rows(shape, setup, work) * shape.vocab_size < limit:
-        in_heap += logits_bytes
+    of_head = head_pass_bytes(shape, setup)
+    if 4 * logits_rows(shape, setup, work) * shape.vocab_size < limit:
+        in_heap += max(logits_bytes, of_head)
+    elif 4 * shape.num_head < limit:
+        in_heap += of_head
     return in_heap
-
-
-def _logits_rows(shape: ModelDescription, setup: Setup, work: Workload) -> int:
-    """The number of positions whose logits exist at the same time."""
-    if not setup.padding_free:
-        return work.max_targets
-    if setup.sums_losses:
-        return min(work.max_targets, head_loss.chunk_rows(shape.vocab_size, on_gpu=setup.on_gpu))
-    return min(work.max_targets, chunk_rows(shape.vocab_size, trained=setup.has_trained_head))
 
 
 def copies_bytes(shape: ModelDescription, setup: Setup) -> int:
@@ -231,39 +224,22 @@ def recomputed_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> i
     full = setup.method == "full"
     rotary = 2 * s * (shape.query_width // shape.num_heads)
     per_token = 4 * width + 4 + (s * width if full and shape.family.block == "llama" else 0) + rotary + 16
-    outside = work.max_tokens * per_token + work.max_targets * (s * width + 8)
+    of_head = 4 if setup.is_wide and setup.sums_losses else s  # of its input, or the gradient of that
+    outside = work.max_tokens * per_token + work.max_targets * (of_head * width + 8)
     if setup.sums_losses and setup.has_trained_head:
-        outside += (setup.state_bytes if full else 4) * shape.num_head
+        outside += (setup.state_bytes if full and not setup.is_wide else 4) * shape.num_head
     return outside + setup.num_checkpointed * work.max_tokens * s * width
-
-
-def logits_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
-    """The most bytes that computing the loss takes: for a chunk of logits (padding-free), or for all of them.
-
-    Where losses are summed: logits, and log_softmax's output that becomes their gradient, in float32; of products in
-    bfloat16 logits and gradient also so, and the gradient of the head's weight, of a chunk and their sum. Else
-    log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
-    beside the gradient of the head's weight before it is added up.
-    """
-    rows = _logits_rows(shape, setup, work)
-    if setup.sums_losses:
-        in_bfloat16 = setup.compute_bytes == 2
-        scores = (12 if in_bfloat16 else 8) * rows * shape.vocab_size
-        return scores + (6 * shape.num_head if in_bfloat16 and setup.has_trained_head else 0)
-    scores = 3 * 4 * rows * shape.vocab_size + (2 * rows * shape.vocab_size if setup.compute_bytes == 2 else 0)
-    if not setup.has_trained_head:
-        return scores
-    converted = (setup.bf16 and not setup.fast) or setup.adds_up_in_float32
-    weight_gradient = shape.num_head * (setup.gradient_bytes + (2 if converted else 0))
-    return max(scores, setup.compute_bytes * rows * shape.vocab_size + weight_gradient)
 
 
 def backward_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
     """Gradients alive inside one layer: two of feed-forward width, three of the residual stream's, and one matrix's.
 
+    Where bfloat16 is multiplied in float32 a product's input and gradient are there in float32, too.
     FSDP holds the gradients of a layer, and of all outside the layers, whole before it reduces them.
     """
     per_token = 2 * setup.compute_bytes * shape.ffn_width + 3 * setup.stream_bytes * shape.width
+    if setup.is_wide:
+        per_token += 4 * (shape.ffn_width + shape.width)
     whole = 0
     if setup.method == "full" and setup.sharded:
         whole = 4 * (shape.num_linear // shape.num_layers + shape.num_outside)
@@ -271,6 +247,8 @@ def backward_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int
         whole = 4 * shape.num_head
     elif setup.method == "full":
         each = setup.gradient_bytes + (2 if setup.adds_up_in_float32 else 0)  # as it comes, and converted
+        if setup.is_wide:
+            each = 6
         whole = each * max(rows * columns for rows, columns in shape.linears.values())
     return work.max_tokens * per_token + whole
 

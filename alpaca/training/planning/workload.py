@@ -20,6 +20,7 @@ from alpaca.training.configuration.adapters import ADDED
 from alpaca.training.configuration.config import ALL_LINEAR
 from alpaca.training.configuration.parsing import count_checkpointed
 from alpaca.training.configuration.settings import AdapterSettings, RunSettings
+from alpaca.training.model.wide_products import multiplies_bfloat16
 
 _MOST_SIMULATED = 500  # the largest micro-batch is looked for in that many steps
 GPUS_PER_MACHINE = 8  # assumed where nothing says their number
@@ -53,6 +54,7 @@ class Setup:
     reshard: bool = True
     bf16: bool = True
     numerics: str = "stanford"
+    cpu_lacks_bfloat16: bool = False  # so that a CPU's products of bfloat16 weights are in float32
     num_processes: int = 1
     on_machine: int = GPUS_PER_MACHINE  # the most processes on one machine
     hybrid: bool = False  # each machine has a copy of the model
@@ -70,6 +72,11 @@ class Setup:
     @property
     def fast(self) -> bool:
         return self.numerics == "fast"
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether bfloat16 weights are multiplied in float32: see `wide_products`."""
+        return self.fast and self.cpu_lacks_bfloat16 and not self.on_gpu
 
     @property
     def state_bytes(self) -> int:
@@ -165,6 +172,7 @@ def make_setup(
         reshard=model.sharding.reshard_after_forward,
         bf16=model.bf16,
         numerics=model.numerics,
+        cpu_lacks_bfloat16=not multiplies_bfloat16(),
         num_processes=num_processes,
         on_machine=on_machine or int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)),
         hybrid=model.sharding.hybrid,

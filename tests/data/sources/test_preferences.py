@@ -25,6 +25,7 @@ def asked(answer: str, *before: tuple[str, str]) -> Conversation:
     return conversation(*before, ("user", "What is 2+2?"), ("assistant", answer))
 
 
+TALK = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: 2+2?\n\nAssistant:"
 PLAIN = Pair(asked("4"), asked("5"))
 SYSTEM = Pair(*(asked(answer, ("system", "Be short.")) for answer in ("4", "5")))
 PAIRS: dict[str, tuple[dict[str, object], Pair]] = {
@@ -62,6 +63,34 @@ PAIRS: dict[str, tuple[dict[str, object], Pair]] = {
         SYSTEM,
     ),
     "the same answer twice": ({"chosen": [QUESTION, GOOD], "rejected": [QUESTION, GOOD]}, Pair(asked("4"), asked("4"))),
+    "transcripts": (
+        {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4 it is", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 45"},
+        Pair(*(Completion("\n\nHuman: 2+2?\n\nAssistant:", answer) for answer in (" 4 it is", " 45"))),
+    ),
+    "transcripts of several turns": (
+        {"chosen": f"{TALK} Four.\n\nHuman: Sure?\n\nAssistant: Yes.", "rejected": f"{TALK} Five."},
+        Pair(Completion(TALK, " Four.\n\nHuman: Sure?\n\nAssistant: Yes."), Completion(TALK, " Five.")),
+    ),
+    "transcripts of which one goes on": (
+        {"chosen": f"{TALK} Four.\n\nHuman: Thanks\n\nAssistant: Bye", "rejected": f"{TALK} Four."},
+        Pair(Completion(TALK, " Four.\n\nHuman: Thanks\n\nAssistant: Bye"), Completion(TALK, " Four.")),
+    ),
+    "an answer that is missing in a transcript": (
+        {"chosen": f"{TALK} Four.", "rejected": TALK, "prompt": None},
+        Pair(Completion(TALK, " Four."), Completion(TALK, "")),
+    ),
+    "texts that begin alike": (
+        {"chosen": "It is warm in May.", "rejected": "It is wary of us."},
+        Pair(Completion("It is", " warm in May."), Completion("It is", " wary of us.")),
+    ),
+    "texts that part behind a line": (
+        {"chosen": "2+2?\n\n4", "rejected": "2+2?\n\n5"},
+        Pair(Completion("2+2?", "\n\n4"), Completion("2+2?", "\n\n5")),
+    ),
+    "a text that goes on": (
+        {"chosen": "It is warm", "rejected": "It is warm today"},
+        Pair(Completion("It is", " warm"), Completion("It is", " warm today")),
+    ),
     "answers of several turns": (
         {"prompt": [QUESTION], "chosen": [GOOD, QUESTION, GOOD], "rejected": [BAD]},
         Pair(
@@ -116,6 +145,11 @@ BAD_RECORDS: dict[str, tuple[dict[str, object], str]] = {
         {"chosen": [QUESTION, GOOD], "rejected": [{**QUESTION, "content": "And 3+3?"}, BAD]},
         r"from 0\): expected a prompt, or chosen and rejected as conversations that begin alike",
     ),
+    "transcripts of two questions": (
+        {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 3+3?\n\nAssistant: 6"},
+        r"from 0\): expected a prompt, or chosen and rejected as whole texts that begin alike",
+    ),
+    "texts that begin with a space": ({"chosen": " a b", "rejected": " c d"}, r"from 0\): expected a prompt, or"),
     "another prompt": (
         {"prompt": "And 3+3?", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
         r"from 0\), field 'prompt': chosen and rejected hold another prompt in their own turns",

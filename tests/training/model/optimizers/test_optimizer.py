@@ -19,6 +19,7 @@ from alpaca.training.configuration.config import TrainConfig, config_json
 from alpaca.training.configuration.resolving import make_settings, resolve
 from alpaca.training.distributed import clip_gradients, join_world
 from alpaca.training.loop import train
+from alpaca.training.model.optimizers import choosing
 from alpaca.training.model.optimizers.by_chance import StochasticAdamW, make_keys, make_update
 from alpaca.training.model.optimizers.rounding import (
     CHUNK_ELEMENTS,
@@ -438,7 +439,7 @@ def test_it_learns_what_float32_does_and_rounding_to_the_nearest_does_not(
         )))  # fmt: skip
 
     stanford, fast = losses("stanford", "stanford"), losses("fast", "fast")
-    monkeypatch.setattr(run_module, "StochasticAdamW", NearestAdamW)
+    monkeypatch.setattr(choosing, "StochasticAdamW", NearestAdamW)
     nearest = losses("nearest", "fast")
     print(f"stanford {stanford}\nfast {fast}\nnearest {nearest}")
     assert fast == pytest.approx(stanford, abs=0.01)
