@@ -82,7 +82,7 @@ def make_work(
 def make_job(name: str, work: Work, output_dir: str) -> dict[str, object]:
     """What a peer's process is told. Its arguments are the recipe's in the Trainer's words."""
     peer = PEERS[name]
-    is_trl = peer.get("trainer") == "trl"
+    is_trl, is_adapter = peer.get("trainer") == "trl", bool(peer.get("lora"))  # an adapter's base has no added row
     per_step, examples = work.batch, work.examples
     if peer.get("packs"):
         tokens = sum(len(ids) for ids, _ in examples)
@@ -100,8 +100,8 @@ def make_job(name: str, work: Work, output_dir: str) -> dict[str, object]:
         arguments["max_length"] = work.max_length if peer.get("packs") else None
     return {
         "trainer": "trl" if is_trl else "transformers", "model": str(work.model), "examples": examples,
-        "pad_id": work.pad_id, "num_rows": 0 if peer.get("lora") else work.num_tokens,
-        "lora": _LORA if peer.get("lora") else None, "arguments": {**arguments, **peer.get("arguments", {})},
+        "pad_id": 0 if is_adapter else work.pad_id, "num_rows": 0 if is_adapter else work.num_tokens,
+        "lora": _LORA if is_adapter else None, "arguments": {**arguments, **peer.get("arguments", {})},
     }  # fmt: skip
 
 
