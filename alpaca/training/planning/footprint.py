@@ -240,15 +240,16 @@ def recomputed_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> i
 def logits_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
     """The most bytes that computing the loss takes: for a chunk of logits (padding-free), or for all of them.
 
-    Where losses are summed: logits, and log_softmax's output that becomes their gradient, in float32; of products in
-    bfloat16 logits and gradient also so, and the gradient of the head's weight, of a chunk and their sum. Else
-    log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
+    Where losses are summed: logits in float32, and the probabilities that become their gradient, which on a CPU take
+    their place; of products in bfloat16 logits and gradient also so, and the gradient of the head's weight, of a chunk
+    and their sum. Else log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
     beside the gradient of the head's weight before it is added up.
     """
     rows = _logits_rows(shape, setup, work)
     if setup.sums_losses:
         in_bfloat16 = setup.compute_bytes == 2
-        scores = (12 if in_bfloat16 else 8) * rows * shape.vocab_size
+        each = (8 if setup.on_gpu else 4) + (4 if in_bfloat16 else 0)
+        scores = each * rows * shape.vocab_size
         return scores + (6 * shape.num_head if in_bfloat16 and setup.has_trained_head else 0)
     scores = 3 * 4 * rows * shape.vocab_size + (2 * rows * shape.vocab_size if setup.compute_bytes == 2 else 0)
     if not setup.has_trained_head:
