@@ -242,8 +242,8 @@ def logits_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
 
     Where losses are summed: logits in float32, and the probabilities that become their gradient, which on a CPU take
     their place; of products in bfloat16 logits and gradient also so, and the gradient of the head's weight, of a chunk
-    and their sum. Else log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
-    beside the gradient of the head's weight before it is added up.
+    and their sum. Else log_softmax's saved output, the gradient going into it and the one coming out, in float32; or
+    the last of these beside the gradient of the head's weight before it is added up.
     """
     rows = _logits_rows(shape, setup, work)
     if setup.sums_losses:
