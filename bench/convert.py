@@ -38,6 +38,7 @@ from alpaca.formats.hf.writing import write_weights
 from alpaca.formats.meta import checkpoint as meta_files
 from alpaca.formats.meta import layout
 from alpaca.text.sentencepiece import SentencePieceTokenizer
+from bench.environments import environment
 from bench.provenance import ROOT, find_real, provenance
 from bench.random_model import Shape, write_random_llama
 
@@ -222,17 +223,9 @@ def _anonymous_bytes(pid: int) -> int:
 
 
 def their_environment() -> Path:
-    """An environment with the last transformers that has a converter; made once."""
-    folder = WORK / f"transformers-{THEIR_VERSION}"
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        print(f"making {folder} …", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, f"torch=={torch.__version__.split('+')[0]}"], check=True)
-        subprocess.run([*install, *THEIR_PACKAGES], check=True)
-        (folder / "complete").touch()
-    return python
+    """The last transformers that has a converter."""
+    release = torch.__version__.split("+")[0]
+    return environment(f"transformers-{THEIR_VERSION}", THEIR_PACKAGES, torch=release)
 
 
 def make_model(name: str, gigabytes: float, *, like: Path | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,18 @@ def _fastest(call: Callable[[], object], *, repeats: int = 6) -> float:
         synchronize()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def cpu_seconds() -> float:
+    """What this process, all its threads, has used of the CPUs."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def peak_anonymous_bytes() -> int:
+    """The most anonymous memory this process has held, its imports included; pages of files are left out as of now."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * (int(lines["VmHWM"].split()[0]) - int(lines["RssFile"].split()[0]))
 
 
 def others_cpu_seconds() -> float:

@@ -1,6 +1,7 @@
 """How fast the recipe trains, how much memory it takes, and what its losses are, way by way.
 
     python -m bench.train                     a random LLaMA of 20 M parameters on real examples; on a CPU some minutes
+    python -m bench.train --peers             our rows beside transformers' Trainer, PEFT and TRL (bench/train_peers.py)
     python -m bench.train --shape 7b          LLaMA-7B's shape on a GPU
 
 padded:      the original's micro-batches: 4 random examples, padded on the right, logits for every position.
@@ -13,8 +14,9 @@ lora, qlora: adapters; qlora with micro-batches of 2 and 7.4 GiB, the memory tha
 
 Each row is a process of its own that runs `alpaca.training.loop.train`, all of them the same optimizer steps on the same
 examples in the same order; rows take turns, --rounds times. The rate counts useful tokens (no padding) in training
-steps, the first left out; memory is the process's peak (on a GPU the allocator's), beside the planned one. Nothing is
-saved. The last line is one JSON object.
+steps, the first left out, by the clock and on a CPU by the process's CPU time, too, which depends less on who else uses
+the machine; memory is the process's peak beyond its imports (on a GPU the allocator's), beside the planned one. Nothing
+is saved. The last line is one JSON object.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alpaca import cpu_threads
 
@@ -37,11 +40,16 @@ cpu_threads.set_defaults()  # as train.py
 import torch
 from tqdm import tqdm
 
+from alpaca.data.batching import step_examples
 from alpaca.errors import InputError, run_command
-from bench.machine import DEVICE
+from bench.machine import DEVICE, cpu_seconds, peak_anonymous_bytes
 from bench.provenance import ROOT, find_real, provenance
 from bench.random_model import SHAPES, write_random_llama
 from bench.targets import Target, rounded
+from bench.train_peers import OURS, PEERS, Work, make_peer_targets, make_work, run_peer
+
+if TYPE_CHECKING:
+    from alpaca.training.run import Run
 
 PACKAGES = ("torch", "transformers", "peft")
 ROWS: dict[str, dict[str, object]] = {  # what each changes of the recipe
@@ -59,6 +67,7 @@ DEFAULT_ROWS = {
     "cpu": ("padded", "packed all", "packed", "fast", "lora"),
     "cuda": ("packed", "fast", "lora", "qlora", "fast 80GB", "fast compiled", "padded"),
 }
+PEER_ROWS = (*dict.fromkeys(OURS.values()), *PEERS)
 RECIPE_TOKENS = 19.97e6  # of 3 epochs of the 52,002 examples
 
 
@@ -88,14 +97,16 @@ def main() -> None:
         write_random_llama(Path(made), SHAPES[config.shape], torch.bfloat16 if config.shape == "7b" else torch.float32)
         runs = [(number, name) for number in range(config.rounds) for name in config.rows]
         found: dict[str, list[dict]] = {name: [] for name in config.rows}
+        peers = PeerRows(config, Path(made))
         for _, name in tqdm(runs, desc="rows", unit="row"):
-            found[name].append(in_own_process(name, Path(made), seconds=deadline - time.monotonic()))
+            run = peers.run if name in PEERS else in_own_process
+            found[name].append(run(name, Path(made), seconds=deadline - time.monotonic()))
     results = {name: summarize(samples) for name, samples in found.items()}
     print(describe(results))
     compared = compare_numerics(results)
     if compared:
         print(describe_numerics(compared))
-    targets = make_targets(results, shape=config.shape)
+    targets = make_targets(results, shape=config.shape) + make_peer_targets(results)
     for target in targets:
         print(target.line())
     flags = {**vars(config), "data_path": Path(config.data_path).name}  # where it lies says nothing elsewhere
@@ -107,6 +118,23 @@ def main() -> None:
 
 
 # One row, in a process of its own
+
+
+class PeerRows:
+    """Rows of other programs, which share examples that are encoded once."""
+
+    def __init__(self, config: BenchConfig, model: Path) -> None:
+        self._config, self._model = config, model
+        self._work: Work | None = None
+
+    def run(self, name: str, folder: Path, *, seconds: float) -> dict:
+        """A row's sample; a failure is a sample, too."""
+        if seconds < 10:
+            return {"failure": "no time was left"}
+        names = ("data_path", "steps", "batch", "learning_rate", "max_length")
+        if self._work is None:
+            self._work = make_work(self._model, **{key: getattr(self._config, key) for key in names})
+        return run_peer(name, self._work, folder, seconds=seconds)
 
 
 def in_own_process(name: str, folder: Path, *, seconds: float) -> dict:
@@ -138,7 +166,10 @@ def run_row(
     loop.prepare = lambda *arguments: runs.append(prepare(*arguments)) or runs[0]
     loop.finish = lambda run, **rest: None
 
+    used: list[float] = []  # CPU seconds at each step's end
+
     def tell(entry: dict[str, object]) -> None:
+        used.append(cpu_seconds())
         if on_step:
             on_step([past["tokens_per_second"] for past in runs[0].progress.log_history])
 
@@ -156,12 +187,26 @@ def run_row(
     return {
         "losses": [entry["loss"] for entry in history],
         "tokens_per_second": rate,
+        "tokens_per_cpu_second": rate_of_cpu(run, used),
         "share_of_peak": rounded(share_of_peak(run.plan, rate)),
         "flops_per_token": once / plan.work.num_tokens,
         "peak_bytes": run.memory.peak_bytes(),
+        "process_peak_bytes": peak_anonymous_bytes(),
         "planned_bytes": memory.peak_bytes - (memory.overhead_bytes if DEVICE == "cuda" else 0),  # CUDA's own
         "layers_recomputed": run.plan.setup.num_checkpointed,
     }
+
+
+def rate_of_cpu(run: "Run", used: list[float]) -> float:
+    """Useful tokens a second of CPU time. used: by the end of each step; the first is left out."""
+    batch = run.settings.batch
+
+    def tokens(step: int) -> int:
+        indices = step_examples(len(run.data), global_batch_size=batch.global_batch_size, seed=batch.seed, step=step)
+        return int(run.data.lengths[indices].sum())
+
+    steps = range(1, len(used))
+    return statistics.median(tokens(step) / (used[step] - used[step - 1]) for step in steps)
 
 
 def pack_with_all_logits(examples: list, *, pad_id: int):
@@ -187,8 +232,8 @@ def summarize(samples: list[dict]) -> dict:
         return {"failure": samples[0]["failure"]}
     return {
         **good[0],
-        "tokens_per_second": statistics.median(sample["tokens_per_second"] for sample in good),
-        "peak_bytes": max(sample["peak_bytes"] for sample in good),
+        **{key: statistics.median(sample[key] for sample in good) for key in good[0] if key.startswith("tokens_per_")},
+        **{key: max(sample[key] for sample in good) for key in ("peak_bytes", "process_peak_bytes")},
     }
 
 
@@ -232,7 +277,9 @@ def make_targets(results: dict[str, dict], *, shape: str) -> list[Target]:
         return mine / other if mine and other else None
 
     rows = [row for row, result in results.items() if "failure" not in result]
-    planned = {row: abs(results[row]["peak_bytes"] / results[row]["planned_bytes"] - 1) for row in rows}
+    planned = {
+        row: abs(results[row]["peak_bytes"] / results[row]["planned_bytes"] - 1) for row in rows if row not in PEERS
+    }
     worst = max(planned.values(), default=None)
     ratio = over("packed", "padded", "tokens_per_second")
     if DEVICE == "cpu":
@@ -266,16 +313,20 @@ def make_targets(results: dict[str, dict], *, shape: str) -> list[Target]:
 def describe(results: dict[str, dict]) -> str:
     """A table for people, each rate beside the padded recipe's."""
     base = results.get("padded", {}).get("tokens_per_second")
-    lines = [f"{'row':<14}{'tokens/s':>10}{'ratio':>8}{'of peak':>9}{'peak GB':>9}{'planned':>9}  losses"]
+    head = f"{'tokens/s':>10}{'by CPU s':>10}{'ratio':>8}{'of peak':>9}{'peak GB':>9}{'planned':>9}  losses"
+    lines = [f"{'row':<18}{head}"]
     for name, result in results.items():
         if "failure" in result:
-            lines.append(f"{name:<14}failed: {result['failure'].splitlines()[-1]}")
+            lines.append(f"{name:<18}failed: {result['failure'].splitlines()[-1]}")
             continue
-        rate, share = result["tokens_per_second"], result["share_of_peak"]
+        rate, by_cpu, share = (
+            result.get(key) for key in ("tokens_per_second", "tokens_per_cpu_second", "share_of_peak")
+        )
         ratio, share = f"{rate / base:.2f}" if base else "-", f"{share:.0%}" if share else "-"
-        sizes = "".join(f"{result[key] / 1e9:>9.2f}" for key in ("peak_bytes", "planned_bytes"))
+        planned = f"{result['planned_bytes'] / 1e9:.2f}" if "planned_bytes" in result else "-"
+        sizes = f"{result['peak_bytes'] / 1e9:>9.2f}{planned:>9}"
         losses = f"{result['losses'][0]:.5f} … {result['losses'][-1]:.5f}"
-        lines.append(f"{name:<14}{rate:>10.0f}{ratio:>8}{share:>9}{sizes}  {losses}")
+        lines.append(f"{name:<18}{rate:>10.0f}{by_cpu:>10.0f}{ratio:>8}{share:>9}{sizes}  {losses}")
     return "\n".join(lines)
 
 
@@ -285,7 +336,8 @@ def parse_flags() -> tuple[BenchConfig, str | None, Path | None]:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="20m")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--rows", default=",".join(DEFAULT_ROWS[DEVICE]), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--rows", help=f"of {', '.join((*ROWS, *PEERS))}")
+    parser.add_argument("--peers", action="store_true", help=f"the rows {', '.join(PEER_ROWS)}; on a CPU")
     parser.add_argument("--batch", type=int, default=128, help="examples of an optimizer step")
     parser.add_argument("--data_path", default=str(data))
     parser.add_argument("--checkpointing", action="store_true", help="recompute all activations, not just what must be")
@@ -296,10 +348,14 @@ def parse_flags() -> tuple[BenchConfig, str | None, Path | None]:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
     row, folder = options.pop("row"), options.pop("folder")
-    options["rows"] = tuple(name.strip() for name in options["rows"].split(","))
-    unknown = set(options["rows"]) - set(ROWS)
+    with_peers = options.pop("peers")
+    if with_peers and DEVICE == "cuda":
+        raise InputError("--peers measures on a CPU; on a GPU they are rows of script/bench_gpu train")
+    usual = PEER_ROWS if with_peers else DEFAULT_ROWS[DEVICE]
+    options["rows"] = tuple(name.strip() for name in options["rows"].split(",")) if options["rows"] else usual
+    unknown = set(options["rows"]) - {*ROWS, *PEERS}
     if unknown:
-        raise InputError(f"--rows: unknown {', '.join(sorted(unknown))}; expected of {', '.join(ROWS)}")
+        raise InputError(f"--rows: unknown {', '.join(sorted(unknown))}; expected of {', '.join((*ROWS, *PEERS))}")
     return BenchConfig(**options), row, folder
 
 

@@ -21,18 +21,19 @@ def logits_rows(shape: ModelDescription, setup: Setup, work: Workload) -> int:
 def logits_bytes(shape: ModelDescription, setup: Setup, work: Workload) -> int:
     """The most bytes that computing the loss takes: for a chunk of logits (padding-free), or for all of them.
 
-    Where losses are summed: logits, and log_softmax's output that becomes their gradient, in float32; of products in
-    bfloat16 logits and gradient also so, and the gradient of the head's weight, of a chunk and their sum; of bfloat16
-    weights that are multiplied in float32, the copies of weight and input. Else
+    Where losses are summed: logits in float32, and the probabilities that become their gradient, which on a CPU take
+    their place; of products in bfloat16 logits and gradient also so, and the gradient of the head's weight, of a chunk
+    and their sum; of bfloat16 weights that are multiplied in float32, the copies of weight and input. Else
     log_softmax's saved output, the gradient going into it and the one coming out, in float32; or the last of these
     beside the gradient of the head's weight before it is added up.
     """
     rows = logits_rows(shape, setup, work)
     if setup.sums_losses:
         if setup.is_wide:
-            return 8 * rows * shape.vocab_size + 4 * shape.num_head + 4 * work.max_targets * shape.width
+            return 4 * rows * shape.vocab_size + 4 * shape.num_head + 4 * work.max_targets * shape.width
         in_bfloat16 = setup.compute_bytes == 2
-        scores = (12 if in_bfloat16 else 8) * rows * shape.vocab_size
+        each = (8 if setup.on_gpu else 4) + (4 if in_bfloat16 else 0)
+        scores = each * rows * shape.vocab_size
         return scores + (6 * shape.num_head if in_bfloat16 and setup.has_trained_head else 0)
     scores = 3 * 4 * rows * shape.vocab_size + (2 * rows * shape.vocab_size if setup.compute_bytes == 2 else 0)
     if not setup.has_trained_head:
