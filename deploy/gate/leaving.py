@@ -18,6 +18,7 @@ async def unless_client_leaves(work: Awaitable[None], receive: Receive) -> None:
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+        del task, working, leaving  # an error of theirs holds this frame, and the request with it
 
 
 async def _wait_for_end(receive: Receive) -> None:

@@ -119,17 +119,21 @@ class Endpoint:
 
 
 async def _side_by_side(asked: Asked, targets: Targets) -> AsyncIterator[tuple[int, list[Document]]]:
-    """(number of the prompt, documents) as they come, from a prediction for each prompt. The first refusal ends all."""
+    """(number of the prompt, documents) as they come, from a prediction for each prompt. The first refusal ends all.
+
+    One of them is in line at a time; the others wait here, and take no place from other requests.
+    """
     if len(asked.inputs) == 1:
-        async with contextlib.aclosing(predict(targets, asked.inputs[0])) as batches:
+        async with contextlib.aclosing(predict(targets, asked.inputs[0], asked.names)) as batches:
             async for documents in batches:
                 yield 0, documents
         return
     arrived: asyncio.Queue[tuple[int, list[Document]] | None] = asyncio.Queue()
+    turn = asyncio.Lock()
 
     async def follow(prompt: int) -> None:
         try:
-            async with contextlib.aclosing(predict(targets, asked.inputs[prompt])) as batches:
+            async with contextlib.aclosing(predict(targets, asked.inputs[prompt], asked.names, turn=turn)) as batches:
                 async for documents in batches:
                     arrived.put_nowait((prompt, documents))
         finally:
@@ -150,6 +154,7 @@ async def _side_by_side(asked: Asked, targets: Targets) -> AsyncIterator[tuple[i
         for task in following:
             task.cancel()
         await asyncio.gather(*following, return_exceptions=True)
+        del task, following  # an error of theirs holds this frame, and the request with it
 
 
 def _check_complete(answer: Answer) -> None:

@@ -7,10 +7,11 @@ for nothing. The bounds of numbers are the Predictor's own, which refuses what i
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from alpaca.files.names import quote_name, quote_value
+from web.openai.failures import names_of
 from web.openai.refusals import Refusal
 
 _TO_THE_CONTEXTS_END = 2**31 - 1  # the Predictor cuts it to what fits
@@ -79,6 +80,7 @@ class Asked:
 
     inputs: of the Predictor, one mapping for each prompt.   echoes: each prompt where it is to stand before its answer.
     n: completions of each prompt.   num_logprobs: most likely tokens beside each; None: no log probabilities.
+    names: the client's for the Predictor's inputs, where they differ.
     """
 
     is_chat: bool
@@ -89,6 +91,7 @@ class Asked:
     streams: bool = False
     includes_usage: bool = False
     num_logprobs: int | None = None
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def read_body(content: bytes) -> dict[str, Any]:
@@ -196,6 +199,7 @@ def _asked(
         streams=streams,
         includes_usage=bool(options.get("include_usage")),
         num_logprobs=num_logprobs,
+        names=names_of(body),
     )
 
 

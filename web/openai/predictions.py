@@ -3,14 +3,12 @@
 import asyncio
 import contextlib
 import json
-import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from alpaca.files.names import quote_name
 from deploy.gate.exchange import BrokenOff, NotReached, Reply, Unanswered, abandon
-from web.client import plain_error
 from web.openai.answers import Document
+from web.openai.failures import of_detail, of_failure
 from web.openai.refusals import RETRY_AFTER_S, Refusal
 from web.openai.targets import Target, Targets, read_all
 
@@ -19,9 +17,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.2
 _PATIENCE_S = 60.0  # of pauses, after targets that say that they are up have not taken it
 _MOST_TRIES = 2  # of what was sent and broke off: it may be what a server died of
 _MOST_REFUSAL_BYTES = 1 << 20
-_CLIENTS_MISTAKES = re.compile(r"\b(InputError|PromptTooLong|UnsupportedModel): ")
-# The Predictor's names for what clients call otherwise
-_CLIENTS_NAMES = {"max_new_tokens": "max_tokens", "replicate_weights": "model", "prompt_template": "prompt"}
 
 
 class _NotTaken(Exception):
@@ -32,19 +27,22 @@ class _Interrupted(Exception):
     """The target had the prediction, and ended or vanished before its end."""
 
 
-async def predict(targets: Targets, inputs: Mapping[str, Any]) -> AsyncIterator[list[Document]]:
+async def predict(
+    targets: Targets, inputs: Mapping[str, Any], names: Mapping[str, str], *, turn: asyncio.Lock | None = None
+) -> AsyncIterator[list[Document]]:
     """The prediction's documents, as many at a time as came together. Raises Refusal.
 
+    names: the client's for the Predictor's inputs, where they differ.   turn: shared by the request's predictions, of
+    which one is in line at a time.
     Close it (contextlib.aclosing) when no more is wanted: that cancels the prediction.
     """
-    body = json.dumps({"input": inputs}).encode()
     has_begun, num_tries, before = False, 0, None
     pause, paused_s = _FIRST_PAUSE_S, 0.0  # its time in line does not count
     while True:
-        async with targets.place(after=before) as target:
+        async with targets.place(after=before, turn=turn) as target:
             before = target
             try:
-                async with contextlib.aclosing(_predict_at(target, targets, body)) as batches:
+                async with contextlib.aclosing(_predict_at(target, targets, inputs, names)) as batches:
                     async for batch in batches:
                         has_begun = True
                         yield batch
@@ -63,16 +61,20 @@ async def predict(targets: Targets, inputs: Mapping[str, Any]) -> AsyncIterator[
                     raise Refusal(503, "the model server was interrupted", retry_after_s=RETRY_AFTER_S) from None
 
 
-async def _predict_at(target: Target, targets: Targets, body: bytes) -> AsyncIterator[list[Document]]:
+async def _predict_at(
+    target: Target, targets: Targets, inputs: Mapping[str, Any], names: Mapping[str, str]
+) -> AsyncIterator[list[Document]]:
     """Raises NotReached, _NotTaken, _Interrupted, Refusal."""
+    # Made only here: the prompts of a list share a schema, which each would have a copy of while it waits
+    body = json.dumps({"input": inputs}).encode()
     try:
         reply = await _ask(target, targets, body)
     except Unanswered:
         raise _Interrupted from None
     try:
         if reply.status != 200:
-            await _raise_refusal(reply)
-        reader = _Events()
+            await _raise_refusal(reply, names)
+        reader = _Events(inputs, names)
         async with contextlib.aclosing(reply.pieces()) as pieces:
             async for piece in pieces:
                 if documents := reader.feed(piece):
@@ -101,13 +103,15 @@ async def _ask(target: Target, targets: Targets, body: bytes) -> Reply:
         raise
     finally:
         going_down.cancel()
+        del asking  # its error holds this frame, and what the request sent with it
 
 
 class _Events:
     """Takes a prediction's events apart. has_ended: its last was there. Raises _Interrupted, Refusal."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Mapping[str, Any], names: Mapping[str, str]) -> None:
         self.has_ended = False
+        self._inputs, self._names = inputs, names
         self._waiting = b""
 
     def feed(self, data: bytes) -> list[Document]:
@@ -127,7 +131,7 @@ class _Events:
     def _end(self, prediction: Mapping[str, Any]) -> None:
         self.has_ended = True
         if prediction["status"] == "failed":
-            raise _of_failure(str(prediction.get("error") or ""))
+            raise of_failure(str(prediction.get("error") or ""), self._inputs, self._names)
         if prediction["status"] != "succeeded":
             raise _Interrupted
 
@@ -141,16 +145,7 @@ def _document(value: bytes) -> Document:
         ) from None
 
 
-def _of_failure(error: str) -> Refusal:
-    """A failed prediction, by the class of its error, whose name the runtime puts before the message."""
-    found = _CLIENTS_MISTAKES.search(error)
-    if not found:
-        return Refusal(500, plain_error(error))
-    is_too_long = found[1] == "PromptTooLong"
-    return Refusal(400, plain_error(error), code="context_length_exceeded" if is_too_long else None)
-
-
-async def _raise_refusal(reply: Reply) -> None:
+async def _raise_refusal(reply: Reply, names: Mapping[str, str]) -> None:
     """Say what the server says. Raises _NotTaken, _Interrupted, Refusal."""
     if reply.status in (409, 503):
         raise _NotTaken
@@ -162,15 +157,7 @@ async def _raise_refusal(reply: Reply) -> None:
         said = {}
     detail = said.get("detail") if isinstance(said, dict) else None
     if reply.status == 422 and isinstance(detail, list) and detail:
-        raise _of_detail(detail[0])
+        raise of_detail(detail[0], names)
     if 400 <= reply.status < 500:
         raise Refusal(400, str(detail or said or "the model server refused the request"))
     raise Refusal(500, f"the model server answered with status {reply.status}")
-
-
-def _of_detail(entry: Mapping[str, Any]) -> Refusal:
-    """An input that the Predictor's schema refuses, under the client's name for it."""
-    name = str((entry.get("loc") or ["an input"])[-1])
-    name = _CLIENTS_NAMES.get(name, name)
-    message = re.sub(r"\b(\d+)\.0\b", r"\1", str(entry.get("msg")))
-    return Refusal(400, f"{quote_name(name)[1:-1]}: {message}", param=name)

@@ -72,6 +72,9 @@ class Target:
 class Targets:
     """All targets, and the line of those who wait for one.
 
+    A request of several predictions has one of them in line at a time (`turn`), which goes to the line's end. So the
+    requests in line take turns, however many predictions each has, and one that is alone takes all there is.
+
     most_running: predictions at one target at once.   most_waiting: predictions in line before others are refused.
     """
 
@@ -119,13 +122,17 @@ class Targets:
             raise _line_is_full(len(self._line))
 
     @contextlib.asynccontextmanager
-    async def place(self, *, after: Target | None = None) -> AsyncIterator[Target]:
+    async def place(
+        self, *, after: Target | None = None, turn: asyncio.Lock | None = None
+    ) -> AsyncIterator[Target]:
         """The target with the fewest predictions, for one more.
 
         after: the one that did not take the prediction; then it stands first in line, and another is taken if possible.
+        turn: held by the one of a request's predictions that is in line.
         Raises Refusal where no target is up.
         """
-        target = await self._wait(after)
+        async with turn if turn and not after else contextlib.nullcontext():
+            target = await self._wait(after)
         try:
             yield target
         finally:
@@ -149,6 +156,8 @@ class Targets:
                 place.result().num_running -= 1
                 self._let_in()
             raise
+        finally:
+            del place  # its error holds this frame, and the request with it, until the collector comes by
 
     def _free(self, after: Target | None) -> Target | None:
         able = [target for target in self.all if target.is_up and target.num_running < self._most_running]

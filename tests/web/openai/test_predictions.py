@@ -29,7 +29,7 @@ async def ask(fake: FakeServer, *, in_line_s: float) -> str:
     targets = Targets([target], most_running=1, most_waiting=1)
 
     async def answer() -> str:
-        async with contextlib.aclosing(predict(targets, INPUTS)) as batches:
+        async with contextlib.aclosing(predict(targets, INPUTS, {})) as batches:
             return "".join([document["text"] async for batch in batches for document in batch])
 
     async with targets.place():
