@@ -128,6 +128,35 @@ def test_errors_are_the_clients_exceptions(client, prompt, fields, kind, message
     assert error.value.code == code
 
 
+@pytest.mark.parametrize(
+    ("said", "fields", "message", "param"),
+    [
+        ("max_new_tokens 0 needs echo: x", {"max_tokens": 0}, "max_tokens 0 needs echo: x", "max_tokens"),
+        ("max_new_tokens 0", {"max_completion_tokens": 1}, "max_completion_tokens 0", "max_completion_tokens"),
+        (
+            "json_schema: no 'max_new_tokens'",
+            {"response_format": {"type": "json_object"}},
+            "response_format: no 'max_new_tokens'",
+            "response_format",
+        ),
+        ("messages[0]: expected it", {}, "messages[0]: expected it", "messages[0]"),
+        ("logprobs must be at most 20", {"logprobs": True, "top_logprobs": 9}, "top_logprobs must be at most 20", "top_logprobs"),
+        ("this model has none", {}, "This model has none", None),
+    ],
+)  # fmt: skip
+def test_errors_have_the_clients_names(client, said, fields, message, param):
+    asked = [{"role": "user", "content": f"fail InputError: {said}"}]
+    with pytest.raises(openai.BadRequestError, match="400") as error:
+        client.chat.completions.create(model="alpaca", messages=asked, **fields)
+    assert (error.value.body["message"], error.value.param) == (message, param)
+
+
+def test_a_prompt_that_is_too_long_is_named(client):
+    with pytest.raises(openai.BadRequestError, match="Long") as error:
+        client.completions.create(model="alpaca", prompt="fail PromptTooLong: long")
+    assert error.value.param == "prompt"
+
+
 def test_a_stream_that_breaks_off_ends_in_an_error(client):
     stream = client.completions.create(model="alpaca", prompt="break off here", stream=True)
     assert next(stream).choices[0].text == " break"

@@ -54,10 +54,7 @@ def test_requests_in_line_take_turns():
         await asyncio.gather(*tasks)
 
     asyncio.run(act())
-    assert sorted(taken) == ["a0", "a1", "a2", "a3", "a4", "b0", "b1", "c"]
-    assert [name for name in taken if name[0] == "a"] == ["a0", "a1", "a2", "a3", "a4"]
-    assert {*taken[:5]} == {"a0", "a1", "a2", "b0", "c"} or {*taken[:4]} == {"a0", "a1", "b0", "c"}
-    assert taken.index("b1") < taken.index("a4")
+    assert taken == ["a0", "a1", "b0", "c", "a2", "b1", "a3", "a4"]  # a0 when nobody was in line
 
 
 def test_a_small_request_beside_a_list_is_answered_soon(endpoint, fake):
@@ -65,7 +62,7 @@ def test_a_small_request_beside_a_list_is_answered_soon(endpoint, fake):
     prompts = [f"slow {member_s} {number}" for number in range(NUM_PROMPTS)]
     with ThreadPoolExecutor(1) as threads:
         listed = threads.submit(endpoint.complete, prompts)
-        wait_for(lambda: figures(endpoint, fake) == (NUM_PLACES, 1))
+        wait_for(lambda: figures(endpoint, fake)[0] == NUM_PLACES)
         for _ in range(3):
             begun = time.monotonic()
             assert endpoint.complete("small").status_code == 200
