@@ -62,10 +62,15 @@ async def read_body(headers: Mapping[str, str], receive: Receive, most_bytes: in
     """The whole body. Raises Refused for one that is too large or too slow, or whose client has gone."""
     if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")[:20]) > most_bytes:
         raise _too_large(most_bytes)
+    collecting = asyncio.ensure_future(_collect_body(receive, most_bytes, held))
     try:
-        return await asyncio.wait_for(_collect_body(receive, most_bytes, held), _BODY_S)
-    except asyncio.TimeoutError:
-        raise Refused(408, f"the request was not there within {_BODY_S:.0f} s") from None
+        await asyncio.wait({collecting}, timeout=_BODY_S)
+        if collecting.done():
+            return collecting.result()
+        raise Refused(408, f"the request was not there within {_BODY_S:.0f} s")
+    finally:
+        collecting.cancel()
+        del collecting  # its error holds this frame, and so itself and the connection, as with asyncio.wait_for
 
 
 async def _collect_body(receive: Receive, most_bytes: int, held: Held) -> bytes:

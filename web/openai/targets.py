@@ -122,9 +122,7 @@ class Targets:
             raise _line_is_full(len(self._line))
 
     @contextlib.asynccontextmanager
-    async def place(
-        self, *, after: Target | None = None, turn: asyncio.Lock | None = None
-    ) -> AsyncIterator[Target]:
+    async def place(self, *, after: Target | None = None, turn: asyncio.Lock | None = None) -> AsyncIterator[Target]:
         """The target with the fewest predictions, for one more.
 
         after: the one that did not take the prediction; then it stands first in line, and another is taken if possible.

@@ -94,8 +94,8 @@ def test_a_full_line_is_429_beside_a_list(endpoint, fake):
 
 
 def test_a_client_that_leaves_cancels_the_members_not_handed_in(endpoint, fake):
+    body = {"model": "alpaca", "prompt": ["hold"] * NUM_PROMPTS}
     with pytest.raises(httpx.ReadTimeout, match="timed out"):
-        body = {"model": "alpaca", "prompt": ["hold"] * NUM_PROMPTS}
         endpoint.client.post("/v1/completions", json=body, timeout=0.5)
     wait_for(lambda: figures(endpoint, fake) == (0, 0))
     fake.release.set()

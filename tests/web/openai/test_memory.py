@@ -75,8 +75,11 @@ async def send(endpoint: Endpoint, content: bytes, *, leaves: bool) -> int:
         (lambda: body("hold " + TEXT), True, True, 9, 0),
         (lambda: body(["hold " + TEXT, "hold", "hold"]), True, True, 9, 0),
     ],
-    ids="cut too-large no-json refused none-up full answered failed list-failed left list-left".split(),
-)
+    ids=[
+        "cut", "too-large", "no-json", "refused", "none-up", "full", "answered", "failed", "list-failed", "left",
+        "list-left",
+    ],
+)  # fmt: skip
 def test_nothing_is_left_of_a_request(fake, no_collector, content, leaves, is_up, most_waiting, status):
     async def act() -> None:
         target = Target(fake.url)
