@@ -111,8 +111,8 @@ def explain(error: str) -> str:
         return "no text can follow it"
     if error.startswith("panic"):
         return (
-            "the library that follows grammars cannot read this one: make it simpler, without empty texts in lists, and "
-            "without control tokens (<name>), which cannot be named"
+            "the library that follows grammars cannot read this one: make it simpler, without empty texts in lists "
+            "and without control tokens (<name>), which cannot be named"
         )
     return error
 
