@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from alpaca.errors import InputError
 from alpaca.files.names import quote_value
+from alpaca.serving.structured.numbers import require_exact_numbers
 
 MOST_SCHEMA_CHARACTERS = 1 << 16
 MOST_SCHEMA_DEPTH = 64
@@ -54,9 +55,11 @@ def _write_schema(schema: Any) -> str:
         raise InputError(f"json_schema must be an object; found {quote_value(schema)}")
     _check_size(schema)
     try:
-        return json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise InputError(f"json_schema cannot be written as JSON: {error}") from None
+    require_exact_numbers(schema)
+    return text
 
 
 def _check_size(schema: Mapping[str, Any]) -> None:

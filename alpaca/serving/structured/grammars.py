@@ -110,7 +110,10 @@ def explain(error: str) -> str:
     if error.startswith("NoExtension"):
         return "no text can follow it"
     if error.startswith("panic"):
-        return "llguidance cannot read it (" + error.partition("\n")[0].removeprefix("panic: ")[:100] + ")"
+        return (
+            "the library that follows grammars cannot read this one: make it simpler, without empty texts in lists "
+            "and without control tokens (<name>), which cannot be named"
+        )
     return error
 
 

@@ -89,6 +89,6 @@ class Matcher:
             reason = self._inner.get_error().partition("\n")[0][:200]
             raise InputError(
                 f"the constraint takes too much to follow after {len(self._token_ids)} tokens ({reason}): "
-                "make it simpler"
+                "make it simpler, and name no control tokens (<name>, <[id]>) in a grammar"
             )
         return packed
