@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from alpaca.errors import InputError
 from alpaca.files.names import quote_value
-from alpaca.serving.structured.numbers import require_exact_numbers
+from alpaca.serving.structured.numbers import settle_numbers
 
 MOST_SCHEMA_CHARACTERS = 1 << 16
 MOST_SCHEMA_DEPTH = 64
@@ -55,11 +55,15 @@ def _write_schema(schema: Any) -> str:
         raise InputError(f"json_schema must be an object; found {quote_value(schema)}")
     _check_size(schema)
     try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        own = json.loads(_dump(schema))
     except (TypeError, ValueError) as error:
         raise InputError(f"json_schema cannot be written as JSON: {error}") from None
-    require_exact_numbers(schema)
-    return text
+    settle_numbers(own)
+    return _dump(own)
+
+
+def _dump(schema: Any) -> str:
+    return json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _check_size(schema: Mapping[str, Any]) -> None:

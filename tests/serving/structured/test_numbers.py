@@ -17,12 +17,12 @@ TOKENIZER = make_tokenizer(Vocabulary(pieces=PIECES, eos_ids=(0,)))
 BIG = 2**53 + 1
 
 
-def answer(schema: dict, chance: random.Random) -> str:
-    """An answer by chance, which ends as soon as it may."""
+def answer(schema: dict, chance: random.Random, at_most: int = 1) -> str:
+    """An answer by chance, which ends as soon as it may, or at any such place up to the last of `at_most` letters."""
     constraint = read_constraint(schema, "", "")
     assert constraint is not None
     matcher, found = build(constraint, TOKENIZER), b""
-    while not matcher.is_stopped() and not matcher.is_accepting():
+    while not matcher.is_stopped() and not (matcher.is_accepting() and chance.random() < max(len(found), 1) / at_most):
         mask = matcher.compute_bitmask()
         chosen = chance.choice([i for i in range(1, len(PIECES)) if mask[i // 8] >> i % 8 & 1])
         found += PIECES[chosen]
@@ -52,6 +52,28 @@ def test_a_number_is_refused_or_followed(keyword):
     assert 40 < num_followed < 150
 
 
+@pytest.mark.parametrize("kind", ["integer", "number"])
+def test_answers_keep_to_bounds_of_any_size(kind):
+    """Those of 64 bits are usual."""
+    chance = random.Random(kind)
+    for _ in range(60):
+        low, high = -chance.getrandbits(chance.randint(1, 80)), chance.getrandbits(chance.randint(1, 80)) + 1
+        bounds = {
+            chance.choice(["minimum", "exclusiveMinimum"]): low,
+            chance.choice(["maximum", "exclusiveMaximum"]): high,
+        }
+        schema = {"type": kind, **bounds}
+        try:
+            found = json.loads(answer(schema, chance, at_most=40))
+        except InputError:
+            assert max(-low, high) <= 1, schema  # no whole number is between them
+            continue
+        jsonschema.validate(found, schema)
+    text = json.dumps({"type": "integer", "maximum": 2**63 - 1, "minimum": -(2**63)})
+    constraint = read_constraint(json.loads(text), "", "")
+    assert json.loads(constraint.text) == {"type": "integer", "maximum": 2**53, "minimum": -(2**53)}
+
+
 @pytest.mark.parametrize(
     ("schema", "place"),
     [
@@ -60,7 +82,7 @@ def test_a_number_is_refused_or_followed(keyword):
         ({"$defs": {"const": {"minimum": BIG}}}, "#/$defs/const/minimum"),
         ({"anyOf": [{"maximum": -BIG}]}, "#/anyOf/0/maximum"),
         ({"items": {"exclusiveMinimum": BIG}}, "#/items/exclusiveMinimum"),
-        ({"exclusiveMaximum": BIG}, "#/exclusiveMaximum"),
+        ({"exclusiveMaximum": -BIG}, "#/exclusiveMaximum"),
         ({"multipleOf": BIG}, "#/multipleOf"),
         ({"properties": {"default": {"const": 123456789.12345679}}}, "#/properties/default/const"),
     ],
