@@ -36,6 +36,7 @@ def test_out_is_the_variable_or_the_results_folder(monkeypatch, tmp_path):
     assert kit.parse_flags(["serve", "there", "--budget_s", "7"]).budget_s == 7
 
 
+@pytest.mark.slow
 def test_a_hollow_folder_is_a_model_folder_without_bytes(tmp_path):
     write_random_llama(tmp_path, SHAPES["tiny"], torch.float32)
     with hollow_folder("tiny", "float32") as folder:

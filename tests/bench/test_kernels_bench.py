@@ -31,6 +31,7 @@ def rows_of(result: dict, **wanted: object) -> list[dict]:
     return [row for row in result["rows"] if wanted.items() <= row.items()]
 
 
+@pytest.mark.slow
 def test_table_and_json(run, tmp_path):
     result, table = run("--out", str(tmp_path / "new" / "kernels.json"))
     assert json.loads((tmp_path / "new" / "kernels.json").read_text()) == result

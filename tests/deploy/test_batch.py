@@ -107,6 +107,7 @@ def server(llama_folder):
         yield server
 
 
+@pytest.mark.slow
 def test_script_predict_answers_a_file(server: LocalServer, tmp_path, monkeypatch, capsys):
     asked = {"prompt_template": "{prompt}", "temperature": 0, "max_new_tokens": 8, "min_new_tokens": 8}
     records = [{**asked, "prompt": f"{number} alpacas", "n": 1 + number % 2} for number in range(12)]
@@ -147,6 +148,7 @@ def test_files_are_looked_at_before_a_server_starts(tmp_path, monkeypatch):
         local_predict.main()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_an_error_and_no_traceback(tmp_path, monkeypatch):
     class Gone:
         def predict(self, inputs: dict, *, timeout_s: float) -> dict:

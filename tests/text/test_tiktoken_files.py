@@ -144,6 +144,7 @@ def test_ids_are_tiktokens(ranks, ours):
     assert [ours.decode(ids) for ids in expected] == texts
 
 
+@pytest.mark.slow
 def test_ids_through_auto_tokenizer_have_bos_in_front(folder, ranks):
     from transformers import AutoTokenizer
 

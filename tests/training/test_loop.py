@@ -92,6 +92,7 @@ def plain_training(
 
 
 @pytest.mark.parametrize("average", ["token", "micro_batch"])
+@pytest.mark.fast_rows(1)
 def test_losses_equal_a_plain_implementation(
     average: str, configure: Configure, tiny_llama: Path, sentencepiece_model: Path, records: Path
 ):
@@ -154,6 +155,7 @@ def test_a_mean_of_means_does_depend_on_the_micro_batches(configure: Configure, 
     assert abs(history(folders[0])[0] - history(folders[1])[0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing(configure: Configure, tmp_path: Path):
     folders = [
         train(configure(output_dir=str(tmp_path / str(on)), gradient_checkpointing=on, num_train_epochs=1))
@@ -224,6 +226,7 @@ def test_bf16_training_stays_near_float32(configure: Configure, tmp_path: Path, 
 # Evaluation -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_a_mean_over_tokens_before_during_and_after(configure: Configure, tmp_path: Path):
     config = configure(
         val_set_size=6, eval_strategy="steps", eval_steps=3, num_train_epochs=2, per_device_eval_batch_size=4
@@ -244,6 +247,7 @@ def test_held_out_loss_is_a_mean_over_tokens_before_during_and_after(configure: 
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_evaluation_on_a_file_leaves_the_training_alone(configure: Configure, records: Path, tmp_path: Path):
     plain = train(configure(output_dir=str(tmp_path / "plain"), num_train_epochs=1))
     config = configure(
@@ -312,6 +316,7 @@ def test_too_little_memory_says_what_to_lower(configure: Configure, monkeypatch:
 
 
 @pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.fast_rows(1)
 def test_smoothed_labels_are_transformers(configure: Configure, padding_free: bool):
     """The first step's loss is that of the Trainer's LabelSmoother; evaluation stays without."""
     from transformers.trainer_pt_utils import LabelSmoother

@@ -72,12 +72,14 @@ def test_the_inputs_are_train_pys_own():
     assert [knob.name for knob in knobs if knob.required] == [trainings.DATA]
 
 
+@pytest.mark.slow
 def test_the_server_is_asked_whether_it_trains(server):
     assert asyncio.run(serves_trainings(server))
     with pytest.raises(ServerTrouble, match=r"No server answers at http://127\.0\.0\.1:1"):
         asyncio.run(serves_trainings(Server("http://127.0.0.1:1")))
 
 
+@pytest.mark.slow
 def test_a_training_is_watched_and_its_weights_come(server, data, monkeypatch):
     monkeypatch.setattr(trainings, "_LOOK_S", 0.05)
     seen = asyncio.run(follow(Training(server, inputs(data, max_steps=40))))
@@ -93,6 +95,7 @@ def test_a_training_is_watched_and_its_weights_come(server, data, monkeypatch):
         assert "adapter_model.safetensors" in tar.getnames()
 
 
+@pytest.mark.slow
 def test_two_see_only_their_own(server, data, monkeypatch):
     """One training runs at a time: the second is told so, and learns nothing of the first."""
     monkeypatch.setattr(trainings, "_LOOK_S", 0.05)
@@ -142,6 +145,7 @@ def test_leaving_cancels(server, data, monkeypatch):
         ({"objective": "dpo"}, r"--objective dpo needs chosen and rejected answers"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_refused_is_said(server, data, changes, expected):
     end = asyncio.run(run_to_end(server, {**inputs(data), **changes}))
     assert end.status == "failed"

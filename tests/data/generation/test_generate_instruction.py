@@ -385,6 +385,7 @@ def test_a_signal_ends_a_run_cleanly(service: Service, tmp_path: Path, number: s
     assert len(read_examples(tmp_path / REGEN)) >= 3 * (len(expected_instructions(0)) - 1)
 
 
+@pytest.mark.slow
 def test_a_wrong_key_ends_with_one_message(service: Service, tmp_path: Path):
     pytest.importorskip("openai", reason="the optional package: pip install openai")
     service.fault = lambda number, body: error_reply(401, message="Incorrect API key provided: sk-wrong-key")

@@ -179,6 +179,7 @@ def test_a_client_that_leaves_is_told_to_the_runtime(gate):
 
 
 @pytest.mark.parametrize(("resource", "seconds"), [("predictions", 0.2), ("trainings", 2.0)])
+@pytest.mark.fast_rows(1)
 def test_a_cancel_comes_only_when_the_worker_has_what_it_cancels(tmp_path, resource, seconds):
     """And so does the end of a connection: Cog's runtime loses one that comes while it hands the request over."""
     with running(tmp_path, serves_training=resource == "trainings") as gate, ThreadPoolExecutor(1) as pool:
@@ -290,6 +291,7 @@ def test_a_prediction_whose_runtime_dies_is_asked_again_once(tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["crash-once", "crash-once events"])
+@pytest.mark.fast_rows(1)
 def test_a_prediction_whose_worker_dies_is_asked_again_once(tmp_path, prompt):
     """The runtime outlives its worker, and answers for it."""
     with running(tmp_path) as gate:
@@ -298,6 +300,7 @@ def test_a_prediction_whose_worker_dies_is_asked_again_once(tmp_path, prompt):
 
 
 @pytest.mark.parametrize("given", [{"webhook": "http://127.0.0.1:9/"}, {"id": "c"}])
+@pytest.mark.fast_rows(1)
 def test_what_a_worker_died_of_is_told_where_it_may_not_be_asked_again(tmp_path, given):
     resource = "predictions" if "webhook" in given else "trainings"
     with running(tmp_path, webhooks=["http://127.0.0.1:9/"], serves_training=resource == "trainings") as gate:
@@ -319,6 +322,7 @@ def test_what_the_runtime_dies_of_is_not_asked_a_third_time(tmp_path):
 
 
 @pytest.mark.parametrize("given", [{"webhook": "http://127.0.0.1:9/"}, {"prefer": "respond-async"}])
+@pytest.mark.fast_rows(1)
 def test_what_may_have_begun_elsewhere_is_not_asked_again(tmp_path, given):
     """A webhook may have been sent, and a client that does not wait may ask by itself."""
     with running(tmp_path, webhooks=["http://127.0.0.1:9/"]) as gate:
@@ -443,6 +447,7 @@ EVENTS = {"accept": "text/event-stream"}
         (EVENTS, 200, "event: completed\ndata: {}\n\n"),
     ],
 )
+@pytest.mark.fast_rows(1)
 def test_what_waits_can_be_canceled(tmp_path, headers, status, form):
     canceled = {"id": "c", "logs": "", "metrics": {}, "status": "canceled"}
     with running(tmp_path, slots=1) as gate, ThreadPoolExecutor(2) as pool:
@@ -470,6 +475,7 @@ def test_what_waits_for_a_runtime_that_died_can_be_canceled(tmp_path):
     ("events", "tells"),
     [pytest.param(None, True, marks=pytest.mark.slow), (["start", "completed"], True), (["start"], False)],
 )
+@pytest.mark.fast_rows(1)
 def test_the_webhook_of_what_was_canceled_in_line_hears_of_it(tmp_path, events, tells):
     told = []
 
@@ -557,6 +563,7 @@ def test_a_killed_gate_leaves_no_runtime(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.fast_rows(1)
 def test_a_stop_lets_open_requests_end(tmp_path, number):
     with running(tmp_path) as gate, ThreadPoolExecutor(2) as pool:
         task = pool.submit(gate.predict, "sleep 1")

@@ -17,6 +17,8 @@ RAW = {"prompt": "", "prompt_template": "{prompt}"}
 LONG = {**RAW, "max_new_tokens": 2000, "min_new_tokens": 2000}
 EVENTS = {"accept": "text/event-stream"}
 
+pytestmark = pytest.mark.slow  # a server each; test_gate.py has a stand-in for the runtime
+
 
 @pytest.fixture(scope="module")
 def server(llama_folder) -> Iterator[LocalServer]:
@@ -84,7 +86,6 @@ def test_what_runs_in_the_background_is_found_by_an_input_that_is_none(server):
     assert server.request("/health-check")["gate"]["running"] == 0
 
 
-@pytest.mark.slow
 def test_a_killed_runtime_answers_who_ran_and_who_waited_after_its_restart(server):
     values = {**RAW, "max_new_tokens": 300, "min_new_tokens": 300, "temperature": 0}
     whole = put(server, "before", values).json()["output"]

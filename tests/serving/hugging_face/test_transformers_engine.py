@@ -104,6 +104,7 @@ def test_seed_repeats_and_completions_differ(engine):
     assert sample(n=1)[0][:1] == first[0][:1]  # the stream depends on (seed, completion), not on n
 
 
+@pytest.mark.fast_rows(1)
 def test_rows_that_end_early_do_not_disturb_the_others(engine):
     full = tokens(engine.submit(request(temperature=1.0, n=4)))
     generation = engine.submit(request(temperature=1.0, n=4))
@@ -148,6 +149,7 @@ def test_beam_search_is_cancelled_too(engine):
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.fast_rows(1)
 def test_cancelled_in_the_queue_is_never_run(engine):
     first = engine.submit(request(max_new_tokens=100, min_new_tokens=100))
     second = engine.submit(request())

@@ -169,7 +169,7 @@ def random_request(chance: random.Random) -> Request:
 @pytest.mark.parametrize("num_blocks", [200, 28], ids=["roomy", "preempting"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", sampled([0, 1, 2], 0))
-@pytest.mark.fast_rows(2)
+@pytest.mark.fast_rows(1)
 def test_any_interleaving_gives_what_naive_decoding_gives_alone(models, num_blocks, mode, seed):
     reference, model = models
     chance = random.Random(f"{seed}:{num_blocks}:{mode}")
@@ -252,6 +252,7 @@ def test_real_model_gives_its_published_text_alone_and_as_one_of_32(tmp_path, re
 # Streams --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_rows(1)
 def test_tokens_come_as_they_are_made(engine):
     generation = engine.submit(request(max_new_tokens=100, min_new_tokens=100))
     batches = generation.batches()
@@ -342,7 +343,7 @@ def test_a_failing_step_fails_the_requests_concerned_and_no_other(models, caplog
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fails", ["before", "after"])
-@pytest.mark.fast_rows(2)
+@pytest.mark.fast_rows(1)
 def test_a_step_that_failed_and_is_tried_again_changes_no_answer(models, caplog, mode, fails):
     """Every third step fails, before or after its tokens were chosen; every request is then run alone."""
     reference, model = models
@@ -465,6 +466,7 @@ def test_close_fails_what_is_running_and_waiting(models):
         engine.submit(request())
 
 
+@pytest.mark.fast_rows(1)
 def test_many_threads(engine, models):
     asked = [request(prompt_ids=(1, 5 + i), temperature=1.0, seed=i) for i in range(12)]
     found: list[list[list[int]]] = [[]] * 12

@@ -366,6 +366,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
         run_main(monkeypatch, capsys, tmp_path / "opt", "--memory", "80GB")
 
 
+@pytest.mark.slow
 def test_the_command_itself(tmp_path, monkeypatch, capsys):
     write_config(tmp_path, **SHAPES["13b"])
     command = [sys.executable, "-m", "alpaca.serving.plan", "--weights", str(tmp_path), "--memory"]

@@ -315,6 +315,7 @@ def test_a_real_models_scores_are_transformers(tmp_path, real):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.fast_rows(1)
 def test_why_an_answer_ended(models, mode):
     engine = make_engine(models[1], mode=mode)
     asked = [

@@ -121,6 +121,7 @@ def constrained(chance: random.Random) -> Request:
         ),
     ],
 )
+@pytest.mark.fast_rows(1)
 def test_any_mix_gives_what_each_gives_alone(models, compiler, num_blocks, mode, seed):
     reference, model = models
     chance = random.Random(f"{seed}:{num_blocks}:{mode}")
@@ -147,7 +148,7 @@ def test_any_mix_gives_what_each_gives_alone(models, compiler, num_blocks, mode,
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda constraint: constraint.text[:9])
-@pytest.mark.fast_rows(4)
+@pytest.mark.fast_rows(2)
 def test_both_engines_give_what_the_slow_way_gives(engine, models, compiler, constraint):
     asked = request(constraint=constraint, n=3, temperature=1.0, max_new_tokens=60)
     rows, reasons = read(engine.submit(asked))

@@ -127,6 +127,7 @@ def test_a_template_that_makes_too_much_is_stopped(renderer, name):
 
 
 @pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.fast_rows(1)
 def test_a_template_that_never_ends_is_stopped(renderer, name):
     start = time.monotonic()
     with pytest.raises(InputError, match=r"takes more than 2 s of processor time"):

@@ -34,6 +34,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_the_final_ones(configure: Configure, tmp_path: Path):
     """They are those of a run that ends there; the history goes on to the last step."""
     folder = train(configure(**LEAVES, load_best_model_at_end=True))

@@ -264,6 +264,7 @@ def test_no_flipped_bit_in_the_state_goes_unnoticed(saved: tuple[TrainConfig, Pa
     assert noticed > len(content) // 7 // 2
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(saved: tuple[TrainConfig, Path], tmp_path: Path):
     """And the damaged one neither counts among those kept nor stays."""
     out = tmp_path / "out"
@@ -298,6 +299,7 @@ STAGES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_at_any_stage_of_saving(saved: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch):
     """What a kill would leave at each stage, between the renames too, is copied; each copy goes on to the same end."""
     config = dataclasses.replace(saved[0], output_dir=str(tmp_path / "out"), save_total_limit=1)
@@ -342,6 +344,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("seen_coming", [True, False])
+@pytest.mark.fast_rows(1)
 def test_a_disk_that_runs_full_costs_nothing(seen_coming: bool, configure: Configure, small_disk: Path, monkeypatch):
     """Room for one checkpoint, not for two. Before any of it is written, or in the middle of a file."""
     if not seen_coming:
@@ -354,6 +357,7 @@ def test_a_disk_that_runs_full_costs_nothing(seen_coming: bool, configure: Confi
     assert find_checkpoint(Path(config.output_dir), "auto", world=ALONE)
 
 
+@pytest.mark.slow
 def test_a_disk_that_runs_full_late_in_a_file(configure: Configure, monkeypatch: pytest.MonkeyPatch):
     """The same without a mount, late in a file."""
     config, real = configure(save_steps=2, max_steps=5), digests._HashedStream.write
@@ -377,6 +381,7 @@ def test_nothing_to_resume_starts_anew_and_says_so(configure: Configure, caplog:
     assert len(history(folder)) == 1
 
 
+@pytest.mark.slow
 def test_a_failed_save_leaves_the_old_checkpoint(configure: Configure, monkeypatch: pytest.MonkeyPatch):
     config, real = configure(save_steps=4), saving._write_state
 

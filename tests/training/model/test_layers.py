@@ -65,7 +65,7 @@ def kept_runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
 @pytest.mark.parametrize("method", [{}, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.fast_rows(2)
+@pytest.mark.fast_rows(1)
 def test_recomputing_some_layers_changes_no_bit(
     model: str, method: dict, configure: Configure, request, tmp_path: Path
 ):

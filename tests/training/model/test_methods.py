@@ -363,6 +363,7 @@ def test_a_checkpoint_of_another_method_or_adapter_is_refused(configure: Configu
     assert history(train(again))
 
 
+@pytest.mark.slow
 def test_an_adapter_resumes_on_its_own_base_alone(configure: Configure, tiny_llama: Path, tmp_path: Path):
     """The checkpoint holds the adapter only: on other weights of the same shape it would go on without a word."""
     config = configure(**LORA, save_steps=2, max_steps=4)
@@ -427,6 +428,7 @@ def packable_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -
     ],
     ids=["nf4", "int8", "dora"],
 )
+@pytest.mark.slow
 def test_it_goes_on_learning_after_an_evaluation(values, configure: Configure, packable_llama: Path):
     """The AVX512 trap: an evaluation repacks 4-bit weights, and no gradient passes them afterwards."""
     config = configure(

@@ -32,6 +32,7 @@ Configure = Callable[..., TrainConfig]
 
 
 @pytest.mark.usefixtures("charts")
+@pytest.mark.slow
 def test_trainer_state_and_curve(configure: Configure):
     folder = train(configure(num_train_epochs=2, val_set_size=4, eval_strategy="epoch"))
     state = json.loads((folder / "trainer_state.json").read_text())
@@ -162,6 +163,7 @@ def test_answers_are_those_of_the_base_and_of_the_trained_model(configure: Confi
 
 
 @pytest.mark.usefixtures("short_answers")
+@pytest.mark.slow
 def test_samples_change_nothing(configure: Configure, tmp_path: Path):
     losses = []
     for number in (0, 2):
