@@ -3,12 +3,9 @@
 The tasks are of the stories that the real small model itself tells, so that it knows what comes next in them.
 """
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +17,10 @@ from alpaca.serving.request import Request
 from alpaca.serving.settings import ServerSettings
 from bench.evaluate import write_tasks
 from tests.conftest import ROOT
+from tests.peer_environments import interpreter_with
 
 pytestmark = pytest.mark.slow
 
-ENVIRONMENT = ROOT / ".bench" / "evaluate"
 PACKAGE = "lm_eval==0.4.13"
 NUM_QUESTIONS, NUM_STORIES = 24, 24
 
@@ -31,17 +28,7 @@ NUM_QUESTIONS, NUM_STORIES = 24, 24
 @pytest.fixture(scope="session")
 def python() -> str:
     """An interpreter with lm-eval beside the project's packages: this one, or that of an environment made once."""
-    if importlib.util.find_spec("lm_eval"):
-        return sys.executable
-    made = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "complete").exists():
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        (own,) = ENVIRONMENT.glob("lib/python*/site-packages")
-        (own / "zz_project.pth").write_text("".join(f"{path}\n" for path in sys.path if "site-packages" in path))
-        subprocess.run([str(made), "-m", "pip", "install", "-q", "--disable-pip-version-check", PACKAGE], check=True)
-        (ENVIRONMENT / "complete").touch()
-    return str(made)
+    return interpreter_with("lm_eval", PACKAGE)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """The first 20 steps of each objective against TRL's own trainer, on the same tokens in the same order."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,11 @@ from alpaca.text.prompts import format_prompt
 from alpaca.training import loop
 from alpaca.training.configuration.config import TrainConfig, make_config
 from alpaca.training.loop import train
-from tests.conftest import ROOT
+from tests.peer_environments import interpreter_with
 from tests.training.conftest import SAMPLE, SETTINGS
 
 pytestmark = pytest.mark.slow
 
-ENVIRONMENT = ROOT / ".bench" / "trl"
 PACKAGE = "trl==1.16.0"
 STEPS, BATCH, LENGTH = 20, 4, 300
 NUM = STEPS * BATCH
@@ -30,20 +27,7 @@ NUM = STEPS * BATCH
 @pytest.fixture(scope="module")
 def python() -> str:
     """An interpreter with TRL beside the project's packages: this one, or that of an environment made once."""
-    if importlib.util.find_spec("trl"):
-        return sys.executable
-    made = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "complete").exists():
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        (own,) = ENVIRONMENT.glob("lib/python*/site-packages")
-        (own / "zz_project.pth").write_text("".join(f"{path}\n" for path in sys.path if "site-packages" in path))
-        install = [str(made), "-m", "pip", "install", "-q", "--disable-pip-version-check", PACKAGE]
-        installed = subprocess.run(install, capture_output=True, text=True)
-        if installed.returncode:
-            pytest.skip(f"TRL cannot be installed here: {installed.stderr.splitlines()[-1:]}")
-        (ENVIRONMENT / "complete").touch()
-    return str(made)
+    return interpreter_with("trl", PACKAGE)
 
 
 @pytest.fixture(scope="module")
