@@ -51,12 +51,18 @@ class _SummedLosses(torch.autograd.Function):
         num_rows = max(1, min(chunk_rows(len(weight), on_gpu=hidden.is_cuda), len(ids)))
         logits = _Logits(rows, num_rows, len(weight))
         losses = [hidden.new_zeros(0, dtype=torch.float32)]
+        counts = (ids >= 0)[:, None]  # -100 carries no loss: a process that has no micro-batch left computes such
+        all_count = not hidden.is_cuda and bool(counts.all())  # not asked on a GPU, which would have to be waited for
+        ids = ids.clamp(min=0)
         for start in range(0, len(ids), num_rows):
             some, targets = rows[start : start + num_rows], ids[start : start + num_rows, None]
             found, probabilities = _losses(logits.compute(some, matrix, bias), logits.probabilities, targets, smoothing)
-            losses.append(found)
+            losses.append(found if all_count else found * counts[start : start + num_rows, 0])
             if any(needs):
-                sums.add(start, some, matrix, _gradient(probabilities, targets, smoothing).to(dtype))
+                gradient = _gradient(probabilities, targets, smoothing)
+                if not all_count:
+                    gradient *= counts[start : start + num_rows]
+                sums.add(start, some, matrix, gradient.to(dtype))
         ctx.save_for_backward(*sums.all)
         return torch.cat(losses).sum()
 

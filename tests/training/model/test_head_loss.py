@@ -81,3 +81,17 @@ def test_nothing_to_learn_is_no_loss():
     loss = head_loss.sum_target_losses(hidden, weight, None, ids, 0.0)
     loss.backward()
     assert (loss.item(), hidden.grad.shape) == (0.0, (0, WIDTH))
+
+
+def test_positions_without_a_target_lose_and_teach_nothing():
+    """A process that has no micro-batch left computes such ones."""
+    (hidden, weight), ids = random_head(7, bias=False)
+    ids[[0, 3]] = -100
+    expected = gradients(lambda h, w: cross_entropy(linear(h, w), ids, reduction="sum"), [hidden, weight])
+    found = gradients(lambda h, w: head_loss.sum_target_losses(h, w, None, ids, 0.0), [hidden, weight])
+    torch.testing.assert_close(found, expected)
+    nothing, without = gradients(
+        lambda h, w: head_loss.sum_target_losses(h, w, None, torch.full_like(ids, -100), 0.0), [hidden, weight]
+    )
+    assert nothing == 0
+    assert all(not gradient.any() for gradient in without)

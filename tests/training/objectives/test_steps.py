@@ -141,7 +141,6 @@ FAST = [("dpo", LAYOUTS[1]), ("orpo with prompts", LAYOUTS[2]), ("kto", LAYOUTS[
 
 
 @pytest.mark.parametrize("kind", sampled(itertools.product(VALUES, LAYOUTS), *FAST))
-@pytest.mark.fast_rows(1)
 def test_steps_equal_a_plain_implementation(
     kind: tuple[str, tuple[bool, int]], prefer: Configure, tiny_llama: Path, sentencepiece_model: Path, pairs: Path,
     tmp_path: Path,
