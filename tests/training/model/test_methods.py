@@ -403,21 +403,6 @@ def test_bases_in_older_files_are_told_apart(tiny_llama: Path, tmp_path: Path):
 # 8 and 4 bit ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def packable_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A LLaMA whose layers bitsandbytes would repack on a CPU: multiples of 32 and of 64."""
-    from transformers import LlamaConfig
-
-    torch.manual_seed(0)
-    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("base") / "llama-packable")
-    config = LlamaConfig(
-        vocab_size=480, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @with_bitsandbytes
 @pytest.mark.parametrize(
     "values",

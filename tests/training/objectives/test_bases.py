@@ -1,14 +1,13 @@
 """Preferences with adapters that start from the base, and on quantized bases: what is written is what was measured."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from alpaca.training.configuration.config import TrainConfig
 from alpaca.training.loop import train
@@ -36,24 +35,11 @@ KINDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A LLaMA whose widths 64 divides, as blocks of 4 bit need it."""
-    torch.manual_seed(0)
-    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("base") / "llama")
-    config = LlamaConfig(
-        vocab_size=480, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("kind", sampled(KINDS, KINDS[0]), ids=" ".join)
 def test_what_is_written_is_what_was_measured(
     kind: tuple[str, str],
     prefer: Configure,
-    base: Path,
+    packable_llama: Path,
     pairs: Path,
     sentencepiece_model: Path,
     tmp_path: Path,
@@ -64,12 +50,12 @@ def test_what_is_written_is_what_was_measured(
     tolerance /= 50 if objective == "orpo" else 1  # whose log-probabilities are means over tokens
     folder = train(
         prefer(
-            objective, model_name_or_path=str(base), max_steps=4, learning_rate=5e-3, save_strategy="no",
+            objective, model_name_or_path=str(packable_llama), max_steps=4, learning_rate=5e-3, save_strategy="no",
             eval_data_path=str(pairs), eval_strategy="steps", eval_steps=4, **values,
         )
     )  # fmt: skip
     how = {"quantization_config": BitsAndBytesConfig(**quantized)} if quantized else {}
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, **how)
+    model = LlamaForCausalLM.from_pretrained(packable_llama, dtype=torch.float32, **how)
     sequences = answers(pairs, sentencepiece_model, tmp_path)
 
     def mean_logps() -> tuple[float, float]:

@@ -16,13 +16,6 @@ NUM_PLACES, NUM_PROMPTS = 4, 200
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    yield fake
-    fake.stop()
-
-
-@pytest.fixture
 def endpoint(fake) -> Iterator[RunningEndpoint]:
     with running_endpoint([fake.url], "--concurrency", str(NUM_PLACES), "--max_waiting", "2") as endpoint:
         yield endpoint

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 
 from deploy.gate.rules import MOST_PREDICTION_BYTES, Rules
-from tests.web.openai.fake_server import FakeServer
 from web.openai.app import Endpoint
 from web.openai.inputs import Models
 from web.openai.metrics import Metrics
@@ -17,13 +16,6 @@ from web.openai.targets import Target, Targets
 
 MIB = 1 << 20
 TEXT = "x" * (2 * MIB)
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    yield fake
-    fake.stop()
 
 
 @pytest.fixture

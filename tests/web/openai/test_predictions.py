@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,13 +12,6 @@ from web.openai.refusals import Refusal
 from web.openai.targets import Target, Targets
 
 INPUTS = {"prompt": "one two", "max_new_tokens": 9}
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    yield fake
-    fake.stop()
 
 
 async def ask(fake: FakeServer, *, in_line_s: float) -> str:
