@@ -128,7 +128,10 @@ def test_what_is_refused_is_said_and_goes_back_into_the_box(running, text, words
 
 
 def test_stopping_keeps_what_there_is(running):
-    *_, last = say(running, Conversation(), "hi", stops=True, max_new_tokens=100, min_new_tokens=100)
+    for _ in range(5):  # the answer takes a third of a second, in which a busy machine may not come to stop it
+        *_, last = say(running, Conversation(), "hi", stops=True, max_new_tokens=100, min_new_tokens=100)
+        if "Stopped after" in last.line:
+            break
     assert "Stopped after" in last.line
     assert last.conversation.turns[-1]["role"] == "assistant"
     assert last.conversation.turns[-1]["content"]
